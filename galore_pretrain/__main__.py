@@ -1,0 +1,5 @@
+"""``python -m galore_pretrain`` is the command line: what torchrun starts."""
+
+from galore_pretrain.cli import main
+
+main()

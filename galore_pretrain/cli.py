@@ -1,0 +1,157 @@
+"""The command line: flags from `RunConfig`'s fields, errors as one line, exit codes 0, 2 (input), 1 (failure)."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from galore_pretrain import __version__
+from galore_pretrain.config import GROUPS, Flag, RunConfig, resolve
+from galore_pretrain.errors import InputError
+
+
+class _Parsed(click.ParamType):
+    """A click type from a function that raises ValueError."""
+
+    def __init__(self, parse: Callable[[str], Any], name: str) -> None:
+        self.parse, self.name = parse, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Option(click.Option):
+    group = "Other"
+
+
+def _option(name: str, flag: Flag, default: Any) -> _Option:
+    dashed = name.replace("_", "-")
+    kind: Any = flag.kind
+    if isinstance(kind, tuple):
+        kind = click.Choice(kind)
+    elif not isinstance(kind, type):
+        kind = _Parsed(kind, "count" if name.endswith("tokens") else "pair")
+    declaration = f"--{dashed}/--no-{dashed}" if flag.kind is bool else f"--{dashed}"
+    shown = flag.default_text or {True: "on", False: "off"}.get(default, default) if flag.kind is bool else flag.default_text or default
+    option = _Option([declaration, name], type=None if flag.kind is bool else kind, default=None, help=f"{flag.help}  [{shown}]")
+    option.group = flag.group
+    return option
+
+
+class _TrainCommand(click.Command):
+    """Shows its options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for group in (*GROUPS, "Other"):
+            options = [p for p in self.get_params(ctx) if getattr(p, "group", "Other") == group]
+            with formatter.section(group):
+                formatter.write_dl([record for p in options if (record := p.get_help_record(ctx))])
+
+
+class _Root(click.Group):
+    """Without a subcommand, trains; ``--help`` shows training's options, then the subcommands."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("--help", "--version")):
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.commands["train"].format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+@click.group(cls=_Root, context_settings={"max_content_width": 110})
+@click.version_option(__version__, prog_name="galore-pretrain")
+def cli() -> None:
+    """Pretrain a LLaMA on text, with GaLore or a rival, and tell how well it did.
+
+    \b
+    galore-pretrain --model llama_60m --optim galore_adamw          # the paper's run, on C4
+    galore-pretrain --model llama_1m --data sample                  # two minutes, no download
+
+    Hyper-parameters come from the paper's recipe for the model and optimizer named; each flag replaces one.
+    """
+
+
+@cli.command(cls=_TrainCommand, params=[_option(f.name, f.metadata["flag"], f.default) for f in fields(RunConfig)])
+@click.option("--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, metavar="RUN.json",
+              callback=lambda ctx, param, value: _read_run_json(ctx, value), help="A JSON object of flags; flags given here win.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def train(ctx: click.Context, debug: bool, **values: Any) -> int:
+    """Train (the same as without a subcommand)."""
+    given = {name: value for name, value in values.items() if value is not None}
+    origins = {}
+    for name in given:
+        from_file = ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP
+        origins[name] = str(ctx.meta["run_json"]) if from_file else "flag"
+    config, origins = resolve(given, origins)
+
+    from galore_pretrain.run import train as train_now  # torch and transformers: only for a run that makes sense so far
+
+    return train_now(config, origins)
+
+
+def _read_run_json(ctx: click.Context, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config {path}: not readable as JSON ({error})") from error
+    names = {f.name for f in fields(RunConfig)}
+    if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in names]):
+        what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "not a JSON object"
+        raise InputError(f"--config {path}: {what}; keys are the long flags, such as \"total_batch_size\"")
+    ctx.default_map = {key.replace("-", "_"): value for key, value in values.items()}
+    ctx.meta["run_json"] = path
+
+
+class _TqdmHandler(logging.Handler):
+    """Log lines on stderr, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def main() -> None:
+    """The entry point: exceptions become one line and an exit code."""
+    logger = logging.getLogger("galore_pretrain")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_TqdmHandler())
+    logging.captureWarnings(True)
+    debug = "--debug" in sys.argv[1:]
+    try:
+        code = cli(standalone_mode=False)
+    except click.ClickException as error:
+        code = _fail(error.format_message(), 2, debug)
+    except (InputError, click.Abort) as error:
+        code = _fail(str(error) or "stopped", 2, debug)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        if debug:
+            raise
+        code = _fail(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        logging.getLogger("galore_pretrain").exception("with --debug:")
+    click.echo(f"Error: {message}", err=True)
+    return code

@@ -1,0 +1,59 @@
+"""Loss and perplexity over a fixed set of rows, in two conventions that are never mixed."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from galore_pretrain.data import Row, stack
+from galore_pretrain.model import token_losses
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``loss``: nats a label token. ``perplexity``: exp(loss). ``tokens``: real tokens that were read.
+
+    ``reference_perplexity`` is what the published code prints: the mean of batch means, divided by one batch too many
+    (its counter starts at 1), exponentiated. It reads lower than the truth, by exp(loss / (n + 1)) for n batches.
+    """
+
+    loss: float
+    perplexity: float
+    reference_perplexity: float
+    tokens: int
+
+    def metrics(self) -> dict[str, float]:
+        """The values under the keys of ``metrics.jsonl``."""
+        return {f"eval_{name}": value for name, value in vars(self).items()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, rows: list[Row], *, batch_size: int, reference_batch: int, device: torch.device
+) -> Evaluation:
+    """Evaluate ``model`` (in eval mode, then as it was) on ``rows``, ``batch_size`` sequences at a time.
+
+    ``reference_batch`` sequences make a batch of the published script; the numbers do not depend on ``batch_size``
+    beyond rounding.
+    """
+    was_training = model.training
+    model.eval()
+    sums: list[torch.Tensor] = []
+    counts: list[torch.Tensor] = []
+    for start in range(0, len(rows), batch_size):
+        batch = stack(rows[start : start + batch_size])
+        losses = token_losses(model, batch.input_ids.to(device), batch.labels.to(device))
+        sums.append(losses.double().sum(1).cpu())
+        counts.append((batch.labels >= 0).sum(1))
+    model.train(was_training)
+
+    row_sums, row_counts = torch.cat(sums), torch.cat(counts)
+    loss = float(row_sums.sum() / row_counts.sum())
+    means = [s.sum() / c.sum() for s, c in zip(row_sums.split(reference_batch), row_counts.split(reference_batch), strict=True)]
+    reference = float(torch.stack(means).sum()) / (len(means) + 1)
+    tokens = sum(row.real for row in rows)
+    return Evaluation(loss, _exp(loss), _exp(reference), tokens)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

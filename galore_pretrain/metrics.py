@@ -1,0 +1,146 @@
+"""Where the numbers of a run go: a JSON Lines file always, a progress bar or plain lines, and wandb."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+Metrics = dict[str, float | int | None]
+log = logging.getLogger(__name__)
+
+
+class MetricLogger(Protocol):
+    """Takes the numbers of one update."""
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """``metrics`` under the keys of ``metrics.jsonl``; ``step`` updates are complete."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class JsonLines:
+    """``metrics.jsonl``: one object a line, numbers with all their digits, a non-finite number as null.
+
+    A resumed run cuts the file to what it held when its checkpoint was written, so it reads as if never interrupted.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self._file = path.open("ab")
+        if self._file.tell() < size:
+            log.warning("%s is shorter than the checkpoint remembers; its end is missing", path)
+        else:
+            self._file.truncate(size)
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Force the lines to disk; the size of the file then."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a line every ten seconds and at every evaluation."""
+
+    def __init__(self, total: int, unit: str, done: int) -> None:
+        self._total, self._unit = total, unit
+        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._started, self._done_before, self._next_line = time.monotonic(), done, 0.0
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        done = min(self._total, step if self._unit == "step" else int(metrics["tokens_seen"] or 0))
+        text = describe(metrics)
+        evaluated = "eval_perplexity" in metrics
+        if self._bar.disable:
+            now = time.monotonic()
+            if evaluated or now >= self._next_line or done >= self._total:
+                left = (now - self._started) / max(1, done - self._done_before) * (self._total - done)
+                log.info("%s %d/%d  %s  left %s", self._unit, done, self._total, text, tqdm.format_interval(left))
+                self._next_line = now + 10
+            return
+        self._bar.update(done - self._bar.n)
+        self._bar.set_postfix_str(text)
+        if evaluated:
+            self._bar.write(f"step {step}  {text}", file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def describe(metrics: Metrics) -> str:
+    """The numbers of one update as a person reads them."""
+    loss, rate = metrics["loss"], metrics["tokens_per_second"] or 0
+    parts = [f"loss {loss:.4f}", f"ppl {_exp(loss):.4g}"] if loss is not None else ["loss none"]
+    parts += [f"lr {metrics['lr']:.3g}", f"{rate:,.0f} tok/s", f"mem {(metrics['peak_memory_bytes'] or 0) / 2**30:.2f} GiB"]
+    if metrics.get("eval_perplexity") is not None:
+        parts.append(f"| validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.4g}")
+    return "  ".join(parts)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+class Wandb:
+    """The same numbers at wandb. Whatever goes wrong there is one warning here; the run goes on.
+
+    ``mode``: ``online``, ``offline``, ``disabled``, or ``auto``: online with an API key, else offline. Never prompts.
+    """
+
+    def __init__(self, mode: str, folder: Path, *, project: str, name: str, tags: list[str], config: dict[str, Any], run_id: str | None) -> None:
+        self._run: Any = None
+        self.run_id = run_id
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+
+            self._run = wandb.init(
+                mode=mode, dir=folder, project=project, name=name, tags=tags, config=config,
+                id=run_id, resume="allow" if run_id else None,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True),
+            )
+            self.run_id = self._run.id
+        except Exception as error:  # any failure of a service that only watches
+            log.warning("wandb is off for this run: %s", error)
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(metrics, step=step)
+            except Exception as error:
+                log.warning("wandb is off from step %d on: %s", step, error)
+                self._run = None
+
+    def close(self) -> None:
+        if self._run is not None:
+            with contextlib.suppress(Exception):
+                self._run.finish()
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return "api.wandb.ai" in netrc.read_text()
+    except OSError:
+        return False

@@ -1,0 +1,165 @@
+"""Text to token ids: SentencePiece itself for a ``.model``, a Hugging Face fast tokenizer for anything else.
+
+SentencePiece is called directly and in batches: measured 8 times as fast as the same model behind transformers' wrapper.
+"""
+
+import hashlib
+import logging
+import re
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+from galore_pretrain.errors import InputError
+
+T5 = ("google-t5/t5-base", "spiece.model")  # the tokenizer of the GaLore paper's C4 runs
+_PROBES = ["The quick brown fox, 1984: it's here.", "a  b\n\nc\td", "Zürich — naïve café"]
+_MODEL_FILES = ("spiece.model", "tokenizer.model")
+
+log = logging.getLogger(__name__)
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline and the exported model need of a tokenizer."""
+
+    name: str
+    vocab_size: int
+    """One more than the largest id that ``encode`` can return."""
+    eos_id: int
+    fingerprint: str
+    """SHA-256 of the vocabulary, so that a run can tell that it goes on with the same one."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without a beginning or end marker; no text can produce a control token."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what ``AutoTokenizer.from_pretrained(folder)`` needs."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece ``.model`` file."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"--tokenizer {path}: not a SentencePiece model; give a .model file or a folder") from error
+        self._path = path
+        self.name = name
+        self.vocab_size = int(self._processor.get_piece_size())
+        self.eos_id = int(self._processor.eos_id())
+        self.fingerprint = _sha256(path)
+        if self.eos_id < 0:
+            raise InputError(f"--tokenizer {path}: has no end-of-sequence piece (</s>), which separates documents")
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._processor.encode(texts)
+        return ids
+
+    def save(self, folder: Path) -> None:
+        """Copies the model, and converts it with transformers' own classes if the ids come out the same."""
+        from transformers import LlamaTokenizer, T5Tokenizer
+
+        for file, loader in zip(_MODEL_FILES, (T5Tokenizer, LlamaTokenizer), strict=True):
+            shutil.copyfile(self._path, folder / file)
+            kwargs: dict[str, Any] = {"extra_ids": 0} if loader is T5Tokenizer else {}
+            try:
+                converted = loader.from_pretrained(folder, **kwargs)
+                same = converted(_PROBES, add_special_tokens=False)["input_ids"] == self.encode(_PROBES)
+            except Exception as error:
+                log.debug("%s does not take %s: %s", loader.__name__, self._path, error)
+                same = False
+            if same:
+                converted.save_pretrained(folder)
+                return
+            (folder / file).unlink()
+        shutil.copyfile(self._path, folder / _MODEL_FILES[0])
+        log.warning("no transformers class gives the ids of %s; the model folder has the .model file alone", self._path)
+
+
+class HuggingFaceTokenizer:
+    """A fast tokenizer of transformers: a folder with ``tokenizer.json``, or a repository of the hub."""
+
+    def __init__(self, where: str, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(where)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--tokenizer {where}: {_first_line(error)}") from error
+        if not getattr(self._tokenizer, "is_fast", False):
+            raise InputError(f"--tokenizer {where}: has no fast tokenizer (tokenizer.json); give a .model file instead")
+        if self._tokenizer.eos_token_id is None:
+            raise InputError(f"--tokenizer {where}: has no end-of-sequence token, which separates documents")
+        self.name = name
+        self.eos_id = int(self._tokenizer.eos_token_id)
+        control = set(self._tokenizer.all_special_ids) - {self._tokenizer.unk_token_id}
+        self._control = frozenset(control)
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(i for i in vocabulary.values() if i not in control or i == self.eos_id) + 1
+        self.fingerprint = hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()
+        if len(vocabulary) < 100:  # what transformers builds, silently, from a file it did not understand
+            raise InputError(f"--tokenizer {where}: only {len(vocabulary)} tokens; is tokenizer.json missing?")
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return [ids if self._control.isdisjoint(ids) else self._without_control(ids) for ids in encoded]
+
+    def _without_control(self, ids: list[int]) -> list[int]:
+        """A text that spells a control token (``</s>``) must not act as one."""
+        unknown = self._tokenizer.unk_token_id
+        return [i if i not in self._control else unknown for i in ids if i not in self._control or unknown is not None]
+
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """``t5`` (from the hub), ``sample`` (shipped), a ``.model`` file, a tokenizer folder, or a repository of the hub.
+
+    Raises InputError for what is none of these, and where the hub is needed and cannot be reached.
+    """
+    if name == "t5":
+        return SentencePieceTokenizer(_download(*T5), "t5")
+    if name == "sample":
+        return SentencePieceTokenizer(Path(str(resources.files("galore_pretrain") / "tokenizers" / "sample.model")), "sample")
+    path = Path(name)
+    if path.is_file():
+        return SentencePieceTokenizer(path, name)
+    if path.is_dir():
+        models = [path / file for file in _MODEL_FILES if (path / file).is_file()]
+        return SentencePieceTokenizer(models[0], name) if models else HuggingFaceTokenizer(name, name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        _download(name, "tokenizer_config.json")
+        return HuggingFaceTokenizer(name, name)
+    raise InputError(f"--tokenizer {name}: no such file or folder; choose t5, sample, a .model file, a folder or a hub id")
+
+
+def _download(repository: str, file: str) -> Path:
+    """The file from the local cache or the hub: one try, because a hub that is down is better said than waited for."""
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(repository, file)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        huggingface_hub.HfApi().model_info(repository, timeout=5)
+        return Path(huggingface_hub.hf_hub_download(repository, file))
+    except Exception as error:  # the hub library raises classes of two HTTP clients besides its own
+        raise InputError(
+            f"--tokenizer: {repository} cannot be fetched from the hub ({_first_line(error)}); "
+            "go on with --tokenizer sample, or with the path of a SentencePiece .model file"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

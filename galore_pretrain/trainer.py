@@ -1,0 +1,147 @@
+"""The training loop. It is handed its parts, built; it knows nothing of optimizers' rules, data sources or wandb."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from galore_pretrain.data import Batch
+from galore_pretrain.evaluate import Evaluation
+from galore_pretrain.execution import Execution
+from galore_pretrain.memory import peak_memory_bytes
+from galore_pretrain.metrics import MetricLogger, Metrics
+from galore_pretrain.model import token_losses
+from galore_pretrain.schedule import Schedule
+
+MAX_SKIPPED = 10
+"""Updates in a row without a finite loss after which a run stops."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """All that the loop itself has to remember: a few integers, and the last evaluation."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    skipped: int = 0
+    data: dict[str, int] | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the values of `state_dict`."""
+        vars(self).update(state)
+
+
+class Trainer:
+    """Runs updates until the schedule is over; evaluates, logs and saves on the way.
+
+    ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` and ``save``
+    are called every so many updates and after the last one. ``stop_signal`` may be set at any moment, by a signal
+    handler: the update in progress is completed and saved, and `fit` returns.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        batches: Iterable[Batch],
+        optimizer: torch.optim.Optimizer,
+        execution: Execution,
+        schedule: Schedule,
+        evaluate: Callable[[], Evaluation],
+        save: Callable[[], None],
+        loggers: Sequence[MetricLogger],
+        state: TrainState,
+        batch_size: int,
+        eval_every: int,
+        save_every: int,
+        mean_of_means: bool,
+        device: torch.device,
+    ) -> None:
+        self.model, self.batches, self.optimizer, self.execution = model, batches, optimizer, execution
+        self.schedule, self.evaluate, self.save, self.loggers, self.state = schedule, evaluate, save, loggers, state
+        self.batch_size, self.eval_every, self.save_every = batch_size, eval_every, save_every
+        self.mean_of_means, self.device = mean_of_means, device
+        self.stop_signal: int | None = None
+
+    def fit(self) -> None:
+        """Train to the end of the schedule, or to the first update after ``stop_signal``."""
+        self.model.train()
+        batches = iter(self.batches)
+        while not (over := self._is_over()) and self.stop_signal is None:
+            metrics = self._timed_step(batches)
+            over = self._is_over()
+            if over or self.state.step % self.eval_every == 0:
+                metrics |= self._evaluate()
+            for logger in self.loggers:
+                logger.log(metrics, self.state.step)
+            if over or self.state.step % self.save_every == 0 or self.stop_signal is not None:
+                self.save()
+
+    def train_step(self, batch: Batch) -> Metrics:
+        """One update. The learning rate is written before backward, where layerwise updates already need it."""
+        state = self.state
+        lr = self.schedule.lr_at(state.step, state.tokens_seen, batch.tokens)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        loss = self._forward_backward(batch)
+        norm = None
+        if math.isfinite(loss):
+            norm = self.execution.finish()
+        state.skipped = 0 if math.isfinite(loss) else state.skipped + 1
+        state.step += 1
+        state.tokens_seen += batch.tokens
+        state.data = batch.state
+        metrics: Metrics = {"loss": loss, "lr": lr, "tokens_seen": state.tokens_seen}
+        return metrics if norm is None else metrics | {"grad_norm": float(norm)}
+
+    def _forward_backward(self, batch: Batch) -> float:
+        """Gradients of the mean loss over the update's label tokens, whatever the micro-batch; returns that loss.
+
+        The published code averages the means of micro-batches instead (``mean_of_means``). A non-finite loss ends the
+        update before its backward pass and drops the gradients.
+        """
+        label_tokens = max(1, batch.label_tokens)
+        inputs, labels = batch.input_ids.split(self.batch_size), batch.labels.split(self.batch_size)
+        total = 0.0
+        for input_ids, targets in zip(inputs, labels, strict=True):
+            divisor = max(1, int((targets >= 0).sum())) * len(inputs) if self.mean_of_means else label_tokens
+            losses = token_losses(self.model, input_ids.to(self.device), targets.to(self.device))
+            loss = losses.sum() / divisor
+            total += loss.item()
+            if not math.isfinite(total):
+                log.warning("the loss of update %d is %s: skipped", self.state.step + 1, total)
+                self.optimizer.zero_grad(set_to_none=True)
+                break
+            loss.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    def _timed_step(self, batches: Any) -> Metrics:
+        started, tokens = time.perf_counter(), self.state.tokens_seen
+        metrics = self.train_step(next(batches))
+        if self.state.skipped >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{MAX_SKIPPED} updates in a row had no finite loss, up to update {self.state.step}; "
+                "the last checkpoint is good: resume it with a lower --lr, or with --grad-clip"
+            )
+        seconds = time.perf_counter() - started
+        metrics["tokens_per_second"] = (self.state.tokens_seen - tokens) / seconds
+        metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        return metrics
+
+    def _evaluate(self) -> dict[str, float]:
+        self.state.evaluation = self.evaluate().metrics()
+        return self.state.evaluation
+
+    def _is_over(self) -> bool:
+        return self.schedule.is_over(self.state.step, self.state.tokens_seen)
