@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from galore_pretrain.errors import InputError
@@ -40,6 +41,12 @@ def named_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     return {name: int(state["step"]) for name, state in _named_state(optimizer)}
 
 
+def restore_counts(optimizer: torch.optim.Optimizer, counts: Mapping[str, int]) -> None:
+    """The inverse of `named_counts`."""
+    for name, state in _named_state(optimizer):
+        state["step"] = counts[name]
+
+
 def _named_state(optimizer: torch.optim.Optimizer) -> list[tuple[str, dict[str, Any]]]:
     return [
         (name, optimizer.state[p])
@@ -58,7 +65,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    writer = dcp.HuggingFaceStorageWriter(str(aside), fqn_to_index_mapping=_files(tensors))
+    writer = HuggingFaceStorageWriter(str(aside), fqn_to_index_mapping=_files(tensors))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch tells its own developers about deprecations here
         dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
@@ -77,18 +84,20 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises InputError where it is no checkpoint, or one of another model or optimizer.
     """
     state = read_state(folder)
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     saved = {
         name: (tuple(entry.size), entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     wanted = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    if different := [name for name in sorted(wanted) if saved.get(name) != wanted[name]] or sorted(saved.keys() - wanted.keys()):
+    if different := [name for name in sorted(wanted) if saved.get(name) != wanted[name]] or sorted(
+        saved.keys() - wanted.keys()
+    ):
         name = different[0]
         raise InputError(
-            f"{folder}: {name} is {saved.get(name, 'missing')}, this run's is {wanted.get(name, 'missing')}; the checkpoint is "
-            "of another model or optimizer: give another --output, or --resume never"
+            f"{folder}: {name} is {saved.get(name, 'missing')}, this run's is {wanted.get(name, 'missing')}; "
+            "the checkpoint is of another model or optimizer: give another --output"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from galore_pretrain.config import GROUPS, Flag, RunConfig, resolve
 from galore_pretrain.errors import InputError
 
 
-class _Parsed(click.ParamType):
+class _Parsed(click.ParamType):  # type: ignore[type-arg]
     """A click type from a function that raises ValueError."""
 
     def __init__(self, parse: Callable[[str], Any], name: str) -> None:
@@ -35,16 +35,15 @@ class _Option(click.Option):
     group = "Other"
 
 
-def _option(name: str, flag: Flag, default: Any) -> _Option:
+def _option(name: str, flag: Flag) -> _Option:
     dashed = name.replace("_", "-")
     kind: Any = flag.kind
     if isinstance(kind, tuple):
         kind = click.Choice(kind)
     elif not isinstance(kind, type):
         kind = _Parsed(kind, "count" if name.endswith("tokens") else "pair")
-    declaration = f"--{dashed}/--no-{dashed}" if flag.kind is bool else f"--{dashed}"
-    shown = flag.default_text or {True: "on", False: "off"}.get(default, default) if flag.kind is bool else flag.default_text or default
-    option = _Option([declaration, name], type=None if flag.kind is bool else kind, default=None, help=f"{flag.help}  [{shown}]")
+    declaration = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
+    option = _Option([declaration, name], type=kind, default=None, help=f"{flag.help}  [{flag.shown}]")
     option.group = flag.group
     return option
 
@@ -85,12 +84,19 @@ def cli() -> None:
     """
 
 
-@cli.command(cls=_TrainCommand, params=[_option(f.name, f.metadata["flag"], f.default) for f in fields(RunConfig)])
-@click.option("--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, metavar="RUN.json",
-              callback=lambda ctx, param, value: _read_run_json(ctx, value), help="A JSON object of flags; flags given here win.")
+@cli.command(cls=_TrainCommand, params=[_option(f.name, f.metadata["flag"]) for f in fields(RunConfig)])
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    metavar="RUN.json",
+    callback=lambda ctx, param, value: _read_run_json(ctx, value),
+    help="A JSON object of flags; flags given here win.",
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
-def train(ctx: click.Context, debug: bool, **values: Any) -> int:
+def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     """Train (the same as without a subcommand)."""
     given = {name: value for name, value in values.items() if value is not None}
     origins = {}
@@ -99,7 +105,9 @@ def train(ctx: click.Context, debug: bool, **values: Any) -> int:
         origins[name] = str(ctx.meta["run_json"]) if from_file else "flag"
     config, origins = resolve(given, origins)
 
-    from galore_pretrain.run import train as train_now  # torch and transformers: only for a run that makes sense so far
+    from galore_pretrain.run import (
+        train as train_now,
+    )  # torch and transformers: only for a run that makes sense so far
 
     return train_now(config, origins)
 
@@ -114,7 +122,7 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
     names = {f.name for f in fields(RunConfig)}
     if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in names]):
         what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "not a JSON object"
-        raise InputError(f"--config {path}: {what}; keys are the long flags, such as \"total_batch_size\"")
+        raise InputError(f'--config {path}: {what}; keys are the long flags, such as "total_batch_size"')
     ctx.default_map = {key.replace("-", "_"): value for key, value in values.items()}
     ctx.meta["run_json"] = path
 

@@ -1,7 +1,7 @@
 """Every option of a run, once: its flag, default, help and check. No torch in here: ``--help`` must be quick.
 
-defaults < recipe < run JSON < flags. `RunConfig`'s fields are the flags; `resolve` fills in what the recipe of the model and
-optimizer says and checks what depends on two fields.
+defaults < recipe < run JSON < flags. `RunConfig`'s fields are the flags; `resolve` fills in what the recipe of the
+model and optimizer says and checks what depends on two fields.
 """
 
 import difflib
@@ -40,124 +40,115 @@ def parse_betas(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Flag:
-    """What the command line needs of a field. ``kind``: a type, a tuple of choices, or a parser of strings."""
+    """What the command line needs of a field. ``kind``: a type, the choices, or a parser of strings.
+
+    Numbers are at ``least``, or ``above``, a bound. ``shown`` stands for the default in the help. A ``free`` flag may
+    change when a run is resumed: it does not change what is computed.
+    """
 
     help: str
     kind: type | tuple[str, ...] | Callable[[str], Any]
     group: str
     least: float | None = None
-    """The smallest value accepted; ``above`` excludes it."""
-    above: bool = False
-    default_text: str = ""
-    """What stands in the help where there is no plain default."""
+    above: float | None = None
+    shown: str = "recipe"
     free: bool = False
-    """Whether a resumed run may change it without computing anything else."""
 
 
 def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
+    if default is not None and "shown" not in more:
+        more["shown"] = {True: "on", False: "off"}[default] if kind is bool else str(default)
     return field(default=default, metadata={"flag": Flag(help, kind, group, **more)})
 
 
-METHOD, BATCH, TEXT, SCHEDULE, MACHINE, OUTPUT = "Method", "Batch", "Text", "Length and learning rate", "Machine", "Output"
-GROUPS = (METHOD, BATCH, TEXT, SCHEDULE, MACHINE, OUTPUT)
-_RECIPE: dict[str, Any] = {"default_text": "recipe"}
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+BASES, REFRESHES = ("svd", "randomized"), ("together", "staggered")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT = (
+    "Method",
+    "Batch",
+    "Text",
+    "Length and learning rate",
+    "Machine",
+    "Output",
+)
+GROUPS = (METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT)
+_TENTH = "a tenth, at most 1000"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run. ``None`` means: not used by this method, or (before `resolve`) not said."""
+    """A training run, one field a flag. After `resolve`, a field is None only where its type says so: not in use."""
 
-    model: str | None = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", str, METHOD, default_text="required")
+    model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", str, METHOD, shown="required")
     optim: str = _flag("galore_adamw", "Optimizer: a row of the registry.", str, METHOD)
-    rank: int | None = _flag(None, "GaLore: rank r of the subspace.", int, METHOD, least=1, **_RECIPE)
-    update_proj_gap: int | None = _flag(
-        None, "GaLore: updates T between two bases.", int, METHOD, least=1, **_RECIPE
-    )
-    galore_scale: float | None = _flag(
-        None, "GaLore: factor α on projected updates.", float, METHOD, least=0, above=True, **_RECIPE
-    )
-    proj_type: str | None = _flag(
-        None, "GaLore: side that is projected.", ("std", "reverse_std", "left", "right", "full"), METHOD, default_text="std"
-    )
-    basis: str | None = _flag(
-        None, "GaLore: how a basis is found.", ("svd", "randomized"), METHOD, default_text="randomized"
-    )
-    refresh: str | None = _flag(
-        None, "GaLore: bases renewed at once or spread out.", ("together", "staggered"), METHOD, default_text="staggered"
-    )
+    rank: int | None = _flag(None, "GaLore: rank r of the subspace.", int, METHOD, least=1)
+    update_proj_gap: int | None = _flag(None, "GaLore: updates T between two bases.", int, METHOD, least=1)
+    galore_scale: float | None = _flag(None, "GaLore: factor α on projected updates.", float, METHOD, above=0)
+    proj_type: str | None = _flag(None, "GaLore: side that is projected.", PROJ_TYPES, METHOD, shown="std")
+    basis: str | None = _flag(None, "GaLore: how a basis is found.", BASES, METHOD, shown="randomized")
+    refresh: str | None = _flag(None, "GaLore: renew bases at once or in turn.", REFRESHES, METHOD, shown="staggered")
     matrix_lr_scale: float = _flag(
-        1.0, "Factor on the learning rate of attention and MLP weights; 0 freezes them.", float, METHOD, least=0
+        1.0, "Factor on the matrices' learning rate; 0 freezes them.", float, METHOD, least=0
     )
-    numerics: str = _flag(
-        "sound", "fp32 arithmetic with stochastic rounding, or the published code's choices.", ("sound", "reference"), METHOD
-    )
-    weight_decay: float | None = _flag(None, "Weight decay.", float, METHOD, least=0, **_RECIPE)
+    numerics: str = _flag("sound", "Sound, or the published code's choices.", ("sound", "reference"), METHOD)
+    weight_decay: float = _flag(None, "Weight decay.", float, METHOD, least=0)
     betas: tuple[float, float] | None = _flag(
-        None, "Moment decay rates, as 0.9,0.999; the first is the momentum of sgd and adafactor.", parse_betas, METHOD, default_text="row"
+        None, "Adam's β, as 0.9,0.999; the first is sgd's and adafactor's momentum.", parse_betas, METHOD, shown="row"
     )
-    eps: float | None = _flag(None, "Adam's ε.", float, METHOD, least=0, above=True, default_text="row")
+    eps: float | None = _flag(None, "Adam's ε.", float, METHOD, above=0, shown="row")
 
-    layerwise: bool = _flag(False, "Update each weight inside backward, without a full set of gradients.", bool, BATCH, free=True)
-    activation_checkpointing: bool = _flag(
-        False, "Recompute activations in backward.", bool, BATCH, free=True
+    layerwise: bool = _flag(False, "Update inside backward; no full set of gradients exists.", bool, BATCH, free=True)
+    activation_checkpointing: bool = _flag(False, "Recompute activations in backward.", bool, BATCH, free=True)
+    batch_size: int = _flag(
+        None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="up to 8; all of them if layerwise"
     )
-    batch_size: int | None = _flag(
-        None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, default_text="8, or all if layerwise"
-    )
-    total_batch_size: int | None = _flag(None, "Sequences an update.", int, BATCH, least=1, **_RECIPE)
-    grad_clip: float | None = _flag(None, "Largest gradient norm; 0 is off.", float, BATCH, least=0, **_RECIPE)
+    total_batch_size: int = _flag(None, "Sequences an update.", int, BATCH, least=1)
+    grad_clip: float = _flag(None, "Largest gradient norm; 0 is off.", float, BATCH, least=0)
 
     data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", str, TEXT)
-    eval_data: str | None = _flag(None, "Validation text, instead of a part of --data.", str, TEXT, default_text="from --data")
-    tokenizer: str | None = _flag(
-        None, "t5, sample, a .model file, a folder or a hub id.", str, TEXT, default_text="t5 for c4, sample for sample"
+    eval_data: str | None = _flag(None, "Validation text, not a part of --data.", str, TEXT, shown="from --data")
+    tokenizer: str = _flag(
+        None, "t5, sample, a .model file, a folder or a hub id.", str, TEXT, shown="t5 for c4, sample for sample"
     )
     layout: str = _flag("pad", "One document a row, or documents packed.", ("pad", "pack"), TEXT)
     max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)
 
-    steps: int | None = _flag(None, "Updates.", int, SCHEDULE, least=1, **_RECIPE)
-    max_tokens: int | None = _flag(
-        None, "Real tokens to train on, instead of --steps: 1.1B.", parse_count, SCHEDULE, default_text="off"
+    steps: int | None = _flag(None, "Updates.", int, LENGTH, least=1)
+    max_tokens: int | None = _flag(None, "Real tokens, instead of --steps: 1.1B.", parse_count, LENGTH, shown="off")
+    warmup_steps: int | None = _flag(None, "Updates of linear warm-up.", int, LENGTH, least=0, shown="a tenth")
+    lr: float = _flag(None, "Peak learning rate.", float, LENGTH, above=0)
+    min_lr_ratio: float = _flag(
+        None, "Last learning rate over the peak.", float, LENGTH, least=0, shown="0.1 for cosine, 0 for linear"
     )
-    warmup_steps: int | None = _flag(None, "Updates of linear warm-up.", int, SCHEDULE, least=0, default_text="a tenth")
-    lr: float | None = _flag(None, "Peak learning rate.", float, SCHEDULE, least=0, above=True, **_RECIPE)
-    min_lr_ratio: float | None = _flag(
-        None, "Last learning rate over the peak.", float, SCHEDULE, least=0, default_text="0.1 for cosine, 0 for linear"
-    )
-    scheduler: str = _flag("cosine", "Decay after warm-up.", ("cosine", "linear"), SCHEDULE)
-    eval_every: int | None = _flag(
-        None, "Updates between evaluations.", int, SCHEDULE, least=1, free=True, default_text="a tenth, at most 1000"
-    )
-    eval_tokens: int = _flag(10_000_000, "Validation tokens an evaluation.", parse_count, SCHEDULE, default_text="10M")
+    scheduler: str = _flag("cosine", "Decay after warm-up.", ("cosine", "linear"), LENGTH)
+    eval_every: int = _flag(None, "Updates between evaluations.", int, LENGTH, least=1, free=True, shown=_TENTH)
+    eval_tokens: int = _flag(10_000_000, "Validation tokens an evaluation.", parse_count, LENGTH, shown="10M")
 
     dtype: str = _flag("bfloat16", "Of weights, gradients and moments.", ("bfloat16", "float32"), MACHINE)
-    device: str = _flag("auto", "auto, cpu, cuda, cuda:1.", str, MACHINE, free=True)
+    device: str = _flag("auto", "auto, cpu, cuda or cuda:N.", str, MACHINE, free=True)
     seed: int = _flag(0, "Of weights, data order and rounding.", int, MACHINE, least=0)
 
-    output: str | None = _flag(
-        None, "Folder of the run.", str, OUTPUT, free=True, default_text="runs/MODEL-OPTIM-TIME"
-    )
+    output: str = _flag(None, "Folder of the run.", str, OUTPUT, free=True, shown="runs/MODEL-OPTIM-TIME")
     resume: str = _flag("auto", "auto (go on in --output), never, or a checkpoint.", str, OUTPUT, free=True)
     resume_with_changes: bool = _flag(
         False, "Resume although options differ that change the computation.", bool, OUTPUT, free=True
     )
-    save_every: int | None = _flag(
-        None, "Updates between checkpoints.", int, OUTPUT, least=1, free=True, default_text="a tenth, at most 1000"
-    )
+    save_every: int = _flag(None, "Updates between checkpoints.", int, OUTPUT, least=1, free=True, shown=_TENTH)
     keep: int = _flag(2, "Checkpoints kept.", int, OUTPUT, least=1, free=True)
-    wandb: str = _flag(
-        "auto", "auto is online with a key, else offline.", ("auto", "online", "offline", "disabled"), OUTPUT, free=True
-    )
+    wandb: str = _flag("auto", "auto is online with a key, else offline.", WANDB_MODES, OUTPUT, free=True)
     wandb_project: str = _flag("galore-pretrain", "wandb project.", str, OUTPUT, free=True)
-    name: str | None = _flag(None, "wandb name of the run.", str, OUTPUT, free=True, default_text="name of the folder")
-    tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, default_text="none")
+    name: str | None = _flag(None, "wandb name of the run.", str, OUTPUT, free=True, shown="name of the folder")
+    tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="none")
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
         return [
             f"--{f.name.replace('_', '-')} {getattr(self, f.name)} (was {saved[f.name]})"
             for f in fields(self)
-            if f.name in saved and not f.metadata["flag"].free and _plain(getattr(self, f.name)) != _plain(saved[f.name])
+            if f.name in saved
+            and not f.metadata["flag"].free
+            and _plain(getattr(self, f.name)) != _plain(saved[f.name])
         ]
 
 
@@ -166,11 +157,11 @@ def _plain(value: Any) -> Any:
 
 
 def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
-    """The complete config and, for each field, where its value came from. Raises InputError for what does not fit together.
+    """The complete config, and where each field's value came from. Raises InputError for what does not fit together.
 
     ``given`` holds what the user said, field by field; ``sources`` by what means (``flag``, or the name of a run JSON).
     """
-    values = {f.name: f.default for f in fields(RunConfig)} | dict(given)
+    values: dict[str, Any] = {f.name: f.default for f in fields(RunConfig)} | dict(given)
     origins = {f.name: sources.get(f.name, "default") for f in fields(RunConfig)}
     if values["model"] is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
@@ -188,13 +179,19 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
         if (projected or name not in _GALORE) and not (name == "steps" and values["max_tokens"]):
             fill(name, value, f"recipe: {source}")
     if values["steps"] and values["max_tokens"]:
-        raise InputError(f"--steps {values['steps']} and --max-tokens {values['max_tokens']} both end the run; give one")
+        raise InputError(
+            f"--steps {values['steps']} and --max-tokens {values['max_tokens']} both end the run; give one"
+        )
 
     if projected:
         reference = values["numerics"] == "reference"
         fill("proj_type", "std", "default")
         fill("basis", "svd" if reference else "randomized", "numerics reference" if reference else "default")
-        fill("refresh", "together" if reference else "staggered", "numerics reference" if reference else "default")
+        fill(
+            "refresh",
+            "together" if reference else "staggered",
+            "numerics reference" if reference else "default",
+        )
     fill("min_lr_ratio", 0.1 if values["scheduler"] == "cosine" else 0.0, f"scheduler {values['scheduler']}")
     updates = values["steps"] or math.ceil(values["max_tokens"] / (values["total_batch_size"] * values["max_length"]))
     if values["steps"]:
@@ -202,9 +199,17 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
     for name in ("eval_every", "save_every"):
         fill(name, min(1000, math.ceil(updates / 10)), "a tenth of the run, at most 1000")
     total = values["total_batch_size"]
-    fill("batch_size", total if values["layerwise"] else max(d for d in range(1, 9) if total % d == 0), "total batch size")
+    fill(
+        "batch_size",
+        total if values["layerwise"] else max(d for d in range(1, 9) if total % d == 0),
+        "total batch size",
+    )
     fill("tokenizer", {"c4": "t5", "sample": "sample"}.get(values["data"]), f"data {values['data']}")
-    fill("output", f"runs/{Path(values['model']).stem}-{values['optim']}-{time.strftime('%Y%m%d-%H%M%S')}", "default")
+    fill(
+        "output",
+        f"runs/{Path(values['model']).stem}-{values['optim']}-{time.strftime('%Y%m%d-%H%M%S')}",
+        "default",
+    )
     _check(values)
     return RunConfig(**values), origins
 
@@ -213,15 +218,17 @@ _GALORE = ("rank", "update_proj_gap", "galore_scale", "proj_type", "basis", "ref
 
 
 def _check_bound(name: str, flag: Flag, value: Any) -> None:
-    if flag.least is None or value is None:
+    low, bound = (flag.above, "greater than") if flag.above is not None else (flag.least, "at least")
+    if low is None or value is None:
         return
-    if not math.isfinite(value) or value < flag.least or (flag.above and value == flag.least):
-        bound = "greater than" if flag.above else "at least"
-        raise InputError(f"--{name.replace('_', '-')} {value} must be {bound} {flag.least:g}")
+    if not math.isfinite(value) or value < low or value == flag.above:
+        raise InputError(f"--{name.replace('_', '-')} {value} must be {bound} {low:g}")
 
 
 def _check_row(optim: str) -> None:
-    rows = list(_recipes()["optimizers"])  # one entry a row of the registry, which cannot be asked without loading torch
+    rows = list(
+        _recipes()["optimizers"]
+    )  # one entry a row of the registry, which cannot be asked without loading torch
     if optim not in rows:
         near = difflib.get_close_matches(optim, rows, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? All rows: " if near else "choose from "
@@ -232,7 +239,9 @@ def _check_galore_only(values: Mapping[str, Any], projected: bool) -> None:
     for name in _GALORE:
         if not projected and values[name] is not None:
             flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {values[name]} has no meaning for --optim {values['optim']}; only GaLore rows project")
+            raise InputError(
+                f"--{flag} {values[name]} has no meaning for --optim {values['optim']}; only GaLore rows project"
+            )
 
 
 def _check(values: Mapping[str, Any]) -> None:
@@ -240,7 +249,9 @@ def _check(values: Mapping[str, Any]) -> None:
     total, size = values["total_batch_size"], values["batch_size"]
     if total % size:
         below = max(d for d in range(1, min(size, total) + 1) if total % d == 0)
-        raise InputError(f"--total-batch-size {total} is not a multiple of --batch-size {size}; the nearest divisor is {below}")
+        raise InputError(
+            f"--total-batch-size {total} is not a multiple of --batch-size {size}; the nearest divisor is {below}"
+        )
     if values["layerwise"] and total != size:
         raise InputError(
             f"--layerwise updates inside one backward pass, but --total-batch-size {total} takes {total // size} of "
@@ -248,8 +259,8 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     if values["layerwise"] and values["grad_clip"]:
         raise InputError(
-            f"--grad-clip {values['grad_clip']} needs the norm of all gradients before the first update, which --layerwise "
-            "never has; use --grad-clip 0, or --no-layerwise"
+            f"--grad-clip {values['grad_clip']} needs the norm of all gradients before the first update, which "
+            "--layerwise never has; use --grad-clip 0, or --no-layerwise"
         )
     if values["steps"] and values["warmup_steps"] > values["steps"]:
         raise InputError(f"--warmup-steps {values['warmup_steps']} exceeds --steps {values['steps']}")
@@ -260,7 +271,7 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 def recipe(model: str, optim: str) -> dict[str, tuple[Any, str]]:
-    """Hyper-parameters for a model and an optimizer, each with its source; later entries win: all, model, optimizer, cell."""
+    """Hyper-parameters for a model and an optimizer, each with its source; the more particular entry wins."""
     table = _recipes()
     entries = [
         table["all"],
@@ -274,8 +285,6 @@ def recipe(model: str, optim: str) -> dict[str, tuple[Any, str]]:
 def reference_batch(config: RunConfig) -> int:
     """Sequences in a batch of the published script's evaluation, which its perplexity depends on."""
     table = _recipes()["reference_batches"]
-    assert config.model is not None
-    assert config.total_batch_size is not None
     return int(min(table.get(Path(config.model).stem, table["other"]), config.total_batch_size))
 
 

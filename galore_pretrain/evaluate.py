@@ -49,7 +49,10 @@ def evaluate(
 
     row_sums, row_counts = torch.cat(sums), torch.cat(counts)
     loss = float(row_sums.sum() / row_counts.sum())
-    means = [s.sum() / c.sum() for s, c in zip(row_sums.split(reference_batch), row_counts.split(reference_batch), strict=True)]
+    means = [
+        s.sum() / c.sum()
+        for s, c in zip(row_sums.split(reference_batch), row_counts.split(reference_batch), strict=True)
+    ]
     reference = float(torch.stack(means).sum()) / (len(means) + 1)
     tokens = sum(row.real for row in rows)
     return Evaluation(loss, _exp(loss), _exp(reference), tokens)

@@ -87,7 +87,11 @@ def describe(metrics: Metrics) -> str:
     """The numbers of one update as a person reads them."""
     loss, rate = metrics["loss"], metrics["tokens_per_second"] or 0
     parts = [f"loss {loss:.4f}", f"ppl {_exp(loss):.4g}"] if loss is not None else ["loss none"]
-    parts += [f"lr {metrics['lr']:.3g}", f"{rate:,.0f} tok/s", f"mem {(metrics['peak_memory_bytes'] or 0) / 2**30:.2f} GiB"]
+    parts += [
+        f"lr {metrics['lr']:.3g}",
+        f"{rate:,.0f} tok/s",
+        f"mem {(metrics['peak_memory_bytes'] or 0) / 2**30:.2f} GiB",
+    ]
     if metrics.get("eval_perplexity") is not None:
         parts.append(f"| validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.4g}")
     return "  ".join(parts)
@@ -103,7 +107,17 @@ class Wandb:
     ``mode``: ``online``, ``offline``, ``disabled``, or ``auto``: online with an API key, else offline. Never prompts.
     """
 
-    def __init__(self, mode: str, folder: Path, *, project: str, name: str, tags: list[str], config: dict[str, Any], run_id: str | None) -> None:
+    def __init__(
+        self,
+        mode: str,
+        folder: Path,
+        *,
+        project: str,
+        name: str,
+        tags: list[str],
+        config: dict[str, Any],
+        run_id: str | None,
+    ) -> None:
         self._run: Any = None
         self.run_id = run_id
         if mode == "auto":
@@ -114,8 +128,14 @@ class Wandb:
             import wandb
 
             self._run = wandb.init(
-                mode=mode, dir=folder, project=project, name=name, tags=tags, config=config,
-                id=run_id, resume="allow" if run_id else None,
+                mode=mode,  # type: ignore[arg-type]
+                dir=folder,
+                project=project,
+                name=name,
+                tags=tags,
+                config=config,
+                id=run_id,
+                resume="allow" if run_id else None,
                 settings=wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True),
             )
             self.run_id = self._run.id

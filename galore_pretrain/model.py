@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from galore_pretrain.errors import InputError
@@ -26,6 +28,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "architectures": (list,),
     "rope_parameters": (dict, type(None)),
 }
+_HEAD_CHUNK = 512  # tokens whose logits exist at a time
 _INIT_BLOCK = 1 << 22  # elements drawn at a time: 16 MiB of fp32, whatever the size of a matrix
 
 
@@ -36,7 +39,7 @@ def shipped_models() -> list[str]:
 
 
 def load_model_config(name_or_path: str) -> LlamaConfig:
-    """A shipped config by name (``llama_60m``), or any LLaMA config as a JSON file, the benchmark's published ones included.
+    """A shipped config by name (``llama_60m``), or any LLaMA config as a JSON file, published ones included.
 
     Raises ``InputError`` with file, key and remedy for what makes no sense. The tokens named as padding by
     a config are dropped: ``nn.Embedding`` would zero and freeze that row, a real token's where the id is −1.
@@ -58,7 +61,15 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
 
     positions = values.pop("max_sequence_length", None)  # the published configs' name for it
     config = {"max_position_embeddings": positions} if positions else {}
-    ignored = ("pad_token_id", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache")
+    ignored = (
+        "pad_token_id",
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+    )
     config |= {key: value for key, value in values.items() if key not in ignored}
     try:
         return LlamaConfig(**config, use_cache=False, architectures=["LlamaForCausalLM"])
@@ -68,7 +79,9 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
 
 def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
     if name_or_path in (names := shipped_models()):
-        return json.loads((resources.files("galore_pretrain") / "configs" / f"{name_or_path}.json").read_text()), name_or_path
+        return json.loads(
+            (resources.files("galore_pretrain") / "configs" / f"{name_or_path}.json").read_text()
+        ), name_or_path
     path = Path(name_or_path)
     if not path.is_file():
         near = difflib.get_close_matches(name_or_path, names, n=1)
@@ -88,27 +101,45 @@ def _check_shape(values: dict[str, Any], source: str) -> None:
     if "head_dim" not in values and hidden % heads:
         divisors = [str(d) for d in range(1, 129) if hidden % d == 0 and (hidden // d) % 2 == 0]
         raise InputError(
-            f"{source}: num_attention_heads {heads} does not divide hidden_size {hidden}; choose from {', '.join(divisors)}"
+            f"{source}: num_attention_heads {heads} does not divide hidden_size {hidden}; "
+            f"choose from {', '.join(divisors)}"
         )
     head_dim = values.get("head_dim", hidden // heads)
     if head_dim < 2 or head_dim % 2:
-        raise InputError(f"{source}: heads are {head_dim} wide; rotary embeddings need an even width: change num_attention_heads")
+        raise InputError(
+            f"{source}: heads are {head_dim} wide; rotary embeddings need an even width: change num_attention_heads"
+        )
     if heads % (groups := values.get("num_key_value_heads", heads) or 1) or groups < 1:
-        raise InputError(f"{source}: num_key_value_heads {groups} does not divide num_attention_heads {heads}; choose a divisor")
+        raise InputError(
+            f"{source}: num_key_value_heads {groups} does not divide num_attention_heads {heads}; choose a divisor"
+        )
     if values.get("model_type", "llama") != "llama":
         raise InputError(f"{source}: model_type is {values['model_type']!r}; only 'llama' is built here")
-    for key in ("max_position_embeddings", "max_sequence_length", "rms_norm_eps", "initializer_range", "rope_theta"):
+    if (activation := values.get("hidden_act", "silu")) not in ACT2FN:
+        raise InputError(f"{source}: hidden_act {activation!r} is unknown; LLaMA's is 'silu'")
+    for key in (
+        "max_position_embeddings",
+        "max_sequence_length",
+        "rms_norm_eps",
+        "initializer_range",
+        "rope_theta",
+    ):
         if values.get(key, 1) <= 0:
             raise InputError(f"{source}: {key} is {values[key]}; it must be greater than 0")
 
 
 def build_model(
-    config: LlamaConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    config: LlamaConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> LlamaForCausalLM:
     """The model with fresh weights: matrices from N(0, ``initializer_range``), norms 1, biases 0.
 
-    Weights are allocated once, on ``device`` and in ``dtype``. Each is drawn on the CPU from its own stream, named by ``seed``
-    and the parameter's name, so the same seed gives the same weights on every device and however they are sharded.
+    Weights are allocated once, on ``device`` and in ``dtype``. Each is drawn on the CPU from its own stream, named by
+    ``seed`` and the parameter's name, so the same seed gives the same weights on every device and however they are
+    sharded.
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
@@ -135,12 +166,59 @@ def _initialize(name: str, parameter: Tensor, std: float, seed: int) -> None:
         block.copy_(torch.empty(block.shape).normal_(0.0, std, generator=generator))
 
 
-def token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each label, in nats: fp32, shaped as ``labels`` (batch × length), 0 where a label is −100.
+def mean_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
+    """Σ cross-entropy / ``divisor``, in nats: what a micro-batch of a training step contributes. A scalar in fp32.
 
-    ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: already shifted. No padding mask is needed,
-    since attention is causal and padding stands at the end.
+    ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: already shifted; −100 is not counted. No padding
+    mask is needed, since attention is causal and padding stands at the end.
     """
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden).float()
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    arguments = hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), 1.0 / divisor
+    loss: Tensor = _HeadLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each label, shaped as ``labels``, in fp32 and without gradients; 0 where a label is −100."""
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    losses = [
+        F.cross_entropy((h @ model.lm_head.weight.T).float(), y, reduction="none")
+        for h, y in _chunks(hidden, labels.flatten())
+    ]
+    return torch.cat(losses).view(labels.shape)
+
+
+def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(hidden.split(_HEAD_CHUNK), labels.split(_HEAD_CHUNK), strict=True)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The output projection and its loss, in chunks of tokens whose gradients are computed on the way forward.
+
+    The logits of a whole micro-batch would take tokens × vocabulary fp32 numbers, several times over; here one chunk's
+    exist at a time, and none is computed twice. Logits are rounded to the model's dtype and then taken to fp32, as
+    transformers' own loss does. The weight's gradient is summed over chunks in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start, (h, y) in zip(range(0, len(hidden), _HEAD_CHUNK), _chunks(hidden, labels), strict=True):
+            counted = y >= 0
+            log_p = F.log_softmax((h @ weight.T).float(), dim=-1)
+            index = y.clamp(min=0)[:, None]
+            total -= (log_p.gather(1, index)[:, 0] * counted).sum()
+            grad = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
+            grad = grad.mul_((counted * scale)[:, None]).to(weight.dtype)
+            grad_hidden[start : start + len(h)] = grad @ weight
+            grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_outputs[0], grad_weight * grad_outputs[0], None, None

@@ -42,6 +42,9 @@ def _git_state() -> dict[str, Any] | None:
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
-        return {"commit": git("rev-parse", "HEAD").strip(), "changed": bool(git("status", "--porcelain", "-uno").strip())}
+        return {
+            "commit": git("rev-parse", "HEAD").strip(),
+            "changed": bool(git("status", "--porcelain", "-uno").strip()),
+        }
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -14,7 +14,7 @@ from galore_pretrain.evaluate import Evaluation
 from galore_pretrain.execution import Execution
 from galore_pretrain.memory import peak_memory_bytes
 from galore_pretrain.metrics import MetricLogger, Metrics
-from galore_pretrain.model import token_losses
+from galore_pretrain.model import mean_loss
 from galore_pretrain.schedule import Schedule
 
 MAX_SKIPPED = 10
@@ -45,9 +45,9 @@ class TrainState:
 class Trainer:
     """Runs updates until the schedule is over; evaluates, logs and saves on the way.
 
-    ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` and ``save``
-    are called every so many updates and after the last one. ``stop_signal`` may be set at any moment, by a signal
-    handler: the update in progress is completed and saved, and `fit` returns.
+    ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` and
+    ``save`` are called every so many updates and after the last one. ``stop_signal`` may be set at any moment, by a
+    signal handler: the update in progress is completed and saved, and `fit` returns.
     """
 
     def __init__(
@@ -69,13 +69,19 @@ class Trainer:
         device: torch.device,
     ) -> None:
         self.model, self.batches, self.optimizer, self.execution = model, batches, optimizer, execution
-        self.schedule, self.evaluate, self.save, self.loggers, self.state = schedule, evaluate, save, loggers, state
+        self.schedule, self.evaluate, self.save, self.loggers, self.state = (
+            schedule,
+            evaluate,
+            save,
+            loggers,
+            state,
+        )
         self.batch_size, self.eval_every, self.save_every = batch_size, eval_every, save_every
         self.mean_of_means, self.device = mean_of_means, device
         self.stop_signal: int | None = None
 
-    def fit(self) -> None:
-        """Train to the end of the schedule, or to the first update after ``stop_signal``."""
+    def fit(self) -> bool:
+        """Train to the end of the schedule, or to the first update after ``stop_signal``; whether it is the end."""
         self.model.train()
         batches = iter(self.batches)
         while not (over := self._is_over()) and self.stop_signal is None:
@@ -87,6 +93,7 @@ class Trainer:
                 logger.log(metrics, self.state.step)
             if over or self.state.step % self.save_every == 0 or self.stop_signal is not None:
                 self.save()
+        return over
 
     def train_step(self, batch: Batch) -> Metrics:
         """One update. The learning rate is written before backward, where layerwise updates already need it."""
@@ -116,14 +123,13 @@ class Trainer:
         total = 0.0
         for input_ids, targets in zip(inputs, labels, strict=True):
             divisor = max(1, int((targets >= 0).sum())) * len(inputs) if self.mean_of_means else label_tokens
-            losses = token_losses(self.model, input_ids.to(self.device), targets.to(self.device))
-            loss = losses.sum() / divisor
+            loss = mean_loss(self.model, input_ids.to(self.device), targets.to(self.device), divisor)
             total += loss.item()
             if not math.isfinite(total):
                 log.warning("the loss of update %d is %s: skipped", self.state.step + 1, total)
                 self.optimizer.zero_grad(set_to_none=True)
                 break
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         return total
 
     def _timed_step(self, batches: Any) -> Metrics:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the tokenizer that ships for ``--data sample``: 1024 SentencePiece pieces on the sample's training speeches.
 
-    python scripts/train_sample_tokenizer.py     # needs the extra ``sample``; writes galore_pretrain/tokenizers/sample.model
+    python scripts/train_sample_tokenizer.py     # needs the extra ``sample``
 
 Unigram with T5's ids (pad 0, eos 1, unk 2) and T5's normalization; 1024 pieces so that llama_1m spends its parameters
 on matrices rather than on a vocabulary. Trained on the training split alone: validation text is unseen by it too.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from galore_pretrain.data import sample_source
+from galore_pretrain.sources import sample_source
 
 TARGET = Path(__file__).resolve().parent.parent / "galore_pretrain" / "tokenizers" / "sample"
 

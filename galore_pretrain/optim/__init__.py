@@ -1,6 +1,6 @@
-"""The registry: a method is a row, composed of a wrapper, a rule and a moment store. Imports nothing else of the project.
+"""The registry: a method is a row, composed of a wrapper, a rule and a moment store.
 
-    optimizer = build_optimizer(model, "galore_adamw", lr=0.01, rank=128)
+optimizer = build_optimizer(model, "galore_adamw", lr=0.01, rank=128)
 """
 
 import difflib
@@ -14,7 +14,16 @@ from galore_pretrain.optim.moments import Dense
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rules import SGD, Adafactor, Adam, Direction, Step, UpdateRule
 
-__all__ = ["REGISTRY", "Direction", "GaLore", "RuleOptimizer", "Step", "UpdateRule", "build_optimizer", "resolve_row"]
+__all__ = [
+    "REGISTRY",
+    "Direction",
+    "GaLore",
+    "RuleOptimizer",
+    "Step",
+    "UpdateRule",
+    "build_optimizer",
+    "resolve_row",
+]
 
 _NEAREST = Dense(rounding="nearest")
 
@@ -25,7 +34,7 @@ def _published(inner: UpdateRule) -> GaLore:
 
 @dataclass(frozen=True)
 class Row:
-    """A method under both numerics: ``sound``, and ``reference`` as torch's, transformers' or the GaLore authors' code."""
+    """A method as it should be, and as torch's, transformers' or the GaLore authors' code computes it."""
 
     sound: Any
     reference: Any
@@ -72,23 +81,23 @@ def build_optimizer(
 ) -> RuleOptimizer:
     """One optimizer for all trainable parameters of ``model``, in two groups: its matrices, and everything else.
 
-    The matrices are the linear layers of attention and MLP. A GaLore row projects them; embeddings, norms and
-    head get the row's bare inner rule. ``matrix_lr_scale`` multiplies the matrices' learning rate. What is ``None`` stays
-    as the row has it; an option that the row cannot use raises ValueError. ``betas[0]`` is SGD's momentum and
-    Adafactor's first moment, which they lack otherwise. A schedule writes ``group["lr"] = lr * group["lr_scale"]``.
+    The matrices are the linear layers of attention and MLP. A GaLore row projects them; embeddings, norms and head get
+    the row's bare inner rule. ``matrix_lr_scale`` multiplies the matrices' learning rate. What is ``None`` stays as the
+    row has it; an option that the row cannot use raises ValueError. ``betas[0]`` is SGD's momentum and Adafactor's
+    first moment, which they lack otherwise. A schedule writes ``group["lr"] = lr * group["lr_scale"]``.
     """
     if numerics not in ("sound", "reference"):
         raise ValueError(f"numerics {numerics!r} is unknown; choose from sound, reference")
     prototype = getattr(REGISTRY[resolve_row(row)], numerics)
     if numerics == "reference" and basis == "svd":
         basis = "svd_unsigned"
-    options = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
+    options: dict[str, Any] = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
     options |= {"basis": basis, "refresh": refresh, "betas": betas, "eps": eps}
     rule = _configure(row, prototype, {key: value for key, value in options.items() if value is not None})
 
     matrices = {f"{name}.weight" for name, module in model.named_modules() if is_projected(name, module)}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [(n, p) for n, p in trained if n in matrices], "rule": rule, "lr_scale": matrix_lr_scale},
         {
             "params": [(n, p) for n, p in trained if n not in matrices],

@@ -50,9 +50,13 @@ class GaLore:
     def init(self, like: Tensor) -> State:
         if like.ndim != 2:
             raise ValueError(f"GaLore projects matrices; got a tensor of shape {tuple(like.shape)}")
-        (m, n), (left, right) = like.shape, sides(*like.shape, self.proj_type)
+        m, n = like.shape
+        left, right = sides(m, n, self.proj_type)
         if self.rank > min(m, n):
-            warnings.warn(f"GaLore rank {self.rank} exceeds a side of a {m} × {n} matrix and is clipped", stacklevel=2)
+            warnings.warn(
+                f"GaLore rank {self.rank} exceeds a matrix's shorter side, {min(m, n)}, and is clipped to it",
+                stacklevel=2,
+            )
         r = min(self.rank, m, n)
         state = {"left_basis": like.new_zeros(m, r)} if left else {}
         state |= {"right_basis": like.new_zeros(r, n)} if right else {}
@@ -65,14 +69,15 @@ class GaLore:
         elif step.count == 1:
             self._start(left, right, step.seed)
         low = self.inner.update(project(grad, left, right), state, step)
-        factors = [low.left.to(grad.dtype)]
+        narrow = low.left.to(grad.dtype)
         if left is not None:
-            factors = [left, *factors] if right is None else [left @ factors[0]]
-        if right is not None:
-            factors.append(right)
+            tall, wide = (left, narrow) if right is None else (left @ narrow, right)
+        else:
+            assert right is not None
+            tall, wide = narrow, right
         if self.materialize:
-            return Direction((factors[0] @ factors[1]).mul_(self.scale), factor=low.factor)
-        return Direction(*factors, factor=self.scale * low.factor)
+            return Direction((tall @ wide).mul_(self.scale), factor=low.factor)
+        return Direction(tall, wide, self.scale * low.factor)
 
     def narrow(self, state: State, start: int, stop: int) -> State:
         raise TypeError("GaLore projects the whole matrix")

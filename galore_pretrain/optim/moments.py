@@ -13,7 +13,7 @@ class MomentStore(Protocol):
     """Keeps one moment of a parameter under ``name`` in that parameter's state."""
 
     def zeros(self, name: str, like: Tensor) -> State:
-        """The entries of ``state`` for a moment of ``like``'s shape, device and (unless the store says otherwise) dtype."""
+        """The entries of ``state`` that hold a moment of ``like``'s shape, on its device."""
         ...
 
     def read(self, state: State, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one ``torch.optim.Optimizer``: it gives each parameter its rule, its state and its random bits, and writes weights.
+"""The one ``torch.optim.Optimizer``: it gives each parameter its rule, state and random bits, and writes weights.
 
 ``update_param(p)`` is the whole update of one parameter. ``step()`` is a loop over it; a layerwise execution calls the
 same method from inside backward. Hence one state, one learning rate and one checkpoint format for both.
@@ -23,9 +23,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     """Applies an update rule to every parameter of a group: ``p -= lr · (direction + weight_decay · p)``.
 
     ``groups`` are dicts with ``params`` (tensors, or pairs of name and tensor), ``rule``, and optionally ``lr`` and
-    ``weight_decay``; other keys are kept for the caller. State is allocated here, whole and at its final shapes and dtypes.
-    ``rounding``: how a bf16 weight takes an update, ``"stochastic"`` (computed in fp32, reproducible from ``seed``
-    and the count of updates alone) or ``"nearest"`` (in the weight's own dtype). fp32 weights need neither.
+    ``weight_decay``; other keys are kept for the caller. State is allocated here, whole and at its final shapes and
+    dtypes. ``rounding``: how a bf16 weight takes an update, ``"stochastic"`` (computed in fp32, reproducible from
+    ``seed`` and the count of updates alone) or ``"nearest"`` (in the weight's own dtype). fp32 weights need neither.
     """
 
     def __init__(
@@ -108,7 +108,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._update(weight[start:stop], grad[start:stop], views, rule, group, step)
 
     def _update(
-        self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], rule: UpdateRule, group: dict[str, Any], step: Step
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        rule: UpdateRule,
+        group: dict[str, Any],
+        step: Step,
     ) -> None:
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         if decay and rule.decay == "l2":
@@ -164,7 +170,12 @@ def _subtract(weight: Tensor, direction: Direction, lr: float, decay: float, ord
 
 
 def _subtract_stochastically(
-    weight: Tensor, direction: Direction, lr: float, decay: float, order: Decay, generator: torch.Generator | None
+    weight: Tensor,
+    direction: Direction,
+    lr: float,
+    decay: float,
+    order: Decay,
+    generator: torch.Generator | None,
 ) -> None:
     """The update in fp32, a block of rows at a time, rounded once to the bf16 weight."""
     rows = max(1, CHUNK // weight[0].numel())

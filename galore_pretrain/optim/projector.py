@@ -18,7 +18,7 @@ rows (right); ``previous`` is the basis in use, of the same shape."""
 
 
 def sides(m: int, n: int, proj_type: str) -> tuple[bool, bool]:
-    """Whether an m × n gradient is projected from the (left, right). ``std`` shortens the longer memory, squares right."""
+    """Whether an m × n gradient is projected from the (left, right). ``std`` keeps the shorter basis."""
     if proj_type not in PROJ_TYPES:
         raise ValueError(f"proj_type {proj_type!r} is unknown; choose from {', '.join(PROJ_TYPES)}")
     if proj_type == "full":
@@ -90,4 +90,8 @@ def _generator(seed: int, device: torch.device) -> torch.Generator | None:
     return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
-BASES: dict[str, BasisFn] = {"svd": svd_basis, "randomized": randomized_basis, "svd_unsigned": unsigned_svd_basis}
+BASES: dict[str, BasisFn] = {
+    "svd": svd_basis,
+    "randomized": randomized_basis,
+    "svd_unsigned": unsigned_svd_basis,
+}

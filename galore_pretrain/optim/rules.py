@@ -155,11 +155,13 @@ class Adafactor:
     elementwise: ClassVar[bool] = False
 
     def init(self, like: Tensor) -> State:
-        fp32 = {"dtype": torch.float32, "device": like.device}
         if like.ndim == 2:
-            state = {"row": torch.zeros(like.shape[0], **fp32), "column": torch.zeros(like.shape[1], **fp32)}
+            state = {
+                name: like.new_zeros(n, dtype=torch.float32)
+                for name, n in zip(("row", "column"), like.shape, strict=True)
+            }
         else:
-            state = {"exp_avg_sq": torch.zeros(like.shape, **fp32)}
+            state = {"exp_avg_sq": torch.zeros_like(like, dtype=torch.float32)}
         return state | (self.store.zeros("exp_avg", like) if self.beta1 is not None else {})
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:

@@ -1,0 +1,45 @@
+"""Shared fixtures: no network, no wandb, one tiny model."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from galore_pretrain.model import build_model, load_model_config
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 1024,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a model small enough for a test to train: square, tall and wide matrices, the sample's vocabulary."""
+    path: Path = tmp_path_factory.mktemp("configs") / "llama_tiny.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def build_tiny(tiny_config: str) -> Callable[..., LlamaForCausalLM]:
+    """Builds that model: ``build_tiny(dtype=..., seed=...)``."""
+
+    def build(**kwargs: Any) -> LlamaForCausalLM:
+        return build_model(load_model_config(tiny_config), **({"dtype": torch.float32} | kwargs))
+
+    return build

@@ -1,0 +1,347 @@
+"""The real command line in its own process: runs, errors, signals, kills, and what a run leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from galore_pretrain import checkpoint
+from galore_pretrain.cli import cli
+from galore_pretrain.config import RunConfig, resolve
+from galore_pretrain.errors import InputError
+
+KEYS = {"step", "loss", "lr", "tokens_seen", "tokens_per_second", "peak_memory_bytes"}
+EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_tokens"}
+SUMMARY_KEYS = {
+    "steps",
+    "tokens_seen",
+    "peak_memory_bytes",
+    "process_peak_bytes",
+    "planned_peak_bytes",
+    "wall_seconds",
+} | EVAL_KEYS
+
+
+def command(model: str, output: Path, *flags: str) -> list[str]:
+    base = [
+        "--model",
+        model,
+        "--data",
+        "sample",
+        "--steps",
+        "12",
+        "--total-batch-size",
+        "4",
+        "--max-length",
+        "48",
+        "--rank",
+        "4",
+    ]
+    base += [
+        "--update-proj-gap",
+        "5",
+        "--eval-tokens",
+        "2000",
+        "--dtype",
+        "float32",
+        "--save-every",
+        "4",
+        "--eval-every",
+        "6",
+    ]
+    return [sys.executable, "-m", "galore_pretrain", *base, "--output", str(output), *flags]
+
+
+def run(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False, **kwargs)
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or another process's memory put there."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_bytes")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    result = run(tiny_config, output)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def test_what_a_run_leaves(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [set(row) for row in rows] == [KEYS | EVAL_KEYS if row["step"] in (6, 12) else KEYS for row in rows]
+    assert rows[-1]["eval_loss"] < rows[5]["eval_loss"] < 7.0
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    assert (summary["steps"], summary["tokens_seen"]) == (12, rows[-1]["tokens_seen"])
+    assert summary["eval_loss"] == rows[-1]["eval_loss"]
+    assert sorted(f.name for f in (finished / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+    kinds = {f.suffix for f in (finished / "checkpoints").rglob("*") if f.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+
+def test_config_json_says_where_values_come_from(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert set(config["config"]) == set(RunConfig.__dataclass_fields__)
+    assert config["config"]["rank"] == {"value": 4, "origin": "flag"}
+    assert config["config"]["lr"] == {"value": 0.01, "origin": "recipe: GaLore scripts/benchmark_c4"}
+    assert config["config"]["layout"]["origin"] == "default"
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["hardware"]["threads"]
+
+
+def test_model_folder_is_plain_hugging_face(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    state = checkpoint.folder_of(finished / "checkpoints", 12)
+    tensors = {f"model.{name}": torch.empty_like(p) for name, p in model.state_dict().items()}
+    torch.distributed.checkpoint.load(
+        tensors,
+        storage_reader=torch.distributed.checkpoint.HuggingFaceStorageReader(str(state)),
+        no_dist=True,
+    )
+    assert all(torch.equal(tensors[f"model.{name}"], p) for name, p in model.state_dict().items())
+    ids = tokenizer("Fellow citizens", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 1
+    assert model.config.pad_token_id is None
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--layerwise",), ("--layout", "pack", "--optim", "galore_adafactor")],
+    ids=["global", "layerwise", "pack"],
+)
+def test_killed_and_started_again(flags: tuple[str, ...], tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """kill -9 after the first checkpoint; the same command again ends with the same lines and weights, bit for bit."""
+    whole = finished
+    if "--layout" in flags:
+        whole = tmp_path / "whole"
+        assert run(tiny_config, whole, *flags).returncode == 0
+    output = tmp_path / "killed"
+    process = subprocess.Popen(command(tiny_config, output, *flags), stderr=subprocess.DEVNULL)
+    while not (output / "checkpoints" / "step_00000004").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (output / "summary.json").exists()
+    result = run(tiny_config, output, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "going on from" in result.stderr
+    assert lines(output) == lines(whole)
+    assert (output / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tiny_config, tmp_path / "run", "--save-every", "1000"), stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not lines(tmp_path / "run"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    if "done:" not in stderr:  # it may have been too late to stop it
+        assert process.returncode == 143, stderr
+        assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
+    assert run(tiny_config, tmp_path / "run").returncode == 0
+    assert lines(tmp_path / "run") == lines(finished)
+
+
+def test_resume_of_a_finished_run_changes_nothing(tiny_config: str, finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    result = run(tiny_config, finished)
+    assert result.returncode == 0, result.stderr
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_what_would_compute_something_else(tiny_config: str, finished: Path) -> None:
+    result = run(tiny_config, finished, "--lr", "0.02", "--batch-size", "2")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("Error:")
+    assert "--lr 0.02 (was 0.01)" in result.stderr
+    assert "--batch-size" not in result.stderr
+    assert run(tiny_config, finished, "--resume", "never").returncode == 2
+
+
+@pytest.mark.parametrize("numerics", ["sound", "reference"])
+def test_micro_batch_changes_rounding_only(numerics: str, tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """Sound: the mean over the update's label tokens. Reference: the mean of micro-batch means, as published."""
+    words = ["the", "people", "of", "these", "United", "States", "and", "their", "Congress"]
+    texts = [" ".join(words * (1 + i % 7)) for i in range(200)]  # documents of uneven length
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i, text in enumerate(texts))
+    )
+    flags = ("--data", str(tmp_path / "text.jsonl"), "--tokenizer", "sample", "--numerics", numerics)
+    flags += ("--eps", "1e-4")  # a larger ε, since Adam amplifies rounding near zero gradients
+    for size in (1, 4):
+        assert run(tiny_config, tmp_path / str(size), "--batch-size", str(size), *flags).returncode == 0
+    one, four = ([row["loss"] for row in lines(tmp_path / str(size))] for size in (1, 4))
+    gap = max(abs(a - b) for a, b in zip(one, four, strict=True))
+    assert gap < 1e-4 if numerics == "sound" else gap > 1e-4
+
+
+def test_max_tokens_ends_with_the_update_that_reaches_them(tiny_config: str, tmp_path: Path) -> None:
+    flags = command(tiny_config, tmp_path / "run", "--max-tokens", "1K")
+    del flags[flags.index("--steps") : flags.index("--steps") + 2]
+    result = subprocess.run(flags, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = lines(tmp_path / "run")
+    assert rows[-2]["tokens_seen"] < 1000 <= rows[-1]["tokens_seen"]
+    assert rows[-1]["lr"] == pytest.approx(0.001)
+    assert "eval_loss" in rows[-1]
+
+
+# -- errors and help --------------------------------------------------------------------------------------------------
+
+ERRORS = [
+    ([], "--model is missing"),
+    (["--model", "llama_6m"], "did you mean llama_60m"),
+    (["--model", "llama_60m", "--optim", "galore_adamww"], "did you mean galore_adamw"),
+    (["--model", "llama_60m", "--optim", "adamw", "--rank", "3"], "--rank 3 has no meaning for --optim adamw"),
+    (["--model", "llama_60m", "--rank", "0"], "--rank 0 must be at least 1"),
+    (["--model", "llama_60m", "--lr", "nan"], "--lr nan must be greater than 0"),
+    (["--model", "llama_60m", "--lr", "0"], "--lr 0.0 must be greater than 0"),
+    (["--model", "llama_60m", "--steps", "0"], "--steps 0 must be at least 1"),
+    (["--model", "llama_60m", "--steps", "5", "--max-tokens", "1M"], "both end the run"),
+    (["--model", "llama_60m", "--max-tokens", "lots"], "'lots' is not a count"),
+    (["--model", "llama_60m", "--betas", "1,2"], "not a pair of numbers in [0, 1)"),
+    (["--model", "llama_60m", "--batch-size", "24"], "--total-batch-size 512 is not a multiple of --batch-size 24"),
+    (["--model", "llama_60m", "--layerwise", "--batch-size", "8"], "--layerwise updates inside one backward pass"),
+    (["--model", "llama_60m", "--layerwise", "--grad-clip", "1"], "--grad-clip 1.0 needs the norm of all gradients"),
+    (["--model", "llama_60m", "--steps", "5", "--warmup-steps", "6"], "--warmup-steps 6 exceeds --steps 5"),
+    (["--model", "llama_60m", "--data", "x", "--tokenizer", "sample"], "no such file, folder or pattern"),
+    (["--model", "llama_60m", "--data", "."], "--tokenizer is missing"),
+    (["--model", "llama_60m", "--data", "sample", "--max-length", "2000"], "exceeds the 1024 positions"),
+    (["--model", "llama_60m", "--data", "sample", "--device", "tpu"], "--device tpu"),
+    (["--model", "llama_60m", "--layout", "heap"], "'heap' is not one of"),
+    (["--model", "llama_60m", "--rnk", "3"], "--rnk"),
+    (["--model", "llama_60m", "--config", "/nowhere.json"], "--config /nowhere.json: not readable"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[message[:40] for _, message in ERRORS])
+def test_wrong_use_is_one_line_and_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["galore-pretrain", *arguments])
+    from galore_pretrain.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("Error: ")
+    assert message in errors[0]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_vocabulary_that_does_not_fit_is_refused(tiny_config: str, tmp_path: Path) -> None:
+    config = json.loads(Path(tiny_config).read_text()) | {"vocab_size": 1000}
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    result = run(str(tmp_path / "small.json"), tmp_path / "run")
+    assert result.returncode == 2
+    assert "produces ids up to 1023" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_groups_every_flag() -> None:
+    text = CliRunner().invoke(cli, ["--help"]).output
+    for group in (
+        "Method:",
+        "Batch:",
+        "Text:",
+        "Length and learning rate:",
+        "Machine:",
+        "Output:",
+        "Commands:",
+    ):
+        assert group in text
+    for name in RunConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_run_json_is_below_flags_and_above_the_recipe(tmp_path: Path, tiny_config: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"lr": 0.5, "steps": 3, "betas": [0.8, 0.9], "eval-tokens": "2K", "layerwise": True}))
+    result = run(tiny_config, tmp_path / "run", "--config", str(path))
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["lr"] == {"value": 0.5, "origin": str(path)}
+    assert config["betas"]["value"] == [0.8, 0.9]
+    assert config["layerwise"]["value"] is True
+    assert config["steps"] == {"value": 12, "origin": "flag"}
+    assert config["eval_tokens"] == {"value": 2000, "origin": "flag"}
+    path.write_text(json.dumps({"learning_rate": 0.5}))
+    assert "unknown key 'learning_rate'" in run(tiny_config, tmp_path / "run", "--config", str(path)).stderr
+
+
+def test_recipes_resolve_to_the_papers_values() -> None:
+    config, origins = resolve({"model": "llama_60m"}, {"model": "flag"})
+    assert (config.lr, config.rank, config.update_proj_gap, config.galore_scale) == (0.01, 128, 200, 0.25)
+    assert (config.steps, config.warmup_steps, config.total_batch_size, config.min_lr_ratio) == (
+        10_000,
+        1000,
+        512,
+        0.1,
+    )
+    assert (config.basis, config.refresh, config.eval_every) == ("randomized", "staggered", 1000)
+    assert origins["rank"] == "recipe: GaLore scripts/benchmark_c4/llama_60m.sh"
+    config, _ = resolve({"model": "llama_7b", "numerics": "reference"}, {})
+    assert (config.lr, config.rank, config.update_proj_gap, config.grad_clip, config.steps) == (
+        0.005,
+        1024,
+        500,
+        1.0,
+        150_000,
+    )
+    assert (config.basis, config.refresh) == ("svd", "together")
+    config, _ = resolve({"model": "llama_60m", "optim": "adamw"}, {})
+    assert (config.rank, config.basis, config.lr) == (None, None, 0.001)
+    with pytest.raises(InputError, match="--model is missing"):
+        resolve({}, {})
+
+
+def test_python_dash_m_and_version() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "galore_pretrain", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("galore-pretrain, version ")
+
+
+def test_wandb_gets_the_same_numbers(tiny_config: str, tmp_path: Path) -> None:
+    environment = os.environ | {"WANDB_MODE": "offline"}
+    environment.pop("WANDB_API_KEY", None)
+    result = run(tiny_config, tmp_path / "run", "--steps", "3", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_never_stops_a_run(tiny_config: str, tmp_path: Path) -> None:
+    blocked = tmp_path / "broken" / "wandb"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise RuntimeError('wandb is broken')")
+    environment = os.environ | {"PYTHONPATH": str(blocked.parent), "WANDB_MODE": "offline"}
+    result = run(tiny_config, tmp_path / "run", "--steps", "2", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "wandb is off for this run: wandb is broken" in result.stderr

@@ -1,0 +1,291 @@
+"""Sources, shuffling, layouts, and that every position resumes exactly."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from galore_pretrain.data import IGNORE, Documents, Position, TokenRows, TrainingData, validation_rows
+from galore_pretrain.errors import InputError
+from galore_pretrain.sources import LocalFiles, open_source
+
+
+class Letters:
+    """A tokenizer of one id a letter; end marker 1."""
+
+    name, vocab_size, eos_id, fingerprint = "letters", 130, 1, "-"
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[ord(c) for c in text] for text in texts]
+
+    def save(self, folder: Path) -> None:
+        raise AssertionError
+
+
+class Lists:
+    """A source of given documents."""
+
+    def __init__(self, shards: list[list[str]]) -> None:
+        self._documents, self.shards = shards, [f"shard {i}" for i in range(len(shards))]
+
+    def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
+        return iter(list(enumerate(self._documents[shard], 1))[start:])
+
+
+def write_jsonl(path: Path, texts: list[Any]) -> Path:
+    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wt", encoding="utf-8") as file:  # type: ignore[operator]
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    return path
+
+
+def everything(source: Any) -> list[str]:
+    return [text for shard in range(len(source.shards)) for _, text in source.read(shard, 0)]
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.json.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst", "a.parquet"]
+)
+def test_every_kind_of_file_reads_from_any_position(name: str, tmp_path: Path) -> None:
+    texts = [f"document {i} é" for i in range(10)]
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "url": texts}), path, row_group_size=3)
+    elif name.endswith(".zst"):
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write("".join(json.dumps({"text": t}) + "\n" for t in texts).encode())
+    else:
+        write_jsonl(path, texts)
+    source = LocalFiles([path])
+    whole = list(source.read(0, 0))
+    assert [text for _, text in whole] == texts
+    for i in range(len(texts) + 1):
+        start = 0 if i == 0 else whole[i - 1][0]
+        assert [text for _, text in source.read(0, start)] == texts[i:]
+
+
+def test_txt_is_cut_into_passages(tmp_path: Path) -> None:
+    paragraphs = [f"paragraph {i} " + "word " * 60 for i in range(40)]
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(paragraphs))
+    source = LocalFiles([path])
+    whole = list(source.read(0, 0))
+    assert len(whole) == 10
+    assert "".join("".join(t.split()) for _, t in whole) == "".join("".join(p.split()) for p in paragraphs)
+    assert [t for _, t in source.read(0, whole[3][0])] == [t for _, t in whole[4:]]
+    path.write_text("line without end\n" * 2000)  # no blank line at all
+    assert max(len(text) for text in everything(source)) < 5000
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=200))
+def test_held_out_documents_are_a_partition(texts: list[str]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_jsonl(Path(folder) / "a.jsonl", texts)
+        train, validation = (everything(open_source(folder, split)) for split in ("train", "validation"))
+    assert Counter(train) + Counter(validation) == Counter(texts)
+    assert not set(train) & set(validation)
+
+
+def test_named_validation_files_and_eval_data(tmp_path: Path) -> None:
+    for name in ("c4-train.0.json.gz", "c4-train.1.json.gz", "c4-validation.0.json.gz", "other.jsonl"):
+        write_jsonl(tmp_path / name, [name])
+    assert everything(open_source(str(tmp_path), "validation")) == ["c4-validation.0.json.gz"]
+    assert len(everything(open_source(str(tmp_path), "train"))) == 3
+    other = str(tmp_path / "other.jsonl")
+    assert everything(open_source(str(tmp_path), "validation", other)) == ["other.jsonl"]
+    assert "other.jsonl" not in everything(open_source(str(tmp_path), "train", other))
+    assert len(open_source(str(tmp_path / "c4-train*"), "train").shards) == 2
+    with pytest.raises(InputError, match="nothing is left to train on"):
+        open_source(other, "train", other)
+
+
+def test_sample_splits_are_whole_speeches() -> None:
+    train, validation = open_source("sample", "train"), open_source("sample", "validation")
+    assert not set(train.shards) & set(validation.shards)
+    assert (len(train.shards), len(validation.shards)) == (237, 12)
+    assert not set(everything(train)) & set(everything(validation))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "line 2 is not JSON"),
+        (b"[1]", 'line 2 has no string under "text"'),
+        (b'{"text": null}', 'line 2 has no string under "text"'),
+        (b'{"text": 3}', 'line 2 has no string under "text"'),
+        (b'{"txt": "a"}', 'line 2 has no string under "text"'),
+        (b'{"text": "\xff"}', "line 2 is not JSON"),
+    ],
+)
+def test_bad_line_names_file_and_line(line: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(InputError, match=message) as error:
+        everything(LocalFiles([path]))
+    assert str(path) in str(error.value)
+
+
+def test_damaged_files_name_themselves(tmp_path: Path) -> None:
+    good = gzip.compress(b'{"text": "good"}\n' * 1000)
+    cases = {
+        "cut.jsonl.gz": good[:-20],
+        "html.json.gz": b"<html>",
+        "crc.jsonl.gz": good[:-8] + b"12345678",
+        "no.parquet": b"PAR",
+    }
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            everything(LocalFiles([tmp_path / name]))
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match='no column "text"; its columns: body'):
+        everything(LocalFiles([tmp_path / "b.parquet"]))
+
+
+def test_refused_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x")
+    for data, message in (
+        (str(tmp_path / "absent"), "no such file, folder or pattern"),
+        (str(tmp_path), "holds no"),
+        (str(tmp_path / "a.csv"), "unknown kind of file"),
+        (str(tmp_path / "*.jsonl"), "holds no"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_source(data, "train")
+
+
+# -- order ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_is_a_new_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("galore_pretrain.data.BLOCK", 8)
+    shards = [[f"{s}.{i}" for i in range(5 + s)] for s in range(4)]
+    total = sum(map(len, shards))
+    texts = [text for _, text, _ in islice(Documents(Lists(shards), 0, Position()), 2 * total)]
+    first, second = texts[:total], texts[total:]
+    assert sorted(first) == sorted(second) == sorted(text for shard in shards for text in shard)
+    assert first != second
+    assert first != [text for _, text, _ in islice(Documents(Lists(shards), 1, Position()), total)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.text("abc", min_size=0, max_size=30), max_size=12), min_size=1, max_size=5),
+    st.integers(1, 20),
+    st.data(),
+)
+def test_documents_resume_anywhere(shards: list[list[str]], block: int, data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("galore_pretrain.data.BLOCK", block)
+        source = Lists(shards)
+        total = sum(map(len, shards))
+        if total == 0:
+            with pytest.raises(InputError, match="no document"):
+                next(iter(Documents(source, 0, Position())))
+            return
+        run = list(islice(Documents(source, 0, Position()), 2 * total + 3))
+        cut = data.draw(st.integers(0, len(run) - 1))
+        here, _, after = run[cut]
+        assert list(islice(Documents(source, 0, here), len(run) - cut)) == run[cut:]
+        assert list(islice(Documents(source, 0, after), len(run) - cut - 1)) == run[cut + 1 :]
+
+
+@pytest.mark.parametrize("layout", ["pad", "pack"])
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.text("abc", max_size=40), min_size=3, max_size=30),
+    st.integers(2, 17),
+    st.integers(1, 4),
+    st.data(),
+)
+def test_batches_resume_anywhere(
+    layout: str, documents: list[str], length: int, sequences: int, data: st.DataObject
+) -> None:
+    documents = [*documents, "abcabc"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("galore_pretrain.data.BLOCK", 7)
+
+        def stream() -> TrainingData:
+            return TrainingData(Lists([documents, documents[:2]]), TokenRows(Letters(), layout, length), sequences, 3)
+
+        run = list(islice(stream(), 12))
+        cut = data.draw(st.integers(0, 10))
+        again = stream()
+        again.load_state_dict(json.loads(json.dumps(run[cut].state)))
+        for a, b in zip(run[cut + 1 :], again, strict=False):
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert torch.equal(a.labels, b.labels)
+            assert (a.tokens, a.state) == (b.tokens, b.state)
+
+
+# -- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def test_pad_is_one_document_a_row() -> None:
+    source = Lists([["abcd", "", "ab", "abcdefgh"]])
+    rows = validation_rows(source, TokenRows(Letters(), "pad", 6), 1000)
+    a, b, c, d, e = (ord(x) for x in "abcde")
+    assert [row.input_ids[: row.real].tolist() for row in rows] == [
+        [a, b, c, d, 1],
+        [a, b, 1],
+        [a, b, c, d, e, 1],
+    ]
+    assert rows[0].labels.tolist() == [b, c, d, 1, IGNORE, IGNORE]
+    assert rows[2].labels.tolist() == [b, c, d, e, 1, IGNORE]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text("abcdefgh", max_size=25), max_size=25), st.integers(2, 9))
+def test_pack_wastes_no_token(documents: list[str], length: int) -> None:
+    """Rows are consecutive windows of the joined documents; every token but the first is a label exactly once."""
+    stream = [token for text in documents if text for token in [*map(ord, text), 1]]
+    source = Lists([[*documents, "xy"]])
+    rows = validation_rows(source, TokenRows(Letters(), "pack", length), 10**6) if len(stream) > length else []
+    for i, row in enumerate(rows):
+        whole = [*stream, ord("x"), ord("y"), 1]
+        assert row.input_ids.tolist() == whole[i * length : (i + 1) * length]
+        assert row.labels.tolist() == whole[i * length + 1 : (i + 1) * length + 1]
+    if rows:
+        assert len(rows) == (len(stream) + 3 - 1) // length
+
+
+def test_validation_stops_at_its_tokens_and_says_when_there_is_none() -> None:
+    source = Lists([["abcd"] * 100])
+    assert len(validation_rows(source, TokenRows(Letters(), "pad", 6), 50)) == 10
+    with pytest.raises(InputError, match="no validation document"):
+        validation_rows(Lists([[]]), TokenRows(Letters(), "pad", 6), 50)
+
+
+def test_documents_without_tokens_are_refused_rather_than_read_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("galore_pretrain.data._EMPTY", 1000)
+    with pytest.raises(InputError, match="hold no token"):
+        next(iter(TrainingData(Lists([[""] * 10]), TokenRows(Letters(), "pad", 6), 1, 0)))
+
+
+def test_batch_counts() -> None:
+    batch = next(iter(TrainingData(Lists([["abcd", "ab"]]), TokenRows(Letters(), "pad", 8), 2, 0)))
+    assert batch.input_ids.shape == batch.labels.shape == (2, 8)
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert (batch.tokens, batch.label_tokens) == (8, 6)
+    assert np.asarray(batch.labels)[batch.labels >= 0].size == 6

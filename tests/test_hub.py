@@ -1,0 +1,218 @@
+"""C4 from the hub: the real command line and the real hub libraries, against a loopback hub.
+
+The libraries read HF_ENDPOINT when they are imported, so each test runs a process of its own.
+"""
+
+import gzip
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakehub import C4, FakeHub, Fault
+
+pytestmark = pytest.mark.network
+
+Texts = dict[str, list[list[str]]]
+"""Documents by split and shard."""
+
+
+def _write_shard(root: Path, split: str, number: int, texts: list[str]) -> Path:
+    path = root / C4 / "en" / f"c4-{split}.{number:05}.json.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        for text in texts:
+            row = {"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://example.org/"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    """Documents of about a hundred words, none twice."""
+    rng = random.Random(0)
+    words = Path(__file__).read_text().split()
+
+    def shard(title: str, count: int) -> list[str]:
+        return [f"{title} {n}: {' '.join(rng.choices(words, k=100))}" for n in range(count)]
+
+    return {"train": [shard(f"train {i}", 300) for i in range(3)], "validation": [shard("validation", 200)]}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, texts: Texts) -> Iterator[FakeHub]:
+    for split, shards in texts.items():
+        for number, shard in enumerate(shards):
+            _write_shard(tmp_path / "hub", split, number, shard)
+    with FakeHub(tmp_path / "hub") as hub:
+        yield hub
+
+
+def _python(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process without this machine's own hub settings, cache or proxy."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "WANDB_"))}
+    fixed = {"HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "WANDB_MODE": "disabled"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**inherited, **fixed, **environment},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def _train(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    flags = "--model llama_1m --data c4 --steps 4 --total-batch-size 4 --max-length 64 --eval-tokens 2000"
+    flags += " --dtype float32 --output run"
+    return _python(tmp_path, "-m", "galore_pretrain", *flags.split(), **environment)
+
+
+def _result(tmp_path: Path, hub: FakeHub, script: str) -> tuple[Any, str]:
+    """What ``script`` prints, as JSON, and what it says on stderr."""
+    done = _python(tmp_path, "-c", script, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_trains_on_c4_with_the_tokenizer_of_t5(hub: FakeHub, tmp_path: Path) -> None:
+    done = _train(tmp_path, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["data"]["value"], config["tokenizer"]["value"]) == ("c4", "t5")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    evaluation = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_tokens"}
+    for line in lines:
+        assert {"loss", "lr", "tokens_seen", "tokens_per_second", "peak_memory_bytes"} <= line.keys()
+    assert evaluation <= lines[-1].keys()
+    memory = {"peak_memory_bytes", "process_peak_bytes", "planned_peak_bytes"}
+    assert {"steps", "tokens_seen", "wall_seconds"} | evaluation | memory <= summary.keys()
+    assert summary["steps"] == 4
+    assert 0 < summary["tokens_seen"] == lines[-1]["tokens_seen"] <= 4 * 4 * 64
+    assert summary["eval_tokens"] >= 2000
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+READ_EVERYTHING = """
+import json
+from galore_pretrain.sources import HubDataset
+
+train, validation = (HubDataset("allenai/c4", "en", split) for split in ("train", "validation"))
+whole = [[list(source.read(i, 0)) for i in range(len(source.shards))] for source in (train, validation)]
+tails = {k: list(train.read(1, k)) for k in (1, 150, 299, 300)}
+print(json.dumps([*whole, tails]))
+"""
+
+
+def test_reads_every_document_of_a_split_from_any_position(hub: FakeHub, tmp_path: Path, texts: Texts) -> None:
+    (train, validation, tails), _ = _result(tmp_path, hub, READ_EVERYTHING)
+    for read, shards in ((train, texts["train"]), (validation, texts["validation"])):
+        assert read == [[[n, text] for n, text in enumerate(shard, 1)] for shard in shards]
+    assert tails == {k: train[1][int(k) :] for k in tails}
+    assert {text for shard in train for _, text in shard}.isdisjoint(text for _, text in validation[0])
+
+
+# After which documents to resume: within a block, at its end, where the epoch ends, and in the next epoch.
+RESUME = """
+import json
+from itertools import islice
+from galore_pretrain import data
+from galore_pretrain.sources import HubDataset
+
+data.BLOCK = 128
+source = HubDataset("allenai/c4", "en", "train")
+
+
+def documents(position, count):
+    found = islice(data.Documents(source, 7, position), count)
+    return [[text, vars(after)] for _, text, after in found]
+
+
+whole = documents(data.Position(), 1200)
+stops = (100, 128, 500, 900, 1100)
+print(json.dumps([whole, {k: documents(data.Position(**whole[k - 1][1]), 1200 - k) for k in stops}]))
+"""
+
+
+def test_resumed_documents_are_the_rest_of_the_uninterrupted_ones(hub: FakeHub, tmp_path: Path, texts: Texts) -> None:
+    (whole, resumed), _ = _result(tmp_path, hub, RESUME)
+    position = whole[499][1]
+    assert min(position["shard"], position["document"], position["taken"]) > 0, "not in the middle of everything"
+    assert resumed == {k: whole[int(k) :] for k in resumed}
+    epoch, in_order = [text for text, _ in whole[:900]], [text for shard in texts["train"] for text in shard]
+    assert epoch != in_order
+    assert sorted(epoch) == sorted(in_order)
+
+
+# The hub library asks five times more, for 23 s, before the loop under test has its turn.
+READ_LARGE = """
+import json, logging, zlib
+from huggingface_hub.utils import http_backoff
+from galore_pretrain.sources import HubDataset
+
+http_backoff.__kwdefaults__["max_retries"] = 0
+logging.basicConfig()
+documents = HubDataset("allenai/c4", "en", "train").read(0, 0)
+print(json.dumps([[position, zlib.crc32(text.encode())] for position, text in documents]))
+"""
+
+
+@pytest.mark.parametrize("fault", [Fault(times=2), Fault(times=1, status=403)], ids=["dropped", "forbidden"])
+def test_goes_on_at_the_same_document_when_the_hub_fails(fault: Fault, tmp_path: Path) -> None:
+    """``datasets`` parses 10 MB at a time: of 24 MB, some has been read before the fault, and some comes after."""
+    rng = random.Random(0)
+    large = [rng.randbytes(10_000).hex() for _ in range(1200)]
+    size = _write_shard(tmp_path / "hub", "train", 0, large).stat().st_size
+    _write_shard(tmp_path / "hub", "validation", 0, ["validation"])
+    with FakeHub(tmp_path / "hub") as hub:
+        hub.fault = replace(fault, at=size * 3 // 4)
+        read, stderr = _result(tmp_path, hub, READ_LARGE)
+        assert hub.fault.times == 0
+    assert read == [[n, zlib.crc32(text.encode())] for n, text in enumerate(large, 1)]
+    reconnected = [int(n) for n in re.findall(r"reconnecting at document (\d+)", stderr)]
+    assert len(reconnected) == fault.times
+    assert all(0 < n < len(large) for n in reconnected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        pytest.param("refused", 10, id="nothing listens"),
+        pytest.param("silent", 15, id="accepts and never answers"),
+        pytest.param("failing", 10, id="answers 503"),
+        pytest.param("offline", 10, id="HF_HUB_OFFLINE"),
+    ],
+)
+def test_without_a_hub_one_line_says_what_to_do_instead(tmp_path: Path, kind: str, limit: float) -> None:
+    """Soon enough that nobody takes the program for stuck: ``load_dataset`` itself needs 23 s, or minutes."""
+    with socket.socket() as listener, FakeHub(tmp_path / "hub") as hub:
+        listener.bind(("127.0.0.1", 0))
+        if kind == "silent":
+            listener.listen()
+        hub.fault = Fault(times=100, status=503, suffix=C4)
+        nowhere = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        environment = {"HF_ENDPOINT": hub.url if kind == "failing" else nowhere}
+        if kind == "offline":
+            environment["HF_HUB_OFFLINE"] = "1"
+        started = time.monotonic()
+        done = _train(tmp_path, **environment)
+        seconds = time.monotonic() - started
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Error: ")
+    assert "--data sample" in done.stderr
+    assert "--data PATH" in done.stderr
+    assert seconds < limit
