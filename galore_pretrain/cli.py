@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from galore_pretrain import __version__
 from galore_pretrain.config import GROUPS, Flag, RunConfig, resolve
 from galore_pretrain.errors import InputError
+from galore_pretrain.hub import check_hub
 
 
 class _Parsed(click.ParamType):  # type: ignore[type-arg]
@@ -104,6 +105,7 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
         from_file = ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP
         origins[name] = str(ctx.meta["run_json"]) if from_file else "flag"
     config, origins = resolve(given, origins)
+    check_hub(config.data, config.tokenizer)
 
     from galore_pretrain.run import (
         train as train_now,

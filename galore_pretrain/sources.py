@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from galore_pretrain.errors import InputError
+from galore_pretrain.hub import C4, first_line, unreachable_data
 
 Split = str  # "train" or "validation"
 _HELD_OUT = 50  # one document in so many is validation where no file is
@@ -47,7 +48,7 @@ def open_source(data: str, split: Split, eval_data: str | None = None) -> Docume
     if eval_data is not None and split == "validation":
         return LocalFiles(_find(eval_data))
     if data == "c4":
-        return HubDataset("allenai/c4", "en", split)
+        return HubDataset(C4, "en", split)
     if data == "sample":
         return sample_source(split)
     if eval_data is not None and split == "train":
@@ -215,7 +216,6 @@ class HubDataset:
     """A text data set of the Hugging Face hub, streamed by ``datasets``; a shard is one of its files."""
 
     def __init__(self, repository: str, config: str, split: Split) -> None:
-        _check_hub(repository)
         import datasets
 
         # datasets' own retries go on reading a gzip stream that has lost bytes; the position here is exact.
@@ -225,45 +225,35 @@ class HubDataset:
         try:
             stream = datasets.load_dataset(repository, config, split=split, streaming=True, features=features)
         except Exception as error:  # everything that datasets, the hub library and two HTTP clients raise
-            raise _unreachable(repository, error) from error
+            raise unreachable_data(repository, error) from error
         self._stream = stream
         self.shards = [f"{repository} {split} shard {i}" for i in range(stream.num_shards)]
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
+        """As the protocol says; a stream that breaks is opened again at the next document, a few times over."""
         position, failures = start, 0
         while True:
             rows = self._stream.shard(num_shards=len(self.shards), index=shard).skip(position)
             try:
                 for row in rows:
                     if not isinstance(row["text"], str):
-                        raise InputError(f'{self.shards[shard]} document {position + 1} has no string under "text"')
+                        raise ValueError(f'document {position + 1} has no string "text"')
                     position += 1
                     failures = 0
                     yield position, row["text"]
                 return
-            except InputError:
-                raise
+            except ValueError as error:  # the documents themselves: pyarrow's and UTF-8's errors are ValueErrors
+                where = f"{self.shards[shard]} after document {position}"
+                raise InputError(f"--data: {where} cannot be read ({first_line(error)})") from error
             except Exception as error:
                 failures += 1
-                if failures > _RECONNECTS:
-                    raise _unreachable(self.shards[shard], error) from error
-                log.warning("%s: %s; reconnecting at document %d", self.shards[shard], error, position)
+                if failures > _RECONNECTS or _status(error) in (401, 403, 404):
+                    raise unreachable_data(self.shards[shard], error) from error
+                shown = self.shards[shard], first_line(error), position
+                log.warning("%s: %s; reconnecting at document %d", *shown)
                 time.sleep(2.0 ** (failures - 1))
 
 
-def _check_hub(repository: str) -> None:
-    """One quick request first: ``load_dataset`` itself retries for 23 s without a network, or for minutes."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().dataset_info(repository, timeout=5)
-    except Exception as error:
-        raise _unreachable(repository, error) from error
-
-
-def _unreachable(what: str, error: Exception) -> InputError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return InputError(
-        f"--data: {what} cannot be read from the hub ({reason}); go on with --data sample (embedded), "
-        "or with --data PATH to local files of the data set"
-    )
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error of the hub library carries."""
+    return getattr(getattr(error, "response", None), "status_code", None)

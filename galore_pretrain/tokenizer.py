@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from galore_pretrain.errors import InputError
+from galore_pretrain.hub import T5, download, first_line
 
-T5 = ("google-t5/t5-base", "spiece.model")  # the tokenizer of the GaLore paper's C4 runs
 _PROBES = ["The quick brown fox, 1984: it's here.", "Zürich — naïve café", "a  b\n\nc\td"]
 _MODEL_FILES = ("spiece.model", "tokenizer.model")
 
@@ -99,7 +99,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError) as error:
-            raise InputError(f"--tokenizer {where}: {_first_line(error)}") from error
+            raise InputError(f"--tokenizer {where}: {first_line(error)}") from error
         if not getattr(self._tokenizer, "is_fast", False):
             raise InputError(f"--tokenizer {where}: has no fast tokenizer (tokenizer.json); give a .model file instead")
         if self._tokenizer.eos_token_id is None:
@@ -133,7 +133,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises InputError for what is none of these, and where the hub is needed and cannot be reached.
     """
     if name == "t5":
-        return SentencePieceTokenizer(_download(*T5), "t5")
+        return SentencePieceTokenizer(download(*T5), "t5")
     if name == "sample":
         return SentencePieceTokenizer(
             Path(str(resources.files("galore_pretrain") / "tokenizers" / "sample.model")), "sample"
@@ -145,32 +145,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         models = [path / file for file in _MODEL_FILES if (path / file).is_file()]
         return SentencePieceTokenizer(models[0], name) if models else HuggingFaceTokenizer(name, name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        _download(name, "tokenizer_config.json")
+        download(name, "tokenizer_config.json")
         return HuggingFaceTokenizer(name, name)
     raise InputError(
         f"--tokenizer {name}: no such file or folder; choose t5, sample, a .model file, a folder or a hub id"
     )
-
-
-def _download(repository: str, file: str) -> Path:
-    """The file from the local cache or the hub: one try, because a hub that is down is better said than waited for."""
-    import huggingface_hub
-
-    cached = huggingface_hub.try_to_load_from_cache(repository, file)
-    if isinstance(cached, str):
-        return Path(cached)
-    try:
-        huggingface_hub.HfApi().model_info(repository, timeout=5)
-        return Path(huggingface_hub.hf_hub_download(repository, file))
-    except Exception as error:  # the hub library raises classes of two HTTP clients besides its own
-        raise InputError(
-            f"--tokenizer: {repository} cannot be fetched from the hub ({_first_line(error)}); "
-            "go on with --tokenizer sample, or with the path of a SentencePiece .model file"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _sha256(path: Path) -> str:

@@ -72,5 +72,5 @@ def test_unfit_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["t5", "some/repository"])
 def test_offline_names_the_way_on(name: str) -> None:
-    with pytest.raises(InputError, match="--tokenizer sample, or with the path"):
+    with pytest.raises(InputError, match="--tokenizer sample, or with --tokenizer PATH"):
         load_tokenizer(name)

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""The main job in miniature: pretrain llama_1m with GaLore on the embedded text, and say how well it did.
+
+python scripts/demo.py                        # what `make demo` runs; a second call finds the run finished
+python scripts/demo.py --plot docs/demo.png   # and draws the curve (needs matplotlib)
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from galore_pretrain.data import IGNORE, Documents, Position, TokenRows, validation_rows
+from galore_pretrain.sources import open_source
+from galore_pretrain.tokenizer import load_tokenizer
+
+OUTPUT = Path("runs/demo")
+STEPS, EVAL_TOKENS = 600, 50_000
+COMMAND = [
+    *("--model", "llama_1m", "--optim", "galore_adamw", "--data", "sample", "--steps", str(STEPS)),
+    *("--eval-tokens", str(EVAL_TOKENS), "--dtype", "float32", "--output", str(OUTPUT)),
+]
+
+
+def unigram_perplexity() -> float:
+    """What a model reaches that knows how often each token occurs in the training text, and nothing of context."""
+    rows = TokenRows(load_tokenizer("sample"), "pad", 256)
+    counts = np.ones(1024)  # one of each, so that an unseen token is not impossible
+    for row, _ in zip(rows(Documents(open_source("sample", "train"), 0, Position())), range(8000), strict=False):
+        np.add.at(counts, row.labels[row.labels != IGNORE], 1)
+    validation = validation_rows(open_source("sample", "validation"), rows, EVAL_TOKENS)
+    labels = np.concatenate([row.labels[row.labels != IGNORE] for row in validation])
+    return math.exp(-np.log(counts[labels] / counts.sum()).mean())
+
+
+def plot(curve: list[tuple[int, float]], unigram: float, target: str) -> None:
+    """Validation perplexity against updates, on a log axis, with the unigram level."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axes.plot(*zip(*curve, strict=True), marker="o", color="#0072B2", label="llama_1m, GaLore-AdamW, rank 32")
+    axes.axhline(unigram, color="#D55E00", linestyle="--", label="unigram level (no context)")
+    axes.set(yscale="log", xlabel="updates of 8 × 256 tokens", ylabel="validation perplexity")
+    axes.set_xlim(0, STEPS + 15)
+    ticks = [50, 100, 200, 400]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(target, dpi=150)
+
+
+def main() -> None:
+    """Train, then print the curve beside the unigram level; exits 1 if it did not get well under it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plot", metavar="PNG")
+    arguments = parser.parse_args()
+    print("galore-pretrain " + " ".join(COMMAND), flush=True)
+    subprocess.run([sys.executable, "-m", "galore_pretrain", *COMMAND], check=True)
+
+    lines = [json.loads(line) for line in (OUTPUT / "metrics.jsonl").read_text().splitlines()]
+    curve = [(line["step"], line["eval_perplexity"]) for line in lines if "eval_perplexity" in line]
+    unigram = unigram_perplexity()
+    print("\nvalidation perplexity by update (vocabulary of 1024 pieces):")
+    for step, perplexity in curve:
+        print(f"  {step:5d}  {perplexity:7.1f}  {'▇' * round(perplexity / unigram * 60)}")
+    print(f"  unigram  {unigram:5.1f}  {'─' * 60}")
+    print(f"curve: {OUTPUT / 'metrics.jsonl'}    model, in Hugging Face form: {OUTPUT / 'model'}")
+    if arguments.plot:
+        plot(curve, unigram, arguments.plot)
+    if not curve[-1][1] < 0.5 * unigram:
+        sys.exit(f"the last perplexity, {curve[-1][1]:.1f}, is not well under the unigram level, {unigram:.1f}")
+
+
+if __name__ == "__main__":
+    main()
