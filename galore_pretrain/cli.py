@@ -3,10 +3,11 @@
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from click.core import ParameterSource
@@ -138,12 +139,27 @@ class _TqdmHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are log lines; what libraries tell their developers is kept from the user."""
+    del category, lineno, file, line
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    logging.getLogger("galore_pretrain").log(logging.WARNING if ours else logging.DEBUG, "%s", message)
+
+
 def main() -> None:
     """The entry point: exceptions become one line and an exit code."""
     logger = logging.getLogger("galore_pretrain")
     logger.setLevel(logging.INFO)
-    logger.addHandler(_TqdmHandler())
-    logging.captureWarnings(True)
+    if not logger.handlers:
+        logger.addHandler(_TqdmHandler())
+    warnings.showwarning = _show_warning
     debug = "--debug" in sys.argv[1:]
     try:
         code = cli(standalone_mode=False)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
         if values[name] is None:
             values[name], origins[name] = value, origin
 
+    find_model(values["model"])
     _check_row(values["optim"])
     projected = "galore" in values["optim"]
     _check_galore_only(values, projected)
@@ -280,6 +282,24 @@ def recipe(model: str, optim: str) -> dict[str, tuple[Any, str]]:
         table["cells"].get(f"{model} {optim}", {}),
     ]
     return {name: (value, entry["source"]) for entry in entries for name, value in entry.items() if name != "source"}
+
+
+def shipped_models() -> list[str]:
+    """Names of the models whose configs are in the package."""
+    folder = resources.files("galore_pretrain") / "configs"
+    return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.startswith("llama_"))
+
+
+def find_model(name_or_path: str) -> Traversable:
+    """The JSON file that ``--model`` means."""
+    names = shipped_models()
+    if name_or_path in names:
+        return resources.files("galore_pretrain") / "configs" / f"{name_or_path}.json"
+    if not Path(name_or_path).is_file():
+        near = difflib.get_close_matches(name_or_path, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(names)}")
+    return Path(name_or_path)
 
 
 def reference_batch(config: RunConfig) -> int:

@@ -4,8 +4,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from galore_pretrain.config import find_model
 from galore_pretrain.errors import InputError
 
 _POSITIVE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -30,12 +29,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 _HEAD_CHUNK = 512  # tokens whose logits exist at a time
 _INIT_BLOCK = 1 << 22  # elements drawn at a time: 16 MiB of fp32, whatever the size of a matrix
-
-
-def shipped_models() -> list[str]:
-    """Names of the configs inside the package."""
-    folder = resources.files("galore_pretrain") / "configs"
-    return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.startswith("llama_"))
 
 
 def load_model_config(name_or_path: str) -> LlamaConfig:
@@ -78,22 +71,14 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
 
 
 def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
-    if name_or_path in (names := shipped_models()):
-        return json.loads(
-            (resources.files("galore_pretrain") / "configs" / f"{name_or_path}.json").read_text()
-        ), name_or_path
-    path = Path(name_or_path)
-    if not path.is_file():
-        near = difflib.get_close_matches(name_or_path, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(names)}")
+    file = find_model(name_or_path)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(file.read_text())
     except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); a model config is one JSON object") from error
+        raise InputError(f"{file}: not readable as JSON ({error}); a model config is one JSON object") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path}: holds a JSON {type(values).__name__}; a model config is one JSON object")
-    return values, str(path)
+        raise InputError(f"{file}: holds a JSON {type(values).__name__}; a model config is one JSON object")
+    return values, name_or_path
 
 
 def _check_shape(values: dict[str, Any], source: str) -> None:

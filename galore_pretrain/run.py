@@ -48,6 +48,9 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     _write_config(output, config, origins, device, tokenizer)
 
+    has_bf16 = any(torch.cpu.get_capabilities().get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    if device.type == "cpu" and config.dtype == "bfloat16" and not has_bf16:
+        log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
     model_config.eos_token_id = tokenizer.eos_id
     model = build_model(model_config, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
     if config.activation_checkpointing:
@@ -117,9 +120,6 @@ def _device(config: RunConfig) -> torch.device:
         raise InputError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device auto"
         )
-    has_bf16 = any(torch.cpu.get_capabilities().get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
-    if device.type == "cpu" and config.dtype == "bfloat16" and not has_bf16:
-        log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
     return device
 
 

@@ -83,7 +83,7 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end of the schedule, or to the first update after ``stop_signal``; whether it is the end."""
         self.model.train()
-        batches = iter(self.batches)
+        batches, saved_at = iter(self.batches), self.state.step
         while not (over := self._is_over()) and self.stop_signal is None:
             metrics = self._timed_step(batches)
             over = self._is_over()
@@ -91,8 +91,11 @@ class Trainer:
                 metrics |= self._evaluate()
             for logger in self.loggers:
                 logger.log(metrics, self.state.step)
-            if over or self.state.step % self.save_every == 0 or self.stop_signal is not None:
+            if over or self.state.step % self.save_every == 0:
                 self.save()
+                saved_at = self.state.step
+        if saved_at != self.state.step:  # stopped between two checkpoints
+            self.save()
         return over
 
     def train_step(self, batch: Batch) -> Metrics:

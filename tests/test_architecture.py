@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 
 import galore_pretrain
-from galore_pretrain.config import RunConfig, recipe
-from galore_pretrain.model import shipped_models
+from galore_pretrain.config import RunConfig, recipe, shipped_models
 from galore_pretrain.optim import REGISTRY
 
 PACKAGE = Path(galore_pretrain.__file__).parent

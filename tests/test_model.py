@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from galore_pretrain.config import shipped_models
 from galore_pretrain.errors import InputError
-from galore_pretrain.model import build_model, load_model_config, mean_loss, shipped_models, token_losses
+from galore_pretrain.model import build_model, load_model_config, mean_loss, token_losses
 
 PUBLISHED = {
     "llama_1m": 1_053_824, "llama_9m": 8_995_968, "llama_20m": 19_548_416, "llama_35m": 35_197_824,
