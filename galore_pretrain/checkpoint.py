@@ -90,6 +90,9 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
+    absent = [name for name in tensors if name.startswith("random.") and name not in saved]  # saved on another device
+    tensors = {name: value for name, value in tensors.items() if name not in absent}
+    saved = {name: entry for name, entry in saved.items() if name in tensors or not name.startswith("random.")}
     wanted = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
     if different := [name for name in sorted(wanted) if saved.get(name) != wanted[name]] or sorted(
         saved.keys() - wanted.keys()

@@ -39,7 +39,11 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     """One run, from config to exported model; the exit code. What can be refused is refused before weights exist."""
     started = time.monotonic()
     output = Path(config.output)
+    schedule = _schedule(config)
     resumed = _find_checkpoint(config, output)
+    if resumed and _is_finished(output, resumed, schedule):
+        log.info("%s is finished; give another --output to train anew", output)
+        return 0
     device = _device(config)
     model_config = load_model_config(config.model)
     training, validation = (open_source(config.data, split, config.eval_data) for split in ("train", "validation"))
@@ -83,7 +87,7 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         batches=data,
         optimizer=optimizer,
         execution=execution,
-        schedule=_schedule(config),
+        schedule=schedule,
         evaluate=_evaluator(config, model, validation, rows, device),
         save=save,
         loggers=[lines, progress, wandb],
@@ -232,6 +236,12 @@ def _find_checkpoint(config: RunConfig, output: Path) -> Path | None:
             "give another --output, or insist with --resume-with-changes"
         )
     return found
+
+
+def _is_finished(output: Path, resumed: Path, schedule: Schedule) -> bool:
+    trained = checkpoint.read_state(resumed)["trainer"]
+    written = (output / "summary.json").is_file() and (output / "model").is_dir()
+    return written and schedule.is_over(trained["step"], trained["tokens_seen"])
 
 
 def _restore(

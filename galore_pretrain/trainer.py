@@ -5,17 +5,19 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from galore_pretrain.data import Batch
-from galore_pretrain.evaluate import Evaluation
 from galore_pretrain.execution import Execution
 from galore_pretrain.memory import peak_memory_bytes
 from galore_pretrain.metrics import MetricLogger, Metrics
 from galore_pretrain.model import mean_loss
 from galore_pretrain.schedule import Schedule
+
+if TYPE_CHECKING:  # for their types alone: the trainer is handed its parts
+    from galore_pretrain.data import Batch
+    from galore_pretrain.evaluate import Evaluation
 
 MAX_SKIPPED = 10
 """Updates in a row without a finite loss after which a run stops."""
@@ -42,43 +44,31 @@ class TrainState:
         vars(self).update(state)
 
 
+@dataclass(kw_only=True)
 class Trainer:
     """Runs updates until the schedule is over; evaluates, logs and saves on the way.
 
     ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` and
-    ``save`` are called every so many updates and after the last one. ``stop_signal`` may be set at any moment, by a
-    signal handler: the update in progress is completed and saved, and `fit` returns.
+    ``save`` are called every so many updates and after the last one. ``mean_of_means`` averages the loss as the
+    published code does. ``stop_signal`` may be set at any moment, by a signal handler: the update in progress is
+    completed and saved, and `fit` returns.
     """
 
-    def __init__(
-        self,
-        *,
-        model: Any,
-        batches: Iterable[Batch],
-        optimizer: torch.optim.Optimizer,
-        execution: Execution,
-        schedule: Schedule,
-        evaluate: Callable[[], Evaluation],
-        save: Callable[[], None],
-        loggers: Sequence[MetricLogger],
-        state: TrainState,
-        batch_size: int,
-        eval_every: int,
-        save_every: int,
-        mean_of_means: bool,
-        device: torch.device,
-    ) -> None:
-        self.model, self.batches, self.optimizer, self.execution = model, batches, optimizer, execution
-        self.schedule, self.evaluate, self.save, self.loggers, self.state = (
-            schedule,
-            evaluate,
-            save,
-            loggers,
-            state,
-        )
-        self.batch_size, self.eval_every, self.save_every = batch_size, eval_every, save_every
-        self.mean_of_means, self.device = mean_of_means, device
-        self.stop_signal: int | None = None
+    model: Any
+    batches: "Iterable[Batch]"
+    optimizer: torch.optim.Optimizer
+    execution: Execution
+    schedule: Schedule
+    evaluate: "Callable[[], Evaluation]"
+    save: Callable[[], None]
+    loggers: Sequence[MetricLogger]
+    state: TrainState
+    batch_size: int
+    eval_every: int
+    save_every: int
+    mean_of_means: bool
+    device: torch.device
+    stop_signal: int | None = field(default=None, init=False)
 
     def fit(self) -> bool:
         """Train to the end of the schedule, or to the first update after ``stop_signal``; whether it is the end."""
@@ -98,7 +88,7 @@ class Trainer:
             self.save()
         return over
 
-    def train_step(self, batch: Batch) -> Metrics:
+    def train_step(self, batch: "Batch") -> Metrics:
         """One update. The learning rate is written before backward, where layerwise updates already need it."""
         state = self.state
         lr = self.schedule.lr_at(state.step, state.tokens_seen, batch.tokens)
@@ -115,7 +105,7 @@ class Trainer:
         metrics: Metrics = {"loss": loss, "lr": lr, "tokens_seen": state.tokens_seen}
         return metrics if norm is None else metrics | {"grad_norm": float(norm)}
 
-    def _forward_backward(self, batch: Batch) -> float:
+    def _forward_backward(self, batch: "Batch") -> float:
         """Gradients of the mean loss over the update's label tokens, whatever the micro-batch; returns that loss.
 
         The published code averages the means of micro-batches instead (``mean_of_means``). A non-finite loss ends the

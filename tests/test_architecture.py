@@ -14,6 +14,9 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."):
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
     tree = ast.parse(path.read_text())
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
     nodes = tree.body if top_level else ast.walk(tree)
     found = set()
     for node in nodes:
@@ -34,8 +37,9 @@ def test_optim_imports_nothing_else_of_the_project() -> None:
 def test_the_trainer_gets_its_parts_built() -> None:
     forbidden = (
         "galore_pretrain.optim",
+        "galore_pretrain.data",
         "galore_pretrain.run",
-        "galore_pretrain.checkpoint",
+        "galore_pretrain.checkpointgalore_pretrain.checkpoint",
         "wandb",
         "datasets",
     )

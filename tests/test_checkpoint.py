@@ -77,6 +77,17 @@ def test_another_models_checkpoint_is_refused(tensors: dict[str, torch.Tensor], 
         checkpoint.load(tmp_path / "step_00000001", tensors)
 
 
+def test_a_checkpoint_of_another_device_loads(tmp_path: Path) -> None:
+    """A GPU's random state is saved where there is a GPU, and missed nowhere."""
+    with_gpu = {"a": torch.ones(2), "random.cpu": torch.ones(3), "random.cuda": torch.ones(4)}
+    without = {"a": torch.zeros(2), "random.cpu": torch.zeros(3)}
+    checkpoint.save(tmp_path / "step_00000001", with_gpu, {})
+    checkpoint.load(tmp_path / "step_00000001", without)
+    assert without["a"].sum() == 2
+    checkpoint.save(tmp_path / "step_00000002", without, {})
+    checkpoint.load(tmp_path / "step_00000002", with_gpu)
+
+
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     for content in (None, "{", ""):
         if content is not None:
