@@ -27,4 +27,4 @@ golden: $(VENV)/.installed          ## write tests/golden anew
 	$(BIN)/python tests/test_golden.py
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -85,9 +85,13 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     state = read_state(folder)
     reader = HuggingFaceStorageReader(str(folder))
+    try:
+        metadata = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a cut or altered file raises
+        raise InputError(f"{folder}: damaged ({error}); remove it to go on from the one before") from error
     saved = {
         name: (tuple(entry.size), entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        for name, entry in metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     absent = [name for name in tensors if name.startswith("random.") and name not in saved]  # saved on another device
@@ -112,9 +116,17 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The part of a checkpoint that is not tensors."""
     try:
         state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+        if not isinstance(state, dict) or "config" not in state:
+            raise ValueError("no config in it")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a checkpoint ({error}); a checkpoint is a folder with {_STATE}") from error
     return state
+
+
+def later_than(root: Path, folder: Path | None) -> list[str]:
+    """Names of the checkpoints under ``root`` that going on from ``folder`` would leave in the future."""
+    own = folder is not None and folder.resolve().parent == root.resolve()
+    return [f.name for f in sorted(root.glob("step_*")) if folder is None or not own or f.name > folder.resolve().name]
 
 
 def latest(root: Path) -> Path | None:

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from galore_pretrain import __version__
-from galore_pretrain.config import GROUPS, Flag, RunConfig, resolve
+from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_count, resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.hub import check_hub
 
@@ -126,8 +126,27 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
     if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in names]):
         what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "not a JSON object"
         raise InputError(f'--config {path}: {what}; keys are the long flags, such as "total_batch_size"')
+    for f in fields(RunConfig):
+        for key in {f.name, f.name.replace("_", "-")} & values.keys():
+            if not _fits(values[key], f.metadata["flag"].kind):
+                raise InputError(
+                    f"--config {path}: {key} is {values[key]!r}, which --{key.replace('_', '-')} cannot be"
+                )
     ctx.default_map = {key.replace("-", "_"): value for key, value in values.items()}
     ctx.meta["run_json"] = path
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a flag's kind; a string is left to be parsed as on the command line."""
+    if isinstance(value, str) or value is None:
+        return kind is not bool or value is None
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if isinstance(value, list):
+        return kind is parse_betas and all(isinstance(part, (int, float)) for part in value)
+    return (isinstance(value, int) and kind in (int, float, parse_count)) or (
+        isinstance(value, float) and kind is float
+    )
 
 
 class _TqdmHandler(logging.Handler):

@@ -10,7 +10,8 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
+from decimal import Decimal
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -22,7 +23,7 @@ from galore_pretrain.errors import InputError
 def parse_count(text: str) -> int:
     """``10M``, ``1.1B``, ``20000``: a whole number of at least 1, with K, M or B (10³, 10⁶, 10⁹) behind it."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB]?)", text.strip())
-    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()] if match else 0.0
+    number = Decimal(match[1]) * 1000 ** " kmb".index(match[2].lower() or " ") if match else Decimal(0)
     if number < 1 or number != int(number):
         raise ValueError(f"{text!r} is not a count; write 20000, 500K, 10M or 1.1B")
     return int(number)
@@ -147,10 +148,13 @@ class RunConfig:
         return [
             f"--{f.name.replace('_', '-')} {getattr(self, f.name)} (was {saved[f.name]})"
             for f in fields(self)
-            if f.name in saved
-            and not f.metadata["flag"].free
-            and _plain(getattr(self, f.name)) != _plain(saved[f.name])
+            if f.name in saved and not self._is_free(f) and _plain(getattr(self, f.name)) != _plain(saved[f.name])
         ]
+
+    def _is_free(self, f: Field[Any]) -> bool:
+        """The mean of micro-batch means, which reference numerics take, depends on the micro-batch."""
+        flag: Flag = f.metadata["flag"]
+        return flag.free and not (f.name == "batch_size" and self.numerics == "reference")
 
 
 def _plain(value: Any) -> Any:
@@ -223,7 +227,9 @@ def _check_bound(name: str, flag: Flag, value: Any) -> None:
     low, bound = (flag.above, "greater than") if flag.above is not None else (flag.least, "at least")
     if low is None or value is None:
         return
-    if not math.isfinite(value) or value < low or value == flag.above:
+    if not math.isfinite(value):
+        raise InputError(f"--{name.replace('_', '-')} {value} must be a finite number")
+    if value < low or value == flag.above:
         raise InputError(f"--{name.replace('_', '-')} {value} must be {bound} {low:g}")
 
 

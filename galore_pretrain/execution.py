@@ -23,8 +23,12 @@ class GlobalStep:
     def finish(self) -> Tensor | None:
         norm = None
         if self._grad_clip > 0:
-            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self._grad_clip)
+            grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+            # In fp32 whatever the gradients are: torch's own function would compute and round the norm in bf16.
+            norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm()
+            coefficient = (self._grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                grad.mul_(coefficient)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm

@@ -3,6 +3,7 @@
 Left alone, ``load_dataset`` retries for 23 s without a network, and for minutes where packets are dropped.
 """
 
+import re
 import threading
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -15,11 +16,18 @@ _ANSWER = 5.0  # seconds
 
 
 def check_hub(data: str, tokenizer: str) -> None:
-    """Raises InputError if ``--data c4`` or ``--tokenizer t5`` needs the hub and the hub does not answer."""
+    """Raises InputError if ``--data`` or ``--tokenizer`` needs the hub and the hub does not answer."""
     if data == "c4" and (error := _ask("dataset_info", C4)):
         raise unreachable_data(C4, error)
-    if tokenizer == "t5" and cached(*T5) is None and (error := _ask("model_info", T5[0])):
-        raise unreachable_tokenizer(T5[0], error)
+    repository, file = T5 if tokenizer == "t5" else (tokenizer, "tokenizer_config.json")
+    asked = tokenizer == "t5" or is_hub_id(tokenizer)
+    if asked and cached(repository, file) is None and (error := _ask("model_info", repository)):
+        raise unreachable_tokenizer(repository, error)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a tokenizer's name can only be a repository: ``owner/name``, and no path that exists."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
 
 
 def cached(repository: str, file: str) -> Path | None:

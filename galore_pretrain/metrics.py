@@ -40,6 +40,7 @@ class JsonLines:
             log.warning("%s is shorter than the checkpoint remembers; its end is missing", path)
         else:
             self._file.truncate(size)
+            self._file.seek(0, os.SEEK_END)
 
     def log(self, metrics: Metrics, step: int) -> None:
         values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
@@ -122,6 +123,9 @@ class Wandb:
         self.run_id = run_id
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        elif mode == "online" and not _has_key():
+            log.warning("--wandb online: no API key (WANDB_API_KEY or wandb login); logging offline")
+            mode = "offline"
         if mode == "disabled":
             return
         try:

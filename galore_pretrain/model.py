@@ -3,7 +3,8 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "architectures": (list,),
     "rope_parameters": (dict, type(None)),
 }
+_HARMLESS: dict[str, Container[Any]] = {  # what other programs write into a config, where it means nothing here
+    "attention_dropout": (0, None),
+    "pretraining_tp": (1, None),
+    "rope_scaling": (None,),
+    "_name_or_path": type("Anything", (), {"__contains__": lambda self, value: True})(),
+}
 _HEAD_CHUNK = 512  # tokens whose logits exist at a time
 _INIT_BLOCK = 1 << 22  # elements drawn at a time: 16 MiB of fp32, whatever the size of a matrix
 
@@ -38,6 +45,7 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
     a config are dropped: ``nn.Embedding`` would zero and freeze that row, a real token's where the id is −1.
     """
     values, source = _read(name_or_path)
+    values = {key: value for key, value in values.items() if key not in _HARMLESS or value not in _HARMLESS[key]}
     for key, value in values.items():
         if key not in _KINDS:
             near = difflib.get_close_matches(key, _KINDS, n=1)
@@ -109,8 +117,8 @@ def _check_shape(values: dict[str, Any], source: str) -> None:
         "initializer_range",
         "rope_theta",
     ):
-        if values.get(key, 1) <= 0:
-            raise InputError(f"{source}: {key} is {values[key]}; it must be greater than 0")
+        if not 0 < values.get(key, 1) < math.inf:
+            raise InputError(f"{source}: {key} is {values[key]}; it must be finite and greater than 0")
 
 
 def build_model(
@@ -131,6 +139,7 @@ def build_model(
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)
+    model.tie_weights()  # where the config says so: new storage has parted them
     with torch.device(device):
         model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is computed, and stays in fp32
     for name, parameter in model.named_parameters():
@@ -200,10 +209,10 @@ class _HeadLoss(torch.autograd.Function):
             grad = grad.mul_((counted * scale)[:, None]).to(weight.dtype)
             grad_hidden[start : start + len(h)] = grad @ weight
             grad_weight += grad.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)
         return total * scale
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_outputs[0], grad_weight * grad_outputs[0], None, None
+        grad_hidden, grad_weight = ctx.gradients
+        return grad_hidden.mul_(grad_outputs[0]), grad_weight.mul_(grad_outputs[0]), None, None

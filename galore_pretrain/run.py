@@ -3,18 +3,18 @@
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import transformers
+from transformers import LlamaConfig
 
 from galore_pretrain import checkpoint
 from galore_pretrain.config import RunConfig, reference_batch
@@ -35,37 +35,51 @@ from galore_pretrain.trainer import Trainer, TrainState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads, opened and found to fit together."""
+
+    model: LlamaConfig
+    training: DocumentSource
+    validation: DocumentSource
+    tokenizer: Tokenizer
+    rows: TokenRows
+
+    def fingerprints(self) -> dict[str, str]:
+        """What must be the same when the run goes on: the same flags can name other files."""
+        return {
+            "model": json.dumps(self.model.to_diff_dict(), sort_keys=True),
+            "training text": self.training.fingerprint,
+            "validation text": self.validation.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+
 def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     """One run, from config to exported model; the exit code. What can be refused is refused before weights exist."""
     started = time.monotonic()
-    output = Path(config.output)
-    schedule = _schedule(config)
+    output, schedule, device = Path(config.output), _schedule(config), _device(config)
     resumed = _find_checkpoint(config, output)
     if resumed and _is_finished(output, resumed, schedule):
         log.info("%s is finished; give another --output to train anew", output)
         return 0
-    device = _device(config)
-    model_config = load_model_config(config.model)
-    training, validation = (open_source(config.data, split, config.eval_data) for split in ("train", "validation"))
-    tokenizer = load_tokenizer(config.tokenizer)
-    _check_fit(config, model_config, tokenizer)
-    output.mkdir(parents=True, exist_ok=True)
-    _write_config(output, config, origins, device, tokenizer)
+    inputs = _open_inputs(config)
+    _check_unchanged(config, resumed, inputs.fingerprints())
+    _write_config(output, config, origins, device, inputs.tokenizer)
+    _hint(config, device)
 
-    has_bf16 = any(torch.cpu.get_capabilities().get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
-    if device.type == "cpu" and config.dtype == "bfloat16" and not has_bf16:
-        log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
-    model_config.eos_token_id = tokenizer.eos_id
-    model = build_model(model_config, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
+    model = build_model(inputs.model, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = _optimizer(config, model)
+    _log_assignment(optimizer)
     execution: Execution = Layerwise(optimizer) if config.layerwise else GlobalStep(optimizer, config.grad_clip)
-    rows = TokenRows(tokenizer, config.layout, config.max_length)
-    data = TrainingData(training, rows, config.total_batch_size, config.seed)
+    data = TrainingData(inputs.training, inputs.rows, config.total_batch_size, config.seed)
     state = TrainState()
     saved = _restore(resumed, model, optimizer, state, data) if resumed else {}
-    lines, progress, wandb = _loggers(config, output, state, saved, going_on=resumed is not None)
+    own = resumed is not None and resumed.resolve().parent == (output / "checkpoints").resolve()
+    lines, progress, wandb = _loggers(config, output, state, saved if own else {})
+    peaks = _Peaks(device, saved.get("peaks", (0, 0)))
 
     def seconds() -> float:
         return float(saved.get("wall_seconds", 0.0)) + time.monotonic() - started
@@ -77,6 +91,8 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
             "metrics_bytes": lines.sync(),
             "wandb_id": wandb.run_id,
             "wall_seconds": seconds(),
+            "peaks": peaks.now(),
+            "inputs": inputs.fingerprints(),
         }
         folder = checkpoint.folder_of(output / "checkpoints", state.step)
         checkpoint.save(folder, checkpoint.named_tensors(model, optimizer), meta)
@@ -88,7 +104,7 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         optimizer=optimizer,
         execution=execution,
         schedule=schedule,
-        evaluate=_evaluator(config, model, validation, rows, device),
+        evaluate=_evaluator(config, model, inputs, device),
         save=save,
         loggers=[lines, progress, wandb],
         state=state,
@@ -100,19 +116,20 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     )
     _stop_on_signals(trainer)
     try:
-        finished = trainer.fit()
+        if not trainer.fit():
+            log.info("stopped after update %d; the same command with --output %s goes on there", state.step, output)
+            return 128 + (trainer.stop_signal or 0)
+        _export(output / "model", model, inputs.tokenizer)
+        _write_summary(output, state, peaks.now(), seconds())
+        return 0
     finally:
         for logger in trainer.loggers:
             logger.close()
-    if not finished:
-        log.info("stopped after update %d; the same command with --output %s goes on from there", state.step, output)
-        return 128 + (trainer.stop_signal or 0)
-    _export(output / "model", model, tokenizer)
-    _write_summary(output, state, device, seconds())
-    return 0
 
 
 def _device(config: RunConfig) -> torch.device:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"torchrun started {os.environ['WORLD_SIZE']} processes; only one is supported so far")
     name = config.device
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -127,17 +144,41 @@ def _device(config: RunConfig) -> torch.device:
     return device
 
 
-def _check_fit(config: RunConfig, model_config: Any, tokenizer: Tokenizer) -> None:
-    """What the model cannot take of the text."""
-    if tokenizer.vocab_size > model_config.vocab_size:
+def _hint(config: RunConfig, device: torch.device) -> None:
+    has_bf16 = any(torch.cpu.get_capabilities().get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
+    if device.type == "cpu" and config.dtype == "bfloat16" and not has_bf16:
+        log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
+
+
+def _open_inputs(config: RunConfig) -> _Inputs:
+    """Open everything that a run reads, and refuse what does not fit."""
+    model = load_model_config(config.model)
+    training, validation = (open_source(config.data, split, config.eval_data) for split in ("train", "validation"))
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
             f"--tokenizer {tokenizer.name} produces ids up to {tokenizer.vocab_size - 1}, but --model {config.model} "
-            f"has a vocabulary of {model_config.vocab_size}; use another of the two"
+            f"has a vocabulary of {model.vocab_size}; use another of the two"
         )
-    if config.max_length > model_config.max_position_embeddings:
+    if config.max_length > model.max_position_embeddings:
         raise InputError(
-            f"--max-length {config.max_length} exceeds the {model_config.max_position_embeddings} positions of "
+            f"--max-length {config.max_length} exceeds the {model.max_position_embeddings} positions of "
             f"--model {config.model}"
+        )
+    _optimizer(config, build_model(model, device="meta"))  # whether its options fit, at no cost
+    rows = TokenRows(tokenizer, config.layout, config.max_length)
+    validation_rows(validation, rows, tokens=1)  # a first one, to know that there are any
+    model.eos_token_id = tokenizer.eos_id
+    return _Inputs(model, training, validation, tokenizer, rows)
+
+
+def _check_unchanged(config: RunConfig, resumed: Path | None, inputs: Mapping[str, str]) -> None:
+    before = checkpoint.read_state(resumed).get("inputs", {}) if resumed else {}
+    changed = [name for name, value in inputs.items() if before.get(name, value) != value]
+    if changed and not config.resume_with_changes:
+        raise InputError(
+            f"{resumed} was made with another {' and '.join(changed)} than there is now; restore it, "
+            "give another --output, or insist with --resume-with-changes"
         )
 
 
@@ -162,9 +203,13 @@ def _optimizer(config: RunConfig, model: torch.nn.Module) -> RuleOptimizer:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+    return optimizer
+
+
+def _log_assignment(optimizer: RuleOptimizer) -> None:
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
-        names = sorted({re.sub(r"\d+", "*", name) for name in group["param_names"]})
+        names = sorted({name.split(".")[-2] for name in group["param_names"]})
         log.info(
             "%s updates %d tensors, %.1fM weights: %s",
             optimizer.describe(group),
@@ -172,7 +217,6 @@ def _optimizer(config: RunConfig, model: torch.nn.Module) -> RuleOptimizer:
             count / 1e6,
             ", ".join(names),
         )
-    return optimizer
 
 
 def _schedule(config: RunConfig) -> Schedule:
@@ -181,13 +225,13 @@ def _schedule(config: RunConfig) -> Schedule:
 
 
 def _evaluator(
-    config: RunConfig, model: torch.nn.Module, source: DocumentSource, rows: TokenRows, device: torch.device
+    config: RunConfig, model: torch.nn.Module, inputs: _Inputs, device: torch.device
 ) -> Callable[[], Evaluation]:
     """Evaluates on the same rows each time, which are read once, when first needed."""
     kept: list[Row] = []
 
     def evaluate_now() -> Evaluation:
-        kept[:] = kept or validation_rows(source, rows, config.eval_tokens)
+        kept[:] = kept or validation_rows(inputs.validation, inputs.rows, config.eval_tokens)
         size, reference = config.batch_size, reference_batch(config)
         return evaluate(model, kept, batch_size=size, reference_batch=reference, device=device)
 
@@ -195,11 +239,10 @@ def _evaluator(
 
 
 def _loggers(
-    config: RunConfig, output: Path, state: TrainState, saved: Mapping[str, Any], *, going_on: bool
+    config: RunConfig, output: Path, state: TrainState, saved: Mapping[str, Any]
 ) -> tuple[JsonLines, Progress, Wandb]:
-    """A run that goes on in its own folder goes on in its own files."""
-    own = going_on and Path(saved["config"]["output"]).resolve() == output.resolve()
-    lines = JsonLines(output / "metrics.jsonl", size=saved["metrics_bytes"] if own else 0)
+    """``saved`` is the state of a checkpoint in this very folder, whose files are then continued."""
+    lines = JsonLines(output / "metrics.jsonl", size=saved.get("metrics_bytes", 0))
     if config.steps:
         progress = Progress(config.steps, "step", state.step)
     else:
@@ -211,7 +254,7 @@ def _loggers(
         name=config.name or output.name,
         tags=[tag for tag in (config.tags or "").split(",") if tag],
         config=asdict(config),
-        run_id=saved["wandb_id"] if own else None,
+        run_id=saved.get("wandb_id"),
     )
     return lines, progress, wandb
 
@@ -227,6 +270,11 @@ def _find_checkpoint(config: RunConfig, output: Path) -> Path | None:
         return None
     if config.resume != "auto":
         found = Path(config.resume)
+        if later := checkpoint.later_than(output / "checkpoints", found):
+            raise InputError(
+                f"--resume {found}: {output} also holds {', '.join(later)}, which would be overtaken; "
+                "remove those checkpoints, or give another --output"
+            )
     if found is None:
         return None
     state = checkpoint.read_state(found)
@@ -240,7 +288,11 @@ def _find_checkpoint(config: RunConfig, output: Path) -> Path | None:
 
 def _is_finished(output: Path, resumed: Path, schedule: Schedule) -> bool:
     trained = checkpoint.read_state(resumed)["trainer"]
-    written = (output / "summary.json").is_file() and (output / "model").is_dir()
+    try:
+        summary = json.loads((output / "summary.json").read_text())
+    except (OSError, ValueError):
+        return False
+    written = summary.get("steps") == trained["step"] and (output / "model").is_dir()
     return written and schedule.is_over(trained["step"], trained["tokens_seen"])
 
 
@@ -265,6 +317,11 @@ def _write_config(
     output: Path, config: RunConfig, origins: Mapping[str, str], device: torch.device, tokenizer: Tokenizer
 ) -> None:
     """``config.json``: every resolved value with its origin, and what else the run depends on."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.json.partial").touch()
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written ({error.strerror}); give another folder") from error
     values = asdict(config)
     resolved = {name: {"value": value, "origin": origins[name]} for name, value in values.items()}
     rest = {"tokenizer_sha256": tokenizer.fingerprint, "device": str(device), **describe_environment(device)}
@@ -277,13 +334,25 @@ def _write_config(
         log.info("%s  (%s)", " · ".join(settings), origin)
 
 
-def _write_summary(output: Path, state: TrainState, device: torch.device, wall_seconds: float) -> None:
+class _Peaks:
+    """The largest memory peaks of a run, over all the processes that it took."""
+
+    def __init__(self, device: torch.device, before: Sequence[int]) -> None:
+        self._device, self._before = device, before
+
+    def now(self) -> tuple[int, int]:
+        """(of the device's allocator, of the process)"""
+        allocator, process = self._before
+        return max(allocator, peak_memory_bytes(self._device)), max(process, process_peak_bytes())
+
+
+def _write_summary(output: Path, state: TrainState, peaks: tuple[int, int], wall_seconds: float) -> None:
     summary = {
         "steps": state.step,
         "tokens_seen": state.tokens_seen,
         **state.evaluation,
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "process_peak_bytes": process_peak_bytes(),
+        "peak_memory_bytes": peaks[0],
+        "process_peak_bytes": peaks[1],
         "planned_peak_bytes": None,
         "wall_seconds": wall_seconds,
     }

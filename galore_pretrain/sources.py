@@ -6,6 +6,7 @@ the document where it broke, and a resumed run at the document where it stopped.
 
 import bz2
 import gzip
+import hashlib
 import importlib.util
 import io
 import json
@@ -34,6 +35,8 @@ class DocumentSource(Protocol):
     """Documents of one split, in shards. Reading has no state: a position is a shard and a number within it."""
 
     shards: list[str]
+    fingerprint: str
+    """Changes when the shards do: what a resumed run must find as it was."""
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
         """The documents of ``shard`` from position ``start`` on, each with the position after it."""
@@ -46,13 +49,13 @@ def open_source(data: str, split: Split, eval_data: str | None = None) -> Docume
     ``eval_data`` is a path whose documents are all validation, and whose files are left out of the training split.
     """
     if eval_data is not None and split == "validation":
-        return LocalFiles(_find(eval_data))
+        return LocalFiles(_find(eval_data, "--eval-data"), flag="--eval-data")
     if data == "c4":
         return HubDataset(C4, "en", split)
     if data == "sample":
         return sample_source(split)
     if eval_data is not None and split == "train":
-        evaluated = {file.resolve() for file in _find(eval_data)}
+        evaluated = {file.resolve() for file in _find(eval_data, "--eval-data")}
         files = [file for file in _find(data) if file.resolve() not in evaluated]
         if not files:
             raise InputError(f"--eval-data {eval_data}: is all that --data {data} holds; nothing is left to train on")
@@ -69,9 +72,10 @@ class LocalFiles:
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
     """
 
-    def __init__(self, files: list[Path], keep: Callable[[str], bool] | None = None) -> None:
+    def __init__(self, files: list[Path], keep: Callable[[str], bool] | None = None, flag: str = "--data") -> None:
         self.shards = [str(file) for file in files]
-        self._keep = keep
+        self.fingerprint = _digest([f"{file.name} {file.stat().st_size}" for file in files])
+        self._keep, self._flag = keep, flag
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
         path = Path(self.shards[shard])
@@ -80,7 +84,7 @@ class LocalFiles:
                 if self._keep is None or self._keep(text):
                     yield position, text
         except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-            raise InputError(f"--data: {path} cannot be read ({error}); repair or remove the file") from error
+            raise InputError(f"{self._flag}: {path} cannot be read ({error}); repair or remove the file") from error
 
 
 def local_source(data: str, split: Split) -> LocalFiles:
@@ -106,24 +110,28 @@ def _held_out(text: str) -> bool:
     return zlib.crc32(text.encode(errors="replace")) % _HELD_OUT == 0
 
 
-def _find(data: str) -> list[Path]:
+def _find(data: str, flag: str = "--data") -> list[Path]:
     path = Path(data)
-    if path.is_dir():
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in _READERS)
     elif has_magic(data):
         files = sorted(Path(file) for file in glob(data, recursive=True) if Path(file).is_file())
-    elif path.is_file():
-        files = [path]
     else:
-        raise InputError(f"--data {data}: no such file, folder or pattern; choose c4, sample or a path")
+        names = "c4, sample or a path" if flag == "--data" else "a path"
+        raise InputError(f"{flag} {data}: no such file, folder or pattern; choose {names}")
     for file in files:
         if _kind(file) not in _READERS:
-            raise InputError(
-                f"--data {file}: unknown kind of file; use .json, .jsonl, .parquet or .txt, plain or compressed"
-            )
+            known = ".json, .jsonl, .parquet or .txt, plain or compressed"
+            raise InputError(f"{flag} {file}: unknown kind of file; use {known}")
     if not files:
-        raise InputError(f"--data {data}: holds no .json, .jsonl, .parquet or .txt file")
+        raise InputError(f"{flag} {data}: holds no .json, .jsonl, .parquet or .txt file")
     return files
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _kind(path: Path) -> str:
@@ -228,6 +236,7 @@ class HubDataset:
             raise unreachable_data(repository, error) from error
         self._stream = stream
         self.shards = [f"{repository} {split} shard {i}" for i in range(stream.num_shards)]
+        self.fingerprint = _digest(self.shards)
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
         """As the protocol says; a stream that breaks is opened again at the next document, a few times over."""

@@ -6,14 +6,13 @@ wrapper.
 
 import hashlib
 import logging
-import re
 import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
 from galore_pretrain.errors import InputError
-from galore_pretrain.hub import T5, download, first_line
+from galore_pretrain.hub import T5, download, first_line, is_hub_id
 
 _PROBES = ["The quick brown fox, 1984: it's here.", "Zürich — naïve café", "a  b\n\nc\td"]
 _MODEL_FILES = ("spiece.model", "tokenizer.model")
@@ -98,7 +97,7 @@ class HuggingFaceTokenizer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a folder of somebody else's JSON raises whatever it raises
             raise InputError(f"--tokenizer {where}: {first_line(error)}") from error
         if not getattr(self._tokenizer, "is_fast", False):
             raise InputError(f"--tokenizer {where}: has no fast tokenizer (tokenizer.json); give a .model file instead")
@@ -144,7 +143,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.is_dir():
         models = [path / file for file in _MODEL_FILES if (path / file).is_file()]
         return SentencePieceTokenizer(models[0], name) if models else HuggingFaceTokenizer(name, name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if is_hub_id(name):
         download(name, "tokenizer_config.json")
         return HuggingFaceTokenizer(name, name)
     raise InputError(

@@ -81,10 +81,11 @@ class Trainer:
                 metrics |= self._evaluate()
             for logger in self.loggers:
                 logger.log(metrics, self.state.step)
-            if over or self.state.step % self.save_every == 0:
+            # A checkpoint among skipped updates would push out the last good one.
+            if over or (self.state.step % self.save_every == 0 and not self.state.skipped):
                 self.save()
                 saved_at = self.state.step
-        if saved_at != self.state.step:  # stopped between two checkpoints
+        if saved_at != self.state.step and not self.state.skipped:  # stopped between two checkpoints
             self.save()
         return over
 
@@ -131,7 +132,7 @@ class Trainer:
         if self.state.skipped >= MAX_SKIPPED:
             raise FloatingPointError(
                 f"{MAX_SKIPPED} updates in a row had no finite loss, up to update {self.state.step}; "
-                "the last checkpoint is good: resume it with a lower --lr, or with --grad-clip"
+                "the newest checkpoint is from before them; go on with --resume-with-changes and a lower --lr"
             )
         seconds = time.perf_counter() - started
         metrics["tokens_per_second"] = (self.state.tokens_seen - tokens) / seconds

@@ -22,7 +22,8 @@ OUTPUT = Path("runs/demo")
 STEPS, EVAL_TOKENS = 600, 50_000
 COMMAND = [
     *("--model", "llama_1m", "--optim", "galore_adamw", "--data", "sample", "--steps", str(STEPS)),
-    *("--eval-tokens", str(EVAL_TOKENS), "--dtype", "float32", "--output", str(OUTPUT)),
+    *("--eval-tokens", str(EVAL_TOKENS), "--dtype", "float32", "--wandb", "disabled"),
+    *("--output", str(OUTPUT)),
 ]
 
 

@@ -39,7 +39,7 @@ def test_the_trainer_gets_its_parts_built() -> None:
         "galore_pretrain.optim",
         "galore_pretrain.data",
         "galore_pretrain.run",
-        "galore_pretrain.checkpointgalore_pretrain.checkpoint",
+        "galore_pretrain.checkpoint",
         "wandb",
         "datasets",
     )

@@ -25,7 +25,7 @@ def test_tensors_come_back_bitwise_in_their_dtypes(
         p.grad = torch.randn_like(p)
     optimizer.step()
     saved, restored = checkpoint.named_tensors(model, optimizer), checkpoint.named_tensors(other, fresh)
-    checkpoint.save(tmp_path / "step_00000001", saved, {"counts": checkpoint.named_counts(optimizer)})
+    checkpoint.save(tmp_path / "step_00000001", saved, {"config": {}, "counts": checkpoint.named_counts(optimizer)})
     state = checkpoint.load(tmp_path / "step_00000001", restored)
     checkpoint.restore_counts(fresh, state["counts"])
     assert saved.keys() == restored.keys()
@@ -41,7 +41,7 @@ def test_tensors_come_back_bitwise_in_their_dtypes(
 def test_large_state_is_split_over_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("galore_pretrain.checkpoint._FILE_BYTES", 100)
     tensors = {f"model.{i}": torch.full((20,), float(i)) for i in range(5)}
-    checkpoint.save(tmp_path / "step_00000001", tensors, {})
+    checkpoint.save(tmp_path / "step_00000001", tensors, {"config": {}})
     assert len(list((tmp_path / "step_00000001").glob("*.safetensors"))) == 5
     empty = {name: torch.zeros(20) for name in tensors}
     checkpoint.load(tmp_path / "step_00000001", empty)
@@ -50,7 +50,7 @@ def test_large_state_is_split_over_files(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_halves_are_never_the_latest_and_old_ones_go(tmp_path: Path) -> None:
     for step in (2, 4, 10):
-        checkpoint.save(checkpoint.folder_of(tmp_path, step), {"a": torch.ones(1)}, {})
+        checkpoint.save(checkpoint.folder_of(tmp_path, step), {"a": torch.ones(1)}, {"config": {}})
     (tmp_path / "step_00000012.partial").mkdir()
     (tmp_path / "step_00000014").mkdir()  # without a state: somebody else's
     latest = checkpoint.latest(tmp_path)
@@ -72,7 +72,7 @@ def test_halves_are_never_the_latest_and_old_ones_go(tmp_path: Path) -> None:
     ],
 )
 def test_another_models_checkpoint_is_refused(tensors: dict[str, torch.Tensor], named: str, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "step_00000001", {"a": torch.ones(2), "b": torch.ones(2)}, {})
+    checkpoint.save(tmp_path / "step_00000001", {"a": torch.ones(2), "b": torch.ones(2)}, {"config": {}})
     with pytest.raises(InputError, match=named):
         checkpoint.load(tmp_path / "step_00000001", tensors)
 
@@ -81,18 +81,18 @@ def test_a_checkpoint_of_another_device_loads(tmp_path: Path) -> None:
     """A GPU's random state is saved where there is a GPU, and missed nowhere."""
     with_gpu = {"a": torch.ones(2), "random.cpu": torch.ones(3), "random.cuda": torch.ones(4)}
     without = {"a": torch.zeros(2), "random.cpu": torch.zeros(3)}
-    checkpoint.save(tmp_path / "step_00000001", with_gpu, {})
+    checkpoint.save(tmp_path / "step_00000001", with_gpu, {"config": {}})
     checkpoint.load(tmp_path / "step_00000001", without)
     assert without["a"].sum() == 2
-    checkpoint.save(tmp_path / "step_00000002", without, {})
+    checkpoint.save(tmp_path / "step_00000002", without, {"config": {}})
     checkpoint.load(tmp_path / "step_00000002", with_gpu)
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
-    for content in (None, "{", ""):
+    for content in (None, "{", "", "{}", "[]"):
         if content is not None:
             (tmp_path / "state.json").write_text(content)
         with pytest.raises(InputError, match="not a checkpoint"):
             checkpoint.read_state(tmp_path)
-    (tmp_path / "state.json").write_text(json.dumps({}))
-    assert checkpoint.read_state(tmp_path) == {}
+    (tmp_path / "state.json").write_text(json.dumps({"config": {}}))
+    assert checkpoint.read_state(tmp_path) == {"config": {}}

@@ -214,7 +214,7 @@ ERRORS = [
     (["--model", "llama_60m", "--optim", "galore_adamww"], "did you mean galore_adamw"),
     (["--model", "llama_60m", "--optim", "adamw", "--rank", "3"], "--rank 3 has no meaning for --optim adamw"),
     (["--model", "llama_60m", "--rank", "0"], "--rank 0 must be at least 1"),
-    (["--model", "llama_60m", "--lr", "nan"], "--lr nan must be greater than 0"),
+    (["--model", "llama_60m", "--lr", "nan"], "--lr nan must be a finite number"),
     (["--model", "llama_60m", "--lr", "0"], "--lr 0.0 must be greater than 0"),
     (["--model", "llama_60m", "--steps", "0"], "--steps 0 must be at least 1"),
     (["--model", "llama_60m", "--steps", "5", "--max-tokens", "1M"], "both end the run"),

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from galore_pretrain.sources import open_source
 from galore_pretrain.tokenizer import load_tokenizer
 
 
-def test_both_conventions(build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("We hold these truths to be self-evident.\n\n" * 300)
+def test_both_conventions(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
     rows = validation_rows(open_source("sample", "validation"), TokenRows(load_tokenizer("sample"), "pad", 48), 900)
     model = build_tiny().train()
     result = evaluate(model, rows, batch_size=3, reference_batch=4, device=torch.device("cpu"))

@@ -130,5 +130,6 @@ def _configure(row: str, prototype: UpdateRule, options: dict[str, Any]) -> Upda
 
     rule: UpdateRule = replaced(prototype)
     if unused := options.keys() - used:
-        raise ValueError(f"{', '.join(sorted(unused))} has no meaning for optimizer {row}; leave it out")
+        name = sorted(unused)[0]
+        raise ValueError(f"{name} {options[name]} has no meaning for optimizer {row}; leave it out")
     return rule

@@ -118,7 +118,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     ) -> None:
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         if decay and rule.decay == "l2":
-            grad = grad.add(weight, alpha=decay)
+            grad = torch.add(grad if self.rounding == "nearest" else grad.float(), weight, alpha=decay)
         direction = rule.update(grad, state, step)
         if weight.dtype == torch.bfloat16 and self.rounding == "stochastic":
             _subtract_stochastically(weight, direction, lr, decay, rule.decay, step.generator)
