@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galore_pretrain import checkpoint
 from galore_pretrain.cli import cli
-from galore_pretrain.config import RunConfig, resolve
+from galore_pretrain.config import RunConfig, parse_count, resolve
 from galore_pretrain.errors import InputError
 
 KEYS = {"step", "loss", "lr", "tokens_seen", "tokens_per_second", "peak_memory_bytes"}
@@ -152,6 +153,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: str, finished: 
         command(tiny_config, tmp_path / "run", "--save-every", "1000"), stderr=subprocess.PIPE, text=True
     )
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not lines(tmp_path / "run"):
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
@@ -167,6 +169,64 @@ def test_resume_of_a_finished_run_changes_nothing(tiny_config: str, finished: Pa
     result = run(tiny_config, finished)
     assert result.returncode == 0, result.stderr
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_folder_can_be_moved(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """A run stopped in one place and continued in another keeps its lines."""
+    shutil.copytree(finished, tmp_path / "moved")
+    (tmp_path / "moved" / "summary.json").unlink()  # so that it does not count as finished
+    result = run(tiny_config, tmp_path / "moved")
+    assert result.returncode == 0, result.stderr
+    assert lines(tmp_path / "moved") == lines(finished)
+
+
+def test_going_back_never_overtakes_later_checkpoints(tiny_config: str, finished: Path) -> None:
+    result = run(tiny_config, finished, "--resume", str(finished / "checkpoints" / "step_00000008"))
+    assert result.returncode == 2
+    assert "also holds step_00000012" in result.stderr
+
+
+def test_resume_notices_that_the_same_flags_name_other_files(tiny_config: str, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a", "b", "validation"):
+        rows = [json.dumps({"text": f"{name} {i} the people of the United States"}) for i in range(50)]
+        (texts / f"{name}.jsonl").write_text("\n".join(rows))
+    flags = ("--data", str(texts), "--tokenizer", "sample", "--steps", "2")
+    assert run(tiny_config, tmp_path / "run", *flags).returncode == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    (texts / "c.jsonl").write_text('{"text": "one more"}')
+    result = run(tiny_config, tmp_path / "run", *flags)
+    assert result.returncode == 2
+    assert "was made with another training text" in result.stderr
+
+
+def test_text_without_validation_is_refused_before_training(tiny_config: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "only one document"}')
+    result = run(tiny_config, tmp_path / "run", "--data", str(tmp_path / "a.jsonl"), "--tokenizer", "sample")
+    assert result.returncode == 2
+    assert "give --eval-data PATH" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_checkpoint_and_unfit_output_are_one_line(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    (tensors,) = (tmp_path / "run" / "checkpoints" / "step_00000012").glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    result = run(tiny_config, tmp_path / "run")
+    assert result.returncode == 2
+    assert "step_00000012: damaged" in result.stderr.splitlines()[-1]
+    (tmp_path / "file").write_text("")
+    result = run(tiny_config, tmp_path / "file")
+    assert result.returncode == 2
+    assert "cannot be written" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["4.1M", "1.07B", "32.2K", "20000", "1.1B"])
+def test_counts_are_exact(text: str) -> None:
+    unit = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1], 1)
+    assert parse_count(text) == round(float(text.rstrip("KMB")) * unit)
 
 
 def test_resume_refuses_what_would_compute_something_else(tiny_config: str, finished: Path) -> None:
@@ -292,6 +352,10 @@ def test_run_json_is_below_flags_and_above_the_recipe(tmp_path: Path, tiny_confi
     assert config["layerwise"]["value"] is True
     assert config["steps"] == {"value": 12, "origin": "flag"}
     assert config["eval_tokens"] == {"value": 2000, "origin": "flag"}
+    for bad in ({"lr": {}}, {"batch_size": [1]}, {"steps": 3.7}, {"layerwise": 1}):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(InputError, match=next(iter(bad))):
+            cli(["--model", tiny_config, "--config", str(path)], standalone_mode=False)
     path.write_text(json.dumps({"learning_rate": 0.5}))
     assert "unknown key 'learning_rate'" in run(tiny_config, tmp_path / "run", "--config", str(path)).stderr
 

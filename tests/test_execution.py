@@ -10,6 +10,8 @@ from transformers import LlamaForCausalLM
 from galore_pretrain.execution import GlobalStep, Layerwise
 from galore_pretrain.model import mean_loss
 from galore_pretrain.optim import REGISTRY, build_optimizer
+from galore_pretrain.optim.optimizer import RuleOptimizer
+from galore_pretrain.optim.rules import SGD
 
 
 def train(model: LlamaForCausalLM, row: str, layerwise: bool, numerics: str, steps: int = 20) -> list[float]:
@@ -59,6 +61,16 @@ def test_clipping_scales_all_gradients(build_tiny: Callable[..., LlamaForCausalL
     assert norm > 0.01
     moved = torch.stack([(p - q).norm() for p, q in zip(model.parameters(), before, strict=True)]).norm()
     assert moved.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_norm_of_bf16_gradients_is_computed_in_fp32() -> None:
+    p = torch.zeros(1000, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = RuleOptimizer([{"params": [p], "rule": SGD()}], lr=0.0)
+    p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = p.grad.double().norm().item()
+    norm = GlobalStep(optimizer, grad_clip=1.0).finish()
+    assert norm is not None
+    assert norm.item() == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("row", ["galore_adamw", "adamw"])

@@ -111,6 +111,27 @@ def test_loss_and_gradients_are_transformers_own(
     assert torch.allclose(losses.flatten(), reference.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_tied_embeddings_stay_tied(tmp_path: Path, tiny_config: str) -> None:
+    path = tmp_path / "tied.json"
+    path.write_text(json.dumps(json.loads(Path(tiny_config).read_text()) | {"tie_word_embeddings": True}))
+    model = build_model(load_model_config(str(path)), dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = torch.arange(10)[None]
+    mean_loss(model, ids, ids, 10).backward()  # type: ignore[no-untyped-call]
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_an_exported_config_is_a_config(tmp_path: Path) -> None:
+    """What transformers writes into config.json, and what older programs wrote, means nothing here."""
+    config = load_model_config("llama_1m")
+    config.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(values | {"_name_or_path": "x", "rope_scaling": None, "pretraining_tp": 1})
+    )
+    assert load_model_config(str(tmp_path / "config.json")).to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -124,6 +145,8 @@ def test_loss_and_gradients_are_transformers_own(
         ({"num_key_value_heads": -1}, "num_key_value_heads -1 does not divide"),
         ({"model_type": "gpt2"}, "only 'llama'"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"pretraining_tp": 2}, "unknown key 'pretraining_tp'"),
         ({"hidden_act": "sillu"}, "sillu"),
     ],
 )

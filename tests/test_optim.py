@@ -292,6 +292,14 @@ def test_bf16_second_moment_decays_only_when_rounded_stochastically() -> None:
         assert mean == pytest.approx(0.999**500, rel=0.01) if decays else mean == 1.0
 
 
+def test_small_l2_decay_is_not_lost_in_bf16() -> None:
+    """1e-3 · 1 added to a gradient of −1 in bf16 would round back to −1."""
+    p = torch.ones(40_000, dtype=torch.bfloat16, requires_grad=True)
+    p.grad = torch.full_like(p, -1.0)
+    RuleOptimizer([{"params": [p], "rule": SGD()}], lr=1.0, weight_decay=1e-3).step()
+    assert p.detach().float().mean().item() == pytest.approx(2.0 - 1e-3, abs=3e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("row", REGISTRY)
 def test_state_survives_saving(
