@@ -10,7 +10,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[sample,dev]'
 	touch $@
 
-demo: $(VENV)/.installed            ## pretrain on the embedded text in about three minutes, and say where the curve lies
+demo: $(VENV)/.installed            ## pretrain on the embedded text and say where the curve lies
 	$(BIN)/python scripts/demo.py
 
 test: lint pytest                   ## everything that CI checks

@@ -71,7 +71,8 @@ class Documents:
                     f"--data: no document in {len(self._source.shards)} files, the first {self._source.shards[0]}"
                 )
             epoch, shard, document = epoch + 1, 0, 0
-            log.info("every document has been read %d times; the data repeat", epoch)
+            if epoch & (epoch - 1) == 0:  # 1, 2, 4, …: said a few times, however short the text
+                log.info("the end of the data is read for time %d: from here on they repeat", epoch)
 
     def _blocks(
         self, epoch: int, shard: int, document: int

@@ -47,7 +47,7 @@ def plot(curve: list[tuple[int, float]], unigram: float, target: str) -> None:
     axes.axhline(unigram, color="#D55E00", linestyle="--", label="unigram level (no context)")
     axes.set(yscale="log", xlabel="updates of 8 × 256 tokens", ylabel="validation perplexity")
     axes.set_xlim(0, STEPS + 15)
-    ticks = [50, 100, 200, 400]
+    ticks = [30, 50, 100, 200, 300]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
