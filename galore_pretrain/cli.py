@@ -13,9 +13,12 @@ import click
 from click.core import ParameterSource
 
 from galore_pretrain import __version__
-from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_count, resolve
-from galore_pretrain.errors import InputError
+from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_count
+from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.hub import check_hub
+from galore_pretrain.recipes import resolve
+from galore_pretrain.sources import open_source
+from galore_pretrain.tokenizer import find_tokenizer
 
 
 class _Parsed(click.ParamType):  # type: ignore[type-arg]
@@ -64,7 +67,7 @@ class _Root(click.Group):
     """Without a subcommand, trains; ``--help`` shows training's options, then the subcommands."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] not in ("--help", "--version")):
+        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help", "--version")):
             args = ["train", *args]
         return super().parse_args(ctx, args)
 
@@ -73,7 +76,7 @@ class _Root(click.Group):
         self.format_commands(ctx, formatter)
 
 
-@click.group(cls=_Root, context_settings={"max_content_width": 110})
+@click.group(cls=_Root, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="galore-pretrain")
 def cli() -> None:
     """Pretrain a LLaMA on text, with GaLore or a rival, and tell how well it did.
@@ -107,12 +110,13 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
         origins[name] = str(ctx.meta["run_json"]) if from_file else "flag"
     config, origins = resolve(given, origins)
     check_hub(config.data, config.tokenizer)
+    find_tokenizer(config.tokenizer)
+    if config.data != "c4":
+        open_source(config.data, "train", config.eval_data)
 
-    from galore_pretrain.run import (
-        train as train_now,
-    )  # torch and transformers: only for a run that makes sense so far
+    from galore_pretrain import run  # torch and transformers: only for a run that makes sense so far
 
-    return train_now(config, origins)
+    return run.train(config, origins)
 
 
 def _read_run_json(ctx: click.Context, path: Path | None) -> None:
@@ -123,6 +127,11 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"--config {path}: not readable as JSON ({error})") from error
     names = {f.name for f in fields(RunConfig)}
+    if isinstance(values, dict) and isinstance(resolved := values.get("config"), dict):
+        # a run's own config.json: what it was, but for its place
+        values = {
+            k: v["value"] for k, v in resolved.items() if v["value"] is not None and k not in ("output", "resume")
+        }
     if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in names]):
         what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "not a JSON object"
         raise InputError(f'--config {path}: {what}; keys are the long flags, such as "total_batch_size"')
@@ -186,6 +195,8 @@ def main() -> None:
         code = _fail(error.format_message(), 2, debug)
     except InputError as error:
         code = _fail(str(error), 2, debug)
+    except TrainingFailedError as error:
+        code = _fail(str(error), 1, debug)
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except Exception as error:

@@ -5,10 +5,7 @@ model and optimizer says and checks what depends on two fields.
 """
 
 import difflib
-import json
-import math
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
@@ -145,11 +142,13 @@ class RunConfig:
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
-        return [
-            f"--{f.name.replace('_', '-')} {getattr(self, f.name)} (was {saved[f.name]})"
+        changed = [
+            (f.name, getattr(self, f.name))
             for f in fields(self)
             if f.name in saved and not self._is_free(f) and _plain(getattr(self, f.name)) != _plain(saved[f.name])
         ]
+        given = [(name, value) for name, value in changed if value is not None] or changed  # not what follows from them
+        return [f"--{name.replace('_', '-')} {value} (was {saved[name]})" for name, value in given]
 
     def _is_free(self, f: Field[Any]) -> bool:
         """The mean of micro-batch means, which reference numerics take, depends on the micro-batch."""
@@ -159,135 +158,6 @@ class RunConfig:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
-    """The complete config, and where each field's value came from. Raises InputError for what does not fit together.
-
-    ``given`` holds what the user said, field by field; ``sources`` by what means (``flag``, or the name of a run JSON).
-    """
-    values: dict[str, Any] = {f.name: f.default for f in fields(RunConfig)} | dict(given)
-    origins = {f.name: sources.get(f.name, "default") for f in fields(RunConfig)}
-    if values["model"] is None:
-        raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
-    for f in fields(RunConfig):
-        _check_bound(f.name, f.metadata["flag"], values[f.name])
-
-    def fill(name: str, value: Any, origin: str) -> None:
-        if values[name] is None:
-            values[name], origins[name] = value, origin
-
-    find_model(values["model"])
-    _check_row(values["optim"])
-    projected = "galore" in values["optim"]
-    _check_galore_only(values, projected)
-    for name, (value, source) in recipe(Path(values["model"]).stem, values["optim"]).items():
-        if (projected or name not in _GALORE) and not (name == "steps" and values["max_tokens"]):
-            fill(name, value, f"recipe: {source}")
-    if values["steps"] and values["max_tokens"]:
-        raise InputError(
-            f"--steps {values['steps']} and --max-tokens {values['max_tokens']} both end the run; give one"
-        )
-
-    if projected:
-        reference = values["numerics"] == "reference"
-        fill("proj_type", "std", "default")
-        fill("basis", "svd" if reference else "randomized", "numerics reference" if reference else "default")
-        fill(
-            "refresh",
-            "together" if reference else "staggered",
-            "numerics reference" if reference else "default",
-        )
-    fill("min_lr_ratio", 0.1 if values["scheduler"] == "cosine" else 0.0, f"scheduler {values['scheduler']}")
-    updates = values["steps"] or math.ceil(values["max_tokens"] / (values["total_batch_size"] * values["max_length"]))
-    if values["steps"]:
-        fill("warmup_steps", values["steps"] // 10, "a tenth of steps")
-    for name in ("eval_every", "save_every"):
-        fill(name, min(1000, math.ceil(updates / 10)), "a tenth of the run, at most 1000")
-    total = values["total_batch_size"]
-    fill(
-        "batch_size",
-        total if values["layerwise"] else max(d for d in range(1, 9) if total % d == 0),
-        "total batch size",
-    )
-    fill("tokenizer", {"c4": "t5", "sample": "sample"}.get(values["data"]), f"data {values['data']}")
-    fill(
-        "output",
-        f"runs/{Path(values['model']).stem}-{values['optim']}-{time.strftime('%Y%m%d-%H%M%S')}",
-        "default",
-    )
-    _check(values)
-    return RunConfig(**values), origins
-
-
-_GALORE = ("rank", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh")
-
-
-def _check_bound(name: str, flag: Flag, value: Any) -> None:
-    low, bound = (flag.above, "greater than") if flag.above is not None else (flag.least, "at least")
-    if low is None or value is None:
-        return
-    if not math.isfinite(value):
-        raise InputError(f"--{name.replace('_', '-')} {value} must be a finite number")
-    if value < low or value == flag.above:
-        raise InputError(f"--{name.replace('_', '-')} {value} must be {bound} {low:g}")
-
-
-def _check_row(optim: str) -> None:
-    rows = list(
-        _recipes()["optimizers"]
-    )  # one entry a row of the registry, which cannot be asked without loading torch
-    if optim not in rows:
-        near = difflib.get_close_matches(optim, rows, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? All rows: " if near else "choose from "
-        raise InputError(f"--optim {optim} is unknown; {hint}{', '.join(rows)}")
-
-
-def _check_galore_only(values: Mapping[str, Any], projected: bool) -> None:
-    for name in _GALORE:
-        if not projected and values[name] is not None:
-            flag = name.replace("_", "-")
-            raise InputError(
-                f"--{flag} {values[name]} has no meaning for --optim {values['optim']}; only GaLore rows project"
-            )
-
-
-def _check(values: Mapping[str, Any]) -> None:
-    """What depends on two fields; each message says which, and the way out."""
-    total, size = values["total_batch_size"], values["batch_size"]
-    if total % size:
-        below = max(d for d in range(1, min(size, total) + 1) if total % d == 0)
-        raise InputError(
-            f"--total-batch-size {total} is not a multiple of --batch-size {size}; the nearest divisor is {below}"
-        )
-    if values["layerwise"] and total != size:
-        raise InputError(
-            f"--layerwise updates inside one backward pass, but --total-batch-size {total} takes {total // size} of "
-            f"--batch-size {size}; use --batch-size {total}, or --no-layerwise"
-        )
-    if values["layerwise"] and values["grad_clip"]:
-        raise InputError(
-            f"--grad-clip {values['grad_clip']} needs the norm of all gradients before the first update, which "
-            "--layerwise never has; use --grad-clip 0, or --no-layerwise"
-        )
-    if values["steps"] and values["warmup_steps"] > values["steps"]:
-        raise InputError(f"--warmup-steps {values['warmup_steps']} exceeds --steps {values['steps']}")
-    if values["min_lr_ratio"] > 1:
-        raise InputError(f"--min-lr-ratio {values['min_lr_ratio']} must be at most 1")
-    if values["tokenizer"] is None:
-        raise InputError(f"--tokenizer is missing: --data {values['data']} needs one; give t5, sample or a .model file")
-
-
-def recipe(model: str, optim: str) -> dict[str, tuple[Any, str]]:
-    """Hyper-parameters for a model and an optimizer, each with its source; the more particular entry wins."""
-    table = _recipes()
-    entries = [
-        table["all"],
-        table["models"].get(model, table["models"]["other"]),
-        table["optimizers"].get(optim, {}),
-        table["cells"].get(f"{model} {optim}", {}),
-    ]
-    return {name: (value, entry["source"]) for entry in entries for name, value in entry.items() if name != "source"}
 
 
 def shipped_models() -> list[str]:
@@ -306,14 +176,3 @@ def find_model(name_or_path: str) -> Traversable:
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(names)}")
     return Path(name_or_path)
-
-
-def reference_batch(config: RunConfig) -> int:
-    """Sequences in a batch of the published script's evaluation, which its perplexity depends on."""
-    table = _recipes()["reference_batches"]
-    return int(min(table.get(Path(config.model).stem, table["other"]), config.total_batch_size))
-
-
-def _recipes() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads((resources.files("galore_pretrain") / "configs" / "recipes.json").read_text())
-    return table

@@ -34,8 +34,8 @@ class Tokenizer(Protocol):
         """Token ids of each text, without a beginning or end marker; no text can produce a control token."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write what ``AutoTokenizer.from_pretrained(folder)`` needs."""
+    def save(self, folder: Path, model_max_length: int) -> None:
+        """Write what ``AutoTokenizer.from_pretrained(folder)`` needs; a prompt gets the ids of ``encode``."""
         ...
 
 
@@ -63,9 +63,10 @@ class SentencePieceTokenizer:
         ids: list[list[int]] = self._processor.encode(texts)
         return ids
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model_max_length: int) -> None:
         """Copies the model, and converts it with transformers' own classes if the ids come out the same."""
-        from transformers import LlamaTokenizer, T5Tokenizer
+        from tokenizers.processors import Sequence
+        from transformers import LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
         for file, loader in zip(_MODEL_FILES, (T5Tokenizer, LlamaTokenizer), strict=True):
             shutil.copyfile(self._path, folder / file)
@@ -79,7 +80,12 @@ class SentencePieceTokenizer:
             if ids[:2] == (expected := self.encode(_PROBES))[:2]:
                 if ids != expected:
                     log.warning("transformers' form of %s treats runs of white space differently", self._path)
-                converted.save_pretrained(folder)
+                backend, special = converted.backend_tokenizer, converted.special_tokens_map
+                backend.post_processor = Sequence([])  # T5's ends every text, a prompt too, with </s>
+                plain = PreTrainedTokenizerFast(
+                    tokenizer_object=backend, **{"model_max_length": model_max_length, **special}
+                )
+                plain.save_pretrained(folder)
                 return
             (folder / file).unlink()
         shutil.copyfile(self._path, folder / _MODEL_FILES[0])
@@ -122,7 +128,8 @@ class HuggingFaceTokenizer:
         unknown = self._tokenizer.unk_token_id
         return [i if i not in self._control else unknown for i in ids if i not in self._control or unknown is not None]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model_max_length: int) -> None:
+        self._tokenizer.model_max_length = model_max_length
         self._tokenizer.save_pretrained(folder)
 
 
@@ -131,21 +138,27 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises InputError for what is none of these, and where the hub is needed and cannot be reached.
     """
+    path = find_tokenizer(name)
     if name == "t5":
-        return SentencePieceTokenizer(download(*T5), "t5")
-    if name == "sample":
-        return SentencePieceTokenizer(
-            Path(str(resources.files("galore_pretrain") / "tokenizers" / "sample.model")), "sample"
-        )
-    path = Path(name)
-    if path.is_file():
+        return SentencePieceTokenizer(download(*T5), name)
+    if path is not None and path.is_file():
         return SentencePieceTokenizer(path, name)
-    if path.is_dir():
-        models = [path / file for file in _MODEL_FILES if (path / file).is_file()]
-        return SentencePieceTokenizer(models[0], name) if models else HuggingFaceTokenizer(name, name)
-    if is_hub_id(name):
+    if path is None:
         download(name, "tokenizer_config.json")
-        return HuggingFaceTokenizer(name, name)
+    return HuggingFaceTokenizer(name, name)
+
+
+def find_tokenizer(name: str) -> Path | None:
+    """The file or folder that ``--tokenizer`` means; None for one of the hub. InputError where it is neither."""
+    path = Path(name)
+    if name == "sample":
+        return Path(str(resources.files("galore_pretrain") / "tokenizers" / "sample.model"))
+    if path.is_dir():
+        return next((path / file for file in _MODEL_FILES if (path / file).is_file()), path)
+    if path.is_file():
+        return path
+    if name == "t5" or is_hub_id(name):
+        return None
     raise InputError(
         f"--tokenizer {name}: no such file or folder; choose t5, sample, a .model file, a folder or a hub id"
     )

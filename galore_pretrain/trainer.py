@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.execution import Execution
 from galore_pretrain.memory import peak_memory_bytes
 from galore_pretrain.metrics import MetricLogger, Metrics
@@ -130,7 +131,7 @@ class Trainer:
         started, tokens = time.perf_counter(), self.state.tokens_seen
         metrics = self.train_step(next(batches))
         if self.state.skipped >= MAX_SKIPPED:
-            raise FloatingPointError(
+            raise TrainingFailedError(
                 f"{MAX_SKIPPED} updates in a row had no finite loss, up to update {self.state.step}; "
                 "the newest checkpoint is from before them; go on with --resume-with-changes and a lower --lr"
             )

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galore_pretrain import checkpoint
 from galore_pretrain.cli import cli
-from galore_pretrain.config import RunConfig, parse_count, resolve
+from galore_pretrain.config import RunConfig, parse_count
 from galore_pretrain.errors import InputError
+from galore_pretrain.recipes import resolve
 
 KEYS = {"step", "loss", "lr", "tokens_seen", "tokens_per_second", "peak_memory_bytes"}
 EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_tokens"}
@@ -120,6 +121,9 @@ def test_model_folder_is_plain_hugging_face(finished: Path) -> None:
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
     assert model.config.eos_token_id == tokenizer.eos_token_id == 1
     assert model.config.pad_token_id is None
+    assert model.config.use_cache
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+    assert (finished / "model" / "model.safetensors").stat().st_mode == (finished / "config.json").stat().st_mode
 
 
 @pytest.mark.parametrize(
@@ -288,6 +292,8 @@ ERRORS = [
     (["--model", "llama_60m", "--data", "."], "--tokenizer is missing"),
     (["--model", "llama_60m", "--data", "sample", "--max-length", "2000"], "exceeds the 1024 positions"),
     (["--model", "llama_60m", "--data", "sample", "--device", "tpu"], "--device tpu"),
+    (["--model", "llama_60m", "--data", "sample", "--resume", "nowhere"], "--resume nowhere: no such folder"),
+    (["--model", "llama_60m", "--data", "sample", "--tokenizer", "no.such.model"], "--tokenizer no.such.model: no such"),
     (["--model", "llama_60m", "--layout", "heap"], "'heap' is not one of"),
     (["--model", "llama_60m", "--rnk", "3"], "--rnk"),
     (["--model", "llama_60m", "--config", "/nowhere.json"], "--config /nowhere.json: not readable"),
@@ -360,6 +366,13 @@ def test_run_json_is_below_flags_and_above_the_recipe(tmp_path: Path, tiny_confi
     assert "unknown key 'learning_rate'" in run(tiny_config, tmp_path / "run", "--config", str(path)).stderr
 
 
+def test_a_runs_own_config_repeats_it(finished: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(finished / "config.json"), "--output", str(tmp_path / "again")]
+    result = subprocess.run([sys.executable, "-m", "galore_pretrain", *arguments], capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert lines(tmp_path / "again") == lines(finished)
+
+
 def test_recipes_resolve_to_the_papers_values() -> None:
     config, origins = resolve({"model": "llama_60m"}, {"model": "flag"})
     assert (config.lr, config.rank, config.update_proj_gap, config.galore_scale) == (0.01, 128, 200, 0.25)
@@ -399,6 +412,25 @@ def test_wandb_gets_the_same_numbers(tiny_config: str, tmp_path: Path) -> None:
     result = run(tiny_config, tmp_path / "run", "--steps", "3", env=environment)
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+    recorder = tmp_path / "recorder" / "wandb"
+    recorder.mkdir(parents=True)
+    (recorder / "__init__.py").write_text(
+        "import json\n"
+        "def Settings(**kwargs): return kwargs\n"
+        "def init(*, dir, config, **kwargs):\n"
+        "    assert config['steps'] == 3 and kwargs['mode'] == 'offline'\n"
+        "    return Run(open(dir / 'recorded.jsonl', 'w'))\n"
+        "class Run:\n"
+        "    id = 'recorded'\n"
+        "    def __init__(self, file): self.file = file\n"
+        "    def log(self, metrics, step): self.file.write(json.dumps({'step': step, **metrics}) + '\\n')\n"
+        "    def finish(self): self.file.close()\n"
+    )
+    environment["PYTHONPATH"] = str(recorder.parent)
+    result = run(tiny_config, tmp_path / "other", "--steps", "3", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "other" / "recorded.jsonl").read_text() == (tmp_path / "other" / "metrics.jsonl").read_text()
 
 
 def test_wandb_never_stops_a_run(tiny_config: str, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Letters:
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [[ord(c) for c in text] for text in texts]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model_max_length: int) -> None:
         raise AssertionError
 
 

@@ -189,16 +189,16 @@ def test_goes_on_at_the_same_document_when_the_hub_fails(fault: Fault, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "limit"),
+    "kind",
     [
-        pytest.param("refused", 10, id="nothing listens"),
-        pytest.param("silent", 12, id="accepts and never answers"),
-        pytest.param("failing", 10, id="answers 503"),
-        pytest.param("offline", 10, id="HF_HUB_OFFLINE"),
+        pytest.param("refused", id="nothing listens"),
+        pytest.param("silent", id="accepts and never answers"),
+        pytest.param("failing", id="answers 503"),
+        pytest.param("offline", id="HF_HUB_OFFLINE"),
     ],
 )
-def test_without_a_hub_one_line_says_what_to_do_instead(tmp_path: Path, kind: str, limit: float) -> None:
-    """Soon enough that nobody takes the program for stuck: ``load_dataset`` itself needs 23 s, or minutes."""
+def test_without_a_hub_one_line_says_what_to_do_instead(tmp_path: Path, kind: str) -> None:
+    """In 1 to 6 s on a quiet machine; the bound is what ``load_dataset`` needs at least, left to itself."""
     with socket.socket() as listener, FakeHub(tmp_path / "hub") as hub:
         listener.bind(("127.0.0.1", 0))
         if kind == "silent":
@@ -216,4 +216,4 @@ def test_without_a_hub_one_line_says_what_to_do_instead(tmp_path: Path, kind: st
     assert done.stderr.startswith("Error: ")
     assert "--data sample" in done.stderr
     assert "--data PATH" in done.stderr
-    assert seconds < limit
+    assert seconds < 23

@@ -36,22 +36,23 @@ def test_sample_is_shipped() -> None:
 
 def test_saved_folder_gives_the_same_ids(sp_model: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(sp_model))
-    tokenizer.save(tmp_path)
+    tokenizer.save(tmp_path, model_max_length=77)
     exported = AutoTokenizer.from_pretrained(tmp_path)
-    assert exported(TEXTS, add_special_tokens=False)["input_ids"] == tokenizer.encode(TEXTS)
+    assert exported(TEXTS)["input_ids"] == tokenizer.encode(TEXTS)  # a prompt must not end with </s>
     assert exported.eos_token_id == tokenizer.eos_id
+    assert exported.model_max_length == 77
 
 
 def test_hugging_face_folder(tmp_path: Path) -> None:
     source = load_tokenizer("sample")
-    source.save(tmp_path)
+    source.save(tmp_path, model_max_length=1024)
     (tmp_path / "spiece.model").unlink()  # so that the folder is tokenizer.json alone
     tokenizer = load_tokenizer(str(tmp_path))
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (1024, 1)
     assert tokenizer.encode(TEXTS) == source.encode(TEXTS)
     assert 1 not in tokenizer.encode(["the end </s> the start"])[0]
     (tmp_path / "again").mkdir()
-    tokenizer.save(tmp_path / "again")
+    tokenizer.save(tmp_path / "again", model_max_length=1024)
     assert AutoTokenizer.from_pretrained(tmp_path / "again")("hello")["input_ids"]
 
 

@@ -5,6 +5,7 @@ same method from inside backward. Hence one state, one learning rate and one che
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from typing import Any
@@ -37,8 +38,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         rounding: str = "stochastic",
         seed: int = 0,
     ) -> None:
-        if lr < 0 or weight_decay < 0:
-            raise ValueError(f"lr {lr} and weight_decay {weight_decay} must not be negative")
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding {rounding!r} is unknown; choose from stochastic, nearest")
         self.rounding = rounding
@@ -50,8 +49,11 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate its state (zeros); the rule itself stays out of ``param_groups`` and checkpoints."""
-        group = dict(param_group)
+        group = {**self.defaults, **param_group}
         rule: UpdateRule = group.pop("rule")
+        for name in ("lr", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} {group[name]} must be finite and not negative")
         super().add_param_group(group)
         self._rules.append(rule)
         for index, p in enumerate(self.param_groups[-1]["params"]):

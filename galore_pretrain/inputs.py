@@ -1,0 +1,55 @@
+"""What a run reads, opened and found to fit together before any weight exists."""
+
+import json
+from dataclasses import dataclass
+
+from transformers import LlamaConfig
+
+from galore_pretrain.config import RunConfig
+from galore_pretrain.data import TokenRows, validation_rows
+from galore_pretrain.errors import InputError
+from galore_pretrain.model import load_model_config
+from galore_pretrain.sources import DocumentSource, open_source
+from galore_pretrain.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model's architecture, both splits of the text, and the rows of tokens that they become."""
+
+    model: LlamaConfig
+    training: DocumentSource
+    validation: DocumentSource
+    tokenizer: Tokenizer
+    rows: TokenRows
+
+    def fingerprints(self) -> dict[str, str]:
+        """What must be the same when the run goes on: the same flags can name other files."""
+        return {
+            "model": json.dumps(self.model.to_diff_dict(), sort_keys=True),
+            "training text": self.training.fingerprint,
+            "validation text": self.validation.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+
+def open_inputs(config: RunConfig) -> Inputs:
+    """Open everything that a run reads; InputError where something is not there or does not fit the rest."""
+    training, validation = (open_source(config.data, split, config.eval_data) for split in ("train", "validation"))
+    tokenizer = load_tokenizer(config.tokenizer)
+    model = load_model_config(config.model)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(
+            f"--tokenizer {tokenizer.name} produces ids up to {tokenizer.vocab_size - 1}, but --model {config.model} "
+            f"has a vocabulary of {model.vocab_size}; use another of the two"
+        )
+    if config.max_length > model.max_position_embeddings:
+        raise InputError(
+            f"--max-length {config.max_length} exceeds the {model.max_position_embeddings} positions of "
+            f"--model {config.model}"
+        )
+    rows = TokenRows(tokenizer, config.layout, config.max_length)
+    validation_rows(validation, rows, tokens=1)  # a first one, to know that there are any
+    model.eos_token_id = tokenizer.eos_id
+    model.bos_token_id = None  # no row begins with one
+    return Inputs(model, training, validation, tokenizer, rows)

@@ -1,0 +1,82 @@
+"""Which checkpoint a run goes on from, whether it may, and putting everything back as it was."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from galore_pretrain import checkpoint
+from galore_pretrain.config import RunConfig
+from galore_pretrain.data import TrainingData
+from galore_pretrain.errors import InputError
+from galore_pretrain.outputs import read_summary
+from galore_pretrain.schedule import Schedule
+
+if TYPE_CHECKING:
+    from galore_pretrain.trainer import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def find_checkpoint(config: RunConfig, output: Path) -> Path | None:
+    """The checkpoint to go on from; refused where its config computes something else."""
+    found = checkpoint.latest(output / "checkpoints")
+    if config.resume == "never":
+        if found:
+            raise InputError(
+                f"--resume never: {output} already holds {found.name}; give another --output, or remove that one"
+            )
+        return None
+    if config.resume != "auto":
+        found = Path(config.resume)
+        if not found.is_dir():
+            raise InputError(f"--resume {found}: no such folder; give auto, never, or a checkpoint's folder")
+        if later := checkpoint.later_than(output / "checkpoints", found):
+            raise InputError(
+                f"--resume {found}: {output} also holds {', '.join(later)}, which would be overtaken; "
+                "remove those checkpoints, or give another --output"
+            )
+    if found is None:
+        return None
+    state = checkpoint.read_state(found)
+    if (differences := config.differences(state["config"])) and not config.resume_with_changes:
+        raise InputError(
+            f"{found} was made with other options: {', '.join(differences)}; repeat the old ones, "
+            "give another --output, or insist with --resume-with-changes"
+        )
+    return found
+
+
+def is_finished(output: Path, resumed: Path, schedule: Schedule) -> bool:
+    trained = checkpoint.read_state(resumed)["trainer"]
+    written = read_summary(output).get("steps") == trained["step"] and (output / "model").is_dir()
+    return written and schedule.is_over(trained["step"], trained["tokens_seen"])
+
+
+def restore(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: "TrainState", data: TrainingData
+) -> dict[str, Any]:
+    """Everything as it was when ``folder`` was written; what else it remembers is returned."""
+    tensors = checkpoint.named_tensors(model, optimizer)
+    saved = checkpoint.load(folder, tensors)
+    state.load_state_dict(saved["trainer"])
+    if state.data is not None:
+        data.load_state_dict(state.data)
+    checkpoint.restore_counts(optimizer, saved["counts"])
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    log.info("going on from %s at update %d", folder, state.step)
+    return saved
+
+
+def check_unchanged(config: RunConfig, resumed: Path | None, inputs: Mapping[str, str]) -> None:
+    before = checkpoint.read_state(resumed).get("inputs", {}) if resumed else {}
+    changed = [name for name, value in inputs.items() if before.get(name, value) != value]
+    if changed and not config.resume_with_changes:
+        raise InputError(
+            f"{resumed} was made with another {' and '.join(changed)} than there is now; restore it, "
+            "give another --output, or insist with --resume-with-changes"
+        )
