@@ -293,7 +293,7 @@ ERRORS = [
     (["--model", "llama_60m", "--data", "sample", "--max-length", "2000"], "exceeds the 1024 positions"),
     (["--model", "llama_60m", "--data", "sample", "--device", "tpu"], "--device tpu"),
     (["--model", "llama_60m", "--data", "sample", "--resume", "nowhere"], "--resume nowhere: no such folder"),
-    (["--model", "llama_60m", "--data", "sample", "--tokenizer", "no.such.model"], "--tokenizer no.such.model: no such"),
+    (["--model", "llama_60m", "--data", "sample", "--tokenizer", "no.model"], "--tokenizer no.model: no such"),
     (["--model", "llama_60m", "--layout", "heap"], "'heap' is not one of"),
     (["--model", "llama_60m", "--rnk", "3"], "--rnk"),
     (["--model", "llama_60m", "--config", "/nowhere.json"], "--config /nowhere.json: not readable"),
