@@ -3,7 +3,6 @@
 defaults < recipe < run JSON < flags. No torch in here: a wrong flag is refused at once.
 """
 
-import difflib
 import json
 import math
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from galore_pretrain.config import Flag, RunConfig, find_model
 from galore_pretrain.errors import InputError
+from galore_pretrain.optim.names import resolve_name
 
 
 def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
@@ -34,9 +34,10 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
             values[name], origins[name] = value, origin
 
     find_model(values["model"])
-    _check_row(values["optim"])
-    projected = "galore" in values["optim"]
-    _check_galore_only(values, projected)
+    _name_row(values, origins)
+    projected, natural = "galore" in values["optim"], "natural" in values["optim"]
+    _check_meaning(values, projected, _GALORE, "only GaLore rows project")
+    _check_meaning(values, natural, _NATURAL, "only natural_galore rows have a history")
     for name, (value, source) in recipe(Path(values["model"]).stem, values["optim"]).items():
         if (projected or name not in _GALORE) and not (name == "steps" and values["max_tokens"]):
             fill(name, value, f"recipe: {source}")
@@ -54,6 +55,10 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
             "together" if reference else "staggered",
             "numerics reference" if reference else "default",
         )
+        fill("moments", "keep", "default")
+    if natural:
+        fill("natural_history", 20, "default")
+        fill("natural_damping", 1e-3, "default")
     fill("min_lr_ratio", 0.1 if values["scheduler"] == "cosine" else 0.0, f"scheduler {values['scheduler']}")
     updates = values["steps"] or math.ceil(values["max_tokens"] / (values["total_batch_size"] * values["max_length"]))
     if values["steps"]:
@@ -76,7 +81,8 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
     return RunConfig(**values), origins
 
 
-_GALORE = ("rank", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh")
+_GALORE = ("rank", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
+_NATURAL = ("natural_history", "natural_damping")
 
 
 def _check_bound(name: str, flag: Flag, value: Any) -> None:
@@ -89,23 +95,26 @@ def _check_bound(name: str, flag: Flag, value: Any) -> None:
         raise InputError(f"--{name.replace('_', '-')} {value} must be {bound} {low:g}")
 
 
-def _check_row(optim: str) -> None:
-    rows = list(
-        _recipes()["optimizers"]
-    )  # one entry a row of the registry, which cannot be asked without loading torch
-    if optim not in rows:
-        near = difflib.get_close_matches(optim, rows, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? All rows: " if near else "choose from "
-        raise InputError(f"--optim {optim} is unknown; {hint}{', '.join(rows)}")
-
-
-def _check_galore_only(values: Mapping[str, Any], projected: bool) -> None:
-    for name in _GALORE:
-        if not projected and values[name] is not None:
-            flag = name.replace("_", "-")
+def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """The row that ``--optim`` means; a name that says so also asks for layerwise updates."""
+    name = values["optim"]
+    try:
+        values["optim"], layerwise = resolve_name(name)
+    except ValueError as error:
+        raise InputError(f"--optim {error}") from error
+    if layerwise and not values["layerwise"]:
+        if origins["layerwise"] != "default":
             raise InputError(
-                f"--{flag} {values[name]} has no meaning for --optim {values['optim']}; only GaLore rows project"
+                f"--optim {name} asks for --layerwise; leave out --no-layerwise, or name {values['optim']}"
             )
+        values["layerwise"], origins["layerwise"] = True, f"optim {name}"
+
+
+def _check_meaning(values: Mapping[str, Any], has: bool, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if not has and values[name] is not None:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {values[name]} has no meaning for --optim {values['optim']}; {why}")
 
 
 def _check(values: Mapping[str, Any]) -> None:

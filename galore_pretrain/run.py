@@ -23,6 +23,7 @@ from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes
 from galore_pretrain.metrics import JsonLines, Progress, Wandb
 from galore_pretrain.model import build_model
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
+from galore_pretrain.optim.projector import has_fast_bf16
 from galore_pretrain.outputs import export, write_config, write_summary
 from galore_pretrain.recipes import reference_batch
 from galore_pretrain.repro import describe_environment
@@ -135,6 +136,9 @@ def _optimizer(config: RunConfig, model: torch.nn.Module) -> RuleOptimizer:
             proj_type=config.proj_type,
             basis=config.basis,
             refresh=config.refresh,
+            moments=config.moments,
+            natural_history=config.natural_history,
+            natural_damping=config.natural_damping,
             betas=config.betas,
             eps=config.eps,
             numerics=config.numerics,
@@ -152,8 +156,7 @@ def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOpti
     total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     log.info("%s: %.1fM weights in %s on %s", config.model, total / 1e6, config.dtype, where)
-    has_bf16 = any(torch.cpu.get_capabilities().get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
-    if device.type == "cpu" and config.dtype == "bfloat16" and not has_bf16:
+    if config.dtype == "bfloat16" and not has_fast_bf16(device):
         log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
     for group in optimizer.param_groups:
         count, tensors = sum(p.numel() for p in group["params"]), len(group["params"])

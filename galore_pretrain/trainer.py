@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # for their types alone: the trainer is handed its parts
     from galore_pretrain.evaluate import Evaluation
 
 MAX_SKIPPED = 10
-"""Updates in a row without a finite loss after which a run stops."""
+"""Updates in a row with a non-finite loss or gradient after which a run stops."""
 
 log = logging.getLogger(__name__)
 
@@ -97,15 +97,20 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         loss = self._forward_backward(batch)
-        norm = None
-        if math.isfinite(loss):
-            norm = self.execution.finish()
-        state.skipped = 0 if math.isfinite(loss) else state.skipped + 1
+        finished = self.execution.finish() if math.isfinite(loss) else None
+        state.skipped = 0 if finished and not finished.skipped else state.skipped + 1
         state.step += 1
         state.tokens_seen += batch.tokens
         state.data = batch.state
         metrics: Metrics = {"loss": loss, "lr": lr, "tokens_seen": state.tokens_seen}
-        return metrics if norm is None else metrics | {"grad_norm": float(norm)}
+        if finished is None:
+            return metrics
+        if finished.skipped:
+            log.warning("update %d: %d gradients were not finite, their tensors skipped", state.step, finished.skipped)
+        if finished.grad_norm is not None:
+            metrics["grad_norm"] = finished.grad_norm
+        counts = {"skipped_tensors": finished.skipped, "failed_refreshes": finished.failed_refreshes}
+        return metrics | {name: count for name, count in counts.items() if count}
 
     def _forward_backward(self, batch: "Batch") -> float:
         """Gradients of the mean loss over the update's label tokens, whatever the micro-batch; returns that loss.
@@ -132,7 +137,7 @@ class Trainer:
         metrics = self.train_step(next(batches))
         if self.state.skipped >= MAX_SKIPPED:
             raise TrainingFailedError(
-                f"{MAX_SKIPPED} updates in a row had no finite loss, up to update {self.state.step}; "
+                f"{MAX_SKIPPED} updates in a row, up to {self.state.step}, had a loss or gradient that was not finite; "
                 "the newest checkpoint is from before them; go on with --resume-with-changes and a lower --lr"
             )
         seconds = time.perf_counter() - started

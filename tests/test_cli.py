@@ -277,6 +277,10 @@ ERRORS = [
     (["--model", "llama_6m"], "did you mean llama_60m"),
     (["--model", "llama_60m", "--optim", "galore_adamww"], "did you mean galore_adamw"),
     (["--model", "llama_60m", "--optim", "adamw", "--rank", "3"], "--rank 3 has no meaning for --optim adamw"),
+    (["--model", "llama_60m", "--optim", "adamw", "--moments", "reset"], "--moments reset has no meaning for --optim"),
+    (["--model", "llama_60m", "--natural-history", "5"], "--natural-history 5 has no meaning for --optim galore_adamw"),
+    (["--model", "llama_60m", "--natural-damping", "0"], "--natural-damping 0.0 must be greater than 0"),
+    (["--model", "llama_60m", "--optim", "galore_adamw_layerwise", "--no-layerwise"], "asks for --layerwise"),
     (["--model", "llama_60m", "--rank", "0"], "--rank 0 must be at least 1"),
     (["--model", "llama_60m", "--lr", "nan"], "--lr nan must be a finite number"),
     (["--model", "llama_60m", "--lr", "0"], "--lr 0.0 must be greater than 0"),
@@ -397,6 +401,17 @@ def test_recipes_resolve_to_the_papers_values() -> None:
     assert (config.rank, config.basis, config.lr) == (None, None, 0.001)
     with pytest.raises(InputError, match="--model is missing"):
         resolve({}, {})
+
+
+def test_names_of_other_projects_and_what_they_imply() -> None:
+    given = {"model": "llama_60m", "optim": "galore_adamw8bit_per_layer"}
+    config, origins = resolve(given, {"model": "flag", "optim": "flag"})
+    assert (config.optim, config.layerwise) == ("galore_adamw8bit", True)
+    assert origins["layerwise"] == "optim galore_adamw8bit_per_layer"
+    config, _ = resolve({"model": "llama_60m", "optim": "adam8bit"}, {})
+    assert (config.optim, config.layerwise, config.moments) == ("adamw8bit", False, None)
+    config, origins = resolve({"model": "llama_60m", "optim": "natural_galore"}, {})
+    assert (config.natural_history, config.natural_damping, config.moments) == (20, 1e-3, "keep")
 
 
 def test_python_dash_m_and_version() -> None:

@@ -1,26 +1,32 @@
 """GaLore (arXiv 2403.03507, Algorithm 2): any update rule, run in a low-rank subspace of the gradient."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import State
-from galore_pretrain.optim.projector import BASES, BasisFn, project, random_basis, sides
-from galore_pretrain.optim.rules import Decay, Direction, Step, UpdateRule
+from galore_pretrain.optim.projector import BASES, BasisFn, project, project_fast, random_basis, sides
+from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
+from galore_pretrain.optim.step import Step
+
+REFRESHES, MOMENTS = ("together", "staggered"), ("keep", "project", "reset")
 
 
 @dataclass(frozen=True)
 class GaLore:
     """Project the gradient, update in the subspace with ``inner``, project back × ``scale`` (the paper's α).
 
-    The basis is renewed from the current gradient every ``update_proj_gap`` (T) updates; moments are carried over as
-    they are. ``refresh="together"`` renews all matrices at updates 1, T + 1, 2T + 1, … (the paper's). ``"staggered"``
-    starts from a seeded orthonormal basis and spreads the first refreshes over the first T/10 updates, so that no
-    single update stalls; each matrix is then renewed every T. ``materialize`` forms the m × n update in the gradient's
-    dtype, as the published code does, where the factors of rank r would do.
+    The basis is renewed from the current gradient every ``update_proj_gap`` (T) updates. ``refresh="together"`` renews
+    all matrices at updates 1, T + 1, 2T + 1, … (the paper's). ``"staggered"`` starts from a seeded orthonormal basis
+    and spreads the first refreshes over the first T/10 updates, so that no single update stalls; each matrix is then
+    renewed every T. At a refresh, ``moments`` are carried over as they are (``keep``, the paper's), expressed in the
+    new basis (``project``) or begun anew (``reset``). A decomposition that fails leaves the old basis.
+
+    ``published`` forms the m × n update in the gradient's dtype, as the published code does, where the factors of
+    rank r would do; ``upcast`` works on an fp32 copy of the gradient, as its Adafactor does.
     """
 
     inner: UpdateRule
@@ -30,15 +36,18 @@ class GaLore:
     proj_type: str = "std"
     basis: str | BasisFn = "randomized"
     refresh: str = "staggered"
-    materialize: bool = False
+    moments: str = "keep"
+    published: bool = False
+    upcast: bool = False
 
     elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.basis, str) and self.basis not in BASES:
             raise ValueError(f"basis {self.basis!r} is unknown; choose from {', '.join(BASES)}")
-        if self.refresh not in ("together", "staggered"):
-            raise ValueError(f"refresh {self.refresh!r} is unknown; choose from together, staggered")
+        for name, value, known in (("refresh", self.refresh, REFRESHES), ("moments", self.moments, MOMENTS)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(known)}")
         if self.rank < 1 or self.update_proj_gap < 1:
             raise ValueError(f"rank {self.rank} and update_proj_gap {self.update_proj_gap} must be at least 1")
         sides(1, 1, self.proj_type)
@@ -50,11 +59,13 @@ class GaLore:
     def init(self, like: Tensor) -> State:
         if like.ndim != 2:
             raise ValueError(f"GaLore projects matrices; got a tensor of shape {tuple(like.shape)}")
+        if self.upcast:
+            like = like.float()
         m, n = like.shape
         left, right = sides(m, n, self.proj_type)
-        if self.rank > min(m, n):
+        if self.rank > min(m, n):  # one text for all matrices, so that it is shown once
             warnings.warn(
-                f"GaLore rank {self.rank} exceeds a matrix's shorter side, {min(m, n)}, and is clipped to it",
+                f"GaLore rank {self.rank} exceeds the shorter side of some matrices, and is clipped to it there",
                 stacklevel=2,
             )
         r = min(self.rank, m, n)
@@ -64,27 +75,44 @@ class GaLore:
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         left, right = state.get("left_basis"), state.get("right_basis")
-        if self._is_due(step):
-            self._renew(grad, left, right, step.seed)
-        elif step.count == 1:
+        if self.upcast:
+            grad = grad.float()
+        if step.count == 1:
             self._start(left, right, step.seed)
-        low = self.inner.update(project(grad, left, right), state, step)
-        narrow = low.left.to(grad.dtype)
+        if self._is_due(step):
+            self._renew(grad, state, left, right, step)
+        if self.moments == "reset":
+            step = replace(step, count=self._age(step))
+        low_grad = project(grad, left, right).contiguous() if self.published else project_fast(grad, left, right)
+        low = update_in_chunks(self.inner, low_grad, state, step)
+        narrow = low.whole().to(grad.dtype)
         if left is not None:
             tall, wide = (left, narrow) if right is None else (left @ narrow, right)
         else:
             assert right is not None
             tall, wide = narrow, right
-        if self.materialize:
-            return Direction((tall @ wide).mul_(self.scale), factor=low.factor)
-        return Direction(tall, wide, self.scale * low.factor)
+        if self.published:
+            return Direction((tall @ wide).mul_(self.scale), factor=low.factor, scaled=low.scaled)
+        return Direction(tall, wide, self.scale * low.factor, scaled=low.scaled)
 
     def narrow(self, state: State, start: int, stop: int) -> State:
         raise TypeError("GaLore projects the whole matrix")
 
+    def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
+        raise TypeError("GaLore has a basis of its own; it is not run inside another")
+
+    def _first_refresh(self, step: Step) -> int:
+        """Updates before the one that brings the first refresh."""
+        return 0 if self.refresh == "together" else int(step.phase * max(1, self.update_proj_gap // 10))
+
     def _is_due(self, step: Step) -> bool:
-        first = 0 if self.refresh == "together" else int(step.phase * max(1, self.update_proj_gap // 10))
-        return step.count > first and (step.count - 1 - first) % self.update_proj_gap == 0
+        since = step.count - 1 - self._first_refresh(step)
+        return since >= 0 and since % self.update_proj_gap == 0
+
+    def _age(self, step: Step) -> int:
+        """The number of the update among those since the last refresh that was due, from 1."""
+        since = step.count - 1 - self._first_refresh(step)
+        return step.count if since < 0 else since % self.update_proj_gap + 1
 
     def _start(self, left: Tensor | None, right: Tensor | None, seed: int) -> None:
         if left is not None:
@@ -92,12 +120,32 @@ class GaLore:
         if right is not None:
             right.copy_(random_basis((right.shape[0], right.shape[1]), "right", seed, right.device))
 
-    def _renew(self, grad: Tensor, left: Tensor | None, right: Tensor | None, seed: int) -> None:
+    def _renew(self, grad: Tensor, state: State, left: Tensor | None, right: Tensor | None, step: Step) -> None:
+        """Take new bases from ``grad`` and tell the inner rule; what failed is noted in ``step.failures``."""
         find = BASES[self.basis] if isinstance(self.basis, str) else self.basis
-        if left is not None:
-            left.copy_(find(grad, left.shape[1], "left", left, seed))
-        if right is not None:
-            right.copy_(find(grad, right.shape[0], "right", right, seed))
+        kept = torch.ones((), dtype=torch.bool, device=grad.device) if step.ok is None else step.ok
+        try:
+            new_left = None if left is None else find(grad, left.shape[1], "left", left)
+            new_right = None if right is None else find(grad, right.shape[0], "right", right)
+        except torch.linalg.LinAlgError:
+            step.failures.append(kept)
+            return
+        found = torch.stack([basis.isfinite().all() for basis in (new_left, new_right) if basis is not None]).all()
+        step.failures.append(kept & ~found)
+        if self.moments == "reset" and step.count > 1:
+            for name in state.keys() - {"left_basis", "right_basis"}:
+                state[name].zero_()
+        elif step.count > 1:
+            change = BasisChange(
+                None if left is None or new_left is None else new_left.T.to(torch.float32) @ left.float(),
+                None if right is None or new_right is None else right.float() @ new_right.T.to(torch.float32),
+                project=self.moments == "project",
+            )
+            self.inner.change_basis(state, change, step.only_if(found))
+        step = step.only_if(found)
+        for basis, new in ((left, new_left), (right, new_right)):
+            if basis is not None and new is not None:
+                step.store(basis, new)
 
 
 def is_projected(module_name: str, module: torch.nn.Module) -> bool:

@@ -1,31 +1,39 @@
 """How a moment is kept between two updates: one axis of a method, independent of the rule that uses it."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from galore_pretrain.optim.step import Step
+
 State = dict[str, Tensor]
+_BLOCK = 256  # elements that share a scale: bitsandbytes' own block, and the only one its optimizers know
+_SMALL = 4096  # elements below which bitsandbytes keeps a moment in fp32
+_codes: dict[tuple[torch.device, bool], Tensor] = {}
 
 
 class MomentStore(Protocol):
     """Keeps one moment of a parameter under ``name`` in that parameter's state."""
 
     def zeros(self, name: str, like: Tensor) -> State:
-        """The entries of ``state`` that hold a moment of ``like``'s shape, on its device."""
+        """The entries of ``state`` that hold a moment of ``like``'s shape, on its device. All zero bytes mean zero."""
         ...
 
-    def read(self, state: State, name: str) -> Tensor:
+    def read(self, state: State, name: str, step: Step) -> Tensor:
         """The moment in the dtype that the rule computes in; changing it in place is allowed, ``write`` must follow."""
         ...
 
-    def write(self, state: State, name: str, value: Tensor, generator: torch.Generator | None) -> None:
-        """Keep ``value``; ``generator`` supplies the bits where the store rounds stochastically."""
+    def write(self, state: State, name: str, value: Tensor, step: Step) -> None:
+        """Keep ``value``, which may be overwritten."""
         ...
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
-        """Views of the entries that hold the elements ``start:stop`` of the flattened moment."""
+        """Views of the entries that hold the elements ``start:stop`` of the flattened moment.
+
+        Both are multiples of 256, unless ``stop`` is the end.
+        """
         ...
 
 
@@ -43,26 +51,107 @@ class Dense:
     def zeros(self, name: str, like: Tensor) -> State:
         return {name: torch.zeros_like(like)}
 
-    def read(self, state: State, name: str) -> Tensor:
-        moment = state[name]
-        return moment if self.rounding == "nearest" else moment.float()
+    def read(self, state: State, name: str, step: Step) -> Tensor:
+        return step.working_copy(state[name], None if self.rounding == "nearest" else torch.float32)
 
-    def write(self, state: State, name: str, value: Tensor, generator: torch.Generator | None) -> None:
-        moment = state[name]
-        if value is not moment:  # the very tensor where arithmetic and storage share a dtype
-            moment.copy_(round_stochastic(value, generator) if moment.dtype == torch.bfloat16 else value)
+    def write(self, state: State, name: str, value: Tensor, step: Step) -> None:
+        step.store(state[name], value, stream=name)
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
         return {name: state[name].view(-1)[start:stop]}
 
 
-def round_stochastic(value: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Round fp32 ``value`` to bf16, up with probability equal to the fraction that nearest rounding would lose.
+@dataclass(frozen=True)
+class Blockwise8bit:
+    """A byte an element and an fp32 scale a block of 256, by bitsandbytes (arXiv 2110.02861, §2: dynamic quantization).
 
-    E[result] = value, so an update smaller than half a bf16 ulp is not lost but made with its probability. bf16 is
-    the upper half of fp32: adding 16 uniform bits below it carries into the upper half with the wanted probability.
-    Non-finite values pass unchanged.
+    Moments named ``…_sq`` are not negative and use the unsigned map. A moment of fewer than 4096 elements stays a
+    dense fp32 tensor, as in bitsandbytes' own optimizers.
     """
-    bits = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
-    rounded = (value.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32)
-    return torch.where(value.isfinite(), rounded, value).bfloat16()
+
+    def zeros(self, name: str, like: Tensor) -> State:
+        if like.numel() < _SMALL:
+            return {name: torch.zeros_like(like, dtype=torch.float32)}
+        blocks = -(-like.numel() // _BLOCK)
+        return {
+            name: torch.zeros_like(like, dtype=torch.uint8),
+            f"{name}_absmax": like.new_zeros(blocks, dtype=torch.float32),
+        }
+
+    def read(self, state: State, name: str, step: Step) -> Tensor:
+        moment, scale = state[name], state.get(f"{name}_absmax")
+        if scale is None:
+            return step.working_copy(moment)
+        from bitsandbytes import functional
+
+        code = _code(name, moment)
+        return torch.as_tensor(functional.dequantize_blockwise(moment, absmax=scale, code=code, blocksize=_BLOCK))
+
+    def write(self, state: State, name: str, value: Tensor, step: Step) -> None:
+        if f"{name}_absmax" not in state:
+            step.store(state[name], value)
+            return
+        from bitsandbytes import functional
+
+        quantized, how = functional.quantize_blockwise(value, code=_code(name, state[name]), blocksize=_BLOCK)
+        step.store(state[name], quantized)
+        step.store(state[f"{name}_absmax"], how.absmax)
+
+    def narrow(self, state: State, name: str, start: int, stop: int) -> State:
+        part = {name: state[name].view(-1)[start:stop]}
+        if (scale := state.get(f"{name}_absmax")) is not None:
+            part[f"{name}_absmax"] = scale[start // _BLOCK : -(-stop // _BLOCK)]
+        return part
+
+    def fused_adam(
+        self, grad: Tensor, state: State, step: Step, betas: tuple[float, float], eps: float, *, always: bool = False
+    ) -> Tensor | None:
+        """Adam's direction × −1 by bitsandbytes' own kernel, which reads, updates and writes both moments in one pass.
+
+        None where the composed rule is as good or the kernel does not apply: on a CPU it is the same sequence of
+        operations (``always`` runs it there too), and small moments are dense.
+        """
+        names = ["exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"]
+        if not (grad.is_cuda or always) or names[2] not in state:
+            return None
+        from bitsandbytes import functional
+
+        parts = [step.working_copy(state[name]) for name in names]
+        scratch = torch.zeros_like(grad, dtype=torch.float32)
+        functional.optimizer_update_8bit_blockwise(
+            "adam",
+            g=grad.float(),
+            p=scratch,
+            state1=parts[0],
+            state2=parts[1],
+            beta1=betas[0],
+            beta2=betas[1],
+            beta3=0.0,
+            alpha=0.0,
+            eps=eps,
+            step=step.count,
+            lr=1.0,
+            qmap1=_code("exp_avg", grad),
+            qmap2=_code("exp_avg_sq", grad),
+            absmax1=parts[2],
+            absmax2=parts[3],
+        )
+        for name, part in zip(names, parts, strict=True):
+            step.store(state[name], part)
+        return scratch
+
+
+def _code(name: str, like: Tensor) -> Tensor:
+    """The 256 values that a byte of the moment ``name`` stands for, in units of its block's scale."""
+    from bitsandbytes import functional
+
+    signed = not name.endswith("_sq")
+
+    def create() -> Any:
+        return functional.create_dynamic_map(signed=signed).to(like.device)
+
+    if type(like) is not Tensor or like.is_meta:  # a fake tensor must not outlive its mode
+        return torch.as_tensor(create())
+    if (like.device, signed) not in _codes:
+        _codes[like.device, signed] = create()
+    return _codes[like.device, signed]

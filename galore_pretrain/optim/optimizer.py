@@ -4,20 +4,28 @@
 same method from inside backward. Hence one state, one learning rate and one checkpoint format for both.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.moments import round_stochastic
-from galore_pretrain.optim.rules import Decay, Direction, Step, UpdateRule
+from galore_pretrain.optim.projector import has_fast_bf16
+from galore_pretrain.optim.rules import Direction, UpdateRule
+from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, mix
 
-CHUNK = 1 << 21
-"""Elements (8 MiB in fp32) that are updated at a time: no fp32 copy of a large weight or moment ever exists."""
+_PRODUCT = 1 << 21
+"""Elements of a low-rank update that are multiplied out at a time: matrix products want more than a cache holds."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What went wrong since it was last asked: updates of one tensor that were skipped, bases that were not renewed."""
+
+    skipped: int = 0
+    failed_refreshes: int = 0
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -26,7 +34,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     ``groups`` are dicts with ``params`` (tensors, or pairs of name and tensor), ``rule``, and optionally ``lr`` and
     ``weight_decay``; other keys are kept for the caller. State is allocated here, whole and at its final shapes and
     dtypes. ``rounding``: how a bf16 weight takes an update, ``"stochastic"`` (computed in fp32, reproducible from
-    ``seed`` and the count of updates alone) or ``"nearest"`` (in the weight's own dtype). fp32 weights need neither.
+    ``seed`` and the count of updates alone) or ``"nearest"``.
+
+    A gradient that is not finite, or whose squares overflow, changes neither weight nor state, and is counted.
     """
 
     def __init__(
@@ -44,7 +54,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.seed = seed
         self._rules: list[UpdateRule] = []
         self._places: dict[Tensor, tuple[int, int, int]] = {}  # parameter -> (group, index in group, index overall)
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._pools: dict[torch.device, tuple[int, Tensor]] = {}  # (count of updates, what its random bits come from)
+        self._faults: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), counted where they happen
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -93,21 +104,28 @@ class RuleOptimizer(torch.optim.Optimizer):
         group_index, index, overall = self._places[p]
         group, rule, state = self.param_groups[group_index], self._rules[group_index], self.state[p]
         state["step"] += 1
+        # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
+        finite = torch.linalg.vector_norm(p.grad).isfinite()
         step = Step(
             count=state["step"],
-            generator=self._random_bits(p.device, overall, state["step"]),
-            seed=_mix(self.seed, overall),
+            lr=float(group["lr"]),
+            seed=mix(self.seed, overall),
             phase=index / len(group["params"]),
-        )
+            bits=self._random_bits(p.device, overall, state["step"]),
+        ).only_if(finite)
         tensors = {name: value for name, value in state.items() if name != "step"}
-        if not rule.elementwise:
-            self._update(p, p.grad, tensors, rule, group, step)
-            return
-        weight, grad = p.view(-1), p.grad.reshape(-1)
-        for start in range(0, weight.numel(), CHUNK):
-            stop = min(start + CHUNK, weight.numel())
-            views = rule.narrow(tensors, start, stop)
-            self._update(weight[start:stop], grad[start:stop], views, rule, group, step)
+        weight = p.detach() if p.is_contiguous() else p.detach().contiguous()
+        if rule.elementwise:
+            flat, grad, size = weight.view(-1), p.grad.reshape(-1), chunk_elements(p.device)
+            for start in range(0, flat.numel(), size):
+                stop = min(start + size, flat.numel())
+                views = rule.narrow(tensors, start, stop)
+                self._update(flat[start:stop], grad[start:stop], views, rule, group, step.at(start))
+        else:
+            self._update(weight, p.grad, tensors, rule, group, step)
+        if not p.is_contiguous():
+            p.copy_(weight)
+        self._count(step)
 
     def _update(
         self,
@@ -118,21 +136,33 @@ class RuleOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         step: Step,
     ) -> None:
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        decay = float(group["weight_decay"])
         if decay and rule.decay == "l2":
             grad = torch.add(grad if self.rounding == "nearest" else grad.float(), weight, alpha=decay)
         direction = rule.update(grad, state, step)
-        if weight.dtype == torch.bfloat16 and self.rounding == "stochastic":
-            _subtract_stochastically(weight, direction, lr, decay, rule.decay, step.generator)
-        else:
-            _subtract(weight, direction, lr, decay, rule.decay)
+        _subtract(weight, direction, step.lr * decay if rule.decay != "l2" else 0.0, rule.decay == "before", step)
 
-    def _random_bits(self, device: torch.device, overall: int, count: int) -> torch.Generator | None:
-        """The stream of one parameter at one update: the same whatever the order in which parameters are updated."""
+    def _random_bits(self, device: torch.device, overall: int, count: int) -> RandomBits | None:
+        """The streams of one parameter at one update: the same whatever the order in which parameters are updated."""
         if self.rounding == "nearest" or device.type == "meta":
             return None
-        generator = self._generators.setdefault(device, torch.Generator(device))
-        return generator.manual_seed(_mix(self.seed, overall, count))
+        if self._pools.get(device, (0,))[0] != count:
+            self._pools[device] = count, RandomBits.pool(mix(self.seed, count), device)
+        return RandomBits(self._pools[device][1], mix(self.seed, overall, count))
+
+    def _count(self, step: Step) -> None:
+        if step.ok is None and not step.failures:
+            return
+        none = torch.zeros((), dtype=torch.bool, device=step.failures[0].device if step.ok is None else step.ok.device)
+        skipped = none if step.ok is None else ~step.ok
+        new = torch.stack([skipped.long(), torch.stack([none, *step.failures]).sum()])
+        self._faults[new.device] = self._faults[new.device] + new if new.device in self._faults else new
+
+    def take_faults(self) -> Faults:
+        """What has gone wrong since the last call. Waits for the device."""
+        counts = [count.tolist() for count in self._faults.values()]
+        self._faults.clear()
+        return Faults(*(sum(values) for values in zip(*counts, strict=True)))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,37 +192,38 @@ class RuleOptimizer(torch.optim.Optimizer):
                         state[name].copy_(value)
 
 
-def _subtract(weight: Tensor, direction: Direction, lr: float, decay: float, order: Decay) -> None:
-    """The update in the weight's own dtype."""
-    if decay and order == "before":
-        weight.mul_(1 - lr * decay)
-    direction.add_to(weight, -lr)
-    if decay and order == "after":
-        weight.add_(weight, alpha=-lr * decay)
+def _subtract(weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
+    """``weight -= lr · direction + decay · weight``, in place; decay sees the weight before or after the update.
 
+    In the weight's own dtype where nothing is gained by another; else in fp32, a block of rows at a time, which a bf16
+    weight takes in by ``step.store``.
+    """
+    alpha = -direction.factor * (1.0 if direction.scaled else step.lr)
 
-def _subtract_stochastically(
-    weight: Tensor,
-    direction: Direction,
-    lr: float,
-    decay: float,
-    order: Decay,
-    generator: torch.Generator | None,
-) -> None:
-    """The update in fp32, a block of rows at a time, rounded once to the bf16 weight."""
-    rows = max(1, CHUNK // weight[0].numel())
-    for start in range(0, weight.shape[0], rows):
-        stop = min(start + rows, weight.shape[0])
-        block = weight[start:stop].float()
-        if decay and order == "before":
-            block.mul_(1 - lr * decay)
-        block.add_(direction.rows(start, stop), alpha=-lr * direction.factor)
-        if decay and order == "after":
-            block.mul_(1 - lr * decay)
-        weight[start:stop] = round_stochastic(block, generator)
+    def apply(target: Tensor, part: Direction) -> None:
+        if decay and decay_first:
+            target.add_(target, alpha=-decay)
+        part.add_to(target, alpha)
+        if decay and not decay_first:
+            target.add_(target, alpha=-decay)
 
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed from several small integers, without the collisions of sums."""
-    digest = hashlib.blake2b(".".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    rounded = weight.dtype == torch.bfloat16 and step.bits is not None
+    if direction.right is not None and rounded and not has_fast_bf16(weight.device):
+        direction = replace(direction, left=direction.left.float(), right=direction.right.float())
+    computed = torch.float32 if direction.row is not None else direction.left.dtype
+    plain = weight.dtype == torch.float32 or (step.bits is None and computed == weight.dtype)
+    if plain and step.ok is None and direction.row is None:
+        apply(weight, direction)
+        return
+    width = weight[0].numel()
+    rows = max(1, chunk_elements(weight.device) // width)
+    products = rows if direction.right is None else max(rows, _PRODUCT // width // rows * rows)
+    for begin in range(0, weight.shape[0], products):
+        part, size = direction.part(begin, begin + products), products
+        if not plain and computed != torch.float32:  # else multiplied and added in one operation
+            part, size = Direction(part.whole()), rows
+        for start in range(0, len(part.left), size):
+            kept = weight[begin + start : begin + start + size]
+            block = kept.to(kept.dtype if plain else torch.float32, copy=True)
+            apply(block, part.part(start, start + size))
+            step.at((begin + start) * width).store(kept, block, stream="weight")

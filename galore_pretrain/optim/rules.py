@@ -4,57 +4,77 @@ A rule is a frozen dataclass of hyper-parameters; its tensors live in the optimi
 the same object serves a weight matrix and its low-rank projection.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.moments import Dense, MomentStore, State
+from galore_pretrain.optim.moments import Blockwise8bit, Dense, MomentStore, State
+from galore_pretrain.optim.step import Step, chunk_elements
 
 Decay = Literal["before", "after", "l2"]
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one update of one parameter knows besides its tensors.
-
-    ``count`` is 1 at the first update. ``generator`` holds the parameter's own stream of random bits for this update;
-    ``seed`` is the parameter's, the same at every update. ``phase`` in [0, 1) is the parameter's place among those
-    that share its rule.
-    """
-
-    count: int
-    generator: torch.Generator | None = None
-    seed: int = 0
-    phase: float = 0.0
-
-
-@dataclass(frozen=True)
 class Direction:
-    """``factor`` · ``left`` @ ``right``, or ``factor`` · ``left`` where there is no ``right``: what is subtracted × lr.
+    """``factor`` · ``left`` @ ``right`` (``right`` may be absent): what is subtracted × lr.
 
-    Kept in factors so that an update of rank r never exists as a full m × n matrix.
+    Kept in factors so that an update of rank r never exists as a full m × n matrix. ``row`` (m) and ``column`` (n),
+    both fp32, multiply the rows and columns of ``left``. ``scaled``: the learning rate is in it already.
     """
 
     left: Tensor
     right: Tensor | None = None
     factor: float = 1.0
+    row: Tensor | None = None
+    column: Tensor | None = None
+    scaled: bool = False
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` of the direction without ``factor``, in its own dtype."""
-        return self.left[start:stop] if self.right is None else self.left[start:stop] @ self.right
+    def part(self, start: int, stop: int) -> "Direction":
+        """Its rows ``start:stop``, still in factors."""
+        row = None if self.row is None else self.row[start:stop]
+        return replace(self, left=self.left[start:stop], row=row)
 
-    def add_to(self, weight: Tensor, alpha: float) -> None:
-        """``weight += alpha · direction`` in one fused operation, in the weight's dtype."""
-        if self.right is None:
-            weight.add_(self.left, alpha=alpha * self.factor)
+    def whole(self) -> Tensor:
+        """The direction without ``factor``, multiplied out, in its own dtype."""
+        if self.row is not None and self.column is not None:
+            return self.left.float() * self.row[:, None] * self.column
+        return self.left if self.right is None else self.left @ self.right
+
+    def add_to(self, target: Tensor, alpha: float) -> None:
+        """``target += alpha · direction``, ``factor`` not counted, in place and in the target's dtype."""
+        if self.right is not None:
+            target.addmm_(self.left, self.right, alpha=alpha)
         else:
-            weight.addmm_(self.left, self.right, alpha=alpha * self.factor)
+            target.add_(self.whole(), alpha=alpha)
+
+
+@dataclass(frozen=True)
+class BasisChange:
+    """New subspace coordinates from old ones: x becomes ``left`` @ x @ ``right``, where each is r × r or absent.
+
+    ``project``: whether moments are to be expressed in the new basis. What is a history of gradients must not be mixed
+    with gradients of another subspace in any case.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    project: bool
+
+    def mean(self, x: Tensor) -> Tensor:
+        """A first moment in the new coordinates."""
+        x = x if self.left is None else self.left @ x
+        return x if self.right is None else x @ self.right
+
+    def variance(self, x: Tensor) -> Tensor:
+        """A second moment about the mean in the new coordinates, the old ones taken as uncorrelated."""
+        x = x if self.left is None else self.left.square() @ x
+        return x if self.right is None else x @ self.right.square()
 
 
 class UpdateRule(Protocol):
-    """From gradient to direction (Stateless itself: ``state`` is passed in and changed in place)."""
+    """From gradient to direction (stateless itself: ``state`` is passed in and changed in place)."""
 
     @property
     def decay(self) -> Decay:
@@ -71,12 +91,29 @@ class UpdateRule(Protocol):
         ...
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
-        """Advance ``state`` by one update and return the direction; ``grad`` is left alone."""
+        """Advance ``state`` by one update, through ``step.store``, and return the direction; ``grad`` is left alone."""
         ...
 
     def narrow(self, state: State, start: int, stop: int) -> State:
         """Views of ``state`` for the elements ``start:stop`` of the flattened parameter."""
         ...
+
+    def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
+        """The coordinates of the gradients to come are others than those of the gradients seen."""
+        ...
+
+
+def update_in_chunks(rule: UpdateRule, grad: Tensor, state: State, step: Step) -> Direction:
+    """As ``rule.update``, but ``grad`` (contiguous) is overwritten, and temporaries are a few chunks of fp32."""
+    size = chunk_elements(grad.device)
+    if not rule.elementwise or grad.numel() <= size:
+        return rule.update(grad, state, step)
+    flat = grad.view(-1)
+    for start in range(0, flat.numel(), size):
+        stop = min(start + size, flat.numel())
+        piece = rule.update(flat[start:stop], rule.narrow(state, start, stop), step.at(start))
+        flat[start:stop].copy_(piece.left)
+    return replace(piece, left=grad)
 
 
 @dataclass(frozen=True)
@@ -94,13 +131,17 @@ class SGD:
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         if not self.momentum:
             return Direction(grad)
-        buffer = self.store.read(state, "momentum")
-        buffer.mul_(self.momentum).add_(grad)
-        self.store.write(state, "momentum", buffer, step.generator)
-        return Direction(buffer)
+        buffer = self.store.read(state, "momentum", step)
+        direction = buffer.mul_(self.momentum).add_(grad).clone()
+        self.store.write(state, "momentum", buffer, step)
+        return Direction(direction)
 
     def narrow(self, state: State, start: int, stop: int) -> State:
         return self.store.narrow(state, "momentum", start, stop) if self.momentum else {}
+
+    def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
+        if change.project and self.momentum:
+            self.store.write(state, "momentum", change.mean(self.store.read(state, "momentum", step).float()), step)
 
 
 @dataclass(frozen=True)
@@ -108,13 +149,15 @@ class Adam:
     """Adam (arXiv 1412.6980, Algorithm 1): direction m̂ / (√v̂ + ε), both moments bias-corrected.
 
     ``formula="torch"`` adds ε to the corrected √v̂; ``"transformers"`` to the uncorrected √v, as the published GaLore
-    code and transformers' former AdamW do. ``decay`` tells AdamW (``before``) from Adam (``l2``).
+    code and transformers' former AdamW do. ``decay`` tells AdamW (``before``) from Adam (``l2``). ``scaled`` multiplies
+    by the learning rate before anything is rounded, as bitsandbytes does on the published code's low-rank scratch.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     formula: Literal["torch", "transformers"] = "torch"
     decay: Decay = "before"
+    scaled: bool = False
     store: MomentStore = field(default_factory=Dense)
     elementwise: ClassVar[bool] = True
 
@@ -122,66 +165,59 @@ class Adam:
         return self.store.zeros("exp_avg", like) | self.store.zeros("exp_avg_sq", like)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
-        beta1, beta2 = self.betas
-        m, v = self.store.read(state, "exp_avg"), self.store.read(state, "exp_avg_sq")
+        if isinstance(self.store, Blockwise8bit) and not self.scaled:
+            fused = self.store.fused_adam(grad, state, step, self.betas, self.eps)
+            if fused is not None:
+                return Direction(fused, factor=-1.0)
+        m, v = self.store.read(state, "exp_avg", step), self.store.read(state, "exp_avg_sq", step)
         grad = grad.to(m.dtype)
+        if self.formula == "torch" and isinstance(self.store, Dense) and m.dtype == torch.float32:
+            direction = self._fused(m, v, grad, step.count)
+        else:
+            direction = self._composed(m, v, grad, step)
+        self.store.write(state, "exp_avg", m, step)
+        self.store.write(state, "exp_avg_sq", v, step)
+        return direction
+
+    def _fused(self, m: Tensor, v: Tensor, grad: Tensor, count: int) -> Direction:
+        """By the kernel behind ``torch.optim.AdamW(fused=True)``, which reads and writes everything once.
+
+        It updates a weight of 0 at rate 1. Called directly: the way there through torch takes longer than a chunk.
+        """
+        scratch, number = torch.zeros_like(grad), torch.tensor(float(count), device=grad.device)
+        torch._fused_adamw_(
+            [scratch], [grad], [m], [v], [], [number], lr=1.0, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+            weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        return Direction(scratch, factor=-1.0)
+
+    def _composed(self, m: Tensor, v: Tensor, grad: Tensor, step: Step) -> Direction:
+        beta1, beta2 = self.betas
         m.mul_(beta1).add_(grad, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        self.store.write(state, "exp_avg", m, step.generator)
-        self.store.write(state, "exp_avg_sq", v, step.generator)
-        correction1, correction2 = 1 - beta1**step.count, float((1 - beta2**step.count) ** 0.5)
+        correction1, correction2 = self._corrections(step.count)
         if self.formula == "transformers":
-            return Direction(m / v.sqrt().add_(self.eps), factor=correction2 / correction1)
-        return Direction(m / v.sqrt().div_(correction2).add_(self.eps), factor=1 / correction1)
+            denominator, factor = v.sqrt().add_(self.eps), correction2 / correction1
+        else:
+            denominator, factor = v.sqrt().div_(correction2).add_(self.eps), 1 / correction1
+        if self.scaled:
+            return Direction(torch.zeros_like(m).addcdiv_(m, denominator, value=step.lr * factor), scaled=True)
+        return Direction(m / denominator, factor=factor)
 
     def narrow(self, state: State, start: int, stop: int) -> State:
         return self.store.narrow(state, "exp_avg", start, stop) | self.store.narrow(state, "exp_avg_sq", start, stop)
 
+    def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
+        """Mean and variance are transformed each in its way, as in LDAdam (arXiv 2410.16103, §3.2)."""
+        if not change.project:
+            return
+        correction1, correction2 = self._corrections(step.count - 1)
+        mean = self.store.read(state, "exp_avg", step).float() / correction1
+        square = self.store.read(state, "exp_avg_sq", step).float() / correction2**2
+        spread = change.variance((square - mean.square()).clamp_(min=0))
+        mean = change.mean(mean)
+        self.store.write(state, "exp_avg_sq", spread.add_(mean.square()).mul_(correction2**2), step)
+        self.store.write(state, "exp_avg", mean.mul_(correction1), step)
 
-@dataclass(frozen=True)
-class Adafactor:
-    """Adafactor (arXiv 1804.04235, Algorithm 4) without relative step sizes, as ``transformers.Adafactor`` computes it.
-
-    A matrix keeps row and column means of its squared gradient, in fp32 (m + n numbers); other shapes the full
-    second moment. ``beta1`` adds a first moment (the paper's Figure 3 does), an average of the directions.
-    """
-
-    beta1: float | None = None
-    decay_rate: float = -0.8
-    epsilon: float = 1e-30
-    clip_threshold: float = 1.0
-    store: MomentStore = field(default_factory=Dense)
-    decay: ClassVar[Decay] = "before"
-    elementwise: ClassVar[bool] = False
-
-    def init(self, like: Tensor) -> State:
-        if like.ndim == 2:
-            state = {
-                name: like.new_zeros(n, dtype=torch.float32)
-                for name, n in zip(("row", "column"), like.shape, strict=True)
-            }
-        else:
-            state = {"exp_avg_sq": torch.zeros_like(like, dtype=torch.float32)}
-        return state | (self.store.zeros("exp_avg", like) if self.beta1 is not None else {})
-
-    def update(self, grad: Tensor, state: State, step: Step) -> Direction:
-        grad = grad.float()
-        squared = grad.square().add_(self.epsilon)
-        beta2 = 1.0 - step.count**self.decay_rate
-        if "row" in state:
-            row = state["row"].lerp_(squared.mean(-1), 1 - beta2)
-            column = state["column"].lerp_(squared.mean(-2), 1 - beta2)
-            direction = grad * (row / row.mean()).rsqrt_()[:, None] * column.rsqrt()
-        else:
-            direction = grad * state["exp_avg_sq"].lerp_(squared, 1 - beta2).rsqrt()
-        rms = direction.square().mean().sqrt_()
-        direction.div_((rms / self.clip_threshold).clamp_(min=1.0))
-        if self.beta1 is not None:
-            average = self.store.read(state, "exp_avg")
-            average.mul_(self.beta1).add_(direction, alpha=1 - self.beta1)
-            self.store.write(state, "exp_avg", average, step.generator)
-            direction = average
-        return Direction(direction)
-
-    def narrow(self, state: State, start: int, stop: int) -> State:
-        raise TypeError("Adafactor's row and column means need the whole tensor")
+    def _corrections(self, count: int) -> tuple[float, float]:
+        return 1 - self.betas[0] ** count, float((1 - self.betas[1] ** count) ** 0.5)

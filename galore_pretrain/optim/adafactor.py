@@ -1,0 +1,139 @@
+"""Adafactor: a matrix's second moment as one number a row and one a column."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from galore_pretrain.optim.moments import Dense, MomentStore, State
+from galore_pretrain.optim.rules import BasisChange, Decay, Direction
+from galore_pretrain.optim.step import Step, chunk_elements
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor (arXiv 1804.04235, Algorithm 4) without relative step sizes.
+
+    A matrix keeps row and column means of its squared gradient, in fp32 (m + n numbers); other shapes the full
+    second moment. ``beta1`` adds a first moment, an average of the directions. Works in blocks of rows: no fp32 copy of
+    a matrix exists. ``published=True`` computes what ``transformers.Adafactor`` and the GaLore authors' copy
+    of it compute, in their order of operations: in whole matrices, with the learning rate inside the first moment.
+    """
+
+    beta1: float | None = None
+    decay_rate: float = -0.8
+    epsilon: float = 1e-30
+    clip_threshold: float = 1.0
+    published: bool = False
+    store: MomentStore = field(default_factory=Dense)
+    decay: ClassVar[Decay] = "before"
+    elementwise: ClassVar[bool] = False
+
+    def init(self, like: Tensor) -> State:
+        if like.ndim == 2:
+            state = {
+                name: like.new_zeros(n, dtype=torch.float32)
+                for name, n in zip(("row", "column"), like.shape, strict=True)
+            }
+        else:
+            state = {"exp_avg_sq": torch.zeros_like(like, dtype=torch.float32)}
+        if self.beta1 is None:
+            return state
+        # what is published keeps the dtype of its arithmetic
+        return state | self.store.zeros("exp_avg", like.float() if self.published else like)
+
+    def update(self, grad: Tensor, state: State, step: Step) -> Direction:
+        if self.published:
+            return self._published(grad.float(), state, step)
+        beta2 = 1.0 - step.count**self.decay_rate
+        if "row" not in state:
+            square = step.working_copy(state["exp_avg_sq"])
+            square.lerp_(grad.float().square().add_(self.epsilon), 1 - beta2)
+            direction = grad.float() * square.rsqrt()
+            step.store(state["exp_avg_sq"], square)
+            direction.div_((direction.square().mean().sqrt_() / self.clip_threshold).clamp_(min=1.0))
+            return self._averaged(Direction(direction), state, step)
+        m, n = grad.shape
+        row_mean, column_mean = (torch.zeros_like(state[name]) for name in ("row", "column"))
+        for start, block in _row_blocks(grad):
+            square = block.square_().add_(self.epsilon)
+            row_mean[start : start + len(block)] = square.mean(1)
+            column_mean += square.sum(0)
+        row, column = step.working_copy(state["row"]), step.working_copy(state["column"])
+        row.lerp_(row_mean, 1 - beta2)
+        column.lerp_(column_mean.div_(m), 1 - beta2)
+        row_factor, column_factor = (row / row.mean()).rsqrt_(), column.rsqrt()
+        step.store(state["row"], row)
+        step.store(state["column"], column)
+        squares = [
+            (block.square_() @ column_factor.square()) @ row_factor[start : start + len(block)].square()
+            for start, block in _row_blocks(grad)
+        ]
+        rms = (torch.stack(squares).sum() / (m * n)).sqrt_()
+        row_factor.div_((rms / self.clip_threshold).clamp_(min=1.0))
+        return self._averaged(Direction(grad, row=row_factor, column=column_factor), state, step)
+
+    def _averaged(self, direction: Direction, state: State, step: Step) -> Direction:
+        """The first moment, which has taken in ``direction``; that itself where there is none."""
+        if self.beta1 is None:
+            return direction
+        grad = direction.left
+        width, rows = grad[0].numel(), _rows(grad)
+        for start in range(0, grad.shape[0], rows):
+            stop = min(start + rows, grad.shape[0])
+            part, here = self.store.narrow(state, "exp_avg", start * width, stop * width), step.at(start * width)
+            average = self.store.read(part, "exp_avg", here)
+            average.mul_(self.beta1).add_(direction.part(start, stop).whole().reshape(-1), alpha=1 - self.beta1)
+            self.store.write(part, "exp_avg", average, here)
+        return Direction(state["exp_avg"])
+
+    def _published(self, grad: Tensor, state: State, step: Step) -> Direction:
+        beta2 = 1.0 - step.count**self.decay_rate
+        update = grad.square().add_(self.epsilon)
+        if "row" in state:
+            row, column = step.working_copy(state["row"]), step.working_copy(state["column"])
+            row.mul_(beta2).add_(update.mean(-1), alpha=1 - beta2)
+            column.mul_(beta2).add_(update.mean(-2), alpha=1 - beta2)
+            update = torch.mul((row / row.mean()).rsqrt_()[:, None], column[None].rsqrt()).mul_(grad)
+            step.store(state["row"], row)
+            step.store(state["column"], column)
+        else:
+            square = step.working_copy(state["exp_avg_sq"])
+            square.mul_(beta2).add_(update, alpha=1 - beta2)
+            update = square.rsqrt().mul_(grad)
+            step.store(state["exp_avg_sq"], square)
+        rms = update.norm(2) / update.numel() ** 0.5
+        update.div_((rms / self.clip_threshold).clamp_(min=1.0)).mul_(step.lr)
+        if self.beta1 is not None:
+            average = self.store.read(state, "exp_avg", step)
+            update = average.mul_(self.beta1).add_(update, alpha=1 - self.beta1).clone()
+            self.store.write(state, "exp_avg", average, step)
+        return Direction(update, scaled=True)
+
+    def narrow(self, state: State, start: int, stop: int) -> State:
+        raise TypeError("Adafactor's row and column means need the whole tensor")
+
+    def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
+        """Row and column means are second moments along the side that the basis spans."""
+        if not change.project:
+            return
+        if change.left is not None:
+            step.store(state["row"], change.left.square() @ state["row"])
+        if change.right is not None:
+            step.store(state["column"], state["column"] @ change.right.square())
+        if self.beta1 is not None:
+            mean = change.mean(self.store.read(state, "exp_avg", step).float())
+            self.store.write(state, "exp_avg", mean, step)
+
+
+def _rows(matrix: Tensor) -> int:
+    return max(1, chunk_elements(matrix.device) // max(1, matrix[0].numel()))
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, fp32 copy) of blocks of rows."""
+    rows = _rows(matrix)
+    for start in range(0, matrix.shape[0], rows):
+        yield start, matrix[start : start + rows].to(torch.float32, copy=True)

@@ -1,0 +1,169 @@
+"""The optimizers of ``galore_torch`` under their own names and arguments: a user changes one import.
+
+optimizer = GaLoreAdamW([{"params": rest}, {"params": matrices, "rank": 128, "update_proj_gap": 200, "scale": 0.25,
+                          "proj_type": "std"}], lr=0.01)
+
+A group with ``rank`` is projected, others get the bare rule. ``basis``, ``refresh``, ``moments``, ``numerics`` and
+``seed`` are added. State is tensors and integers, so a saved one loads with ``weights_only=True``.
+"""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from galore_pretrain.optim.optimizer import RuleOptimizer
+from galore_pretrain.optim.registry import build_rules, rounding_of
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+_OF_GROUP = ("rank", "update_proj_gap", "scale", "proj_type")
+
+
+class _DropIn(RuleOptimizer):
+    row: ClassVar[str]
+
+    def __init__(self, params: Params, lr: float, weight_decay: float, numerics: str, seed: int, **row: Any) -> None:
+        self._options = row | {"numerics": numerics}
+        groups = list(params)
+        if groups and not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, rounding=rounding_of(numerics), seed=seed)  # type: ignore[arg-type]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and allocate its state; ``rank`` and its companions in the group make it a projected one."""
+        of_group = {key: param_group[key] for key in _OF_GROUP if key in param_group}
+        if "rank" not in of_group and of_group:
+            raise ValueError(f"a parameter group has {', '.join(of_group)} but no rank; only groups with one project")
+        rule, bare = build_rules(self.row, **(self._options | of_group))
+        super().add_param_group(param_group | {"rule": rule if of_group else bare})
+
+
+class GaLoreAdamW(_DropIn):
+    """GaLore with AdamW. ``eps`` None: 1e-8, or the published 1e-6 under reference numerics."""
+
+    row = "galore_adamw"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = True,
+        *,
+        basis: str | None = None,
+        refresh: str | None = None,
+        moments: str | None = None,
+        numerics: str = "sound",
+        seed: int = 0,
+    ) -> None:
+        del no_deprecation_warning  # there is none
+        _require(correct_bias=(correct_bias, True))
+        options = {"basis": basis, "refresh": refresh, "moments": moments, "betas": tuple(betas), "eps": eps}
+        super().__init__(params, lr, weight_decay, numerics, seed, **options)
+
+
+class GaLoreAdamW8bit(_DropIn):
+    """GaLore with 8-bit AdamW."""
+
+    row = "galore_adamw8bit"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+        *,
+        basis: str | None = None,
+        refresh: str | None = None,
+        moments: str | None = None,
+        numerics: str = "sound",
+        seed: int = 0,
+    ) -> None:
+        del optim_bits  # the published class ignores it too
+        _require(amsgrad=(amsgrad, False), args=(args, None), min_8bit_size=(min_8bit_size, 4096))
+        _require(percentile_clipping=(percentile_clipping, 100), block_wise=(block_wise, True))
+        _require(is_paged=(is_paged, False))
+        options = {"basis": basis, "refresh": refresh, "moments": moments, "betas": tuple(betas), "eps": eps}
+        super().__init__(params, lr, weight_decay, numerics, seed, **options)
+
+
+class GaLoreAdafactor(_DropIn):
+    """GaLore with Adafactor at a given learning rate (``relative_step`` and ``scale_parameter`` are not supported)."""
+
+    row = "galore_adafactor"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = False,
+        relative_step: bool = False,
+        warmup_init: bool = False,
+        *,
+        basis: str | None = None,
+        refresh: str | None = None,
+        moments: str | None = None,
+        numerics: str = "sound",
+        seed: int = 0,
+    ) -> None:
+        _require(scale_parameter=(scale_parameter, False), relative_step=(relative_step, False))
+        _require(warmup_init=(warmup_init, False))
+        if lr is None:
+            raise ValueError("GaLoreAdafactor needs lr=…; it has no learning rate of its own (relative_step=False)")
+        options = {"basis": basis, "refresh": refresh, "moments": moments}
+        options |= {"epsilon": eps[0], "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1}  # type: ignore[dict-item]
+        super().__init__(params, lr, weight_decay, numerics, seed, **options)
+
+
+class NaturalGaLoreAdamW(_DropIn):
+    """Natural GaLore with AdamW, one-sided as its paper has it."""
+
+    row = "natural_galore"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = True,
+        *,
+        natural_history: int = 20,
+        natural_damping: float = 1e-3,
+        basis: str | None = None,
+        refresh: str | None = None,
+        moments: str | None = None,
+        numerics: str = "sound",
+        seed: int = 0,
+    ) -> None:
+        del no_deprecation_warning
+        _require(correct_bias=(correct_bias, True))
+        options = {"basis": basis, "refresh": refresh, "moments": moments, "betas": tuple(betas), "eps": eps}
+        options |= {"natural_history": natural_history, "natural_damping": natural_damping}
+        super().__init__(params, lr, weight_decay, numerics, seed, **options)
+
+
+def _require(**arguments: tuple[Any, Any]) -> None:
+    """Refuse a value that would change nothing here, rather than ignore it."""
+    for name, (value, supported) in arguments.items():
+        if value != supported:
+            raise ValueError(f"{name}={value!r} is not supported; leave it at {supported!r}")

@@ -1,0 +1,137 @@
+"""What one update of one parameter knows besides its tensors, and the one way in which its results are kept."""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+POOL = 524_287
+"""Random numbers after which a stream repeats: a prime, so that no row of a matrix gets the bits of another."""
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Elements that are worked on at a time: on a CPU, what its cache holds; elsewhere 8 MiB of fp32.
+
+    So no fp32 copy of a large weight, gradient or moment ever exists. Results do not depend on it.
+    """
+    return 1 << 18 if device.type == "cpu" else 1 << 21
+
+
+class RandomBits:
+    """Streams of uniform 16-bit integers for one update of one parameter.
+
+    All streams read one pool, drawn anew at every update, each from a place of its own: generating bits for each
+    element would cost more than the rest of an update. An element's bits at two updates are independent, as unbiased
+    rounding needs; those of two elements half a million apart are the same, which it does not mind.
+    """
+
+    def __init__(self, pool: Tensor, seed: int) -> None:
+        self._pool, self._seed = pool, seed
+        self._places: dict[str, int] = {}  # of the streams, in the pool
+
+    @staticmethod
+    def pool(seed: int, device: torch.device) -> Tensor:
+        """What the streams of one update are read from: int32 in [0, 2¹⁶), the same for equal seeds on a device."""
+        generator = torch.Generator(device).manual_seed(seed)
+        words = torch.empty(-(-(POOL + chunk_elements(device)) // 4), dtype=torch.int64, device=device)
+        words.random_(-(1 << 63), None, generator=generator)  # all 64 bits: four numbers at the price of one
+        return words.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+
+    def take(self, stream: str, start: int, count: int) -> Tensor:
+        """Numbers ``start`` to ``start + count`` of the stream, at most `chunk_elements` of them. Not to be changed."""
+        if stream not in self._places:
+            self._places[stream] = mix(self._seed, stream)
+        first = (self._places[stream] + start) % POOL
+        return self._pool[first : first + count]
+
+
+def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
+    """Round fp32 ``value`` in place to a number that bf16 holds: up with the probability that keeps its mean.
+
+    E[result] = value, so an update smaller than half a bf16 ulp is not lost but made with its probability. bf16 is the
+    upper half of fp32: adding 16 uniform bits to the lower half carries into the upper one with just that probability.
+    Infinities and NaN stay what they are.
+    """
+    value.view(torch.int32).add_(bits).bitwise_and_(-65536)
+    return value
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update of one parameter, or of the elements from ``start`` on of the flattened parameter.
+
+    ``count`` is 1 at the first update; ``lr`` the group's learning rate. ``seed`` is the parameter's, the same at every
+    update; ``phase`` in [0, 1) its place among those that share its rule. ``bits`` are None where rounding is to
+    nearest. ``ok``: a scalar, whether the results may be kept; None means yes, and is the rule on a CPU. On other
+    devices nobody waits to see it: `store` looks at it there. ``failures`` gathers such scalars, one for each
+    decomposition, true if it failed.
+    """
+
+    count: int
+    lr: float = 0.0
+    seed: int = 0
+    phase: float = 0.0
+    start: int = 0
+    bits: RandomBits | None = None
+    ok: Tensor | None = None
+    failures: list[Tensor] = field(default_factory=list)
+
+    def at(self, start: int) -> "Step":
+        """The same update of the elements from ``start`` on, counted from where this one starts."""
+        if start == 0:
+            return self
+        return Step(
+            self.count, self.lr, self.seed, self.phase, self.start + start, self.bits, self.ok, self.failures
+        )  # dataclasses.replace takes five times as long
+
+    def store(self, target: Tensor, value: Tensor, stream: str = "") -> None:
+        """``target`` takes ``value``, of its shape, if ``ok``; ``value`` may be overwritten.
+
+        An fp32 value for a bf16 target is rounded stochastically with the bits of ``stream``, to nearest without one.
+        """
+        if value is target:  # arithmetic was done in place
+            return
+        if self.bits is None or not stream or target.dtype != torch.bfloat16 or value.dtype != torch.float32:
+            self._keep(target, value)
+            return
+        kept, given = target.view(-1), value.reshape(-1)
+        size = chunk_elements(target.device)
+        for begin in range(0, kept.numel(), size):
+            part = kept[begin : begin + size]
+            bits = self.bits.take(stream, self.start + begin, part.numel())
+            self._keep(part, round_stochastic(given[begin : begin + size], bits))
+
+    def working_copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``tensor`` in ``dtype`` (None: its own), to be changed in place and then stored: itself where it can be."""
+        dtype = dtype or tensor.dtype
+        return tensor if dtype == tensor.dtype and self.ok is None else tensor.to(dtype, copy=True)
+
+    def _keep(self, target: Tensor, value: Tensor) -> None:
+        target.copy_(value if self.ok is None else torch.where(self.ok, value.to(target.dtype), target))
+
+    def only_if(self, condition: Tensor) -> "Step":
+        """The same update, whose results are kept if ``condition``, a scalar, holds as well."""
+        if known_true(condition):
+            return self
+        return replace(self, ok=condition if self.ok is None else condition & self.ok)
+
+
+def gradient_norm(grad: Tensor) -> Tensor:
+    """‖G‖ in fp32, a scalar, without the fp32 copy that torch makes of a bf16 tensor on a CPU."""
+    if grad.dtype == torch.float32 or not grad.is_contiguous():
+        return torch.as_tensor(torch.linalg.vector_norm(grad, dtype=torch.float32))
+    pieces = grad.view(-1).split(chunk_elements(grad.device))
+    norms = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces])
+    return torch.as_tensor(torch.linalg.vector_norm(norms))
+
+
+def known_true(condition: Tensor) -> bool:
+    """Whether a scalar is true and can be looked at without waiting for a device (fake and meta tensors cannot)."""
+    return type(condition) is Tensor and condition.device.type == "cpu" and bool(condition)
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed from several small values, without the collisions of sums."""
+    digest = hashlib.blake2b(".".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

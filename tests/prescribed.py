@@ -1,0 +1,32 @@
+"""Prescribed gradients: optimizers are compared on them, not through a model, which amplifies rounding."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def gradients(parameters: list[Tensor], steps: int) -> Iterator[list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        yield [torch.randn(p.shape, generator=generator).to(p.dtype) for p in parameters]
+
+
+def train(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[Tensor],
+    steps: int,
+    lr: Callable[[int], float] | None = None,
+) -> None:
+    for i, grads in enumerate(gradients(parameters, steps)):
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = grad
+        if lr:
+            for group in optimizer.param_groups:
+                group["lr"] = lr(i)
+        optimizer.step()

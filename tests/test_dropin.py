@@ -1,0 +1,134 @@
+"""The drop-in classes: galore_torch's groups and arguments, its numbers under reference, and transformers' Trainer."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prescribed import gradients, parameters, train
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from galore_pretrain.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
+from galore_pretrain.optim.galore import is_projected
+
+galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
+CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, NaturalGaLoreAdamW]
+GROUP = {"rank": 6, "update_proj_gap": 4, "scale": 0.25, "proj_type": "std"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("GaLoreAdamW", {"lr": 0.01, "weight_decay": 0.1, "no_deprecation_warning": True}),
+        ("GaLoreAdamW", {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-4, "no_deprecation_warning": True}),
+        ("GaLoreAdafactor", {"lr": 0.01, "scale_parameter": False, "relative_step": False, "weight_decay": 0.1}),
+        ("GaLoreAdafactor", {"lr": 0.01, "scale_parameter": False, "relative_step": False, "beta1": 0.9}),
+    ],
+)
+def test_one_import_is_all_that_changes(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    """The same arguments give the same numbers under reference numerics, also while the learning rate varies."""
+    import galore_pretrain.optim as ours
+
+    results = []
+    for module, extra in ((galore_torch, {}), (ours, {"numerics": "reference"})):
+        params = parameters([(24, 40), (40, 24), (17,)], dtype)
+        groups = [{"params": params[2:]}, {"params": params[:2], **GROUP}]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(getattr(module, name)(groups, **kwargs, **extra), params, 12, lambda i: 0.01 / (1 + i))
+        results.append(params)
+    for theirs, mine in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+def test_state_is_tensors_and_numbers(optimizer_class: Any, tmp_path: Path) -> None:
+    params = parameters([(96, 80), (17,)], torch.bfloat16)
+
+    def build(params: list[Tensor]) -> Any:
+        return optimizer_class([{"params": params[1:]}, {"params": params[:1], **GROUP, "rank": 64}], lr=0.01)
+
+    optimizer = build(params)
+    train(optimizer, params, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    copies = [p.detach().clone().requires_grad_() for p in params]
+    restored = build(copies)
+    restored.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert restored.param_groups[1]["rank"] == 64
+    for grads in gradients(params, 3):
+        for p, q, grad in zip(params, copies, grads, strict=True):
+            p.grad = q.grad = grad
+        optimizer.step()
+        restored.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+
+
+def test_refusals() -> None:
+    p = parameters([(8, 8)])
+    with pytest.raises(ValueError, match="relative_step=True is not supported"):
+        GaLoreAdafactor(p, lr=0.1, relative_step=True)
+    with pytest.raises(ValueError, match="needs lr="):
+        GaLoreAdafactor(p)
+    with pytest.raises(ValueError, match="percentile_clipping=5"):
+        GaLoreAdamW8bit(p, percentile_clipping=5)
+    with pytest.raises(ValueError, match="scale but no rank"):
+        GaLoreAdamW([{"params": p, "scale": 0.5}])
+    with pytest.raises(ValueError, match="projects matrices"):
+        GaLoreAdamW([{"params": parameters([(8,)]), **GROUP}])
+    with pytest.raises(ValueError, match="lr -1"):
+        GaLoreAdamW(p, lr=-1)
+    assert isinstance(GaLoreAdamW(p).param_groups[0]["params"][0], Tensor)  # bare tensors: no projection, as theirs
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = torch.arange(16).add(i).remainder(60)
+        return {"input_ids": ids, "labels": ids}
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, max_position_embeddings=32, **sizes))
+
+
+def groups_of(net: LlamaForCausalLM) -> list[dict[str, Any]]:
+    names = {f"{name}.weight" for name, module in net.named_modules() if is_projected(name, module)}
+    rest = [p for name, p in net.named_parameters() if name not in names]
+    return [{"params": rest}, {"params": [p for n, p in net.named_parameters() if n in names], **GROUP}]
+
+
+@pytest.mark.parametrize("how", ["optimizers", "optimizer_cls_and_kwargs"])
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+def test_inside_transformers_trainer(optimizer_class: Any, how: str, tmp_path: Path) -> None:
+    """Trains, falls, and goes on from its checkpoint to the weights of an undisturbed run."""
+    pytest.importorskip("accelerate")
+
+    def trainer(folder: str) -> Trainer:
+        net = model()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=8, learning_rate=0.01, per_device_train_batch_size=4,
+            save_steps=4, logging_steps=1, report_to=[], use_cpu=True, seed=0, disable_tqdm=True,
+            lr_scheduler_type="constant",
+        )  # fmt: skip
+        if how == "optimizers":
+            given: dict[str, Any] = {"optimizers": (optimizer_class(groups_of(net), lr=0.01), None)}
+        else:
+            given = {"optimizer_cls_and_kwargs": (optimizer_class, {"params": groups_of(net), "lr": 0.01})}
+        return Trainer(model=net, args=arguments, train_dataset=Rows(), **given)
+
+    whole = trainer("whole")
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+
+    again = trainer("again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):  # type: ignore[union-attr]
+        assert torch.equal(a, b)

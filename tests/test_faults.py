@@ -1,0 +1,90 @@
+"""A gradient that is not finite reaches neither weight nor moment nor basis, in either execution, on any device."""
+
+from typing import Any
+
+import pytest
+import torch
+from prescribed import parameters
+from torch import Tensor
+
+from galore_pretrain.execution import Finished, GlobalStep, Layerwise
+from galore_pretrain.optim import RuleOptimizer
+from galore_pretrain.optim.names import ROWS
+from galore_pretrain.optim.registry import build_rules, rounding_of
+
+SHAPES: list[tuple[int, ...]] = [(96, 80), (80, 96), (40,)]
+BAD = {"nan": torch.nan, "inf": torch.inf, "overflow": 1e30}
+
+
+def run(
+    row: str,
+    numerics: str,
+    dtype: torch.dtype,
+    *,
+    layerwise: bool = False,
+    bad: dict[int, tuple[int, float]],
+    clip: float = 0.0,
+) -> tuple[list[Tensor], RuleOptimizer, list[Finished]]:
+    """Eight updates; ``bad`` maps an update to (tensor, the value of one element of its gradient)."""
+    rule, bare = build_rules(row, numerics, **({"rank": 64, "update_proj_gap": 3} if "galore" in row else {}))
+    params = parameters(SHAPES, dtype)
+    groups = [{"params": params[:2], "rule": rule}, {"params": params[2:], "rule": bare}]
+    optimizer = RuleOptimizer(groups, lr=0.01, weight_decay=0.1, rounding=rounding_of(numerics))
+    execution: Any = Layerwise(optimizer) if layerwise else GlobalStep(optimizer, clip)
+    finished = []
+    for i in range(8):
+        generator = torch.Generator().manual_seed(i)
+        grads = [torch.randn(p.shape, generator=generator).to(dtype) for p in params]
+        if i in bad:
+            grads[bad[i][0]].view(-1)[7] = bad[i][1]
+        torch.autograd.backward(params, grads)
+        finished.append(execution.finish())
+    return params, optimizer, finished
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("row", ROWS)
+def test_only_the_tensor_with_the_bad_gradient_is_skipped(row: str, kind: str) -> None:
+    """…and only at that update: its state is then what it was, and its weight."""
+    for tensor in (0, 2):
+        params, optimizer, finished = run(row, "sound", torch.float32, bad={7: (tensor, BAD[kind])})
+        healthy, other, _ = run(row, "sound", torch.float32, bad={})
+        assert [f.skipped for f in finished] == [0] * 7 + [1]
+        for i, (a, b) in enumerate(zip(params, healthy, strict=True)):
+            assert torch.equal(a, b) == (i != tensor)
+            assert a.isfinite().all()
+            assert all(v.isfinite().all() for v in optimizer.state[a].values() if isinstance(v, Tensor))
+        changed = [
+            name
+            for name, value in optimizer.state[params[tensor]].items()
+            if isinstance(value, Tensor) and not torch.equal(value, other.state[healthy[tensor]][name])
+        ]
+        assert changed or row == "sgd"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numerics", ["sound", "reference"])
+@pytest.mark.parametrize("row", ROWS)
+def test_both_executions_and_every_device_skip_alike(
+    row: str, numerics: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU nobody waits to see whether a gradient is finite; that path is taken here too, bad gradient or not."""
+    bad = {0: (0, torch.nan), 3: (1, torch.inf), 4: (2, torch.nan)}
+    plain, _, finished = run(row, numerics, dtype, bad=bad)
+    layerwise, _, finished_layerwise = run(row, numerics, dtype, bad=bad, layerwise=True)
+    monkeypatch.setattr("galore_pretrain.optim.step.known_true", lambda condition: False)
+    unseen, _, finished_unseen = run(row, numerics, dtype, bad=bad)
+    assert [f.skipped for f in finished] == [1, 0, 0, 1, 1, 0, 0, 0]
+    assert finished == finished_layerwise == finished_unseen
+    for a, b, c in zip(plain, layerwise, unseen, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert a.isfinite().all()
+
+
+def test_clipping_leaves_the_bad_gradient_out_of_the_norm() -> None:
+    good, _, finished = run("adamw", "sound", torch.float32, bad={5: (0, torch.nan)}, clip=1.0)
+    assert finished[5].skipped == 1
+    assert finished[5].grad_norm is not None
+    assert 1.0 < finished[5].grad_norm < 200.0
+    assert all(p.isfinite().all() for p in good)

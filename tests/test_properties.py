@@ -1,0 +1,103 @@
+"""What holds for every row, shape, rank, dtype and scale."""
+
+import io
+import warnings
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prescribed import gradients
+from torch import Tensor
+
+from galore_pretrain.execution import GlobalStep, Layerwise
+from galore_pretrain.optim import RuleOptimizer
+from galore_pretrain.optim.names import ROWS
+from galore_pretrain.optim.projector import BASES, random_basis
+from galore_pretrain.optim.registry import build_rules
+
+CASES = {
+    "row": st.sampled_from(ROWS),
+    "numerics": st.sampled_from(["sound", "reference"]),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "shape": st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    "rank": st.integers(1, 70),
+    "scale": st.sampled_from([1e-6, 1.0, 1e4]),
+}
+
+
+def optimizer_for(p: Tensor, row: str, numerics: str, rank: int) -> RuleOptimizer:
+    options: dict[str, Any] = {"rank": rank, "update_proj_gap": 3} if "galore" in row else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rule, bare = build_rules(row, numerics, **options)
+        vector = torch.zeros(p.shape[0], dtype=p.dtype, requires_grad=True)
+        rounding = "nearest" if numerics == "reference" else "stochastic"
+        return RuleOptimizer(
+            [{"params": [p], "rule": rule}, {"params": [vector], "rule": bare}],
+            lr=0.01,
+            weight_decay=0.1,
+            rounding=rounding,
+        )
+
+
+@settings(deadline=None, max_examples=80)
+@given(**CASES)
+def test_layerwise_is_global_whatever_the_tensor(
+    row: str, numerics: str, dtype: torch.dtype, shape: tuple[int, int], rank: int, scale: float
+) -> None:
+    results = []
+    for layerwise in (False, True):
+        p = torch.ones(shape, dtype=dtype, requires_grad=True)
+        optimizer = optimizer_for(p, row, numerics, rank)
+        params = [q for group in optimizer.param_groups for q in group["params"]]
+        execution = Layerwise(optimizer) if layerwise else GlobalStep(optimizer, 0.0)
+        for grads in gradients(params, 6):
+            sum((q.float() * g.float() * scale).sum() for q, g in zip(params, grads, strict=True)).backward()  # type: ignore[union-attr]
+            execution.finish()
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
+
+
+@settings(deadline=None, max_examples=80)
+@given(**CASES, cut=st.integers(1, 6))
+def test_saving_in_the_middle_changes_nothing(
+    row: str, numerics: str, dtype: torch.dtype, shape: tuple[int, int], rank: int, scale: float, cut: int
+) -> None:
+    p = torch.ones(shape, dtype=dtype, requires_grad=True)
+    optimizer = optimizer_for(p, row, numerics, rank)
+    for i, (grad,) in enumerate(gradients([p], 7)):
+        if i == cut:
+            buffer = io.BytesIO()
+            torch.save(optimizer.state_dict(), buffer)
+            buffer.seek(0)
+            q = p.detach().clone().requires_grad_()
+            again = optimizer_for(q, row, numerics, rank)
+            again.load_state_dict(torch.load(buffer, weights_only=True))
+        for weight, o in [(p, optimizer)] + ([(q, again)] if i >= cut else []):
+            weight.grad = grad * scale
+            o.step()
+    assert torch.equal(p, q)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.sampled_from(["svd", "randomized"]),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1e-12, 1.0, 1e12]), st.floats(0.0, 4.0),
+)  # fmt: skip
+def test_bases_are_orthonormal_on_any_spectrum(
+    m: int, n: int, rank: int, basis: str, dtype: torch.dtype, scale: float, decay: float
+) -> None:
+    """Down to spectra that fall by i⁻⁴, and to gradients of rank one."""
+    generator = torch.Generator().manual_seed(m * n)
+    k = min(m, n)
+    u, v = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
+    grad = (scale * (u * torch.arange(1, k + 1).float() ** -decay) @ v).to(dtype)
+    rank = min(rank, k)
+    for side in ("left", "right"):
+        previous = random_basis((m, rank) if side == "left" else (rank, n), side, 0, grad.device)
+        found = BASES[basis](grad, rank, side, previous)
+        gram = found.T @ found if side == "left" else found @ found.T
+        assert (gram - torch.eye(rank)).abs().max() < 1e-4

@@ -1,0 +1,149 @@
+"""When a basis is renewed, what becomes of the moments, and what if it fails."""
+
+import warnings
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from prescribed import parameters, train
+from torch import Tensor
+
+from galore_pretrain.optim import GaLore, RuleOptimizer
+from galore_pretrain.optim.names import ROWS
+from galore_pretrain.optim.projector import BASES, random_basis
+from galore_pretrain.optim.registry import build_rules
+from galore_pretrain.optim.rules import SGD, Adam
+from galore_pretrain.optim.step import Step
+
+
+@pytest.mark.parametrize(
+    ("refresh", "phase", "due"),
+    [("together", 0.5, {1, 21, 41}), ("staggered", 0.5, {2, 22, 42}), ("staggered", 0.0, {1, 21, 41})],
+)
+def test_refresh_schedule(refresh: str, phase: float, due: set[int]) -> None:
+    calls: list[int] = []
+    current = [0]
+
+    def spy(grad: Tensor, rank: int, side: str, previous: Tensor) -> Tensor:
+        calls.append(current[0])
+        return (
+            random_basis((8, rank), "left", 0, grad.device)
+            if side == "left"
+            else random_basis((rank, 8), "right", 0, grad.device)
+        )
+
+    rule = GaLore(SGD(), rank=2, update_proj_gap=20, basis=spy, refresh=refresh)
+    state = rule.init(torch.zeros(8, 8))
+    for current[0] in range(1, 45):
+        rule.update(torch.ones(8, 8), state, Step(current[0], phase=phase))
+    assert set(calls) == due
+
+
+def rotation(n: int, seed: int) -> Tensor:
+    return random_basis((n, n), "left", seed, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right", "full"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_projected_moments_follow_the_basis(proj_type: str, permuted: bool) -> None:
+    """Of full rank, a new basis is a rotation: Pm, the first moment in the weight's coordinates, stays what it was.
+
+    A permutation of the basis permutes the second moment too.
+    """
+    n = 8
+    first = rotation(n, 3)
+    permutation = torch.eye(n)[torch.randperm(n, generator=torch.Generator().manual_seed(5))]
+    second = permutation.T @ first if permuted else rotation(n, 4)
+    sides = 2 if proj_type == "full" else 1
+    bases = iter([first] * sides + [second] * sides)
+
+    def scripted(grad: Tensor, rank: int, side: str, previous: Tensor) -> Tensor:
+        basis = next(bases)
+        return basis if side == "right" else basis.T
+
+    rule = GaLore(
+        Adam(), rank=n, proj_type=proj_type, basis=scripted, refresh="together", update_proj_gap=3, moments="project"
+    )
+    state = rule.init(torch.zeros(n, n))
+    grads = [torch.randn(n, n, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    for count in (1, 2, 3):
+        rule.update(grads[count - 1], state, Step(count))
+
+    def in_full(name: str) -> Tensor:
+        x = state[name]
+        x = x if "left_basis" not in state else state["left_basis"] @ x
+        return x if "right_basis" not in state else x @ state["right_basis"]
+
+    mean = in_full("exp_avg")
+    # A mean square is at least the square of the mean; bias-corrected moments can say otherwise.
+    least = (state["exp_avg"] / (1 - 0.9**3)).square() * (1 - 0.999**3)
+    square = torch.maximum(state["exp_avg_sq"], least)
+    rule._renew(grads[3], state, state.get("left_basis"), state.get("right_basis"), Step(4))
+    assert torch.allclose(in_full("exp_avg"), mean, atol=1e-6)
+    assert (state["exp_avg_sq"] >= 0).all()
+    if permuted:  # mean and spread are taken apart and put together again, hence the tolerance
+        square = square if "left_basis" not in state else permutation.T @ square
+        square = square if "right_basis" not in state else square @ permutation
+        assert torch.allclose(state["exp_avg_sq"], square, rtol=1e-3)
+
+
+def test_reset_begins_anew_with_every_basis() -> None:
+    """After a refresh, an update is the one that a new optimizer with that basis would make."""
+    options: dict[str, Any] = {"rank": 4, "refresh": "together", "basis": "svd"}
+    grads = [torch.randn(12, 10, generator=torch.Generator().manual_seed(i)) for i in range(12)]
+    long = GaLore(Adam(), update_proj_gap=5, moments="reset", **options)
+    state = long.init(torch.zeros(12, 10))
+    for count, grad in enumerate(grads, 1):
+        direction = long.update(grad, state, Step(count))
+        if count % 5 == 1:
+            fresh = GaLore(Adam(), update_proj_gap=5, **options)
+            other = fresh.init(torch.zeros(12, 10))
+        expected = fresh.update(grad, other, Step((count - 1) % 5 + 1))
+        assert torch.equal(direction.whole() * direction.factor, expected.whole() * expected.factor)
+
+
+@pytest.mark.parametrize("moments", ["keep", "project", "reset"])
+@pytest.mark.parametrize("row", [row for row in ROWS if "galore" in row])
+def test_every_row_takes_every_way_of_carrying_moments(row: str, moments: str) -> None:
+    rule, _ = build_rules(row, "sound", rank=40, update_proj_gap=4, moments=moments)
+    for shape, proj_type in product([(96, 128), (128, 96)], ("std", "full")):
+        params = parameters([shape])
+        train(RuleOptimizer([{"params": params, "rule": replace(rule, proj_type=proj_type)}]), params, 13)
+        assert params[0].isfinite().all()
+
+
+def test_a_failed_decomposition_keeps_the_basis_and_counts() -> None:
+    fail = [False]
+
+    def sometimes(grad: Tensor, rank: int, side: str, previous: Tensor) -> Tensor:
+        if fail[0]:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return BASES["svd"](grad, rank, "right", previous)
+
+    def nothing(grad: Tensor, rank: int, side: str, previous: Tensor) -> Tensor:
+        return torch.full_like(previous, torch.nan) if fail[0] else BASES["svd"](grad, rank, "right", previous)
+
+    for basis in (sometimes, nothing):
+        fail[0] = False
+        p = torch.zeros(12, 8, requires_grad=True)
+        rule = GaLore(Adam(), rank=3, basis=basis, refresh="together", update_proj_gap=2, moments="project")
+        optimizer = RuleOptimizer([{"params": [p], "rule": rule}])
+        for i in range(5):
+            p.grad = torch.randn(12, 8, generator=torch.Generator().manual_seed(i))
+            fail[0] = i == 2
+            before = optimizer.state[p]["right_basis"].clone()
+            optimizer.step()
+            faults = optimizer.take_faults()
+            assert (faults.skipped, faults.failed_refreshes) == (0, int(i == 2))
+            assert torch.equal(before, optimizer.state[p]["right_basis"]) == (i in (1, 2, 3))
+
+
+def test_one_warning_for_a_rank_above_the_dimensions() -> None:
+    shapes = [(8, 6), (6, 8), (5, 5)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        RuleOptimizer([{"params": parameters(shapes), "rule": GaLore(Adam(), rank=99)}])
+    assert len(caught) == 1
+    assert "rank 99" in str(caught[0].message)
