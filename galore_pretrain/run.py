@@ -161,7 +161,17 @@ def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOpti
     for group in optimizer.param_groups:
         count, tensors = sum(p.numel() for p in group["params"]), len(group["params"])
         names = ", ".join(sorted({name.split(".")[-2] for name in group["param_names"]}))
-        log.info("%s updates %d tensors, %.1fM weights: %s", optimizer.describe(group), tensors, count / 1e6, names)
+        state = sum(
+            t.nbytes for p in group["params"] for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)
+        )
+        log.info(
+            "%s updates %d tensors, %.1fM weights, with %.1f MiB of state: %s",
+            optimizer.describe(group),
+            tensors,
+            count / 1e6,
+            state / 2**20,
+            names,
+        )
 
 
 def _schedule(config: RunConfig) -> Schedule:

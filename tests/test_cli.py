@@ -128,13 +128,13 @@ def test_model_folder_is_plain_hugging_face(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--layerwise",), ("--layout", "pack", "--optim", "galore_adafactor")],
-    ids=["global", "layerwise", "pack"],
+    [(), ("--layerwise",), ("--layout", "pack", "--optim", "natural_galore8bit", "--dtype", "bfloat16")],
+    ids=["global", "layerwise", "packed, 8 bits, a history, bf16"],
 )
 def test_killed_and_started_again(flags: tuple[str, ...], tiny_config: str, finished: Path, tmp_path: Path) -> None:
     """kill -9 after the first checkpoint; the same command again ends with the same lines and weights, bit for bit."""
     whole = finished
-    if "--layout" in flags:
+    if "--optim" in flags:
         whole = tmp_path / "whole"
         assert run(tiny_config, whole, *flags).returncode == 0
     output = tmp_path / "killed"

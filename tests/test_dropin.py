@@ -15,6 +15,7 @@ from galore_pretrain.optim.galore import is_projected
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
 CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, NaturalGaLoreAdamW]
+KWARGS: dict[Any, dict[str, Any]] = {GaLoreAdafactor: {"scale_parameter": False, "relative_step": False}}
 GROUP = {"rank": 6, "update_proj_gap": 4, "scale": 0.25, "proj_type": "std"}
 
 
@@ -48,8 +49,9 @@ def test_one_import_is_all_that_changes(name: str, kwargs: dict[str, Any], dtype
 def test_state_is_tensors_and_numbers(optimizer_class: Any, tmp_path: Path) -> None:
     params = parameters([(96, 80), (17,)], torch.bfloat16)
 
-    def build(params: list[Tensor]) -> Any:
-        return optimizer_class([{"params": params[1:]}, {"params": params[:1], **GROUP, "rank": 64}], lr=0.01)
+    def build(params: list[Tensor], rank: int = 64) -> Any:
+        groups = [{"params": params[1:]}, {"params": params[:1], **GROUP, "rank": rank}]
+        return optimizer_class(groups, lr=0.01, **KWARGS.get(optimizer_class, {}))
 
     optimizer = build(params)
     train(optimizer, params, 3)
@@ -58,6 +60,8 @@ def test_state_is_tensors_and_numbers(optimizer_class: Any, tmp_path: Path) -> N
     restored = build(copies)
     restored.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     assert restored.param_groups[1]["rank"] == 64
+    with pytest.raises(ValueError, match="rank 64; this one has 32"):
+        build(copies, rank=32).load_state_dict(optimizer.state_dict())
     for grads in gradients(params, 3):
         for p, q, grad in zip(params, copies, grads, strict=True):
             p.grad = q.grad = grad
@@ -66,12 +70,31 @@ def test_state_is_tensors_and_numbers(optimizer_class: Any, tmp_path: Path) -> N
     assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
 
 
+def test_settings_of_a_group_hold() -> None:
+    """galore_torch reads them from the group, so they must not be ignored."""
+    results = []
+    for settings in ({}, {"betas": (0.5, 0.6), "eps": 1.0}):
+        p = parameters([(24, 40)])
+        train(GaLoreAdamW([{"params": p, **GROUP, **settings}], lr=0.01), p, 3)
+        q = parameters([(24, 40)])
+        train(GaLoreAdamW([{"params": q, **GROUP}], lr=0.01, **settings), q, 3)
+        assert torch.equal(p[0], q[0])
+        results.append(p[0])
+    assert not torch.equal(*results)
+
+
 def test_refusals() -> None:
     p = parameters([(8, 8)])
     with pytest.raises(ValueError, match="relative_step=True is not supported"):
-        GaLoreAdafactor(p, lr=0.1, relative_step=True)
+        GaLoreAdafactor(p, lr=0.1, scale_parameter=False)
     with pytest.raises(ValueError, match="needs lr="):
-        GaLoreAdafactor(p)
+        GaLoreAdafactor(p, scale_parameter=False, relative_step=False)
+    with pytest.raises(ValueError, match="correct_bias, which holds for the whole"):
+        GaLoreAdamW([{"params": p, "correct_bias": False}])
+    with pytest.raises(ValueError, match="betas"):
+        GaLoreAdamW(p, betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match=r"torch\.float16"):
+        GaLoreAdamW(parameters([(8, 8)], torch.float16))
     with pytest.raises(ValueError, match="percentile_clipping=5"):
         GaLoreAdamW8bit(p, percentile_clipping=5)
     with pytest.raises(ValueError, match="scale but no rank"):
@@ -118,9 +141,11 @@ def test_inside_transformers_trainer(optimizer_class: Any, how: str, tmp_path: P
             lr_scheduler_type="constant",
         )  # fmt: skip
         if how == "optimizers":
-            given: dict[str, Any] = {"optimizers": (optimizer_class(groups_of(net), lr=0.01), None)}
+            optimizer = optimizer_class(groups_of(net), lr=0.01, **KWARGS.get(optimizer_class, {}))
+            given: dict[str, Any] = {"optimizers": (optimizer, None)}
         else:
-            given = {"optimizer_cls_and_kwargs": (optimizer_class, {"params": groups_of(net), "lr": 0.01})}
+            kwargs = {"params": groups_of(net), "lr": 0.01, **KWARGS.get(optimizer_class, {})}
+            given = {"optimizer_cls_and_kwargs": (optimizer_class, kwargs)}
         return Trainer(model=net, args=arguments, train_dataset=Rows(), **given)
 
     whole = trainer("whole")

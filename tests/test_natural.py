@@ -34,6 +34,19 @@ def test_against_the_oracle(norm: float, overlap: float) -> None:
         assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
+@pytest.mark.parametrize("norm", [1e3, 1e7, 1e10])
+def test_equal_gradients_stay_finite(norm: float) -> None:
+    """A batch that repeats makes HHᵀ singular, and λ may be below what fp64 resolves beside it."""
+    rule = Natural(SGD())
+    g = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    g *= norm / g.norm()
+    state = rule.init(g)
+    for count in range(1, 50):
+        found = rule.update(g, state, Step(count)).left
+        expected = g.double() / (1e-3 + min(count, 20) * norm**2)
+        assert (found - expected).norm() <= 0.01 * expected.norm()
+
+
 def test_far_below_the_damping_it_is_the_gradient() -> None:
     rule = Natural(SGD(), history=4)
     g = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)) * 1e-7

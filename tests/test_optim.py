@@ -21,7 +21,7 @@ from galore_pretrain.optim.names import ROWS, resolve_name
 from galore_pretrain.optim.projector import BASES, PROJ_TYPES, project, random_basis, sides
 from galore_pretrain.optim.registry import build_rules
 from galore_pretrain.optim.rules import SGD, Adam
-from galore_pretrain.optim.step import RandomBits, Step, round_stochastic
+from galore_pretrain.optim.step import POOL, RandomBits, Step, round_stochastic
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
 SHAPES = [(24, 40), (40, 24), (32, 32)]
@@ -327,6 +327,8 @@ def test_stochastic_rounding_keeps_the_mean_and_neighbours() -> None:
 
 def test_random_streams_are_reproducible_and_apart() -> None:
     a, b = bits_for(3), bits_for(3)
+    assert torch.equal(a.take_rows(POOL + 100, 3, 50), b.take_rows(100, 3, 50))  # wherever a chunk begins
+    assert torch.equal(a.take("weight", POOL - 20, 50)[20:], b.take("weight", 0, 30))
     assert torch.equal(a.take("weight", 100, 50), b.take("weight", 0, 200)[100:150])
     streams = [a.take("weight", 0, 5000), a.take("exp_avg", 0, 5000), bits_for(4).take("weight", 0, 5000)]
     for i, one in enumerate(streams):
@@ -486,3 +488,53 @@ def test_no_full_size_temporary(row: str, numel_is_bare: bool) -> None:
     with _LargestTensor() as largest:
         optimizer.step()
     assert largest.bytes < p.nbytes
+
+
+# -- tensors of other people's models ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("row", ROWS)
+def test_transposed_scalar_and_empty_parameters(row: str, dtype: torch.dtype) -> None:
+    """A weight that is not contiguous gets the update of one that is; scalars and empty tensors do no harm."""
+    rule, bare = build_rules(row, "sound", **({"rank": 4} if "galore" in row else {}))
+    (first,) = parameters([(24, 16)], dtype)
+    second = first.detach().clone().T.contiguous().T.requires_grad_()
+    assert not second.is_contiguous()
+    for p in (first, second):
+        odd = [torch.tensor(2.0, dtype=dtype, requires_grad=True), torch.zeros(0, 3, dtype=dtype, requires_grad=True)]
+        groups = [{"params": [p], "rule": rule}, {"params": odd, "rule": bare}]
+        train(RuleOptimizer(groups, lr=0.01, weight_decay=0.1), [p, *odd], 5)
+        assert odd[0].isfinite()
+    assert torch.equal(first, second)
+
+
+def test_refreshes_are_spread_whatever_the_groups() -> None:
+    """Also if each matrix has a group of its own, as with learning rates by layer."""
+    params = parameters([(12, 8)] * 20)
+    rule = GaLore(Adam(), rank=2, update_proj_gap=200)
+    optimizer = RuleOptimizer([{"params": [p], "rule": rule} for p in params])
+    due: dict[int, int] = {}
+    for i, grads in enumerate(gradients(params, 20)):
+        before = [optimizer.state[p]["right_basis"].clone() for p in params]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        optimizer.step()
+        if i:  # the first update also starts every basis
+            due[i] = sum(
+                not torch.equal(b, optimizer.state[p]["right_basis"]) for p, b in zip(params, before, strict=True)
+            )
+    assert sum(due.values()) >= 18
+    assert max(due.values()) <= 3
+
+
+def test_parameters_that_rest_do_not_cost_new_random_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    original = RandomBits.pool
+    monkeypatch.setattr(RandomBits, "pool", staticmethod(lambda *args: drawn.append(1) or original(*args)))
+    params = parameters([(8, 8)] * 6, torch.bfloat16)
+    optimizer = RuleOptimizer([{"params": params, "rule": Adam()}])
+    for i, p in enumerate(params):
+        optimizer.state[p]["step"] = 3 * i
+    train(optimizer, params, 20)
+    assert len(drawn) == 1

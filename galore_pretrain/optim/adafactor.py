@@ -31,6 +31,10 @@ class Adafactor:
     decay: ClassVar[Decay] = "before"
     elementwise: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if not (self.beta1 is None or 0 <= self.beta1 < 1) or not self.clip_threshold > 0:
+            raise ValueError(f"beta1 {self.beta1} must be in [0, 1), clip_threshold {self.clip_threshold} positive")
+
     def init(self, like: Tensor) -> State:
         if like.ndim == 2:
             state = {
@@ -38,7 +42,7 @@ class Adafactor:
                 for name, n in zip(("row", "column"), like.shape, strict=True)
             }
         else:
-            state = {"exp_avg_sq": torch.zeros_like(like, dtype=torch.float32)}
+            state = {"exp_avg_sq": torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)}
         if self.beta1 is None:
             return state
         # what is published keeps the dtype of its arithmetic

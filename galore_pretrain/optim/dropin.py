@@ -17,6 +17,16 @@ from galore_pretrain.optim.registry import build_rules, rounding_of
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _OF_GROUP = ("rank", "update_proj_gap", "scale", "proj_type")
+_NOT_OF_GROUP = {
+    "betas",
+    "eps",
+    "beta1",
+    "correct_bias",
+    "clip_threshold",
+    "decay_rate",
+    "scale_parameter",
+    "relative_step",
+}
 
 
 class _DropIn(RuleOptimizer):
@@ -31,11 +41,24 @@ class _DropIn(RuleOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate its state; ``rank`` and its companions in the group make it a projected one."""
-        of_group = {key: param_group[key] for key in _OF_GROUP if key in param_group}
+        of_group = {key: param_group[key] for key in _OF_GROUP if param_group.get(key) is not None}
         if "rank" not in of_group and of_group:
             raise ValueError(f"a parameter group has {', '.join(of_group)} but no rank; only groups with one project")
-        rule, bare = build_rules(self.row, **(self._options | of_group))
+        own = {key: param_group[key] for key in self._options if key in param_group}
+        if ignored := _NOT_OF_GROUP & param_group.keys() - own.keys():
+            raise ValueError(
+                f"a parameter group sets {', '.join(sorted(ignored))}, which holds for the whole optimizer"
+            )
+        rule, bare = build_rules(self.row, **(self._options | own | of_group))
         super().add_param_group(param_group | {"rule": rule if of_group else bare})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `RuleOptimizer.load_state_dict`; ValueError too where a group was saved with other settings."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            for name in (*_OF_GROUP, *self._options):
+                if name in saved.keys() & group.keys() and saved[name] != group[name]:
+                    raise ValueError(f"the saved group has {name} {saved[name]}; this one has {group[name]}")
+        super().load_state_dict(state_dict)
 
 
 class GaLoreAdamW(_DropIn):
@@ -100,7 +123,10 @@ class GaLoreAdamW8bit(_DropIn):
 
 
 class GaLoreAdafactor(_DropIn):
-    """GaLore with Adafactor at a given learning rate (``relative_step`` and ``scale_parameter`` are not supported)."""
+    """GaLore with Adafactor at a given learning rate: pass ``scale_parameter=False, relative_step=False``.
+
+    The defaults are the published ones, which are not supported: leaving them out must not mean something else here.
+    """
 
     row = "galore_adafactor"
 
@@ -113,8 +139,8 @@ class GaLoreAdafactor(_DropIn):
         decay_rate: float = -0.8,
         beta1: float | None = None,
         weight_decay: float = 0.0,
-        scale_parameter: bool = False,
-        relative_step: bool = False,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
         warmup_init: bool = False,
         *,
         basis: str | None = None,
@@ -166,4 +192,4 @@ def _require(**arguments: tuple[Any, Any]) -> None:
     """Refuse a value that would change nothing here, rather than ignore it."""
     for name, (value, supported) in arguments.items():
         if value != supported:
-            raise ValueError(f"{name}={value!r} is not supported; leave it at {supported!r}")
+            raise ValueError(f"{name}={value!r} is not supported; pass {name}={supported!r}")

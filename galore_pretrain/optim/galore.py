@@ -1,5 +1,6 @@
 """GaLore (arXiv 2403.03507, Algorithm 2): any update rule, run in a low-rank subspace of the gradient."""
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -23,7 +24,8 @@ class GaLore:
     all matrices at updates 1, T + 1, 2T + 1, … (the paper's). ``"staggered"`` starts from a seeded orthonormal basis
     and spreads the first refreshes over the first T/10 updates, so that no single update stalls; each matrix is then
     renewed every T. At a refresh, ``moments`` are carried over as they are (``keep``, the paper's), expressed in the
-    new basis (``project``) or begun anew (``reset``). A decomposition that fails leaves the old basis.
+    new basis (``project``) or begun anew (``reset``, also where the refresh that was due fails). A decomposition that
+    fails leaves the old basis.
 
     ``published`` forms the m × n update in the gradient's dtype, as the published code does, where the factors of
     rank r would do; ``upcast`` works on an fp32 copy of the gradient, as its Adafactor does.
@@ -44,12 +46,15 @@ class GaLore:
 
     def __post_init__(self) -> None:
         if isinstance(self.basis, str) and self.basis not in BASES:
-            raise ValueError(f"basis {self.basis!r} is unknown; choose from {', '.join(BASES)}")
+            public = (name for name in BASES if name != "svd_unsigned")
+            raise ValueError(f"basis {self.basis!r} is unknown; choose from {', '.join(public)}")
         for name, value, known in (("refresh", self.refresh, REFRESHES), ("moments", self.moments, MOMENTS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(known)}")
         if self.rank < 1 or self.update_proj_gap < 1:
             raise ValueError(f"rank {self.rank} and update_proj_gap {self.update_proj_gap} must be at least 1")
+        if not 0 <= self.scale < math.inf:
+            raise ValueError(f"scale {self.scale} must be finite and not negative")
         sides(1, 1, self.proj_type)
 
     @property
@@ -124,6 +129,9 @@ class GaLore:
         """Take new bases from ``grad`` and tell the inner rule; what failed is noted in ``step.failures``."""
         find = BASES[self.basis] if isinstance(self.basis, str) else self.basis
         kept = torch.ones((), dtype=torch.bool, device=grad.device) if step.ok is None else step.ok
+        if self.moments == "reset" and step.count > 1:
+            for name in state.keys() - {"left_basis", "right_basis"}:
+                state[name].zero_()
         try:
             new_left = None if left is None else find(grad, left.shape[1], "left", left)
             new_right = None if right is None else find(grad, right.shape[0], "right", right)
@@ -132,15 +140,12 @@ class GaLore:
             return
         found = torch.stack([basis.isfinite().all() for basis in (new_left, new_right) if basis is not None]).all()
         step.failures.append(kept & ~found)
-        if self.moments == "reset" and step.count > 1:
-            for name in state.keys() - {"left_basis", "right_basis"}:
-                state[name].zero_()
-        elif step.count > 1:
-            change = BasisChange(
-                None if left is None or new_left is None else new_left.T.to(torch.float32) @ left.float(),
-                None if right is None or new_right is None else right.float() @ new_right.T.to(torch.float32),
-                project=self.moments == "project",
-            )
+        if self.moments != "reset" and step.count > 1:
+            change = BasisChange()
+            if self.moments == "project":
+                turned_left = None if left is None or new_left is None else new_left.T @ left.float()
+                turned_right = None if right is None or new_right is None else right.float() @ new_right.T
+                change = BasisChange(True, turned_left, turned_right)
             self.inner.change_basis(state, change, step.only_if(found))
         step = step.only_if(found)
         for basis, new in ((left, new_left), (right, new_right)):

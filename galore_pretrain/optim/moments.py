@@ -49,7 +49,7 @@ class Dense:
     rounding: str = "stochastic"
 
     def zeros(self, name: str, like: Tensor) -> State:
-        return {name: torch.zeros_like(like)}
+        return {name: torch.zeros_like(like, memory_format=torch.contiguous_format)}
 
     def read(self, state: State, name: str, step: Step) -> Tensor:
         return step.working_copy(state[name], None if self.rounding == "nearest" else torch.float32)
@@ -71,10 +71,10 @@ class Blockwise8bit:
 
     def zeros(self, name: str, like: Tensor) -> State:
         if like.numel() < _SMALL:
-            return {name: torch.zeros_like(like, dtype=torch.float32)}
+            return {name: torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)}
         blocks = -(-like.numel() // _BLOCK)
         return {
-            name: torch.zeros_like(like, dtype=torch.uint8),
+            name: torch.zeros_like(like, dtype=torch.uint8, memory_format=torch.contiguous_format),
             f"{name}_absmax": like.new_zeros(blocks, dtype=torch.float32),
         }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
-from galore_pretrain.optim.step import Step
+from galore_pretrain.optim.step import Step, chunk_elements
 
 _BLOCK = 256  # a slot of the history is padded to whole blocks of an 8-bit store
 
@@ -49,32 +49,43 @@ class Natural:
         newest = (step.count - 1) % self.history
         padded = torch.zeros(_padded(grad.numel()), dtype=torch.float32, device=grad.device)
         padded[: grad.numel()] = grad.reshape(-1)
-        self.store.write(self._slot(state, newest), "history", padded, step.at(newest * len(padded)))
+        self.store.write(self._slot(state, newest), "history", padded.clone(), step.at(newest * len(padded)))
         columns = range(min(step.count, self.history))
+        pieces = [
+            (start, min(start + chunk_elements(grad.device), len(padded)))
+            for start in range(0, len(padded), chunk_elements(grad.device))
+        ]
 
-        g = self._column(state, newest).double()
         products = torch.zeros(self.history, dtype=torch.float64, device=grad.device)
-        for i in columns:
-            products[i] = torch.dot(self._column(state, i).double(), g)
+        for piece in pieces:
+            g = self._column(state, newest, *piece)
+            for i in columns:
+                products[i] += torch.dot(self._column(state, i, *piece), g)
         gram = state["gram"].clone()
         gram[newest] = gram[:, newest] = products
         step.store(state["gram"], gram)
         unit = torch.zeros_like(products)
         unit[newest] = 1.0
-        damped = gram + self.damping * torch.eye(self.history, dtype=gram.dtype, device=gram.device)
-        weights, _ = torch.linalg.solve_ex(damped, unit)  # positive definite; unlike solve, waits for no device
-        natural = torch.zeros_like(padded)
-        for i in columns:
-            natural.addcmul_(self._column(state, i), weights[i].float())
-        return update_in_chunks(self.inner, natural[: grad.numel()].view(grad.shape), state, step)
+        # What parallel gradients differ by below fp32's resolution is rounding, and must not be divided by λ alone.
+        damping = self.damping + 1e-13 * gram.diagonal().sum()
+        damped = gram + damping * torch.eye(self.history, dtype=gram.dtype, device=gram.device)
+        weights, _ = torch.linalg.solve_ex(damped, unit)  # unlike solve, waits for no device
+
+        for start, stop in pieces:  # in fp64: of parallel gradients, weights of 1/λ must cancel
+            total = torch.zeros(stop - start, dtype=torch.float64, device=grad.device)
+            for i in columns:
+                total.addcmul_(self._column(state, i, start, stop), weights[i])
+            padded[start:stop] = total
+        return update_in_chunks(self.inner, padded[: grad.numel()].view(grad.shape), state, step)
 
     def _slot(self, state: State, i: int) -> State:
         length = state["history"].shape[1]
         return self.store.narrow(state, "history", i * length, (i + 1) * length)
 
-    def _column(self, state: State, i: int) -> Tensor:
-        """Column i of H, fp32, padded with zeros."""
-        return self.store.read(self._slot(state, i), "history", Step(count=0)).float()
+    def _column(self, state: State, i: int, start: int, stop: int) -> Tensor:
+        """Elements ``start:stop`` of column i of H, padded with zeros, in fp64."""
+        part = self.store.narrow(self._slot(state, i), "history", start, stop)
+        return self.store.read(part, "history", Step(count=0)).double()
 
     def narrow(self, state: State, start: int, stop: int) -> State:
         raise TypeError("Natural GaLore's history needs the whole gradient")

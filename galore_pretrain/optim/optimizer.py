@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.projector import has_fast_bf16
-from galore_pretrain.optim.rules import Direction, UpdateRule
+from galore_pretrain.optim.rules import Adam, Direction, UpdateRule
 from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, mix
+
+_GOLDEN = 0.6180339887498949
+_UPDATES_A_POOL, _POOLS = 64, 4
 
 _PRODUCT = 1 << 21
 """Elements of a low-rank update that are multiplied out at a time: matrix products want more than a cache holds."""
@@ -53,8 +56,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.rounding = rounding
         self.seed = seed
         self._rules: list[UpdateRule] = []
-        self._places: dict[Tensor, tuple[int, int, int]] = {}  # parameter -> (group, index in group, index overall)
-        self._pools: dict[torch.device, tuple[int, Tensor]] = {}  # (count of updates, what its random bits come from)
+        self._places: dict[Tensor, tuple[int, int]] = {}  # parameter -> (group, index overall)
+        self._pools: dict[tuple[torch.device, int], Tensor] = {}  # what random bits are read from, see _random_bits
         self._faults: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), counted where they happen
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
@@ -67,9 +70,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} {group[name]} must be finite and not negative")
         super().add_param_group(group)
         self._rules.append(rule)
-        for index, p in enumerate(self.param_groups[-1]["params"]):
-            self._places[p] = (len(self._rules) - 1, index, len(self._places))
-            self.state[p] = {"step": 0, **rule.init(p.detach())}
+        for p in self.param_groups[-1]["params"]:
+            if p.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"a parameter is {p.dtype}; weights in bfloat16 and float32 are supported")
+            self._places[p] = (len(self._rules) - 1, len(self._places))
+            self.state[p] = {"step": 0, **rule.init(_at_least_1d(p.detach()))}
 
     def rule_of(self, p: Tensor) -> UpdateRule:
         """The rule that updates ``p``."""
@@ -99,9 +104,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update_param(self, p: Tensor) -> None:
         """Update ``p`` from ``p.grad``, which is left as it is; does nothing where there is no gradient."""
-        if p.grad is None:
+        if p.grad is None or p.numel() == 0:
             return
-        group_index, index, overall = self._places[p]
+        group_index, overall = self._places[p]
         group, rule, state = self.param_groups[group_index], self._rules[group_index], self.state[p]
         state["step"] += 1
         # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
@@ -110,11 +115,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             count=state["step"],
             lr=float(group["lr"]),
             seed=mix(self.seed, overall),
-            phase=index / len(group["params"]),
-            bits=self._random_bits(p.device, overall, state["step"]),
+            phase=overall * _GOLDEN % 1.0,  # evenly spread, whatever the groups and their number
+            bits=self._random_bits(p, overall, state["step"]),
         ).only_if(finite)
+        for name, value in state.items():
+            if name != "step" and value.device != p.device:  # the model was moved after the optimizer was built
+                state[name] = value.to(p.device)
         tensors = {name: value for name, value in state.items() if name != "step"}
-        weight = p.detach() if p.is_contiguous() else p.detach().contiguous()
+        weight = _at_least_1d(p.detach().contiguous())  # itself, if it is
         if rule.elementwise:
             flat, grad, size = weight.view(-1), p.grad.reshape(-1), chunk_elements(p.device)
             for start in range(0, flat.numel(), size):
@@ -122,9 +130,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                 views = rule.narrow(tensors, start, stop)
                 self._update(flat[start:stop], grad[start:stop], views, rule, group, step.at(start))
         else:
-            self._update(weight, p.grad, tensors, rule, group, step)
+            self._update(weight, _at_least_1d(p.grad), tensors, rule, group, step)
         if not p.is_contiguous():
-            p.copy_(weight)
+            p.copy_(weight)  # else it was changed in place
         self._count(step)
 
     def _update(
@@ -137,18 +145,27 @@ class RuleOptimizer(torch.optim.Optimizer):
         step: Step,
     ) -> None:
         decay = float(group["weight_decay"])
+        if isinstance(rule, Adam) and rule.update_weight(weight, grad, state, step, decay):
+            return
         if decay and rule.decay == "l2":
             grad = torch.add(grad if self.rounding == "nearest" else grad.float(), weight, alpha=decay)
         direction = rule.update(grad, state, step)
         _subtract(weight, direction, step.lr * decay if rule.decay != "l2" else 0.0, rule.decay == "before", step)
 
-    def _random_bits(self, device: torch.device, overall: int, count: int) -> RandomBits | None:
-        """The streams of one parameter at one update: the same whatever the order in which parameters are updated."""
-        if self.rounding == "nearest" or device.type == "meta":
+    def _random_bits(self, p: Tensor, overall: int, count: int) -> RandomBits | None:
+        """The streams of one parameter at one update: the same whatever the order in which parameters are updated.
+
+        A pool serves so many updates, each from places of its own; a few are kept, for parameters that are not updated
+        every time.
+        """
+        if self.rounding == "nearest" or p.dtype != torch.bfloat16 or p.device.type == "meta":
             return None
-        if self._pools.get(device, (0,))[0] != count:
-            self._pools[device] = count, RandomBits.pool(mix(self.seed, count), device)
-        return RandomBits(self._pools[device][1], mix(self.seed, overall, count))
+        key = p.device, count // _UPDATES_A_POOL
+        if key not in self._pools:
+            if len(self._pools) >= _POOLS:
+                del self._pools[next(iter(self._pools))]
+            self._pools[key] = RandomBits.pool(mix(self.seed, key[1]), p.device)
+        return RandomBits(self._pools[key], mix(self.seed, overall, count))
 
     def _count(self, step: Step) -> None:
         if step.ok is None and not step.failures:
@@ -166,30 +183,39 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a saved state into this one, in place.
+        """Take a saved state, each tensor on its parameter's device; nothing is changed if something does not fit.
 
         torch's own loader would cast every tensor to its parameter's dtype; here each keeps the dtype that its rule
-        gave it. Raises ValueError where groups, names or shapes differ.
+        gave it. Raises ValueError where groups, names, shapes or dtypes differ.
         """
         saved_groups, groups = state_dict["param_groups"], self.param_groups
         if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
             raise ValueError("the saved optimizer has other parameter groups than this one")
+        loaded: dict[Tensor, dict[str, Any]] = {}
         for saved_group, group in zip(saved_groups, groups, strict=True):
-            group.update({key: value for key, value in saved_group.items() if key not in ("params", "param_names")})
             for key, p in zip(saved_group["params"], group["params"], strict=True):
-                saved, state = state_dict["state"][key], self.state[p]
+                saved, state = state_dict["state"].get(key, {}), self.state[p]
                 if saved.keys() != state.keys():
                     raise ValueError(f"the saved state holds {sorted(saved)}; this optimizer's {sorted(state)}")
                 for name, value in saved.items():
-                    if not isinstance(value, Tensor):
-                        state[name] = value
-                    elif value.shape != state[name].shape or value.dtype != state[name].dtype:
+                    if isinstance(value, Tensor) and (value.shape, value.dtype) != (
+                        state[name].shape,
+                        state[name].dtype,
+                    ):
                         raise ValueError(
                             f"the saved {name} is {value.dtype} {tuple(value.shape)}; "
                             f"this optimizer's is {state[name].dtype} {tuple(state[name].shape)}"
                         )
-                    else:
-                        state[name].copy_(value)
+                loaded[p] = saved
+        for saved_group, group in zip(saved_groups, groups, strict=True):
+            group.update({key: value for key, value in saved_group.items() if key not in ("params", "param_names")})
+        for p, saved in loaded.items():
+            for name, value in saved.items():
+                self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _at_least_1d(tensor: Tensor) -> Tensor:
+    return tensor.view(1) if tensor.ndim == 0 else tensor
 
 
 def _subtract(weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:

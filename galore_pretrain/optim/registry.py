@@ -110,7 +110,10 @@ def build_optimizer(
     options: dict[str, Any] = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
     options |= {"basis": basis, "refresh": refresh, "moments": moments}
     options |= {"natural_history": natural_history, "natural_damping": natural_damping, "betas": betas, "eps": eps}
-    rule, bare = build_rules(row, numerics, **options)
+    name, layerwise = resolve_name(row)
+    if layerwise:
+        raise ValueError(f"optimizer {row!r} asks for layerwise updates, which are not an optimizer's: name {name!r}")
+    rule, bare = build_rules(name, numerics, **options)
     matrices = {f"{name}.weight" for name, module in model.named_modules() if is_projected(name, module)}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [

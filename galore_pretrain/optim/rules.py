@@ -52,15 +52,15 @@ class Direction:
 
 @dataclass(frozen=True)
 class BasisChange:
-    """New subspace coordinates from old ones: x becomes ``left`` @ x @ ``right``, where each is r × r or absent.
+    """The gradients to come are in another subspace than those seen, and must not be mixed with them.
 
-    ``project``: whether moments are to be expressed in the new basis. What is a history of gradients must not be mixed
-    with gradients of another subspace in any case.
+    Where moments are to be expressed in the new coordinates (``project``), x becomes ``left`` @ x @ ``right``, each
+    r × r or absent.
     """
 
-    left: Tensor | None
-    right: Tensor | None
-    project: bool
+    project: bool = False
+    left: Tensor | None = None
+    right: Tensor | None = None
 
     def mean(self, x: Tensor) -> Tensor:
         """A first moment in the new coordinates."""
@@ -125,6 +125,10 @@ class SGD:
     decay: ClassVar[Decay] = "l2"
     elementwise: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum {self.momentum} must be in [0, 1)")
+
     def init(self, like: Tensor) -> State:
         return self.store.zeros("momentum", like) if self.momentum else {}
 
@@ -161,6 +165,10 @@ class Adam:
     store: MomentStore = field(default_factory=Dense)
     elementwise: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas) or not self.eps >= 0:
+            raise ValueError(f"betas {self.betas} must be in [0, 1), and eps {self.eps} not negative")
+
     def init(self, like: Tensor) -> State:
         return self.store.zeros("exp_avg", like) | self.store.zeros("exp_avg_sq", like)
 
@@ -172,23 +180,49 @@ class Adam:
         m, v = self.store.read(state, "exp_avg", step), self.store.read(state, "exp_avg_sq", step)
         grad = grad.to(m.dtype)
         if self.formula == "torch" and isinstance(self.store, Dense) and m.dtype == torch.float32:
-            direction = self._fused(m, v, grad, step.count)
+            direction = self._fused(m, v, grad, step)
         else:
             direction = self._composed(m, v, grad, step)
         self.store.write(state, "exp_avg", m, step)
         self.store.write(state, "exp_avg_sq", v, step)
         return direction
 
-    def _fused(self, m: Tensor, v: Tensor, grad: Tensor, count: int) -> Direction:
-        """By the kernel behind ``torch.optim.AdamW(fused=True)``, which reads and writes everything once.
+    def update_weight(self, weight: Tensor, grad: Tensor, state: State, step: Step, decay: float) -> bool:
+        """The whole update of a weight that is not projected, decay included, in one pass over memory; False where the
+        kernel behind ``torch.optim.AdamW(fused=True)`` computes something else than this rule.
 
-        It updates a weight of 0 at rate 1. Called directly: the way there through torch takes longer than a chunk.
+        In bf16 it works on fp32 copies, whose results are rounded together.
         """
-        scratch, number = torch.zeros_like(grad), torch.tensor(float(count), device=grad.device)
-        torch._fused_adamw_(
-            [scratch], [grad], [m], [v], [], [number], lr=1.0, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
-            weight_decay=0.0, amsgrad=False, maximize=False,
+        if self.formula != "torch" or self.store != Dense() or self.scaled or self.decay == "after":
+            return False
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        if weight.dtype == torch.float32:
+            self._kernel(weight, grad, m, v, step, step.lr, decay)
+            return True
+        if weight.dtype != torch.bfloat16 or step.bits is None:
+            return False
+        kept = (weight, m, v)
+        copies = torch.empty(4, weight.numel(), dtype=torch.float32, device=weight.device)
+        for copy, tensor in zip(copies, (*kept, grad), strict=True):
+            copy.copy_(tensor)
+        self._kernel(copies[0], copies[3], copies[1], copies[2], step, step.lr, decay)
+        step.store_together(kept, copies[:3])
+        return True
+
+    def _kernel(self, weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, lr: float, decay: float) -> None:
+        """Called directly: the way there through ``torch.optim`` takes longer than a chunk."""
+        count = torch.full((), float(step.count), device=weight.device)
+        skipped = None if step.ok is None else (~step.ok).float()
+        kernel = torch._fused_adam_ if self.decay == "l2" else torch._fused_adamw_
+        kernel(
+            [weight], [grad], [m], [v], [], [count], lr=lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+            weight_decay=decay, amsgrad=False, maximize=False, found_inf=skipped,
         )  # fmt: skip
+
+    def _fused(self, m: Tensor, v: Tensor, grad: Tensor, step: Step) -> Direction:
+        """By the same kernel: the update of a weight of 0 at rate 1."""
+        scratch = torch.zeros_like(grad)
+        self._kernel(scratch, grad, m, v, replace(step, ok=None), 1.0, 0.0)  # m and v are copies, stored if ok
         return Direction(scratch, factor=-1.0)
 
     def _composed(self, m: Tensor, v: Tensor, grad: Tensor, step: Step) -> Direction:

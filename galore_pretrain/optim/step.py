@@ -1,6 +1,7 @@
 """What one update of one parameter knows besides its tensors, and the one way in which its results are kept."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 
 POOL = 524_287
 """Random numbers after which a stream repeats: a prime, so that no row of a matrix gets the bits of another."""
+
+_BETWEEN = 65_537  # between the places of streams that are read together
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -21,9 +24,9 @@ def chunk_elements(device: torch.device) -> int:
 class RandomBits:
     """Streams of uniform 16-bit integers for one update of one parameter.
 
-    All streams read one pool, drawn anew at every update, each from a place of its own: generating bits for each
-    element would cost more than the rest of an update. An element's bits at two updates are independent, as unbiased
-    rounding needs; those of two elements half a million apart are the same, which it does not mind.
+    All streams read one pool, each from a place of its own that changes with every update, and the pool is drawn anew
+    now and then: generating bits for each element would cost more than the rest of an update. Elements half a million
+    apart get the same bits, which unbiased rounding does not mind.
     """
 
     def __init__(self, pool: Tensor, seed: int) -> None:
@@ -34,9 +37,11 @@ class RandomBits:
     def pool(seed: int, device: torch.device) -> Tensor:
         """What the streams of one update are read from: int32 in [0, 2¹⁶), the same for equal seeds on a device."""
         generator = torch.Generator(device).manual_seed(seed)
-        words = torch.empty(-(-(POOL + chunk_elements(device)) // 4), dtype=torch.int64, device=device)
+        words = torch.empty(-(-POOL // 4), dtype=torch.int64, device=device)
         words.random_(-(1 << 63), None, generator=generator)  # all 64 bits: four numbers at the price of one
-        return words.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+        once = words.view(torch.int16)[:POOL].to(torch.int32).bitwise_and_(0xFFFF)
+        size = POOL + chunk_elements(device) + 3 * _BETWEEN  # so that none that starts within the pool runs out of it
+        return once.repeat(-(-size // POOL))[:size]
 
     def take(self, stream: str, start: int, count: int) -> Tensor:
         """Numbers ``start`` to ``start + count`` of the stream, at most `chunk_elements` of them. Not to be changed."""
@@ -45,13 +50,21 @@ class RandomBits:
         first = (self._places[stream] + start) % POOL
         return self._pool[first : first + count]
 
+    def take_rows(self, start: int, rows: int, count: int) -> Tensor:
+        """Numbers ``start`` to ``start + count`` of so many streams (rows × count), of four at most.
+
+        They are one stream, each row further on than the one before.
+        """
+        first = (self._seed + start) % POOL
+        return self._pool.as_strided((rows, count), (_BETWEEN, 1), first)
+
 
 def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
     """Round fp32 ``value`` in place to a number that bf16 holds: up with the probability that keeps its mean.
 
     E[result] = value, so an update smaller than half a bf16 ulp is not lost but made with its probability. bf16 is the
     upper half of fp32: adding 16 uniform bits to the lower half carries into the upper one with just that probability.
-    Infinities and NaN stay what they are.
+    Infinities stay what they are; of NaN that is not promised.
     """
     value.view(torch.int32).add_(bits).bitwise_and_(-65536)
     return value
@@ -101,6 +114,13 @@ class Step:
             part = kept[begin : begin + size]
             bits = self.bits.take(stream, self.start + begin, part.numel())
             self._keep(part, round_stochastic(given[begin : begin + size], bits))
+
+    def store_together(self, targets: Sequence[Tensor], values: Tensor) -> None:
+        """`store` for bf16 ``targets`` of n elements and the rows of fp32 ``values`` (targets × n), at most a chunk."""
+        assert self.bits is not None
+        rounded = round_stochastic(values, self.bits.take_rows(self.start, *values.shape))
+        for target, value in zip(targets, rounded, strict=True):
+            self._keep(target, value)
 
     def working_copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``tensor`` in ``dtype`` (None: its own), to be changed in place and then stored: itself where it can be."""
