@@ -187,6 +187,8 @@ def main() -> None:
     )
     grads = {p: (torch.randn(p.shape, device=device) * 1e-3).to(dtype) for p in matrices + rest}
     everything = list(candidates(matrices, rest, RANKS[arguments.shapes]))
+    if unknown := set(arguments.only or ()) - {c[0] for c in everything}:
+        parser.error(f"--only {unknown.pop()}: choose from {', '.join(c[0] for c in everything)}")
     chosen = [c for c in everything if not arguments.only or c[0] in arguments.only]
 
     built, extra, state, refresh = {}, {}, {}, {}

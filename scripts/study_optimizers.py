@@ -58,6 +58,8 @@ def run(root: Path, jobs: int) -> None:
                 active.append(subprocess.Popen(arguments, env=environment, stderr=log))
             print(time.strftime("%H:%M"), name, seed, flush=True)
         time.sleep(1)
+        if failed := [process.args for process in active if process.poll()]:
+            sys.exit(f"a run failed, see its log: {failed[0]}")
         active = [process for process in active if process.poll() is None]
 
 

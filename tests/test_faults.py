@@ -1,5 +1,6 @@
 """A gradient that is not finite reaches neither weight nor moment nor basis, in either execution, on any device."""
 
+import warnings
 from itertools import product
 from typing import Any
 
@@ -107,6 +108,19 @@ def test_both_executions_and_every_device_skip_alike(
         assert torch.equal(a, b)
         assert torch.equal(a, c)
         assert a.isfinite().all()
+
+
+def test_who_does_not_ask_is_told() -> None:
+    """In another trainer nobody calls ``take_faults``, and weights that silently stay would look like a plateau."""
+    p = torch.ones(4, requires_grad=True)
+    rule, _ = build_rules("adamw", "sound")
+    optimizer = RuleOptimizer([{"params": [p], "rule": rule}])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(300):
+            p.grad = torch.full_like(p, torch.nan if 100 <= i < 107 else 0.1)
+            optimizer.step()
+    assert [str(w.message).split(" gradients")[0] for w in caught] == ["in the last 100 steps, 7"]
 
 
 def test_clipping_leaves_the_bad_gradient_out_of_the_norm() -> None:

@@ -5,6 +5,7 @@ same method from inside backward. Hence one state, one learning rate and one che
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, mix
 
 _GOLDEN = 0.6180339887498949
 _UPDATES_A_POOL, _POOLS = 64, 4
+_PATIENCE = 100  # steps after which faults that nobody asked for are told
 
 _PRODUCT = 1 << 21
 """Elements of a low-rank update that are multiplied out at a time: matrix products want more than a cache holds."""
@@ -39,7 +41,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     dtypes. ``rounding``: how a bf16 weight takes an update, ``"stochastic"`` (computed in fp32, reproducible from
     ``seed`` and the count of updates alone) or ``"nearest"``.
 
-    A gradient that is not finite, or whose squares overflow, changes neither weight nor state, and is counted.
+    A gradient that is not finite, or whose squares overflow, changes neither weight nor state, and is counted
+    (`take_faults`); where nobody asks for the count, a warning tells it every 100 steps.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._places: dict[Tensor, tuple[int, int]] = {}  # parameter -> (group, index overall)
         self._pools: dict[tuple[torch.device, int], Tensor] = {}  # what random bits are read from, see _random_bits
         self._faults: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), counted where they happen
+        self._unasked = 0  # steps since somebody asked for them
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -99,6 +103,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 self.update_param(p)
+        self._unasked += 1
+        if self._unasked >= _PATIENCE and (faults := self.take_faults()) != Faults():
+            warnings.warn(
+                f"in the last {_PATIENCE} steps, {faults.skipped} gradients were not finite and their tensors skipped, "
+                f"and {faults.failed_refreshes} bases could not be renewed",
+                stacklevel=2,
+            )
         return loss
 
     @torch.no_grad()
@@ -177,6 +188,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def take_faults(self) -> Faults:
         """What has gone wrong since the last call. Waits for the device."""
+        self._unasked = 0
         counts = [count.tolist() for count in self._faults.values()]
         self._faults.clear()
         return Faults(*(sum(values) for values in zip(*counts, strict=True)))
