@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_pretrain.errors import InputError
+from galore_pretrain.optim.names import BASIS_NAMES, MOMENTS, NUMERICS, PROJ_TYPES, REFRESHES, ROWS
 
 
 def parse_count(text: str) -> int:
@@ -60,9 +61,6 @@ def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
     return field(default=default, metadata={"flag": Flag(help, kind, group, **more)})
 
 
-PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-BASES, REFRESHES = ("svd", "randomized"), ("together", "staggered")
-MOMENTS = ("keep", "project", "reset")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT = (
     "Method",
@@ -81,12 +79,12 @@ class RunConfig:
     """A training run, one field a flag. After `resolve`, a field is None only where its type says so: not in use."""
 
     model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", str, METHOD, shown="required")
-    optim: str = _flag("galore_adamw", "Optimizer: a row of the registry, or its other names.", str, METHOD)
+    optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(ROWS)}.", str, METHOD)
     rank: int | None = _flag(None, "GaLore: rank r of the subspace.", int, METHOD, least=1)
     update_proj_gap: int | None = _flag(None, "GaLore: updates T between two bases.", int, METHOD, least=1)
     galore_scale: float | None = _flag(None, "GaLore: factor α on projected updates.", float, METHOD, above=0)
     proj_type: str | None = _flag(None, "GaLore: side that is projected.", PROJ_TYPES, METHOD, shown="std")
-    basis: str | None = _flag(None, "GaLore: how a basis is found.", BASES, METHOD, shown="randomized")
+    basis: str | None = _flag(None, "GaLore: how a basis is found.", BASIS_NAMES, METHOD, shown="randomized")
     refresh: str | None = _flag(None, "GaLore: renew bases at once or in turn.", REFRESHES, METHOD, shown="staggered")
     moments: str | None = _flag(None, "GaLore: moments when a basis is renewed.", MOMENTS, METHOD, shown="keep")
     natural_history: int | None = _flag(None, "Natural GaLore: past gradients s.", int, METHOD, least=1, shown="20")
@@ -94,7 +92,7 @@ class RunConfig:
     matrix_lr_scale: float = _flag(
         1.0, "Factor on the matrices' learning rate; 0 freezes them.", float, METHOD, least=0
     )
-    numerics: str = _flag("sound", "Sound, or the published code's choices.", ("sound", "reference"), METHOD)
+    numerics: str = _flag("sound", "Sound, or the published code's choices.", NUMERICS, METHOD)
     weight_decay: float = _flag(None, "Weight decay.", float, METHOD, least=0)
     betas: tuple[float, float] | None = _flag(
         None, "Adam's β, as 0.9,0.999; the first is sgd's and adafactor's momentum.", parse_betas, METHOD, shown="row"

@@ -97,6 +97,8 @@ def test_refusals() -> None:
         GaLoreAdamW(parameters([(8, 8)], torch.float16))
     with pytest.raises(ValueError, match="percentile_clipping=5"):
         GaLoreAdamW8bit(p, percentile_clipping=5)
+    with pytest.raises(TypeError, match="takes no rank"):
+        GaLoreAdamW(p, rank=128)
     with pytest.raises(ValueError, match="scale but no rank"):
         GaLoreAdamW([{"params": p, "scale": 0.5}])
     with pytest.raises(ValueError, match="projects matrices"):

@@ -14,13 +14,13 @@ from galore_pretrain.data import TokenRows, TrainingData
 from galore_pretrain.execution import GlobalStep
 from galore_pretrain.model import build_model, mean_loss
 from galore_pretrain.optim import REGISTRY, build_optimizer
+from galore_pretrain.optim.names import NUMERICS
 from galore_pretrain.schedule import Schedule
 from galore_pretrain.sources import open_source
 from galore_pretrain.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20
-NUMERICS = ("sound", "reference")
 
 
 def losses(row: str, numerics: str) -> list[float]:

@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 from galore_pretrain.optim import REGISTRY, GaLore, RuleOptimizer, build_optimizer
 from galore_pretrain.optim.adafactor import Adafactor
 from galore_pretrain.optim.moments import Blockwise8bit
-from galore_pretrain.optim.names import ROWS, resolve_name
-from galore_pretrain.optim.projector import BASES, PROJ_TYPES, project, random_basis, sides
+from galore_pretrain.optim.names import PROJ_TYPES, ROWS, resolve_name
+from galore_pretrain.optim.projector import BASES, project, random_basis, sides
 from galore_pretrain.optim.registry import build_rules
 from galore_pretrain.optim.rules import SGD, Adam
 from galore_pretrain.optim.step import POOL, RandomBits, Step, round_stochastic

@@ -7,8 +7,9 @@ A group with ``rank`` is projected, others get the bare rule. ``basis``, ``refre
 ``seed`` are added. State is tensors and integers, so a saved one loads with ``weights_only=True``.
 """
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -29,11 +30,28 @@ _NOT_OF_GROUP = {
 }
 
 
+class Options(TypedDict, total=False):
+    """What every class here takes beside the published arguments; left out, it is as the row has it."""
+
+    basis: str
+    refresh: str
+    moments: str
+    numerics: str
+    seed: int
+
+
 class _DropIn(RuleOptimizer):
     row: ClassVar[str]
+    _own: Mapping[str, Any] = MappingProxyType({})  # options of one class alone
 
-    def __init__(self, params: Params, lr: float, weight_decay: float, numerics: str, seed: int, **row: Any) -> None:
-        self._options = row | {"numerics": numerics}
+    def __init__(
+        self, params: Params, lr: float, weight_decay: float, published: dict[str, Any], added: Options
+    ) -> None:
+        if unknown := added.keys() - Options.__annotations__.keys():
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}; rank belongs into a group")
+        numerics, seed = added.get("numerics", "sound"), added.get("seed", 0)
+        self._options: dict[str, Any] = published | {k: v for k, v in added.items() if k != "seed"}
+        self._options |= {"numerics": numerics, **self._own}
         groups = list(params)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
@@ -75,17 +93,11 @@ class GaLoreAdamW(_DropIn):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
         no_deprecation_warning: bool = True,
-        *,
-        basis: str | None = None,
-        refresh: str | None = None,
-        moments: str | None = None,
-        numerics: str = "sound",
-        seed: int = 0,
+        **added: Unpack[Options],
     ) -> None:
         del no_deprecation_warning  # there is none
         _require(correct_bias=(correct_bias, True))
-        options = {"basis": basis, "refresh": refresh, "moments": moments, "betas": tuple(betas), "eps": eps}
-        super().__init__(params, lr, weight_decay, numerics, seed, **options)
+        super().__init__(params, lr, weight_decay, {"betas": tuple(betas), "eps": eps}, added)
 
 
 class GaLoreAdamW8bit(_DropIn):
@@ -107,19 +119,13 @@ class GaLoreAdamW8bit(_DropIn):
         percentile_clipping: int = 100,
         block_wise: bool = True,
         is_paged: bool = False,
-        *,
-        basis: str | None = None,
-        refresh: str | None = None,
-        moments: str | None = None,
-        numerics: str = "sound",
-        seed: int = 0,
+        **added: Unpack[Options],
     ) -> None:
         del optim_bits  # the published class ignores it too
         _require(amsgrad=(amsgrad, False), args=(args, None), min_8bit_size=(min_8bit_size, 4096))
         _require(percentile_clipping=(percentile_clipping, 100), block_wise=(block_wise, True))
         _require(is_paged=(is_paged, False))
-        options = {"basis": basis, "refresh": refresh, "moments": moments, "betas": tuple(betas), "eps": eps}
-        super().__init__(params, lr, weight_decay, numerics, seed, **options)
+        super().__init__(params, lr, weight_decay, {"betas": tuple(betas), "eps": eps}, added)
 
 
 class GaLoreAdafactor(_DropIn):
@@ -142,50 +148,26 @@ class GaLoreAdafactor(_DropIn):
         scale_parameter: bool = True,
         relative_step: bool = True,
         warmup_init: bool = False,
-        *,
-        basis: str | None = None,
-        refresh: str | None = None,
-        moments: str | None = None,
-        numerics: str = "sound",
-        seed: int = 0,
+        **added: Unpack[Options],
     ) -> None:
         _require(scale_parameter=(scale_parameter, False), relative_step=(relative_step, False))
         _require(warmup_init=(warmup_init, False))
         if lr is None:
             raise ValueError("GaLoreAdafactor needs lr=…; it has no learning rate of its own (relative_step=False)")
-        options = {"basis": basis, "refresh": refresh, "moments": moments}
-        options |= {"epsilon": eps[0], "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1}  # type: ignore[dict-item]
-        super().__init__(params, lr, weight_decay, numerics, seed, **options)
+        published = {"epsilon": eps[0], "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1}
+        super().__init__(params, lr, weight_decay, published, added)
 
 
-class NaturalGaLoreAdamW(_DropIn):
-    """Natural GaLore with AdamW, one-sided as its paper has it."""
+class NaturalGaLoreAdamW(GaLoreAdamW):
+    """Natural GaLore with AdamW, one-sided as its paper has it; takes the arguments of `GaLoreAdamW`."""
 
     row = "natural_galore"
 
     def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float | None = None,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-        no_deprecation_warning: bool = True,
-        *,
-        natural_history: int = 20,
-        natural_damping: float = 1e-3,
-        basis: str | None = None,
-        refresh: str | None = None,
-        moments: str | None = None,
-        numerics: str = "sound",
-        seed: int = 0,
+        self, params: Params, *args: Any, natural_history: int = 20, natural_damping: float = 1e-3, **kwargs: Any
     ) -> None:
-        del no_deprecation_warning
-        _require(correct_bias=(correct_bias, True))
-        options = {"basis": basis, "refresh": refresh, "moments": moments, "betas": tuple(betas), "eps": eps}
-        options |= {"natural_history": natural_history, "natural_damping": natural_damping}
-        super().__init__(params, lr, weight_decay, numerics, seed, **options)
+        self._own = {"natural_history": natural_history, "natural_damping": natural_damping}
+        super().__init__(params, *args, **kwargs)
 
 
 def _require(**arguments: tuple[Any, Any]) -> None:

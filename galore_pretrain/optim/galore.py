@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.names import BASIS_NAMES, MOMENTS, REFRESHES
 from galore_pretrain.optim.projector import BASES, BasisFn, project, project_fast, random_basis, sides
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
 from galore_pretrain.optim.step import Step
-
-REFRESHES, MOMENTS = ("together", "staggered"), ("keep", "project", "reset")
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class GaLore:
 
     def __post_init__(self) -> None:
         if isinstance(self.basis, str) and self.basis not in BASES:
-            public = (name for name in BASES if name != "svd_unsigned")
-            raise ValueError(f"basis {self.basis!r} is unknown; choose from {', '.join(public)}")
+            raise ValueError(f"basis {self.basis!r} is unknown; choose from {', '.join(BASIS_NAMES)}")
         for name, value, known in (("refresh", self.refresh, REFRESHES), ("moments", self.moments, MOMENTS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(known)}")

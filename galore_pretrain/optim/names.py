@@ -1,4 +1,7 @@
-"""The names of the rows, and those that other projects use. No torch: a wrong name is refused before it is loaded."""
+"""The names of the rows, those that other projects use, and the choices of options.
+
+No torch: a wrong name is refused before it is loaded.
+"""
 
 import difflib
 
@@ -14,6 +17,11 @@ ROWS = (
     "natural_galore",
     "natural_galore8bit",
 )
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+BASIS_NAMES = ("svd", "randomized")
+REFRESHES = ("together", "staggered")
+MOMENTS = ("keep", "project", "reset")
+NUMERICS = ("sound", "reference")
 _ALIASES = {
     "adam8bit": "adamw8bit",
     "galore": "galore_adamw",

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from galore_pretrain.optim.names import PROJ_TYPES
 from galore_pretrain.optim.step import chunk_elements
 
-PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 Side = Literal["left", "right"]
 BasisFn = Callable[[Tensor, int, Side, Tensor], Tensor]
 """(grad m × n, rank, side, previous) -> orthonormal basis in fp32: m × r of grad's columns (left) or r × n of its rows

@@ -8,12 +8,11 @@ import torch
 from galore_pretrain.optim.adafactor import Adafactor
 from galore_pretrain.optim.galore import GaLore, is_projected
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
-from galore_pretrain.optim.names import resolve_name
+from galore_pretrain.optim.names import NUMERICS, resolve_name
 from galore_pretrain.optim.natural import Natural
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rules import SGD, Adam, UpdateRule
 
-NUMERICS = ("sound", "reference")
 _NEAREST, _8BIT = Dense(rounding="nearest"), Blockwise8bit()
 _AUTHORS_ADAM = Adam(eps=1e-6, formula="transformers", decay="after", store=_NEAREST)
 
