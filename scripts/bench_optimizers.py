@@ -5,8 +5,8 @@
 
 All candidates update the same weights from the same random gradients, one step each in turn, so that what else the
 machine does falls on all alike. `refresh` is what a step costs more in which every basis is renewed, against the next
-one in which none is. `extra` is the largest sum of memory allocated and not yet freed inside a step. Ratios are to the
-published code of the same method, or to torch's AdamW.
+one in which none is. `extra` is the largest sum of memory allocated and not yet freed inside a step, without and with a
+refresh. Ratios are to the published code of the same method, or to torch's AdamW.
 """
 
 import argparse
@@ -212,6 +212,7 @@ def main() -> None:
                 renewed, not_renewed = seconds(optimizer, grads, device), seconds(optimizer, grads, device)
                 costs[name].append(renewed - not_renewed)
         refresh = {name: statistics.median(values[1:]) for name, values in costs.items()}
+        extra_refresh = {name: extra_bytes(optimizer, grads, device) for name, optimizer in renewing.items()}
 
     versions = ", ".join(
         f"{p} {metadata.version(p)}"
@@ -225,12 +226,13 @@ def main() -> None:
     )
     print(f"llama_{arguments.shapes} shapes, rank {RANKS[arguments.shapes]}, {arguments.dtype}, {machine}; {versions}")
     print(f"medians of {arguments.rounds} interleaved steps\n")
-    print("| | step ms | × | refresh ms | × | extra MiB | state MiB | compared with |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| | step ms | × | refresh ms | × | extra MiB | with refresh | state MiB | compared with |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, other, _ in chosen:
         cells = [f"{1000 * steady[name]:.1f}", _ratio(steady, name, other)]
         cells += [f"{1000 * refresh[name]:.0f}", _ratio(refresh, name, other)] if name in refresh else ["", ""]
-        cells += [f"{extra[name] / 2**20:.0f}", f"{state[name] / 2**20:.1f}", "" if other == name else other]
+        cells += [f"{extra[name] / 2**20:.0f}", f"{extra_refresh[name] / 2**20:.0f}" if name in extra_refresh else ""]
+        cells += [f"{state[name] / 2**20:.1f}", "" if other == name else other]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

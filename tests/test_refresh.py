@@ -140,6 +140,20 @@ def test_a_failed_decomposition_keeps_the_basis_and_counts() -> None:
             assert torch.equal(before, optimizer.state[p]["right_basis"]) == (i in (1, 2, 3))
 
 
+@pytest.mark.parametrize("basis", ["svd", "randomized"])
+def test_a_gradient_of_zeros_leaves_the_basis(basis: str) -> None:
+    p = torch.ones(12, 8, requires_grad=True)
+    rule = GaLore(Adam(), rank=3, basis=basis, refresh="together", update_proj_gap=2)
+    optimizer = RuleOptimizer([{"params": [p], "rule": rule}])
+    before = None
+    for grad in (torch.randn(12, 8), torch.randn(12, 8), torch.zeros(12, 8)):
+        before = optimizer.state[p]["right_basis"].clone()
+        p.grad = grad
+        optimizer.step()
+    assert torch.equal(optimizer.state[p]["right_basis"], before)
+    assert optimizer.take_faults().failed_refreshes == 1
+
+
 def test_one_warning_for_a_rank_above_the_dimensions() -> None:
     shapes = [(8, 6), (6, 8), (5, 5)]
     with warnings.catch_warnings(record=True) as caught:

@@ -12,7 +12,7 @@ from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.names import BASIS_NAMES, MOMENTS, REFRESHES
 from galore_pretrain.optim.projector import BASES, BasisFn, project, project_fast, random_basis, sides
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
-from galore_pretrain.optim.step import Step
+from galore_pretrain.optim.step import Step, gradient_norm
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class GaLore:
     and spreads the first refreshes over the first T/10 updates, so that no single update stalls; each matrix is then
     renewed every T. At a refresh, ``moments`` are carried over as they are (``keep``, the paper's), expressed in the
     new basis (``project``) or begun anew (``reset``, also where the refresh that was due fails). A decomposition that
-    fails leaves the old basis.
+    fails, and a gradient of zeros, leave the old basis for another T updates.
 
     ``published`` forms the m × n update in the gradient's dtype, as the published code does, where the factors of
     rank r would do; ``upcast`` works on an fp32 copy of the gradient, as its Adafactor does.
@@ -136,7 +136,9 @@ class GaLore:
         except torch.linalg.LinAlgError:
             step.failures.append(kept)
             return
+        # A gradient of zeros has no subspace; whatever a decomposition makes of it is no better than the basis in use.
         found = torch.stack([basis.isfinite().all() for basis in (new_left, new_right) if basis is not None]).all()
+        found &= gradient_norm(grad) > 0
         step.failures.append(kept & ~found)
         if self.moments != "reset" and step.count > 1:
             change = BasisChange()

@@ -80,6 +80,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._places[p] = (len(self._rules) - 1, len(self._places))
             self.state[p] = {"step": 0, **rule.init(_at_least_1d(p.detach()))}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: torch's own leaves out what a subclass adds."""
+        own = {name: getattr(self, name) for name in ("rounding", "seed", "_rules", "_places", "_unasked")}
+        return {**super().__getstate__(), **own, "_pools": {}, "_faults": {}}
+
     def rule_of(self, p: Tensor) -> UpdateRule:
         """The rule that updates ``p``."""
         return self._rules[self._places[p][0]]

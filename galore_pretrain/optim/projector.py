@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.names import PROJ_TYPES
-from galore_pretrain.optim.step import chunk_elements
+from galore_pretrain.optim.step import can_look, chunk_elements
 
 Side = Literal["left", "right"]
 BasisFn = Callable[[Tensor, int, Side, Tensor], Tensor]
@@ -114,15 +114,14 @@ def random_basis(shape: tuple[int, int], side: Side, seed: int, device: torch.de
 def _orthonormal(matrix: Tensor) -> Tensor:
     """The Q of a QR decomposition with positive diagonal R, which makes it unique. fp32.
 
-    By Cholesky-QR, which is all matrix products, where its orthogonality can be vouched for: it is lost by the square
-    of the condition number, and gradients have steep spectra. So columns get one length first, and where a Gram matrix
-    in fp32 does not do, one in fp64 is tried, and then Householder's QR.
+    On a CPU by Cholesky-QR, which is all matrix products, where its orthogonality can be vouched for: it is lost by the
+    square of the condition number, and gradients have steep spectra. So columns get one length first, and where a Gram
+    matrix in fp32 does not do, one in fp64 is tried, and then Householder's QR. That alone elsewhere, where looking at
+    the error would wait for the device.
     """
     y = matrix.float()
-    if y.is_meta:
-        return torch.as_tensor(torch.linalg.qr(y)[0])
     y = y / torch.linalg.vector_norm(y, dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64) if can_look(y) else ():
         if (q := _cholesky_qr(y, dtype)) is not None:
             return q
     q, r = torch.linalg.qr(y)

@@ -146,9 +146,14 @@ def gradient_norm(grad: Tensor) -> Tensor:
     return torch.as_tensor(torch.linalg.vector_norm(norms))
 
 
+def can_look(tensor: Tensor) -> bool:
+    """Whether a value can be looked at without waiting for a device (fake and meta tensors have none)."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
 def known_true(condition: Tensor) -> bool:
-    """Whether a scalar is true and can be looked at without waiting for a device (fake and meta tensors cannot)."""
-    return type(condition) is Tensor and condition.device.type == "cpu" and bool(condition)
+    """Whether a scalar is true and can be looked at."""
+    return can_look(condition) and bool(condition)
 
 
 def mix(*parts: int | str) -> int:
