@@ -61,6 +61,7 @@ def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
     return field(default=default, metadata={"flag": Flag(help, kind, group, **more)})
 
 
+CLIP_NORMS = ("full", "projected")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT = (
     "Method",
@@ -101,11 +102,13 @@ class RunConfig:
 
     layerwise: bool = _flag(False, "Update inside backward; no full set of gradients exists.", bool, BATCH, free=True)
     activation_checkpointing: bool = _flag(False, "Recompute activations in backward.", bool, BATCH, free=True)
-    batch_size: int = _flag(
-        None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="up to 8; all of them if layerwise"
-    )
+    batch_size: int = _flag(None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="up to 8")
     total_batch_size: int = _flag(None, "Sequences an update.", int, BATCH, least=1)
     grad_clip: float = _flag(None, "Largest gradient norm; 0 is off.", float, BATCH, least=0)
+    clip_norm: str | None = _flag(
+        None, "Norm that is clipped: of gradients, or of projected ones.", CLIP_NORMS, BATCH,
+        shown="full, or projected where only that is known",
+    )  # fmt: skip
 
     data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", str, TEXT)
     eval_data: str | None = _flag(None, "Validation text, not a part of --data.", str, TEXT, shown="from --data")

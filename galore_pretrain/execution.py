@@ -1,12 +1,12 @@
 """When updates run: all of them after backward, or each inside it. Both call ``optimizer.update_param``."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
-from galore_pretrain.optim.step import gradient_norm
+if TYPE_CHECKING:
+    from galore_pretrain.optim import RuleOptimizer
 
 
 @dataclass(frozen=True)
@@ -20,56 +20,103 @@ class Finished:
 
 
 class Execution(Protocol):
-    """What stands between the last backward pass of an update and the next forward pass."""
+    """What stands between the backward passes of an update and the next forward pass."""
+
+    def begin(self, micro_batch: int, micro_batches: int) -> None:
+        """The next backward pass is number ``micro_batch`` (from 0) of an update's."""
+        ...
+
+    def complete(self) -> None:
+        """Make the updates that are still to be made. Waits for no device."""
+        ...
 
     def finish(self) -> Finished:
         """Complete the update, and say what came of it. Waits for the device, once."""
         ...
 
+    def discard(self) -> None:
+        """Drop the gradients of an update that is not to be made."""
+        ...
 
-class GlobalStep:
-    """Clip the norm of all gradients to ``grad_clip`` (0: off), update every parameter, drop the gradients."""
 
-    def __init__(self, optimizer: Any, grad_clip: float) -> None:
-        self._optimizer, self._grad_clip = optimizer, grad_clip
+class _Updates:
+    """What both executions share: the hooks, and the updates that wait for the end."""
+
+    def __init__(self, optimizer: "RuleOptimizer", grad_clip: float = 0.0, *, projected: bool = False) -> None:
+        self._optimizer, self._grad_clip, self._projected = optimizer, grad_clip, projected
+        self._micro_batch, self._micro_batches = 0, 1
+        self._norm: Tensor | None = None
+        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in self._params:
+            p.register_post_accumulate_grad_hook(self._hook)
+
+    def _hook(self, p: Tensor) -> None:
+        """Called when a backward pass has added to ``p.grad`` all that it will."""
+        raise NotImplementedError
+
+    def begin(self, micro_batch: int, micro_batches: int) -> None:
+        self._micro_batch, self._micro_batches = micro_batch, micro_batches
+
+    def complete(self) -> None:
+        coefficient = self._norm = None
+        if self._grad_clip > 0:
+            self._norm = self._optimizer.norms(self._params).norm()
+            coefficient = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
+        for p in self._params:
+            self._optimizer.update_param(p, coefficient)
+            p.grad = None
 
     def finish(self) -> Finished:
-        norm = None
-        if self._grad_clip > 0:
-            grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-            # In fp32 whatever the gradients are: torch's own function would round the norm to bf16.
-            norms = torch.stack([gradient_norm(grad) for grad in grads])
-            # One tensor that is not finite is skipped, and must not take the others with it.
-            norm = torch.where(norms.isfinite(), norms, 0.0).norm()
-            coefficient = (self._grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            for grad, coefficient_of_one in zip(
-                grads, torch.where(norms.isfinite(), coefficient, torch.nan), strict=True
-            ):
-                grad.mul_(coefficient_of_one)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.complete()
         faults = self._optimizer.take_faults()
-        return Finished(None if norm is None else float(norm), faults.skipped, faults.failed_refreshes)
+        return Finished(None if self._norm is None else float(self._norm), faults.skipped, faults.failed_refreshes)
+
+    def discard(self) -> None:
+        self._optimizer.discard()
 
 
-class Layerwise:
-    """Update each parameter as soon as backward has its gradient, and drop that gradient: no full set ever exists.
+class GlobalStep(_Updates):
+    """All updates after the last backward pass.
 
-    The learning rate must be in the groups before backward, which must run once an update.
+    The norm of all gradients is clipped to ``grad_clip`` (0: off); ``projected`` takes the norm of the low-rank
+    gradients where the rule projects, which leaves nothing of the full ones once they are projected.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
+    def _hook(self, p: Tensor) -> None:
+        if self._micro_batches > 1:  # torch would add them up in the gradient's dtype, rounded to nearest
+            self._optimizer.gather(p, project=False)
 
-        def update(p: Tensor) -> None:
+    def complete(self) -> None:
+        if self._grad_clip > 0 and self._projected:
+            for p in self._params:
+                self._optimizer.gather(p, project=True)
+                self._optimizer.settle(p)
+        super().complete()
+
+
+class Layerwise(_Updates):
+    """Each update as soon as the last backward pass has its gradient, which is then dropped: no full set ever exists.
+
+    The sum over micro-batches is kept low-rank where the rule projects (GaLore is linear in the gradient between two
+    bases); only matrices whose basis is due keep a full one. Clipping has to see all norms before the first update, so
+    updates wait, low-rank, for the end: of one micro-batch the full norm is known, of several only the ``projected``.
+    The learning rate must be in the groups before backward.
+    """
+
+    def _hook(self, p: Tensor) -> None:
+        optimizer, last = self._optimizer, self._micro_batch == self._micro_batches - 1
+        if self._micro_batches > 1 or self._grad_clip > 0:
+            measured = self._grad_clip > 0 and self._micro_batches == 1 and not self._projected
+            optimizer.gather(p, project=True, measure=measured)
+        if last and self._grad_clip > 0:
+            optimizer.settle(p)
+        elif last:
             optimizer.update_param(p)
             p.grad = None
 
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(update) for group in optimizer.param_groups for p in group["params"]
-        ]
-
-    def finish(self) -> Finished:
-        """Nothing is left to do: the hooks have done it."""
-        faults = self._optimizer.take_faults()
-        return Finished(None, faults.skipped, faults.failed_refreshes)
+    def begin(self, micro_batch: int, micro_batches: int) -> None:
+        if micro_batches > 1 and self._grad_clip > 0 and not self._projected and self._optimizer.projects:
+            raise ValueError(
+                "layerwise updates of several micro-batches know no norm of the full gradient: clip the projected one"
+            )
+        super().begin(micro_batch, micro_batches)

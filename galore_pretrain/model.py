@@ -187,28 +187,51 @@ def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(hidden.split(_HEAD_CHUNK), labels.split(_HEAD_CHUNK), strict=True)
 
 
+def _gradient_block(tokens: int, weight: Tensor) -> int:
+    """Tokens whose logits' gradients are kept for one product with the hidden states.
+
+    In bf16 that product is rounded once at its end; summed over blocks it needs an fp32 copy of the weight. In fp32 it
+    is added where it belongs.
+    """
+    width = weight.shape[1]
+    if weight.dtype == torch.float32:
+        return _HEAD_CHUNK
+    return tokens if tokens <= 4 * width else width
+
+
 class _HeadLoss(torch.autograd.Function):
     """The output projection and its loss, in chunks of tokens whose gradients are computed on the way forward.
 
     The logits of a whole micro-batch would take tokens × vocabulary fp32 numbers, several times over; here one chunk's
     exist at a time, and none is computed twice. Logits are rounded to the model's dtype and then taken to fp32, as
-    transformers' own loss does. The weight's gradient is summed over chunks in fp32.
+    transformers' own loss does. The weight's gradient is one product where that takes no more memory than an fp32 sum.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start, (h, y) in zip(range(0, len(hidden), _HEAD_CHUNK), _chunks(hidden, labels), strict=True):
-            counted = y >= 0
-            log_p = F.log_softmax((h @ weight.T).float(), dim=-1)
-            index = y.clamp(min=0)[:, None]
-            total -= (log_p.gather(1, index)[:, 0] * counted).sum()
-            grad = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
-            grad = grad.mul_((counted * scale)[:, None]).to(weight.dtype)
-            grad_hidden[start : start + len(h)] = grad @ weight
-            grad_weight += grad.T @ h
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        size = _gradient_block(len(hidden), weight)
+        for begin in range(0, len(hidden), size):
+            block, targets = hidden[begin : begin + size], labels[begin : begin + size]
+            grad = torch.empty(len(block), len(weight), dtype=weight.dtype, device=weight.device)
+            for start, (h, y) in zip(range(0, len(block), _HEAD_CHUNK), _chunks(block, targets), strict=True):
+                counted = y >= 0
+                log_p = F.log_softmax((h @ weight.T).float(), dim=-1)
+                index = y.clamp(min=0)[:, None]
+                total -= (log_p.gather(1, index)[:, 0] * counted).sum()
+                logits = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
+                grad[start : start + len(h)] = logits.mul_((counted * scale)[:, None])
+            torch.mm(grad, weight, out=grad_hidden[begin : begin + size])
+            if size >= len(hidden):
+                grad_weight = grad.T @ block
+            elif weight.dtype == torch.float32:
+                grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
+                grad_weight.addmm_(grad.T, block)
+            else:
+                product = grad.T @ block
+                grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
+        assert grad_weight is not None
         ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)
         return total * scale
 

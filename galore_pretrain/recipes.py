@@ -66,11 +66,12 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
     for name in ("eval_every", "save_every"):
         fill(name, min(1000, math.ceil(updates / 10)), "a tenth of the run, at most 1000")
     total = values["total_batch_size"]
-    fill(
-        "batch_size",
-        total if values["layerwise"] else max(d for d in range(1, 9) if total % d == 0),
-        "total batch size",
-    )
+    fill("batch_size", max(d for d in range(1, 9) if total % d == 0), "total batch size")
+    if values["grad_clip"]:
+        only_projected = projected and values["layerwise"] and total != values["batch_size"]
+        fill("clip_norm", "projected" if only_projected else "full", "layerwise" if only_projected else "default")
+    elif values["clip_norm"] is not None:
+        raise InputError(f"--clip-norm {values['clip_norm']} has no meaning without --grad-clip; give one, such as 1")
     fill("tokenizer", {"c4": "t5", "sample": "sample"}.get(values["data"]), f"data {values['data']}")
     fill(
         "output",
@@ -125,15 +126,11 @@ def _check(values: Mapping[str, Any]) -> None:
         raise InputError(
             f"--total-batch-size {total} is not a multiple of --batch-size {size}; the nearest divisor is {below}"
         )
-    if values["layerwise"] and total != size:
+    projected = "galore" in values["optim"]
+    if values["layerwise"] and total != size and values["clip_norm"] == "full" and projected:
         raise InputError(
-            f"--layerwise updates inside one backward pass, but --total-batch-size {total} takes {total // size} of "
-            f"--batch-size {size}; use --batch-size {total}, or --no-layerwise"
-        )
-    if values["layerwise"] and values["grad_clip"]:
-        raise InputError(
-            f"--grad-clip {values['grad_clip']} needs the norm of all gradients before the first update, which "
-            "--layerwise never has; use --grad-clip 0, or --no-layerwise"
+            f"--clip-norm full: --layerwise updates of {total // size} micro-batches keep low-rank sums, which do not "
+            f"tell the norm of the full gradient; use --clip-norm projected, --batch-size {total}, or --no-layerwise"
         )
     if values["steps"] and values["warmup_steps"] > values["steps"]:
         raise InputError(f"--warmup-steps {values['warmup_steps']} exceeds --steps {values['steps']}")

@@ -53,7 +53,8 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = _optimizer(config, model)
     _log_assignment(config, device, optimizer)
-    execution: Execution = Layerwise(optimizer) if config.layerwise else GlobalStep(optimizer, config.grad_clip)
+    mode: type[Layerwise | GlobalStep] = Layerwise if config.layerwise else GlobalStep
+    execution: Execution = mode(optimizer, config.grad_clip, projected=config.clip_norm == "projected")
     data = TrainingData(inputs.training, inputs.rows, config.total_batch_size, config.seed)
     state = TrainState()
     saved = restore(resumed, model, optimizer, state, data) if resumed else {}
@@ -158,6 +159,10 @@ def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOpti
     log.info("%s: %.1fM weights in %s on %s", config.model, total / 1e6, config.dtype, where)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):
         log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
+    micro_batches = config.total_batch_size // config.batch_size
+    if config.layerwise and not optimizer.projects and (micro_batches > 1 or config.grad_clip):
+        why = f"the sum over {micro_batches} micro-batches" if micro_batches > 1 else "clipping"
+        log.info("--layerwise saves no memory here: %s needs all gradients of %s", why, config.optim)
     for group in optimizer.param_groups:
         count, tensors = sum(p.numel() for p in group["params"]), len(group["params"])
         names = ", ".join(sorted({name.split(".")[-2] for name in group["param_names"]}))

@@ -121,14 +121,15 @@ class Trainer:
         label_tokens = max(1, batch.label_tokens)
         inputs, labels = batch.input_ids.split(self.batch_size), batch.labels.split(self.batch_size)
         total = 0.0
-        for input_ids, targets in zip(inputs, labels, strict=True):
+        for i, (input_ids, targets) in enumerate(zip(inputs, labels, strict=True)):
             divisor = max(1, int((targets >= 0).sum())) * len(inputs) if self.mean_of_means else label_tokens
             loss = mean_loss(self.model, input_ids.to(self.device), targets.to(self.device), divisor)
             total += loss.item()
             if not math.isfinite(total):
                 log.warning("the loss of update %d is %s: skipped", self.state.step + 1, total)
-                self.optimizer.zero_grad(set_to_none=True)
+                self.execution.discard()
                 break
+            self.execution.begin(i, len(inputs))
             loss.backward()
         return total
 

@@ -80,7 +80,7 @@ def test_projected_moments_follow_the_basis(proj_type: str, permuted: bool) -> N
     # A mean square is at least the square of the mean; bias-corrected moments can say otherwise.
     least = (state["exp_avg"] / (1 - 0.9**3)).square() * (1 - 0.999**3)
     square = torch.maximum(state["exp_avg_sq"], least)
-    rule._renew(grads[3], state, state.get("left_basis"), state.get("right_basis"), Step(4))
+    rule.settle(grads[3], state, Step(4))
     assert torch.allclose(in_full("exp_avg"), mean, atol=1e-6)
     assert (state["exp_avg_sq"] >= 0).all()
     if permuted:  # mean and spread are taken apart and put together again, hence the tolerance

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.names import BASIS_NAMES, MOMENTS, REFRESHES
-from galore_pretrain.optim.projector import BASES, BasisFn, project, project_fast, random_basis, sides
+from galore_pretrain.optim.projector import BASES, BasisFn, Side, project, project_fast, random_basis, sides
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
 from galore_pretrain.optim.step import Step, gradient_norm
+
+_SIDES: dict[str, Side] = {"left_basis": "left", "right_basis": "right"}
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,39 @@ class GaLore:
         return state | self.inner.init(like.new_empty(r if left else m, r if right else n))
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
+        self.start(state, step)
+        return self.update_projected(self.settle(grad, state, step), state, step)
+
+    def start(self, state: State, step: Step) -> None:
+        """Before the first update, every matrix gets a random orthonormal basis, which depends on its seed alone."""
+        if step.count > 1:
+            return
+        for name, side in _SIDES.items():
+            if (basis := state.get(name)) is not None:
+                basis.copy_(random_basis((basis.shape[0], basis.shape[1]), side, step.seed, basis.device))
+
+    def settle(self, grad: Tensor, state: State, step: Step) -> Tensor:
+        """The low-rank gradient of an update, in a new basis if one is due."""
+        if self.is_due(step):
+            self._renew(grad, state, step)
+        return self.project(grad, state)
+
+    def project(self, grad: Tensor, state: State) -> Tensor:
+        """The low-rank gradient in the basis in use, contiguous: linear in ``grad``, so that the parts of a sum can be
+        projected one by one, and a factor applied afterwards."""
         left, right = state.get("left_basis"), state.get("right_basis")
         if self.upcast:
             grad = grad.float()
-        if step.count == 1:
-            self._start(left, right, step.seed)
-        if self._is_due(step):
-            self._renew(grad, state, left, right, step)
+        return project(grad, left, right).contiguous() if self.published else project_fast(grad, left, right)
+
+    def update_projected(self, low_grad: Tensor, state: State, step: Step) -> Direction:
+        """The rest of an update, from what `project` returned, which is overwritten."""
+        left, right = state.get("left_basis"), state.get("right_basis")
         if self.moments == "reset":
             step = replace(step, count=self._age(step))
-        low_grad = project(grad, left, right).contiguous() if self.published else project_fast(grad, left, right)
+        dtype = low_grad.dtype
         low = update_in_chunks(self.inner, low_grad, state, step)
-        narrow = low.whole().to(grad.dtype)
+        narrow = low.whole().to(dtype)
         if left is not None:
             tall, wide = (left, narrow) if right is None else (left @ narrow, right)
         else:
@@ -108,7 +131,8 @@ class GaLore:
         """Updates before the one that brings the first refresh."""
         return 0 if self.refresh == "together" else int(step.phase * max(1, self.update_proj_gap // 10))
 
-    def _is_due(self, step: Step) -> bool:
+    def is_due(self, step: Step) -> bool:
+        """Whether this update begins with a new basis, found in its own gradient."""
         since = step.count - 1 - self._first_refresh(step)
         return since >= 0 and since % self.update_proj_gap == 0
 
@@ -117,18 +141,15 @@ class GaLore:
         since = step.count - 1 - self._first_refresh(step)
         return step.count if since < 0 else since % self.update_proj_gap + 1
 
-    def _start(self, left: Tensor | None, right: Tensor | None, seed: int) -> None:
-        if left is not None:
-            left.copy_(random_basis((left.shape[0], left.shape[1]), "left", seed, left.device))
-        if right is not None:
-            right.copy_(random_basis((right.shape[0], right.shape[1]), "right", seed, right.device))
-
-    def _renew(self, grad: Tensor, state: State, left: Tensor | None, right: Tensor | None, step: Step) -> None:
+    def _renew(self, grad: Tensor, state: State, step: Step) -> None:
         """Take new bases from ``grad`` and tell the inner rule; what failed is noted in ``step.failures``."""
+        left, right = state.get("left_basis"), state.get("right_basis")
+        if self.upcast:
+            grad = grad.float()
         find = BASES[self.basis] if isinstance(self.basis, str) else self.basis
         kept = torch.ones((), dtype=torch.bool, device=grad.device) if step.ok is None else step.ok
         if self.moments == "reset" and step.count > 1:
-            for name in state.keys() - {"left_basis", "right_basis"}:
+            for name in state.keys() - _SIDES.keys():
                 state[name].zero_()
         try:
             new_left = None if left is None else find(grad, left.shape[1], "left", left)

@@ -1,7 +1,8 @@
 """How a moment is kept between two updates: one axis of a method, independent of the rule that uses it."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class Blockwise8bit:
         if like.numel() < _SMALL:
             return {name: torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)}
         blocks = -(-like.numel() // _BLOCK)
+        _code_values(not name.endswith("_sq"))  # made here, since a step of fake tensors cannot look at values
         return {
             name: torch.zeros_like(like, dtype=torch.uint8, memory_format=torch.contiguous_format),
             f"{name}_absmax": like.new_zeros(blocks, dtype=torch.float32),
@@ -141,17 +143,18 @@ class Blockwise8bit:
         return scratch
 
 
-def _code(name: str, like: Tensor) -> Tensor:
-    """The 256 values that a byte of the moment ``name`` stands for, in units of its block's scale."""
+@cache
+def _code_values(signed: bool) -> list[float]:
     from bitsandbytes import functional
 
+    return [float(value) for value in functional.create_dynamic_map(signed=signed).tolist()]
+
+
+def _code(name: str, like: Tensor) -> Tensor:
+    """The 256 values that a byte of the moment ``name`` stands for, in units of its block's scale."""
     signed = not name.endswith("_sq")
-
-    def create() -> Any:
-        return functional.create_dynamic_map(signed=signed).to(like.device)
-
     if type(like) is not Tensor or like.is_meta:  # a fake tensor must not outlive its mode
-        return torch.as_tensor(create())
+        return torch.tensor(_code_values(signed), device=like.device)
     if (like.device, signed) not in _codes:
-        _codes[like.device, signed] = create()
+        _codes[like.device, signed] = torch.tensor(_code_values(signed), device=like.device)
     return _codes[like.device, signed]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.projector import has_fast_bf16
 from galore_pretrain.optim.rules import Adam, Direction, UpdateRule
-from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, mix
+from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, gradient_norm, mix
 
 _GOLDEN = 0.6180339887498949
 _UPDATES_A_POOL, _POOLS = 64, 4
@@ -31,6 +32,19 @@ class Faults:
 
     skipped: int = 0
     failed_refreshes: int = 0
+
+
+@dataclass
+class _Waiting:
+    """The sum of the gradients of an update so far: low-rank if ``projected``. ``finite``, a scalar: whether all of
+    them were. ``norm`` is that of the whole gradient, where it was measured."""
+
+    grad: Tensor
+    step: Step
+    finite: Tensor
+    projected: bool = False
+    norm: Tensor | None = None
+    parts: int = 1
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -62,6 +76,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._places: dict[Tensor, tuple[int, int]] = {}  # parameter -> (group, index overall)
         self._pools: dict[tuple[torch.device, int], Tensor] = {}  # what random bits are read from, see _random_bits
         self._faults: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), counted where they happen
+        self._waiting: dict[Tensor, _Waiting] = {}  # what was gathered, until the update
         self._unasked = 0  # steps since somebody asked for them
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
@@ -83,7 +98,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: torch's own leaves out what a subclass adds."""
         own = {name: getattr(self, name) for name in ("rounding", "seed", "_rules", "_places", "_unasked")}
-        return {**super().__getstate__(), **own, "_pools": {}, "_faults": {}}
+        return {**super().__getstate__(), **own, "_pools": {}, "_faults": {}, "_waiting": {}}
+
+    @property
+    def projects(self) -> bool:
+        """Whether some gradients are projected into a subspace."""
+        return any(isinstance(rule, GaLore) for rule in self._rules)
 
     def rule_of(self, p: Tensor) -> UpdateRule:
         """The rule that updates ``p``."""
@@ -118,38 +138,116 @@ class RuleOptimizer(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def update_param(self, p: Tensor) -> None:
-        """Update ``p`` from ``p.grad``, which is left as it is; does nothing where there is no gradient."""
-        if p.grad is None or p.numel() == 0:
+    def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
+        """Update ``p`` from what was gathered for it, or else from ``p.grad``; does nothing where there is neither.
+
+        ``coefficient``, a scalar, is multiplied into the gradient, also into ``p.grad`` itself.
+        """
+        waiting = self._waiting.pop(p, None) or self._take(p, None)
+        if waiting is None or p.numel() == 0:
             return
-        group_index, overall = self._places[p]
-        group, rule, state = self.param_groups[group_index], self._rules[group_index], self.state[p]
-        state["step"] += 1
-        # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
-        finite = torch.linalg.vector_norm(p.grad).isfinite()
-        step = Step(
-            count=state["step"],
-            lr=float(group["lr"]),
-            seed=mix(self.seed, overall),
-            phase=overall * _GOLDEN % 1.0,  # evenly spread, whatever the groups and their number
-            bits=self._random_bits(p, overall, state["step"]),
-        ).only_if(finite)
-        for name, value in state.items():
-            if name != "step" and value.device != p.device:  # the model was moved after the optimizer was built
-                state[name] = value.to(p.device)
-        tensors = {name: value for name, value in state.items() if name != "step"}
-        weight = _at_least_1d(p.detach().contiguous())  # itself, if it is
+        group, rule, tensors = self._of(p)
+        self.state[p]["step"] += 1
+        step = waiting.step.only_if(waiting.finite)
+        if isinstance(rule, GaLore) and not waiting.projected:
+            waiting.grad = rule.settle(waiting.grad, tensors, step)
+        grad, weight = waiting.grad, _at_least_1d(p.detach().contiguous())  # itself, if it is
+        if coefficient is not None:
+            grad.mul_(coefficient)
         if rule.elementwise:
-            flat, grad, size = weight.view(-1), p.grad.reshape(-1), chunk_elements(p.device)
+            flat, grad, size = weight.view(-1), grad.reshape(-1), chunk_elements(p.device)
             for start in range(0, flat.numel(), size):
                 stop = min(start + size, flat.numel())
                 views = rule.narrow(tensors, start, stop)
                 self._update(flat[start:stop], grad[start:stop], views, rule, group, step.at(start))
         else:
-            self._update(weight, _at_least_1d(p.grad), tensors, rule, group, step)
+            self._update(weight, grad, tensors, rule, group, step)
         if not p.is_contiguous():
             p.copy_(weight)  # else it was changed in place
         self._count(step)
+
+    @torch.no_grad()
+    def gather(self, p: Tensor, *, project: bool, measure: bool = False) -> None:
+        """Add ``p.grad`` to what `update_param` will use, and drop it; nothing where there is none.
+
+        With ``project``, a low-rank sum is kept where the rule projects and no new basis is due at this update, which
+        takes r/min(m, n) of the memory. Sums are in the gradient's dtype; where bf16 weights are rounded
+        stochastically, so are they. ``measure`` finds the norm of ``p.grad`` before it is dropped.
+        """
+        if p.grad is None or p.numel() == 0:
+            return
+        waiting = self._waiting.get(p)
+        taken = self._take(p, waiting)
+        assert taken is not None
+        p.grad = None
+        if measure:
+            taken.norm = gradient_norm(taken.grad)
+        _, rule, state = self._of(p)
+        if project and isinstance(rule, GaLore) and not rule.is_due(taken.step):
+            taken.grad, taken.projected = rule.project(taken.grad, state), True
+        if waiting is None:
+            self._waiting[p] = taken
+            return
+        waiting.parts += 1
+        waiting.finite = waiting.finite & taken.finite
+        _add(waiting.grad, taken.grad, waiting.step, f"sum {waiting.parts}")
+
+    @torch.no_grad()
+    def settle(self, p: Tensor) -> None:
+        """Find the new basis of ``p``, if one is due, in what was gathered, and keep the low-rank gradient alone."""
+        _, rule, state = self._of(p)
+        waiting = self._waiting.get(p)
+        if waiting is not None and isinstance(rule, GaLore) and not waiting.projected:
+            step = waiting.step.only_if(waiting.finite)
+            waiting.grad, waiting.projected = rule.settle(waiting.grad, state, step), True
+
+    def norms(self, params: Iterable[Tensor]) -> Tensor:
+        """The norm of each gradient of ``params``, fp32 (number of parameters): of the one that was measured, of the
+        sum that waits, or of ``p.grad``. 0 where there is none, or one that is not finite, whose update is skipped."""
+        found = []
+        for p in params:
+            waiting = self._waiting.get(p)
+            if waiting is None:
+                norm = p.new_zeros((), dtype=torch.float32) if p.grad is None else gradient_norm(p.grad)
+                found.append(torch.where(norm.isfinite(), norm, 0.0))
+            else:
+                norm = gradient_norm(waiting.grad) if waiting.norm is None else waiting.norm
+                found.append(torch.where(waiting.finite & norm.isfinite(), norm, 0.0))
+        return torch.stack(found)
+
+    def discard(self) -> None:
+        """Drop every gradient, gathered or not."""
+        self._waiting.clear()
+        self.zero_grad(set_to_none=True)
+
+    def _of(self, p: Tensor) -> tuple[dict[str, Any], UpdateRule, dict[str, Tensor]]:
+        """(group, rule, tensors of the state) of a parameter."""
+        index, state = self._places[p][0], self.state[p]
+        for name, value in state.items():
+            if name != "step" and value.device != p.device:  # the model was moved after the optimizer was built
+                state[name] = value.to(p.device)
+        return self.param_groups[index], self._rules[index], {k: v for k, v in state.items() if k != "step"}
+
+    def _take(self, p: Tensor, waiting: "_Waiting | None") -> "_Waiting | None":
+        """``p.grad`` as a part of the next update, whose other parts are ``waiting``."""
+        if p.grad is None:
+            return None
+        if waiting is not None:
+            step = waiting.step
+        else:
+            group, rule, state = self._of(p)
+            overall, count = self._places[p][1], self.state[p]["step"] + 1
+            step = Step(
+                count=count,
+                lr=float(group["lr"]),
+                seed=mix(self.seed, overall),
+                phase=overall * _GOLDEN % 1.0,  # evenly spread, whatever the groups and their number
+                bits=self._random_bits(p, overall, count),
+            )
+            if isinstance(rule, GaLore):
+                rule.start(state, step)
+        # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
+        return _Waiting(_at_least_1d(p.grad), step, torch.linalg.vector_norm(p.grad).isfinite())
 
     def _update(
         self,
@@ -164,8 +262,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         if isinstance(rule, Adam) and rule.update_weight(weight, grad, state, step, decay):
             return
         if decay and rule.decay == "l2":
-            grad = torch.add(grad if self.rounding == "nearest" else grad.float(), weight, alpha=decay)
-        direction = rule.update(grad, state, step)
+            against = rule.project(weight, state) if isinstance(rule, GaLore) else weight
+            grad = torch.add(grad if self.rounding == "nearest" else grad.float(), against, alpha=decay)
+        if isinstance(rule, GaLore):
+            direction = rule.update_projected(grad, state, step)
+        else:
+            direction = rule.update(grad, state, step)
         _subtract(weight, direction, step.lr * decay if rule.decay != "l2" else 0.0, rule.decay == "before", step)
 
     def _random_bits(self, p: Tensor, overall: int, count: int) -> RandomBits | None:
@@ -233,6 +335,17 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 def _at_least_1d(tensor: Tensor) -> Tensor:
     return tensor.view(1) if tensor.ndim == 0 else tensor
+
+
+def _add(total: Tensor, part: Tensor, step: Step, stream: str) -> None:
+    """``total += part``, in place; a bf16 total is rounded stochastically where its weight is."""
+    if step.bits is None or total.dtype != torch.bfloat16:
+        total.add_(part)
+        return
+    kept, added, size = total.view(-1), part.reshape(-1), chunk_elements(total.device)
+    for start in range(0, kept.numel(), size):
+        piece = kept[start : start + size]
+        step.at(start).store(piece, piece.float().add_(added[start : start + size]), stream)
 
 
 def _subtract(weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
