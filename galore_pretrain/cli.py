@@ -89,26 +89,39 @@ def cli() -> None:
     """
 
 
-@cli.command(cls=_TrainCommand, params=[_option(f.name, f.metadata["flag"]) for f in fields(RunConfig)])
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    is_eager=True,
-    expose_value=False,
-    metavar="RUN.json",
-    callback=lambda ctx, param, value: _read_run_json(ctx, value),
-    help="A JSON object of flags; flags given here win.",
-)
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.pass_context
-def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
-    """Train (the same as without a subcommand)."""
+def _with_run_options(command: Callable[..., int]) -> Callable[..., int]:
+    """The options that training and planning share beside the flags of `RunConfig`."""
+    config = click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        metavar="RUN.json",
+        callback=lambda ctx, param, value: _read_run_json(ctx, value),
+        help="A JSON object of flags; flags given here win.",
+    )
+    return config(click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command))
+
+
+def _flags() -> list[click.Parameter]:
+    return [_option(f.name, f.metadata["flag"]) for f in fields(RunConfig)]
+
+
+def _resolved(ctx: click.Context, values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
     given = {name: value for name, value in values.items() if value is not None}
     origins = {}
     for name in given:
         from_file = ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP
         origins[name] = str(ctx.meta["run_json"]) if from_file else "flag"
-    config, origins = resolve(given, origins)
+    return resolve(given, origins)
+
+
+@cli.command(cls=_TrainCommand, params=_flags())
+@_with_run_options
+@click.pass_context
+def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
+    """Train (the same as without a subcommand)."""
+    config, origins = _resolved(ctx, values)
     check_hub(config.data, config.tokenizer)
     find_tokenizer(config.tokenizer)
     if config.data != "c4":
@@ -117,6 +130,61 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     from galore_pretrain import run  # torch and transformers: only for a run that makes sense so far
 
     return run.train(config, origins)
+
+
+@cli.command(cls=_TrainCommand, params=_flags())
+@_with_run_options
+@click.option("--json", "as_json", is_flag=True, help="Print what a program can read.")
+@click.option("--compare", metavar="ROWS", help="Draw a bar for each of these optimizers: adamw,galore_adamw8bit,…")
+@click.option("--picture", type=click.Path(path_type=Path), help="Where --compare draws.  [memory-MODEL.png]")
+@click.option("--paper", is_flag=True, help="Print the paper's memory tables instead; needs no --model.")
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    /,
+    debug: bool,
+    as_json: bool,
+    compare: str | None,
+    picture: Path | None,
+    paper: bool,
+    **values: Any,
+) -> int:
+    """Say what memory a run would take, with the same flags, without running it."""
+    if paper:
+        from galore_pretrain import paper as tables
+
+        click.echo(
+            json.dumps({"paper": tables.by_the_papers_rule(), "exact": tables.exact()}, indent=2)
+            if as_json
+            else tables.report()
+        )
+        return 0
+    rows = compare.split(",") if compare else [values["optim"]]
+    resolved = [_resolved(ctx, values | {"optim": row}) for row in rows]
+
+    from galore_pretrain import plan as planner  # torch and transformers
+    from galore_pretrain import report
+
+    found = [planner.plan(config, origins) for config, origins in resolved]
+    budget = planner.budget_of(resolved[0][0])
+    if compare:
+        bars = {_bar_name(plan.config): plan.parts for plan in found}
+        model = Path(resolved[0][0].model).stem
+        picture = picture or Path(f"memory-{model}.png")
+        report.draw_memory(picture, f"{model}, {resolved[0][0].dtype}", bars, budget)
+    if as_json:
+        answers = [plan.as_json(budget) for plan in found]
+        click.echo(json.dumps(dict(zip(rows, answers, strict=True)) if compare else answers[0], indent=2))
+    else:
+        for plan in found:
+            click.echo((f"{plan.config.optim}\n" if compare else "") + plan.table(budget) + "\n" * bool(compare))
+        if compare:
+            click.echo(f"drawn: {picture}")
+    return 0
+
+
+def _bar_name(config: RunConfig) -> str:
+    return config.optim + (" layerwise" if config.layerwise else "")
 
 
 def _read_run_json(ctx: click.Context, path: Path | None) -> None:

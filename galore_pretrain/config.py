@@ -27,6 +27,15 @@ def parse_count(text: str) -> int:
     return int(number)
 
 
+def parse_bytes(text: str) -> int:
+    """``24GB`` (10⁹) or ``24GiB`` (2³⁰): a size of memory; K, M, G and T."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b", text.strip().lower())
+    if not match:
+        raise ValueError(f"{text!r} is not a size of memory; write 24GiB, 24GB or 800MiB")
+    base = 1024 if match[3] else 1000
+    return int(Decimal(match[1]) * base ** (" kmgt".index(match[2])))
+
+
 def parse_betas(text: str) -> tuple[float, float]:
     """``0.9,0.999``: Adam's two decay rates."""
     try:
@@ -100,10 +109,22 @@ class RunConfig:
     )
     eps: float | None = _flag(None, "Adam's ε.", float, METHOD, above=0, shown="row")
 
-    layerwise: bool = _flag(False, "Update inside backward; no full set of gradients exists.", bool, BATCH, free=True)
-    activation_checkpointing: bool = _flag(False, "Recompute activations in backward.", bool, BATCH, free=True)
-    batch_size: int = _flag(None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="up to 8")
+    layerwise: bool = _flag(
+        False, "Update inside backward; no full set of gradients exists.", bool, BATCH, free=True,
+        shown="chosen from the budget",
+    )  # fmt: skip
+    activation_checkpointing: bool = _flag(
+        False, "Recompute activations in backward.", bool, BATCH, free=True,
+        shown="chosen from the budget",
+    )  # fmt: skip
+    batch_size: int = _flag(
+        None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="from the budget, up to 8"
+    )
     total_batch_size: int = _flag(None, "Sequences an update.", int, BATCH, least=1)
+    memory_budget: int | None = _flag(
+        None, "Of the card, as 24GiB: what the three above are chosen for.", parse_bytes, BATCH, free=True,
+        shown="what the device can give",
+    )  # fmt: skip
     grad_clip: float = _flag(None, "Largest gradient norm; 0 is off.", float, BATCH, least=0)
     clip_norm: str | None = _flag(
         None, "Norm that is clipped: of gradients, or of projected ones.", CLIP_NORMS, BATCH,

@@ -1,9 +1,28 @@
-"""What a run takes: peaks of the device's allocator and of the process."""
+"""What a run takes: peaks of the device's allocator and of the process, and a ledger of every tensor of a step."""
 
+import contextlib
+import os
 import resource
 import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (  # of version 2 and 1
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+KINDS = ("weights", "moments", "bases", "gradients", "sums", "activations", "temporaries")
+"""What memory is held for. ``sums``: low-rank sums of gradients that wait for their update."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -17,3 +36,95 @@ def process_peak_bytes() -> int:
     """The largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes(device: torch.device) -> int:
+    """What is free on ``device`` now; on a CPU, of the machine's memory or the container's share of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit, used in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+            free.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
+    with contextlib.suppress(OSError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    return min(free)
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of every tensor that is made while it is active, until its storage is freed.
+
+    Works on real tensors and on fake ones, which take no memory. ``peak`` is the largest sum, ``at_peak`` what it
+    was made of, and ``place`` what `place` said at that moment. A new tensor is of the kind that `kind` set last; with
+    none set, an activation where autograd records and a temporary elsewhere; `assign` corrects it later.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.at_peak = dict.fromkeys(KINDS, 0)
+        self.place = self.place_of_peak = ""
+        self._held = dict.fromkeys(KINDS, 0)
+        self._live: dict[int, list[Any]] = {}  # id of a storage -> [weak reference, bytes, kind]
+        self._kind: str | None = None
+        self._high, self._held_high = 0, dict(self._held)  # since the current episode began
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._enter(value)
+        return out
+
+    @contextmanager
+    def kind(self, kind: str) -> Iterator[None]:
+        """What is made meanwhile is of this kind."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def assign(self, tensor: Tensor, kind: str) -> None:
+        """``tensor`` turned out to be of this kind."""
+        if (entry := self._live.get(id(tensor.untyped_storage()))) is not None:
+            self._held[entry[2]] -= entry[1]
+            self._held[kind] += entry[1]
+            entry[2] = kind
+
+    def _enter(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if (entry := self._live.get(key)) is not None and entry[0]() is storage:
+            return
+        kind = self._kind or ("activations" if torch.is_grad_enabled() else "temporaries")
+        size = storage.nbytes()
+
+        def leave(_: Any) -> None:
+            entry = self._live.pop(key)
+            self.now -= entry[1]
+            self._held[entry[2]] -= entry[1]
+
+        self._live[key] = [weakref.ref(storage, leave), size, kind]
+        self.now += size
+        self._held[kind] += size
+        self._note({})
+
+    def episode(self, work: Callable[[], None]) -> dict[str, int]:
+        """Do ``work``; by how many bytes of each kind its highest moment exceeded its beginning."""
+        before, self._high, self._held_high = dict(self._held), self.now, dict(self._held)
+        work()
+        return {kind: self._held_high[kind] - before[kind] for kind in KINDS}
+
+    def replay(self, episode: Mapping[str, int]) -> None:
+        """As if the work of such an episode, which leaves nothing behind, were done now."""
+        self._note(episode)
+
+    def _note(self, more: Mapping[str, int]) -> None:
+        """Whether what is held now, and so much more, is more than ever."""
+        total = self.now + sum(more.values())
+        if total > self._high:
+            self._high, self._held_high = total, {kind: size + more.get(kind, 0) for kind, size in self._held.items()}
+            if total > self.peak:
+                self.peak, self.at_peak, self.place_of_peak = total, self._held_high, self.place

@@ -38,10 +38,14 @@ def write_config(output: Path, config: RunConfig, origins: Mapping[str, str], en
 
 
 def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
-    """``summary.json``: how the run ended. Also the last two log lines."""
+    """``summary.json``: how the run ended. Also the last three log lines."""
     _write_json(output / "summary.json", summary)
     steps, tokens, seconds = summary["steps"], summary["tokens_seen"], summary["wall_seconds"]
     log.info("done: %d updates, %s tokens in %.0f s; %s", steps, f"{tokens:,}", seconds, output)
+    log.info(
+        "peak memory: %.2f GiB of tensors planned, %.2f GiB on the device, %.2f GiB of the process",
+        *(summary[f"{name}_bytes"] / 2**30 for name in ("planned_peak", "peak_memory", "process_peak")),
+    )
     log.info("validation perplexity %.4g over %s tokens", summary["eval_perplexity"], f"{summary['eval_tokens']:,}")
 
 

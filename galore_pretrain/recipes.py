@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
     """
     values: dict[str, Any] = {f.name: f.default for f in fields(RunConfig)} | dict(given)
     origins = {f.name: sources.get(f.name, "default") for f in fields(RunConfig)}
+    origins |= {name: CHOSEN for name in ("layerwise", "activation_checkpointing") if name not in sources}
     if values["model"] is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
     for f in fields(RunConfig):
@@ -65,13 +66,8 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
         fill("warmup_steps", values["steps"] // 10, "a tenth of steps")
     for name in ("eval_every", "save_every"):
         fill(name, min(1000, math.ceil(updates / 10)), "a tenth of the run, at most 1000")
-    total = values["total_batch_size"]
-    fill("batch_size", max(d for d in range(1, 9) if total % d == 0), "total batch size")
-    if values["grad_clip"]:
-        only_projected = projected and values["layerwise"] and total != values["batch_size"]
-        fill("clip_norm", "projected" if only_projected else "full", "layerwise" if only_projected else "default")
-    elif values["clip_norm"] is not None:
-        raise InputError(f"--clip-norm {values['clip_norm']} has no meaning without --grad-clip; give one, such as 1")
+    fill("batch_size", max(micro_batches(values["total_batch_size"])), CHOSEN)
+    _fill_clip_norm(values, origins)
     fill("tokenizer", {"c4": "t5", "sample": "sample"}.get(values["data"]), f"data {values['data']}")
     fill(
         "output",
@@ -80,6 +76,44 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
     )
     _check(values)
     return RunConfig(**values), origins
+
+
+CHOSEN = "chosen"
+"""Where a value came from that may still be changed to fit the memory budget."""
+
+
+def micro_batches(total: int) -> list[int]:
+    """Sizes of micro-batches worth considering: a larger one than 8 was slower on a CPU (8 × 256 beat 32 × 256)."""
+    return [size for size in range(1, 9) if total % size == 0]
+
+
+def with_execution(
+    config: RunConfig, origins: Mapping[str, str], *, layerwise: bool, activation_checkpointing: bool, batch_size: int
+) -> tuple[RunConfig, dict[str, str]]:
+    """``config`` with another way to run its updates; InputError where that does not go with the rest."""
+    chosen = {
+        "layerwise": layerwise,
+        "activation_checkpointing": activation_checkpointing,
+        "batch_size": batch_size,
+    }
+    values, new_origins = asdict(config) | chosen, dict(origins)
+    if new_origins["clip_norm"] == CHOSEN:
+        values["clip_norm"] = None
+    _fill_clip_norm(values, new_origins)
+    _check(values)
+    return RunConfig(**values), new_origins
+
+
+def _fill_clip_norm(values: dict[str, Any], origins: dict[str, str]) -> None:
+    if not values["grad_clip"]:
+        if values["clip_norm"] is not None:
+            raise InputError(
+                f"--clip-norm {values['clip_norm']} has no meaning without --grad-clip; give one, such as 1"
+            )
+    elif values["clip_norm"] is None:
+        low_rank_sums = values["layerwise"] and values["total_batch_size"] != values["batch_size"]
+        values["clip_norm"] = "projected" if low_rank_sums and "galore" in values["optim"] else "full"
+        origins["clip_norm"] = CHOSEN
 
 
 _GALORE = ("rank", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
@@ -104,7 +138,7 @@ def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
     except ValueError as error:
         raise InputError(f"--optim {error}") from error
     if layerwise and not values["layerwise"]:
-        if origins["layerwise"] != "default":
+        if origins["layerwise"] != CHOSEN:
             raise InputError(
                 f"--optim {name} asks for --layerwise; leave out --no-layerwise, or name {values['optim']}"
             )

@@ -12,6 +12,7 @@ from galore_pretrain.config import RunConfig
 from galore_pretrain.data import TrainingData
 from galore_pretrain.errors import InputError
 from galore_pretrain.outputs import read_summary
+from galore_pretrain.recipes import CHOSEN, with_execution
 from galore_pretrain.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -47,6 +48,22 @@ def find_checkpoint(config: RunConfig, output: Path) -> Path | None:
             "give another --output, or insist with --resume-with-changes"
         )
     return found
+
+
+def as_before(config: RunConfig, origins: Mapping[str, str], output: Path) -> tuple[RunConfig, dict[str, str]] | None:
+    """The way in which the run in ``output`` was going, where no flag says otherwise; None where none was. The memory
+    that is free now may suggest another, which would change roundings."""
+    found = Path(config.resume) if config.resume not in ("auto", "never") else checkpoint.latest(output / "checkpoints")
+    if config.resume == "never" or found is None or not found.is_dir():
+        return None
+    saved = checkpoint.read_state(found)["config"]
+    chosen = {
+        name: saved[name] if origins[name] == CHOSEN else getattr(config, name)
+        for name in ("layerwise", "activation_checkpointing", "batch_size")
+    }
+    if config.total_batch_size % chosen["batch_size"]:  # another total batch, refused elsewhere
+        return None
+    return with_execution(config, origins, **chosen)
 
 
 def is_finished(output: Path, resumed: Path, schedule: Schedule) -> bool:

@@ -13,21 +13,22 @@ from typing import Any
 import torch
 
 from galore_pretrain import checkpoint
+from galore_pretrain.build import execution_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import Row, TrainingData, validation_rows
 from galore_pretrain.errors import InputError
 from galore_pretrain.evaluate import Evaluation, evaluate
-from galore_pretrain.execution import Execution, GlobalStep, Layerwise
 from galore_pretrain.inputs import Inputs, open_inputs
 from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes
 from galore_pretrain.metrics import JsonLines, Progress, Wandb
 from galore_pretrain.model import build_model
-from galore_pretrain.optim import RuleOptimizer, build_optimizer
+from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.projector import has_fast_bf16
 from galore_pretrain.outputs import export, write_config, write_summary
+from galore_pretrain.plan import Plan, budget_of, choose, describe, measure
 from galore_pretrain.recipes import reference_batch
 from galore_pretrain.repro import describe_environment
-from galore_pretrain.resume import check_unchanged, find_checkpoint, is_finished, restore
+from galore_pretrain.resume import as_before, check_unchanged, find_checkpoint, is_finished, restore
 from galore_pretrain.schedule import Schedule
 from galore_pretrain.trainer import Trainer, TrainState
 
@@ -38,23 +39,21 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     """One run, from config to exported model; the exit code. What can be refused is refused before weights exist."""
     started = time.monotonic()
     output, schedule, device = Path(config.output), _schedule(config), _device(config)
+    config, origins, planned = _fitted(config, origins)
     resumed = find_checkpoint(config, output)
     if resumed and is_finished(output, resumed, schedule):
         log.info("%s is finished; give another --output to train anew", output)
         return 0
     inputs = open_inputs(config)
     check_unchanged(config, resumed, inputs.fingerprints())
-    _optimizer(config, build_model(inputs.model, device="meta"))  # whether its options fit, at no cost
+    optimizer_for(config, build_model(inputs.model, device="meta"))  # whether its options fit, at no cost
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device)}
     write_config(output, config, origins, environment)
 
     model = build_model(inputs.model, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = _optimizer(config, model)
+    optimizer = optimizer_for(config, prepare(config, model))
+    execution = execution_for(config, optimizer)
     _log_assignment(config, device, optimizer)
-    mode: type[Layerwise | GlobalStep] = Layerwise if config.layerwise else GlobalStep
-    execution: Execution = mode(optimizer, config.grad_clip, projected=config.clip_norm == "projected")
     data = TrainingData(inputs.training, inputs.rows, config.total_batch_size, config.seed)
     state = TrainState()
     saved = restore(resumed, model, optimizer, state, data) if resumed else {}
@@ -101,11 +100,30 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
             log.info("stopped after update %d; the same command with --output %s goes on there", state.step, output)
             return 128 + (trainer.stop_signal or 0)
         export(output / "model", model, inputs.tokenizer)
-        write_summary(output, _summary(state, peaks.now(), seconds()))
+        planned = planned or measure(config, inputs.model)
+        write_summary(output, _summary(state, planned.peak_bytes, peaks.now(), seconds()))
         return 0
     finally:
         for logger in trainer.loggers:
             logger.close()
+
+
+def _fitted(config: RunConfig, origins: Mapping[str, str]) -> tuple[RunConfig, Mapping[str, str], Plan | None]:
+    """The config whose updates fit the memory budget, and their plan where one had to be made."""
+    before = as_before(config, origins, Path(config.output))
+    if before:
+        return *before, None
+    config, origins, planned = choose(config, origins)
+    budget = budget_of(config)
+    if planned and planned.peak_bytes > budget:
+        raise InputError(
+            f"the smallest peak found is {planned.peak_bytes / 2**30:.2f} GiB ({describe(planned.config)}), and "
+            f"{budget / 2**30:.2f} GiB are to be had; what helps: an 8-bit row, a smaller --rank, --max-length or "
+            "--batch-size, or a larger --memory-budget"
+        )
+    if planned:
+        log.info("%s: %.2f of %.2f GiB", describe(config), planned.peak_bytes / 2**30, budget / 2**30)
+    return config, origins, planned
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -123,33 +141,6 @@ def _device(config: RunConfig) -> torch.device:
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device auto"
         )
     return device
-
-
-def _optimizer(config: RunConfig, model: torch.nn.Module) -> RuleOptimizer:
-    try:
-        optimizer = build_optimizer(
-            model,
-            config.optim,
-            lr=config.lr,
-            rank=config.rank,
-            update_proj_gap=config.update_proj_gap,
-            scale=config.galore_scale,
-            proj_type=config.proj_type,
-            basis=config.basis,
-            refresh=config.refresh,
-            moments=config.moments,
-            natural_history=config.natural_history,
-            natural_damping=config.natural_damping,
-            betas=config.betas,
-            eps=config.eps,
-            numerics=config.numerics,
-            weight_decay=config.weight_decay,
-            matrix_lr_scale=config.matrix_lr_scale,
-            seed=config.seed,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return optimizer
 
 
 def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOptimizer) -> None:
@@ -238,14 +229,14 @@ class _Peaks:
         return max(allocator, peak_memory_bytes(self._device)), max(process, process_peak_bytes())
 
 
-def _summary(state: TrainState, peaks: tuple[int, int], wall_seconds: float) -> dict[str, Any]:
+def _summary(state: TrainState, planned: int, peaks: tuple[int, int], wall_seconds: float) -> dict[str, Any]:
     return {
         "steps": state.step,
         "tokens_seen": state.tokens_seen,
         **state.evaluation,
         "peak_memory_bytes": peaks[0],
         "process_peak_bytes": peaks[1],
-        "planned_peak_bytes": None,
+        "planned_peak_bytes": planned,
         "wall_seconds": wall_seconds,
     }
 

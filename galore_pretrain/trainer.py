@@ -11,7 +11,7 @@ import torch
 
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.execution import Execution
-from galore_pretrain.memory import peak_memory_bytes
+from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes
 from galore_pretrain.metrics import MetricLogger, Metrics
 from galore_pretrain.model import mean_loss
 from galore_pretrain.schedule import Schedule
@@ -143,7 +143,7 @@ class Trainer:
             )
         seconds = time.perf_counter() - started
         metrics["tokens_per_second"] = (self.state.tokens_seen - tokens) / seconds
-        metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        metrics |= {"peak_memory_bytes": peak_memory_bytes(self.device), "process_peak_bytes": process_peak_bytes()}
         return metrics
 
     def _evaluate(self) -> dict[str, float]:

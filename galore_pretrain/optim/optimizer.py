@@ -19,7 +19,7 @@ from galore_pretrain.optim.rules import Adam, Direction, UpdateRule
 from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, gradient_norm, mix
 
 _GOLDEN = 0.6180339887498949
-_UPDATES_A_POOL, _POOLS = 64, 4
+_UPDATES_A_POOL, _POOLS = 64, 2
 _PATIENCE = 100  # steps after which faults that nobody asked for are told
 
 _PRODUCT = 1 << 21
@@ -35,7 +35,7 @@ class Faults:
 
 
 @dataclass
-class _Waiting:
+class Waiting:
     """The sum of the gradients of an update so far: low-rank if ``projected``. ``finite``, a scalar: whether all of
     them were. ``norm`` is that of the whole gradient, where it was measured."""
 
@@ -74,9 +74,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.seed = seed
         self._rules: list[UpdateRule] = []
         self._places: dict[Tensor, tuple[int, int]] = {}  # parameter -> (group, index overall)
-        self._pools: dict[tuple[torch.device, int], Tensor] = {}  # what random bits are read from, see _random_bits
+        self._pools: dict[tuple[torch.device, int], Tensor] = {}  # what random bits are read from, see random_bits
         self._faults: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), counted where they happen
-        self._waiting: dict[Tensor, _Waiting] = {}  # what was gathered, until the update
+        self._waiting: dict[Tensor, Waiting] = {}  # what was gathered, until the update
         self._unasked = 0  # steps since somebody asked for them
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
@@ -215,10 +215,20 @@ class RuleOptimizer(torch.optim.Optimizer):
                 found.append(torch.where(waiting.finite & norm.isfinite(), norm, 0.0))
         return torch.stack(found)
 
-    def discard(self) -> None:
-        """Drop every gradient, gathered or not."""
-        self._waiting.clear()
-        self.zero_grad(set_to_none=True)
+    def discard(self, params: Iterable[Tensor] | None = None) -> None:
+        """Drop the gradients of ``params``, gathered or not; of all by default."""
+        for p in list(self._places) if params is None else params:
+            self._waiting.pop(p, None)
+            p.grad = None
+
+    def waiting(self, p: Tensor) -> Waiting | None:
+        """What was gathered for the next update of ``p``."""
+        return self._waiting.get(p)
+
+    def is_due(self, p: Tensor, count: int | None = None) -> bool:
+        """Whether update number ``count`` (from 1; by default the next) of ``p`` begins with a new basis."""
+        rule, count = self.rule_of(p), count or self.state[p]["step"] + 1
+        return isinstance(rule, GaLore) and rule.is_due(Step(count, phase=self._phase(p)))
 
     def _of(self, p: Tensor) -> tuple[dict[str, Any], UpdateRule, dict[str, Tensor]]:
         """(group, rule, tensors of the state) of a parameter."""
@@ -228,26 +238,33 @@ class RuleOptimizer(torch.optim.Optimizer):
                 state[name] = value.to(p.device)
         return self.param_groups[index], self._rules[index], {k: v for k, v in state.items() if k != "step"}
 
-    def _take(self, p: Tensor, waiting: "_Waiting | None") -> "_Waiting | None":
+    def _take(self, p: Tensor, waiting: Waiting | None) -> Waiting | None:
         """``p.grad`` as a part of the next update, whose other parts are ``waiting``."""
         if p.grad is None:
             return None
         if waiting is not None:
             step = waiting.step
         else:
-            group, rule, state = self._of(p)
-            overall, count = self._places[p][1], self.state[p]["step"] + 1
-            step = Step(
-                count=count,
-                lr=float(group["lr"]),
-                seed=mix(self.seed, overall),
-                phase=overall * _GOLDEN % 1.0,  # evenly spread, whatever the groups and their number
-                bits=self._random_bits(p, overall, count),
-            )
+            _, rule, state = self._of(p)
+            step = self._next_step(p)
             if isinstance(rule, GaLore):
                 rule.start(state, step)
         # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
-        return _Waiting(_at_least_1d(p.grad), step, torch.linalg.vector_norm(p.grad).isfinite())
+        return Waiting(_at_least_1d(p.grad), step, torch.linalg.vector_norm(p.grad).isfinite())
+
+    def _next_step(self, p: Tensor) -> Step:
+        group, overall = self._places[p]
+        count = self.state[p]["step"] + 1
+        return Step(
+            count=count,
+            lr=float(self.param_groups[group]["lr"]),
+            seed=mix(self.seed, overall),
+            phase=self._phase(p),
+            bits=self.random_bits(p, count),
+        )
+
+    def _phase(self, p: Tensor) -> float:
+        return self._places[p][1] * _GOLDEN % 1.0  # evenly spread, whatever the groups and their number
 
     def _update(
         self,
@@ -270,7 +287,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             direction = rule.update(grad, state, step)
         _subtract(weight, direction, step.lr * decay if rule.decay != "l2" else 0.0, rule.decay == "before", step)
 
-    def _random_bits(self, p: Tensor, overall: int, count: int) -> RandomBits | None:
+    def random_bits(self, p: Tensor, count: int) -> RandomBits | None:
         """The streams of one parameter at one update: the same whatever the order in which parameters are updated.
 
         A pool serves so many updates, each from places of its own; a few are kept, for parameters that are not updated
@@ -283,7 +300,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             if len(self._pools) >= _POOLS:
                 del self._pools[next(iter(self._pools))]
             self._pools[key] = RandomBits.pool(mix(self.seed, key[1]), p.device)
-        return RandomBits(self._pools[key], mix(self.seed, overall, count))
+        return RandomBits(self._pools[key], mix(self.seed, self._places[p][1], count))
 
     def _count(self, step: Step) -> None:
         if step.ok is None and not step.failures:
