@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from galore_pretrain.config import find_model
@@ -135,7 +136,7 @@ def build_model(
     sharded.
     """
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = without_masks(LlamaForCausalLM(config).to(dtype))
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)
@@ -144,6 +145,17 @@ def build_model(
         model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is computed, and stays in fp32
     for name, parameter in model.named_parameters():
         _initialize(name, parameter, config.initializer_range, seed)
+    return model
+
+
+def without_masks(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """``model``, attending causally without a mask, which ours never needs: padding stands at the end.
+
+    With the implementation named ``sdpa``, transformers looks at the positions of each batch for documents packed
+    together, for which it would wait for the device, and makes a mask of fake tensors.
+    """
+    AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+    model.set_attn_implementation("causal_sdpa")
     return model
 
 
@@ -199,6 +211,29 @@ def _gradient_block(tokens: int, weight: Tensor) -> int:
     return tokens if tokens <= 4 * width else width
 
 
+def _logits_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(Σ cross-entropy, its gradient × ``scale`` by the logits in the weight's dtype: tokens × vocabulary)."""
+
+    def of_chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        counted = y >= 0
+        log_p = F.log_softmax((h @ weight.T).float(), dim=-1)
+        index = y.clamp(min=0)[:, None]
+        loss = -(log_p.gather(1, index)[:, 0] * counted).sum()
+        grad = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
+        return loss, grad.mul_((counted * scale)[:, None])
+
+    if len(hidden) <= _HEAD_CHUNK:
+        loss, grad = of_chunk(hidden, labels)
+        return loss, grad.to(weight.dtype)
+    total, whole = hidden.new_zeros((), dtype=torch.float32), hidden.new_empty(len(hidden), len(weight))
+    for start, (h, y) in zip(range(0, len(hidden), _HEAD_CHUNK), _chunks(hidden, labels), strict=True):
+        loss, grad = of_chunk(h, y)
+        total += loss
+        whole[start : start + len(h)] = grad
+        del grad
+    return total, whole
+
+
 class _HeadLoss(torch.autograd.Function):
     """The output projection and its loss, in chunks of tokens whose gradients are computed on the way forward.
 
@@ -214,14 +249,8 @@ class _HeadLoss(torch.autograd.Function):
         size = _gradient_block(len(hidden), weight)
         for begin in range(0, len(hidden), size):
             block, targets = hidden[begin : begin + size], labels[begin : begin + size]
-            grad = torch.empty(len(block), len(weight), dtype=weight.dtype, device=weight.device)
-            for start, (h, y) in zip(range(0, len(block), _HEAD_CHUNK), _chunks(block, targets), strict=True):
-                counted = y >= 0
-                log_p = F.log_softmax((h @ weight.T).float(), dim=-1)
-                index = y.clamp(min=0)[:, None]
-                total -= (log_p.gather(1, index)[:, 0] * counted).sum()
-                logits = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
-                grad[start : start + len(h)] = logits.mul_((counted * scale)[:, None])
+            losses, grad = _logits_gradient(block, weight, targets, scale)
+            total += losses
             torch.mm(grad, weight, out=grad_hidden[begin : begin + size])
             if size >= len(hidden):
                 grad_weight = grad.T @ block
@@ -231,6 +260,7 @@ class _HeadLoss(torch.autograd.Function):
             else:
                 product = grad.T @ block
                 grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
+            del grad
         assert grad_weight is not None
         ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)
         return total * scale
@@ -238,4 +268,5 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None  # the loss may be kept longer than these
         return grad_hidden.mul_(grad_outputs[0]), grad_weight.mul_(grad_outputs[0]), None, None

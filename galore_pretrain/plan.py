@@ -16,7 +16,7 @@ from galore_pretrain.build import execution_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
 from galore_pretrain.errors import InputError
 from galore_pretrain.memory import Ledger, available_bytes
-from galore_pretrain.model import build_model, load_model_config, mean_loss
+from galore_pretrain.model import build_model, load_model_config, mean_loss, without_masks
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.recipes import CHOSEN, micro_batches, with_execution
 
@@ -205,6 +205,7 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(_device(config)), ledger:
         with ledger.kind("weights"):
             model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
+            model = without_masks(model)
         with ledger.kind("moments"):
             optimizer = optimizer_for(config, prepare(config, model))
         for state in optimizer.state.values():
@@ -216,7 +217,7 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
         _file_sums(ledger, optimizer, each=every_update)
         shape = config.batch_size, config.max_length
         of_update = min(config.total_batch_size // config.batch_size, 2)
-        for count in _heaviest_updates(config, optimizer):
+        for count in heaviest_updates(config, optimizer):
             for p, state in optimizer.state.items():
                 state["step"] = count - 1
                 with ledger.kind("moments"):
@@ -283,7 +284,7 @@ def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
         p.register_post_accumulate_grad_hook(gradient(name))
 
 
-def _heaviest_updates(config: RunConfig, optimizer: RuleOptimizer) -> list[int]:
+def heaviest_updates(config: RunConfig, optimizer: RuleOptimizer) -> list[int]:
     """Numbers of the updates that can hold most."""
     gap = config.update_proj_gap
     if gap is None:

@@ -131,6 +131,7 @@ class Trainer:
                 break
             self.execution.begin(i, len(inputs))
             loss.backward()
+            del loss  # and its graph, before the next one is made
         return total
 
     def _timed_step(self, batches: Any) -> Metrics:

@@ -1,0 +1,126 @@
+"""Is the plan true? Peaks of real updates, by two means that know nothing of the planner, beside what it says.
+
+    python scripts/check_plan.py --models llama_60m llama_130m --dtype float32      # a table in Markdown; hours for all
+    python scripts/check_plan.py --models llama_60m --rows galore_adamw --modes layerwise
+
+Each cell is measured in fresh processes: once with torch's profiler, whose allocator events are summed up, and once
+without it, by how far the process's resident set grew beyond what it was before the model was built. The same updates
+are made as in the plan: the first, and the one in which the largest matrices have a basis due.
+"""
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+from galore_pretrain.build import execution_for, optimizer_for, prepare
+from galore_pretrain.config import RunConfig
+from galore_pretrain.memory import process_peak_bytes
+from galore_pretrain.model import build_model, load_model_config, mean_loss
+from galore_pretrain.plan import heaviest_updates, measure
+from galore_pretrain.recipes import resolve
+
+
+def updates(config: RunConfig) -> None:
+    model = build_model(load_model_config(config.model), dtype=getattr(torch, config.dtype))
+    optimizer = optimizer_for(config, prepare(config, model))
+    execution = execution_for(config, optimizer)
+    micro_batches = min(config.total_batch_size // config.batch_size, 2)
+    for count in heaviest_updates(config, optimizer):
+        for state in optimizer.state.values():
+            state["step"] = count - 1
+        for i in range(micro_batches):
+            rows = torch.randint(0, 1000, (config.batch_size, config.max_length))
+            loss = mean_loss(model, rows, rows, rows.numel())
+            execution.begin(i, micro_batches)
+            loss.backward()
+            del loss
+        execution.finish()
+
+
+def events_peak(config: RunConfig) -> int:
+    """The largest sum of what torch's allocator gave and did not get back."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        updates(config)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def process_growth(config: RunConfig) -> int:
+    """How far the process's peak exceeded its size before there was a model."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what libraries freed while they were loaded would be used again
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    updates(config)
+    return process_peak_bytes() - before
+
+
+MEANS = {
+    "events": events_peak,
+    "process": process_growth,
+    "plan": lambda c: measure(c, load_model_config(c.model)).peak_bytes,
+}
+
+
+def in_fresh_process(means: str, values: dict[str, Any]) -> int:
+    command = [sys.executable, __file__, "--one", means, json.dumps(values)]
+    # Large blocks go back to the system when they are freed: else the peak of the process is the allocator's habit.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def one(means: str, values: dict[str, Any]) -> int:
+    warnings.simplefilter("ignore")
+    config, _ = resolve(values, dict.fromkeys(values, "flag"))
+    small = {"model": "llama_1m", "total_batch_size": 1, "batch_size": 1, "rank": None, "max_length": 8}
+    if means != "plan":  # libraries load their kernels at first use
+        updates(resolve(values | small, {})[0])
+    return MEANS[means](config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama_60m", "llama_130m"])
+    parser.add_argument(
+        "--rows", nargs="+", default=["adamw", "adamw8bit", "adafactor", "galore_adamw", "galore_adamw8bit"]
+    )
+    parser.add_argument("--modes", nargs="+", default=["global", "layerwise"])
+    parser.add_argument("--checkpointing", nargs="+", default=["no", "yes"])
+    parser.add_argument("--batches", nargs="+", default=["8/8", "4/16"], help="sequences a micro-batch / an update")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(one(arguments.one[0], json.loads(arguments.one[1])))
+        return
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads; torch {torch.__version__}"
+    print(f"{arguments.dtype}, 256 tokens a sequence, {machine}\n")
+    print("| model | optimizer | updates | checkpointing | batch | plan MiB | allocator events | process grew by |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for cell in itertools.product(
+        arguments.models, arguments.rows, arguments.modes, arguments.checkpointing, arguments.batches
+    ):
+        model, row, mode, checkpointing, batch = cell
+        size, total = batch.split("/")
+        values = {
+            "model": model, "optim": row, "layerwise": mode == "layerwise", "dtype": arguments.dtype, "data": "sample",
+            "activation_checkpointing": checkpointing == "yes", "batch_size": int(size), "total_batch_size": int(total),
+        }  # fmt: skip
+        planned, events, process = (in_fresh_process(means, values) for means in ("plan", "events", "process"))
+        differences = [f"{x / 2**20:.0f} ({100 * (planned / x - 1):+.1f} %)" for x in (events, process)]
+        print(f"| {' | '.join(cell)} | {planned / 2**20:.0f} | {' | '.join(differences)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
