@@ -16,7 +16,7 @@ from galore_pretrain import __version__
 from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_count
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.hub import check_hub
-from galore_pretrain.recipes import resolve
+from galore_pretrain.recipes import resolve, without_meaning
 from galore_pretrain.sources import open_source
 from galore_pretrain.tokenizer import find_tokenizer
 
@@ -160,7 +160,7 @@ def plan(
         )
         return 0
     rows = compare.split(",") if compare else [values["optim"]]
-    resolved = [_resolved(ctx, values | {"optim": row}) for row in rows]
+    resolved = [_resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
 
     from galore_pretrain import plan as planner  # torch and transformers
     from galore_pretrain import report
@@ -181,6 +181,11 @@ def plan(
         if compare:
             click.echo(f"drawn: {picture}")
     return 0
+
+
+def _cleared(row: str) -> dict[str, None]:
+    """Of rows that are compared, each takes the flags that mean something to it; a rank is GaLore's alone."""
+    return dict.fromkeys(without_meaning(row)) if row else {}
 
 
 def _bar_name(config: RunConfig) -> str:

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from galore_pretrain.config import find_model
 from galore_pretrain.errors import InputError
+from galore_pretrain.optim.projector import product
 
 _POSITIVE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -253,13 +254,13 @@ class _HeadLoss(torch.autograd.Function):
             total += losses
             torch.mm(grad, weight, out=grad_hidden[begin : begin + size])
             if size >= len(hidden):
-                grad_weight = grad.T @ block
+                grad_weight = product(grad.T, block)
             elif weight.dtype == torch.float32:
                 grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
                 grad_weight.addmm_(grad.T, block)
             else:
-                product = grad.T @ block
-                grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
+                part = product(grad.T, block)
+                grad_weight = part.float() if grad_weight is None else grad_weight.add_(part)
             del grad
         assert grad_weight is not None
         ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)

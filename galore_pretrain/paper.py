@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from galore_pretrain.config import RunConfig
 from galore_pretrain.model import load_model_config
-from galore_pretrain.plan import measure_by_layers, static_bytes
+from galore_pretrain.plan import measure, static_bytes
 from galore_pretrain.recipes import resolve
 
 Cells = dict[str, list[float]]
@@ -148,4 +148,4 @@ def report() -> str:
 def planned_peak(model: str, row: str, layerwise: bool) -> int:
     """Bytes that an update of one sequence of 256 tokens takes, at the paper's rank."""
     config = _config(model, row, batch_size=1)
-    return measure_by_layers(replace(config, layerwise=layerwise), load_model_config(model)).peak_bytes
+    return measure(replace(config, layerwise=layerwise), load_model_config(model)).peak_bytes

@@ -1,11 +1,10 @@
 """Memory before the run: the real step, on fake tensors, with a ledger of what it holds."""
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,11 @@ from galore_pretrain.config import RunConfig
 from galore_pretrain.errors import InputError
 from galore_pretrain.memory import Ledger, available_bytes
 from galore_pretrain.model import build_model, load_model_config, mean_loss, without_masks
-from galore_pretrain.optim import RuleOptimizer
+from galore_pretrain.optim.step import abridged
 from galore_pretrain.recipes import CHOSEN, micro_batches, with_execution
+
+if TYPE_CHECKING:
+    from galore_pretrain.optim import RuleOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -197,12 +199,14 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
 
     The update is made in which the largest matrices have a basis due, and the first one, where sums over micro-batches
     do not outweigh its random bases. Of several micro-batches, the first and the last are run: between them nothing
-    is added. Updates of equal tensors are made once and then replayed (``every_update`` makes each). Allocations are
-    counted, without what an allocator or a kernel of a library adds for itself.
+    is added. Updates of equal tensors are made once and then replayed, and of the pieces in which a large tensor is
+    updated, three are (``every_update`` makes all). Allocations are counted, without what an allocator or a kernel of
+    a library adds for itself.
     """
     optimizer_for(config, build_model(architecture, device="meta"))  # fills caches that fake tensors cannot
     ledger = Ledger()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(_device(config)), ledger:
+    shortened = contextlib.nullcontext() if every_update else abridged()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(_device(config)), ledger, shortened:
         with ledger.kind("weights"):
             model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
             model = without_masks(model)
@@ -218,10 +222,8 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
         shape = config.batch_size, config.max_length
         of_update = min(config.total_batch_size // config.batch_size, 2)
         for count in heaviest_updates(config, optimizer):
-            for p, state in optimizer.state.items():
-                state["step"] = count - 1
-                with ledger.kind("moments"):
-                    optimizer.random_bits(p, count)
+            with ledger.kind("moments"):
+                put_before(optimizer, count)
             for i in range(of_update):
                 rows, labels = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
                 loss = mean_loss(model, rows, labels, rows.numel())
@@ -231,26 +233,6 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
             ledger.place = "updates after backward"
             execution.complete()
     return Plan(config, ledger.peak, ledger.at_peak, ledger.place_of_peak)
-
-
-def measure_by_layers(config: RunConfig, architecture: LlamaConfig) -> Plan:
-    """`measure` without making every layer: the peaks of 2 and 3 layers tell what each further one adds.
-
-    Exact where the peak stands at the same place in both, and where an update is one micro-batch or bases are renewed
-    together; else the number of matrices that keep a full sum does not grow evenly with the layers.
-    """
-    two, three = (measure(config, _with_layers(architecture, n)) for n in (2, 3))
-    more = architecture.num_hidden_layers - 2
-    if more < 2:
-        return measure(config, architecture)
-    parts = {kind: size + more * (three.parts[kind] - size) for kind, size in two.parts.items()}
-    return Plan(config, sum(parts.values()), parts, three.place)
-
-
-def _with_layers(architecture: LlamaConfig, number: int) -> LlamaConfig:
-    changed = copy.deepcopy(architecture)
-    changed.num_hidden_layers = number
-    return changed
 
 
 def _device(config: RunConfig) -> str:
@@ -284,7 +266,14 @@ def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
         p.register_post_accumulate_grad_hook(gradient(name))
 
 
-def heaviest_updates(config: RunConfig, optimizer: RuleOptimizer) -> list[int]:
+def put_before(optimizer: "RuleOptimizer", count: int) -> None:
+    """As if ``count`` - 1 updates had been made, with what random bits were last read from still there."""
+    for p, state in optimizer.state.items():
+        state["step"] = count - 1
+        optimizer.random_bits(p, count + 1000)
+
+
+def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]:
     """Numbers of the updates that can hold most."""
     gap = config.update_proj_gap
     if gap is None:
@@ -294,7 +283,7 @@ def heaviest_updates(config: RunConfig, optimizer: RuleOptimizer) -> list[int]:
     return [heaviest] if config.total_batch_size > config.batch_size else [1, heaviest]
 
 
-def _file_sums(ledger: Ledger, optimizer: RuleOptimizer, *, each: bool) -> None:
+def _file_sums(ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> None:
     """Give sums of gradients their kind, and do only once what is alike for many tensors, unless ``each`` is wanted."""
     known: dict[Hashable, dict[str, int]] = {}
     gather, update = optimizer.gather, optimizer.update_param
@@ -310,6 +299,7 @@ def _file_sums(ledger: Ledger, optimizer: RuleOptimizer, *, each: bool) -> None:
         return False
 
     def gather_filed(p: Tensor, **options: Any) -> None:
+        optimizer.random_bits(p, optimizer.state[p]["step"] + 1)  # makes some now and then: not a part of what repeats
         if optimizer.waiting(p) is None:
             gather(p, **options)
         elif not once(p, "gather", lambda: gather(p, **options)):
@@ -318,6 +308,7 @@ def _file_sums(ledger: Ledger, optimizer: RuleOptimizer, *, each: bool) -> None:
             ledger.assign(waiting.grad, "sums" if waiting.projected else "gradients")
 
     def update_filed(p: Tensor, coefficient: Tensor | None = None) -> None:
+        optimizer.random_bits(p, optimizer.state[p]["step"] + 1)
         if not once(p, "update", lambda: update(p, coefficient)):
             optimizer.discard([p])
 

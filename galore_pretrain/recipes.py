@@ -37,8 +37,10 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
     find_model(values["model"])
     _name_row(values, origins)
     projected, natural = "galore" in values["optim"], "natural" in values["optim"]
-    _check_meaning(values, projected, _GALORE, "only GaLore rows project")
-    _check_meaning(values, natural, _NATURAL, "only natural_galore rows have a history")
+    for name, why in without_meaning(values["optim"]).items():
+        if values[name] is not None:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {values[name]} has no meaning for --optim {values['optim']}; {why}")
     for name, (value, source) in recipe(Path(values["model"]).stem, values["optim"]).items():
         if (projected or name not in _GALORE) and not (name == "steps" and values["max_tokens"]):
             fill(name, value, f"recipe: {source}")
@@ -145,11 +147,11 @@ def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
         values["layerwise"], origins["layerwise"] = True, f"optim {name}"
 
 
-def _check_meaning(values: Mapping[str, Any], has: bool, names: tuple[str, ...], why: str) -> None:
-    for name in names:
-        if not has and values[name] is not None:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {values[name]} has no meaning for --optim {values['optim']}; {why}")
+def without_meaning(optim: str) -> dict[str, str]:
+    """The fields that a row has no use for, and why."""
+    projected, natural = "galore" in optim, "natural" in optim
+    found = {} if projected else dict.fromkeys(_GALORE, "only GaLore rows project")
+    return found | ({} if natural else dict.fromkeys(_NATURAL, "only natural_galore rows have a history"))
 
 
 def _check(values: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from galore_pretrain.build import execution_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
 from galore_pretrain.memory import process_peak_bytes
 from galore_pretrain.model import build_model, load_model_config, mean_loss
-from galore_pretrain.plan import heaviest_updates, measure
+from galore_pretrain.plan import heaviest_updates, measure, put_before
 from galore_pretrain.recipes import resolve
 
 
@@ -36,8 +36,7 @@ def updates(config: RunConfig) -> None:
     execution = execution_for(config, optimizer)
     micro_batches = min(config.total_batch_size // config.batch_size, 2)
     for count in heaviest_updates(config, optimizer):
-        for state in optimizer.state.values():
-            state["step"] = count - 1
+        put_before(optimizer, count)
         for i in range(micro_batches):
             rows = torch.randint(0, 1000, (config.batch_size, config.max_length))
             loss = mean_loss(model, rows, rows, rows.numel())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction
-from galore_pretrain.optim.step import Step, chunk_elements
+from galore_pretrain.optim.step import Step, chunk_elements, pieces
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,8 @@ class Adafactor:
         if self.beta1 is None:
             return direction
         grad = direction.left
-        width, rows = grad[0].numel(), _rows(grad)
-        for start in range(0, grad.shape[0], rows):
-            stop = min(start + rows, grad.shape[0])
+        width = grad[0].numel()
+        for start, stop in pieces(grad.shape[0], _rows(grad)):
             part, here = self.store.narrow(state, "exp_avg", start * width, stop * width), step.at(start * width)
             average = self.store.read(part, "exp_avg", here)
             average.mul_(self.beta1).add_(direction.part(start, stop).whole().reshape(-1), alpha=1 - self.beta1)
@@ -138,6 +137,5 @@ def _rows(matrix: Tensor) -> int:
 
 def _row_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(first row, fp32 copy) of blocks of rows."""
-    rows = _rows(matrix)
-    for start in range(0, matrix.shape[0], rows):
-        yield start, matrix[start : start + rows].to(torch.float32, copy=True)
+    for start, stop in pieces(matrix.shape[0], _rows(matrix)):
+        yield start, matrix[start:stop].to(torch.float32, copy=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
-from galore_pretrain.optim.step import Step, chunk_elements
+from galore_pretrain.optim.step import Step, chunk_elements, pieces
 
 _BLOCK = 256  # a slot of the history is padded to whole blocks of an 8-bit store
 
@@ -51,13 +51,10 @@ class Natural:
         padded[: grad.numel()] = grad.reshape(-1)
         self.store.write(self._slot(state, newest), "history", padded.clone(), step.at(newest * len(padded)))
         columns = range(min(step.count, self.history))
-        pieces = [
-            (start, min(start + chunk_elements(grad.device), len(padded)))
-            for start in range(0, len(padded), chunk_elements(grad.device))
-        ]
+        parts = list(pieces(len(padded), chunk_elements(grad.device)))
 
         products = torch.zeros(self.history, dtype=torch.float64, device=grad.device)
-        for piece in pieces:
+        for piece in parts:
             g = self._column(state, newest, *piece)
             for i in columns:
                 products[i] += torch.dot(self._column(state, i, *piece), g)
@@ -71,7 +68,7 @@ class Natural:
         damped = gram + damping * torch.eye(self.history, dtype=gram.dtype, device=gram.device)
         weights, _ = torch.linalg.solve_ex(damped, unit)  # unlike solve, waits for no device
 
-        for start, stop in pieces:  # in fp64: of parallel gradients, weights of 1/λ must cancel
+        for start, stop in parts:  # in fp64: of parallel gradients, weights of 1/λ must cancel
             total = torch.zeros(stop - start, dtype=torch.float64, device=grad.device)
             for i in columns:
                 total.addcmul_(self._column(state, i, start, stop), weights[i])

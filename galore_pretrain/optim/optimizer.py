@@ -16,7 +16,7 @@ from torch import Tensor
 from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.projector import has_fast_bf16
 from galore_pretrain.optim.rules import Adam, Direction, UpdateRule
-from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, gradient_norm, mix
+from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, gradient_norm, mix, pieces
 
 _GOLDEN = 0.6180339887498949
 _UPDATES_A_POOL, _POOLS = 64, 2
@@ -155,9 +155,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if coefficient is not None:
             grad.mul_(coefficient)
         if rule.elementwise:
-            flat, grad, size = weight.view(-1), grad.reshape(-1), chunk_elements(p.device)
-            for start in range(0, flat.numel(), size):
-                stop = min(start + size, flat.numel())
+            flat, grad = weight.view(-1), grad.reshape(-1)
+            for start, stop in pieces(flat.numel(), chunk_elements(p.device)):
                 views = rule.narrow(tensors, start, stop)
                 self._update(flat[start:stop], grad[start:stop], views, rule, group, step.at(start))
         else:
@@ -359,10 +358,10 @@ def _add(total: Tensor, part: Tensor, step: Step, stream: str) -> None:
     if step.bits is None or total.dtype != torch.bfloat16:
         total.add_(part)
         return
-    kept, added, size = total.view(-1), part.reshape(-1), chunk_elements(total.device)
-    for start in range(0, kept.numel(), size):
-        piece = kept[start : start + size]
-        step.at(start).store(piece, piece.float().add_(added[start : start + size]), stream)
+    kept, added = total.view(-1), part.reshape(-1)
+    for start, stop in pieces(kept.numel(), chunk_elements(total.device)):
+        piece = kept[start:stop]
+        step.at(start).store(piece, piece.float().add_(added[start:stop]), stream)
 
 
 def _subtract(weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
@@ -391,12 +390,12 @@ def _subtract(weight: Tensor, direction: Direction, decay: float, decay_first: b
     width = weight[0].numel()
     rows = max(1, chunk_elements(weight.device) // width)
     products = rows if direction.right is None else max(rows, _PRODUCT // width // rows * rows)
-    for begin in range(0, weight.shape[0], products):
-        part, size = direction.part(begin, begin + products), products
+    for begin, end in pieces(weight.shape[0], products):
+        part, size = direction.part(begin, end), products
         if not plain and computed != torch.float32:  # else multiplied and added in one operation
             part, size = Direction(part.whole()), rows
-        for start in range(0, len(part.left), size):
-            kept = weight[begin + start : begin + start + size]
+        for start, stop in pieces(len(part.left), size):
+            kept = weight[begin + start : begin + stop]
             block = kept.to(kept.dtype if plain else torch.float32, copy=True)
-            apply(block, part.part(start, start + size))
+            apply(block, part.part(start, stop))
             step.at((begin + start) * width).store(kept, block, stream="weight")

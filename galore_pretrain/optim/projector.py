@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.names import PROJ_TYPES
-from galore_pretrain.optim.step import can_look, chunk_elements
+from galore_pretrain.optim.step import can_look, chunk_elements, pieces
 
 Side = Literal["left", "right"]
 BasisFn = Callable[[Tensor, int, Side, Tensor], Tensor]
@@ -57,8 +57,8 @@ def product(wide: Tensor, thin: Tensor) -> Tensor:
     thin = thin.float()
     out = torch.empty(wide.shape[0], thin.shape[1], dtype=wide.dtype, device=wide.device)
     rows = max(1, 8 * chunk_elements(wide.device) // max(1, wide.shape[1]))
-    for start in range(0, wide.shape[0], rows):
-        out[start : start + rows] = wide[start : start + rows].float() @ thin
+    for start, stop in pieces(wide.shape[0], rows):
+        out[start:stop] = wide[start:stop].float() @ thin
     return out
 
 

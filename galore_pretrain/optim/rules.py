@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import Blockwise8bit, Dense, MomentStore, State
-from galore_pretrain.optim.step import Step, chunk_elements
+from galore_pretrain.optim.step import Step, chunk_elements, pieces
 
 Decay = Literal["before", "after", "l2"]
 
@@ -109,8 +109,7 @@ def update_in_chunks(rule: UpdateRule, grad: Tensor, state: State, step: Step) -
     if not rule.elementwise or grad.numel() <= size:
         return rule.update(grad, state, step)
     flat = grad.view(-1)
-    for start in range(0, flat.numel(), size):
-        stop = min(start + size, flat.numel())
+    for start, stop in pieces(flat.numel(), size):
         piece = rule.update(flat[start:stop], rule.narrow(state, start, stop), step.at(start))
         flat[start:stop].copy_(piece.left)
     return replace(piece, left=grad)

@@ -1,7 +1,8 @@
 """What one update of one parameter knows besides its tensors, and the one way in which its results are kept."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +20,30 @@ def chunk_elements(device: torch.device) -> int:
     So no fp32 copy of a large weight, gradient or moment ever exists. Results do not depend on it.
     """
     return 1 << 18 if device.type == "cpu" else 1 << 21
+
+
+_abridged = False
+
+
+@contextmanager
+def abridged() -> Iterator[None]:
+    """Meanwhile, `pieces` leaves out all but the first two and the last: what they hold is alike. For fake tensors, of
+    which only memory is asked; the values of real ones would be wrong."""
+    global _abridged  # noqa: PLW0603  (autograd's threads must see it, which they do not a context variable)
+    _abridged = True
+    try:
+        yield
+    finally:
+        _abridged = False
+
+
+def pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive pieces of ``size``, the last of which may be smaller."""
+    starts: Sequence[int] = range(0, total, size)
+    if _abridged and len(starts) > 3:
+        starts = (*starts[:2], starts[-1])
+    for start in starts:
+        yield start, min(start + size, total)
 
 
 class RandomBits:
@@ -109,11 +134,9 @@ class Step:
             self._keep(target, value)
             return
         kept, given = target.view(-1), value.reshape(-1)
-        size = chunk_elements(target.device)
-        for begin in range(0, kept.numel(), size):
-            part = kept[begin : begin + size]
-            bits = self.bits.take(stream, self.start + begin, part.numel())
-            self._keep(part, round_stochastic(given[begin : begin + size], bits))
+        for begin, end in pieces(kept.numel(), chunk_elements(target.device)):
+            bits = self.bits.take(stream, self.start + begin, end - begin)
+            self._keep(kept[begin:end], round_stochastic(given[begin:end], bits))
 
     def store_together(self, targets: Sequence[Tensor], values: Tensor) -> None:
         """`store` for bf16 ``targets`` of n elements and the rows of fp32 ``values`` (targets × n), at most a chunk."""
@@ -141,8 +164,10 @@ def gradient_norm(grad: Tensor) -> Tensor:
     """‖G‖ in fp32, a scalar, without the fp32 copy that torch makes of a bf16 tensor on a CPU."""
     if grad.dtype == torch.float32 or not grad.is_contiguous():
         return torch.as_tensor(torch.linalg.vector_norm(grad, dtype=torch.float32))
-    pieces = grad.view(-1).split(chunk_elements(grad.device))
-    norms = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces])
+    flat, size = grad.view(-1), chunk_elements(grad.device)
+    norms = torch.stack(
+        [torch.linalg.vector_norm(flat[start:stop], dtype=torch.float32) for start, stop in pieces(flat.numel(), size)]
+    )
     return torch.as_tensor(torch.linalg.vector_norm(norms))
 
 
