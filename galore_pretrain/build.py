@@ -9,6 +9,22 @@ from galore_pretrain.execution import Execution, GlobalStep, Layerwise
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
 
 
+def device_of(config: RunConfig) -> torch.device:
+    """The device of ``--device``; InputError where there is none."""
+    name = config.device
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device auto"
+        )
+    return device
+
+
 def prepare(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
     """``model`` as it is trained."""
     if config.activation_checkpointing:

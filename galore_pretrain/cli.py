@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from galore_pretrain import __version__
-from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_count
+from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_bytes, parse_count
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.hub import check_hub
 from galore_pretrain.recipes import resolve, without_meaning
@@ -46,7 +46,7 @@ def _option(name: str, flag: Flag) -> _Option:
     if isinstance(kind, tuple):
         kind = click.Choice(kind)
     elif not isinstance(kind, type):
-        kind = _Parsed(kind, "count" if name.endswith("tokens") else "pair")
+        kind = _Parsed(kind, {parse_count: "count", parse_betas: "pair", parse_bytes: "size"}[kind])
     declaration = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
     option = _Option([declaration, name], type=kind, default=None, help=f"{flag.help}  [{flag.shown}]")
     option.group = flag.group
@@ -159,19 +159,24 @@ def plan(
             else tables.report()
         )
         return 0
-    rows = compare.split(",") if compare else [values["optim"]]
+    rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
     resolved = [_resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
 
     from galore_pretrain import plan as planner  # torch and transformers
     from galore_pretrain import report
 
-    found = [planner.plan(config, origins) for config, origins in resolved]
     budget = planner.budget_of(resolved[0][0])
+    found = [planner.plan(config, origins, budget) for config, origins in resolved]
     if compare:
-        bars = {_bar_name(plan.config): plan.parts for plan in found}
+        bars: dict[str, dict[str, int]] = {}
+        for row, plan in zip(rows, found, strict=True):
+            name = plan.config.optim + (" layerwise" if plan.config.layerwise else "")
+            bars[row if name in bars else name] = plan.parts
         model = Path(resolved[0][0].model).stem
         picture = picture or Path(f"memory-{model}.png")
-        report.draw_memory(picture, f"{model}, {resolved[0][0].dtype}", bars, budget)
+        first = resolved[0][0]
+        title = f"{model} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
+        report.draw_memory(picture, title, bars, budget)
     if as_json:
         answers = [plan.as_json(budget) for plan in found]
         click.echo(json.dumps(dict(zip(rows, answers, strict=True)) if compare else answers[0], indent=2))
@@ -186,10 +191,6 @@ def plan(
 def _cleared(row: str) -> dict[str, None]:
     """Of rows that are compared, each takes the flags that mean something to it; a rank is GaLore's alone."""
     return dict.fromkeys(without_meaning(row)) if row else {}
-
-
-def _bar_name(config: RunConfig) -> str:
-    return config.optim + (" layerwise" if config.layerwise else "")
 
 
 def _read_run_json(ctx: click.Context, path: Path | None) -> None:
@@ -226,7 +227,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, bool) and kind is bool
     if isinstance(value, list):
         return kind is parse_betas and all(isinstance(part, (int, float)) for part in value)
-    return (isinstance(value, int) and kind in (int, float, parse_count)) or (
+    return (isinstance(value, int) and kind in (int, float, parse_count, parse_bytes)) or (
         isinstance(value, float) and kind is float
     )
 

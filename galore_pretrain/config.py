@@ -28,12 +28,11 @@ def parse_count(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """``24GB`` (10⁹) or ``24GiB`` (2³⁰): a size of memory; K, M, G and T."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b", text.strip().lower())
+    """``24GB`` (10⁹), ``24GiB`` (2³⁰) or a number of bytes: a size of memory; K, M, G and T."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b)?", text.strip().lower())
     if not match:
-        raise ValueError(f"{text!r} is not a size of memory; write 24GiB, 24GB or 800MiB")
-    base = 1024 if match[3] else 1000
-    return int(Decimal(match[1]) * base ** (" kmgt".index(match[2])))
+        raise ValueError(f"{text!r} is not a size of memory; write 24GiB, 24GB or 24000MB")
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
 
 
 def parse_betas(text: str) -> tuple[float, float]:
@@ -122,7 +121,7 @@ class RunConfig:
     )
     total_batch_size: int = _flag(None, "Sequences an update.", int, BATCH, least=1)
     memory_budget: int | None = _flag(
-        None, "Of the card, as 24GiB: what the three above are chosen for.", parse_bytes, BATCH, free=True,
+        None, "Of the card, as 24GiB: what the three above are chosen for.", parse_bytes, BATCH, free=True, above=10**9,
         shown="what the device can give",
     )  # fmt: skip
     grad_clip: float = _flag(None, "Largest gradient norm; 0 is off.", float, BATCH, least=0)

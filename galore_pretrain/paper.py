@@ -104,6 +104,7 @@ def _ends(c: LlamaConfig) -> int:
 
 def _config(model: str, row: str, **given: Any) -> RunConfig:
     values = {"model": model, "optim": row, "data": "sample", "total_batch_size": 1, "steps": 1, "warmup_steps": 0}
+    values |= {"grad_clip": 0.0}  # the authors' layerwise updates ignore it
     config, _ = resolve(values | {key: value for key, value in given.items() if value is not None}, {})
     return config
 

@@ -1,8 +1,8 @@
 """Memory before the run: the real step, on fake tensors, with a ledger of what it holds."""
 
 import contextlib
-import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from galore_pretrain.build import execution_for, optimizer_for, prepare
+from galore_pretrain.build import device_of, execution_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
 from galore_pretrain.errors import InputError
 from galore_pretrain.memory import Ledger, available_bytes
@@ -22,11 +22,10 @@ from galore_pretrain.recipes import CHOSEN, micro_batches, with_execution
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
 
-log = logging.getLogger(__name__)
-
 
 OUTSIDE = 10**9
-"""Bytes of a card that allocations do not get: the driver's and its libraries'. On a CPU, the program's own."""
+"""Bytes that tensors do not get: of a card, the driver's, its libraries' and the allocator's fragments; of a machine,
+the program's own, its text and what saving takes."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class Plan:
         lines.append(f"{'peak':<13}{self.peak_bytes / 2**30:8.2f} GiB   {self.place}")
         verdict = "fits" if self.peak_bytes <= budget else "does not fit"
         lines.append(f"{verdict} into {budget / 2**30:.2f} GiB, with {describe(self.config)}")
+        if device_of(self.config).type == "cpu":
+            lines.append("planned with this CPU's kernels; a GPU's have other temporaries")
         return "\n".join(lines)
 
 
@@ -88,58 +89,56 @@ def describe(config: RunConfig) -> str:
 
 
 def budget_of(config: RunConfig) -> int:
-    """Bytes that tensors may take: of ``--memory-budget`` what the driver leaves, or what the device has free now."""
-    if config.memory_budget is not None:
-        return config.memory_budget - OUTSIDE
-    return available_bytes(torch.device(_device(config)))
+    """Bytes that tensors may take: of ``--memory-budget``, or of what the device has free now."""
+    return (config.memory_budget or available_bytes(device_of(config))) - OUTSIDE
 
 
-def plan(config: RunConfig, origins: Mapping[str, str]) -> Plan:
+def plan(config: RunConfig, origins: Mapping[str, str], budget: int) -> Plan:
     """The plan of the run that `choose` would choose."""
-    config, origins, planned = choose(config, origins)
+    config, origins, planned = choose(config, origins, budget)
     return planned or measure(config, load_model_config(config.model))
 
 
-def choose(config: RunConfig, origins: Mapping[str, str]) -> tuple[RunConfig, dict[str, str], Plan | None]:
+def choose(config: RunConfig, origins: Mapping[str, str], budget: int) -> tuple[RunConfig, dict[str, str], Plan | None]:
     """The fastest way to run the updates that fits the budget; what was forced by a flag stays.
 
     Candidates are tried in the order of their arithmetic: checkpointing repeats the forward pass, layerwise sums
     project each micro-batch. The plan is None where a bound shows at once that the first fits. Where none does, the
     plan is the one with the smallest peak.
     """
-    budget, architecture = budget_of(config), load_model_config(config.model)
-    best: tuple[RunConfig, dict[str, str], Plan] | None = None
-    too_large: list[RunConfig] = []
-    hopeless: list[tuple[RunConfig, dict[str, str]]] = []
-    for candidate, its_origins in _candidates(config, origins):
-        if not too_large and _upper_bound(candidate, architecture) <= budget:
-            return candidate, its_origins, None
-        if any(_takes_no_less(candidate, other) for other in too_large):
-            continue
-        if _lower_bound(candidate, architecture) > budget:
-            too_large.append(candidate)
-            hopeless.append((candidate, its_origins))
-            continue
-        plan = measure(candidate, architecture)
-        if best is None or plan.peak_bytes < best[2].peak_bytes:
-            best = candidate, its_origins, plan
-        if plan.peak_bytes <= budget:
-            return candidate, its_origins, plan
-        too_large.append(candidate)
-    if best is None:
-        candidate, its_origins = min(hopeless, key=lambda pair: _lower_bound(pair[0], architecture))
-        best = candidate, its_origins, measure(candidate, architecture)
-    return best
+    architecture = load_model_config(config.model)
+    candidates = _candidates(config, origins)
+    if _upper_bound(candidates[0][0], architecture) <= budget:
+        return *candidates[0], None
+    plans: list[tuple[RunConfig, dict[str, str], Plan]] = []
+    for candidate, its_origins in candidates:
+        if _lower_bound(candidate, architecture) <= budget:
+            plans.append((candidate, its_origins, measure(candidate, architecture)))
+            if plans[-1][2].peak_bytes <= budget:
+                return plans[-1]
+    if not plans:
+        least, its_origins = min(
+            candidates,
+            key=lambda pair: (
+                _lower_bound(pair[0], architecture), not pair[0].activation_checkpointing, pair[0].batch_size,
+            ),
+        )  # fmt: skip
+        return least, its_origins, measure(least, architecture)
+    return min(plans, key=lambda found: found[2].peak_bytes)
 
 
-def _candidates(config: RunConfig, origins: Mapping[str, str]) -> Iterator[tuple[RunConfig, dict[str, str]]]:
+def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[RunConfig, dict[str, str]]]:
+    """What may be chosen, the fastest first, but none that clips another norm before one that clips the full one."""
+
     def options(name: str, values: Sequence[Any]) -> Sequence[Any]:
         return values if origins[name] == CHOSEN else [getattr(config, name)]
 
     found = []
     for layerwise in options("layerwise", (False, True)):
         for checkpointing in options("activation_checkpointing", (False, True)):
-            for size in options("batch_size", micro_batches(config.total_batch_size)):
+            # The published code's loss depends on the micro-batch.
+            sizes = micro_batches(config.total_batch_size) if config.numerics == "sound" else [config.batch_size]
+            for size in options("batch_size", sizes):
                 with contextlib.suppress(InputError):  # a clip norm that this way does not know
                     found.append(
                         with_execution(
@@ -150,7 +149,7 @@ def _candidates(config: RunConfig, origins: Mapping[str, str]) -> Iterator[tuple
                             batch_size=size,
                         )
                     )
-    yield from sorted(found, key=lambda pair: _cost(pair[0]))
+    return sorted(found, key=lambda pair: (pair[0].clip_norm == "projected", *_cost(pair[0])))
 
 
 def _cost(config: RunConfig) -> tuple[float, bool, int]:
@@ -160,14 +159,6 @@ def _cost(config: RunConfig) -> tuple[float, bool, int]:
     projecting = (config.rank or 0) / tokens if config.layerwise and several else 0.0
     few = 256 / tokens  # a matrix product of few rows is slower
     return 3 + config.activation_checkpointing + projecting + few, config.layerwise, -config.batch_size
-
-
-def _takes_no_less(config: RunConfig, other: RunConfig) -> bool:
-    return (
-        config.batch_size >= other.batch_size
-        and config.layerwise <= other.layerwise
-        and config.activation_checkpointing <= other.activation_checkpointing
-    )
 
 
 def _lower_bound(config: RunConfig, architecture: LlamaConfig) -> int:
@@ -180,7 +171,8 @@ def _upper_bound(config: RunConfig, architecture: LlamaConfig) -> int:
     """What no update exceeds: everything that is there once, and a generous share for each token of a micro-batch."""
     weights, state = static_bytes(config, architecture)
     hidden, inner, heads = architecture.hidden_size, architecture.intermediate_size, architecture.num_attention_heads
-    layer = 24 * hidden + 8 * inner + 2 * heads
+    wide = max(hidden, heads * (getattr(architecture, "head_dim", None) or 1))
+    layer = 24 * wide + 8 * inner + 2 * heads
     token = 4 * (layer * (architecture.num_hidden_layers + 2) + 4 * architecture.vocab_size)
     largest = 4 * hidden * max(architecture.vocab_size, inner)  # of a decomposition's copies, or of a gradient's sum
     return int(3 * weights + state + 6 * largest + config.batch_size * config.max_length * token + 2**28)
@@ -206,7 +198,7 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
     optimizer_for(config, build_model(architecture, device="meta"))  # fills caches that fake tensors cannot
     ledger = Ledger()
     shortened = contextlib.nullcontext() if every_update else abridged()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(_device(config)), ledger, shortened:
+    with FakeTensorMode(allow_non_fake_inputs=True), device_of(config), ledger, shortened:
         with ledger.kind("weights"):
             model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
             model = without_masks(model)
@@ -233,12 +225,6 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
             ledger.place = "updates after backward"
             execution.complete()
     return Plan(config, ledger.peak, ledger.at_peak, ledger.place_of_peak)
-
-
-def _device(config: RunConfig) -> str:
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device
 
 
 def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
@@ -275,10 +261,12 @@ def put_before(optimizer: "RuleOptimizer", count: int) -> None:
 
 def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]:
     """Numbers of the updates that can hold most."""
-    gap = config.update_proj_gap
-    if gap is None:
+    if not optimizer.projects:
         return [1]
-    size = {count: sum(p.numel() for p in optimizer.state if optimizer.is_due(p, count)) for count in range(2, gap + 2)}
+    size: Counter[int] = Counter()
+    for p in optimizer.state:
+        if (due := optimizer.next_due(p, 2)) is not None:
+            size[due] += p.numel()
     heaviest = max(size, key=lambda count: size[count])
     return [heaviest] if config.total_batch_size > config.batch_size else [1, heaviest]
 
@@ -286,7 +274,7 @@ def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]
 def _file_sums(ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> None:
     """Give sums of gradients their kind, and do only once what is alike for many tensors, unless ``each`` is wanted."""
     known: dict[Hashable, dict[str, int]] = {}
-    gather, update = optimizer.gather, optimizer.update_param
+    gather, settle, update = optimizer.gather, optimizer.settle, optimizer.update_param
 
     def once(p: Tensor, name: str, work: Callable[[], None]) -> bool:
         """Whether the work was done; else what it held has been replayed."""
@@ -307,9 +295,15 @@ def _file_sums(ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> Non
         if (waiting := optimizer.waiting(p)) is not None:
             ledger.assign(waiting.grad, "sums" if waiting.projected else "gradients")
 
+    def settle_filed(p: Tensor) -> None:
+        settle(p)
+        if (waiting := optimizer.waiting(p)) is not None and waiting.projected:
+            ledger.assign(waiting.grad, "sums")
+
     def update_filed(p: Tensor, coefficient: Tensor | None = None) -> None:
         optimizer.random_bits(p, optimizer.state[p]["step"] + 1)
         if not once(p, "update", lambda: update(p, coefficient)):
             optimizer.discard([p])
 
-    optimizer.gather, optimizer.update_param = gather_filed, update_filed  # type: ignore[method-assign]
+    optimizer.gather, optimizer.settle = gather_filed, settle_filed  # type: ignore[method-assign]
+    optimizer.update_param = update_filed  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,10 @@ def as_before(config: RunConfig, origins: Mapping[str, str], output: Path) -> tu
     }
     if config.total_batch_size % chosen["batch_size"]:  # another total batch, refused elsewhere
         return None
-    return with_execution(config, origins, **chosen)
+    kept, origins = with_execution(config, origins, **chosen)
+    if origins["clip_norm"] == CHOSEN and saved["clip_norm"] == "projected":  # which every way of updating knows
+        kept = replace(kept, clip_norm="projected")
+    return kept, origins
 
 
 def is_finished(output: Path, resumed: Path, schedule: Schedule) -> bool:

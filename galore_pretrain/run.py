@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from galore_pretrain import checkpoint
-from galore_pretrain.build import execution_for, optimizer_for, prepare
+from galore_pretrain.build import device_of, execution_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import Row, TrainingData, validation_rows
 from galore_pretrain.errors import InputError
@@ -21,7 +21,7 @@ from galore_pretrain.evaluate import Evaluation, evaluate
 from galore_pretrain.inputs import Inputs, open_inputs
 from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes
 from galore_pretrain.metrics import JsonLines, Progress, Wandb
-from galore_pretrain.model import build_model
+from galore_pretrain.model import build_model, load_model_config
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.projector import has_fast_bf16
 from galore_pretrain.outputs import export, write_config, write_summary
@@ -38,8 +38,10 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     """One run, from config to exported model; the exit code. What can be refused is refused before weights exist."""
     started = time.monotonic()
-    output, schedule, device = Path(config.output), _schedule(config), _device(config)
-    config, origins, planned = _fitted(config, origins)
+    _refuse_several_processes()
+    output, schedule, device = Path(config.output), _schedule(config), device_of(config)
+    before = as_before(config, origins, output)
+    config, origins = before or (config, origins)
     resumed = find_checkpoint(config, output)
     if resumed and is_finished(output, resumed, schedule):
         log.info("%s is finished; give another --output to train anew", output)
@@ -47,6 +49,7 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     inputs = open_inputs(config)
     check_unchanged(config, resumed, inputs.fingerprints())
     optimizer_for(config, build_model(inputs.model, device="meta"))  # whether its options fit, at no cost
+    config, origins, planned = _fitted(config, origins, kept=before is not None)
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device)}
     write_config(output, config, origins, environment)
 
@@ -100,47 +103,50 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
             log.info("stopped after update %d; the same command with --output %s goes on there", state.step, output)
             return 128 + (trainer.stop_signal or 0)
         export(output / "model", model, inputs.tokenizer)
-        planned = planned or measure(config, inputs.model)
-        write_summary(output, _summary(state, planned.peak_bytes, peaks.now(), seconds()))
+        taken = seconds()
+        write_summary(output, _summary(state, _planned_peak(planned, config, inputs), peaks.now(), taken))
         return 0
     finally:
         for logger in trainer.loggers:
             logger.close()
 
 
-def _fitted(config: RunConfig, origins: Mapping[str, str]) -> tuple[RunConfig, Mapping[str, str], Plan | None]:
-    """The config whose updates fit the memory budget, and their plan where one had to be made."""
-    before = as_before(config, origins, Path(config.output))
-    if before:
-        return *before, None
-    config, origins, planned = choose(config, origins)
-    budget = budget_of(config)
+def _refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"torchrun started {os.environ['WORLD_SIZE']} processes; only one is supported so far")
+
+
+def _fitted(
+    config: RunConfig, origins: Mapping[str, str], *, kept: bool
+) -> tuple[RunConfig, Mapping[str, str], Plan | None]:
+    """The config whose updates fit the memory budget, and their plan where one had to be made.
+
+    What a run that is resumed was doing is ``kept``, and measured only where a budget is named.
+    """
+    budget, planned = budget_of(config), None
+    if not kept:
+        config, origins, planned = choose(config, origins, budget)
+    elif config.memory_budget is not None:
+        planned = measure(config, load_model_config(config.model))
     if planned and planned.peak_bytes > budget:
         raise InputError(
-            f"the smallest peak found is {planned.peak_bytes / 2**30:.2f} GiB ({describe(planned.config)}), and "
-            f"{budget / 2**30:.2f} GiB are to be had; what helps: an 8-bit row, a smaller --rank, --max-length or "
-            "--batch-size, or a larger --memory-budget"
+            f"the {'peak' if kept else 'smallest peak found'} is {planned.peak_bytes / 2**30:.2f} GiB "
+            f"({describe(planned.config)}), and {budget / 2**30:.2f} GiB are to be had; what helps: --layerwise, "
+            "--activation-checkpointing, a smaller --batch-size, --rank or --max-length, an 8-bit row, or a larger "
+            "--memory-budget"
         )
     if planned:
         log.info("%s: %.2f of %.2f GiB", describe(config), planned.peak_bytes / 2**30, budget / 2**30)
     return config, origins, planned
 
 
-def _device(config: RunConfig) -> torch.device:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"torchrun started {os.environ['WORLD_SIZE']} processes; only one is supported so far")
-    name = config.device
+def _planned_peak(planned: Plan | None, config: RunConfig, inputs: Inputs) -> int | None:
+    """Also of a run that needed no plan. It is over, and must not fail for this."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device auto"
-        )
-    return device
+        return (planned or measure(config, inputs.model)).peak_bytes
+    except Exception as error:
+        log.warning("its memory could not be planned: %s", error)
+        return None
 
 
 def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOptimizer) -> None:
@@ -229,7 +235,7 @@ class _Peaks:
         return max(allocator, peak_memory_bytes(self._device)), max(process, process_peak_bytes())
 
 
-def _summary(state: TrainState, planned: int, peaks: tuple[int, int], wall_seconds: float) -> dict[str, Any]:
+def _summary(state: TrainState, planned: int | None, peaks: tuple[int, int], wall_seconds: float) -> dict[str, Any]:
     return {
         "steps": state.step,
         "tokens_seen": state.tokens_seen,

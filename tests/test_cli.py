@@ -21,7 +21,8 @@ from galore_pretrain.config import RunConfig, parse_count
 from galore_pretrain.errors import InputError
 from galore_pretrain.recipes import resolve
 
-KEYS = {"step", "loss", "lr", "tokens_seen", "tokens_per_second", "peak_memory_bytes"}
+MEASURED = {"tokens_per_second", "peak_memory_bytes", "process_peak_bytes"}
+KEYS = {"step", "loss", "lr", "tokens_seen"} | MEASURED
 EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_tokens"}
 SUMMARY_KEYS = {
     "steps",
@@ -70,7 +71,7 @@ def run(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 def lines(output: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock or another process's memory put there."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_bytes")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +90,29 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert rows[-1]["eval_loss"] < rows[5]["eval_loss"] < 7.0
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary) == SUMMARY_KEYS
+    assert 2**20 < summary["planned_peak_bytes"] < summary["process_peak_bytes"]
     assert (summary["steps"], summary["tokens_seen"]) == (12, rows[-1]["tokens_seen"])
     assert summary["eval_loss"] == rows[-1]["eval_loss"]
     assert sorted(f.name for f in (finished / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
     kinds = {f.suffix for f in (finished / "checkpoints").rglob("*") if f.is_file()}
     assert kinds == {".safetensors", ".json"}
+
+
+def test_changing_over_to_layerwise_and_another_budget(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """Both execution modes go on from the other's checkpoints; a budget that the run would exceed is refused."""
+    output = tmp_path / "changing"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / "checkpoints" / "step_00000012")
+    (output / "summary.json").unlink()
+    refused = run(tiny_config, output, "--memory-budget", "1001MB")
+    assert refused.returncode == 2
+    assert "and 0.00 GiB are to be had; what helps: --layerwise" in refused.stderr
+    result = run(tiny_config, output, "--layerwise")
+    assert result.returncode == 0, result.stderr
+    assert "going on from" in result.stderr
+    assert [row["step"] for row in lines(output)] == list(range(1, 13))
+    for ours, theirs in zip(lines(output), lines(finished), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def test_config_json_says_where_values_come_from(finished: Path) -> None:
@@ -290,6 +309,9 @@ ERRORS = [
     (["--model", "llama_60m", "--betas", "1,2"], "not a pair of numbers in [0, 1)"),
     (["--model", "llama_60m", "--batch-size", "24"], "--total-batch-size 512 is not a multiple of --batch-size 24"),
     (["--model", "llama_60m", "--layerwise", "--grad-clip", "1", "--clip-norm", "full"], "keep low-rank sums"),
+    (["--model", "llama_60m", "--memory-budget", "800MiB"], "--memory-budget 838860800 must be greater than 1e+09"),
+    (["--model", "llama_60m", "--memory-budget", "24G"], "'24G' is not a size of memory"),
+    (["plan", "--model", "llama_1m", "--device", "cuda:9"], "CUDA devices"),
     (["--model", "llama_60m", "--clip-norm", "full"], "--clip-norm full has no meaning without --grad-clip"),
     (["--model", "llama_60m", "--steps", "5", "--warmup-steps", "6"], "--warmup-steps 6 exceeds --steps 5"),
     (["--model", "llama_60m", "--data", "x", "--tokenizer", "sample"], "no such file, folder or pattern"),

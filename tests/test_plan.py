@@ -17,9 +17,11 @@ from galore_pretrain.config import RunConfig, parse_bytes
 from galore_pretrain.errors import InputError
 from galore_pretrain.memory import KINDS, Ledger, available_bytes
 from galore_pretrain.model import build_model, load_model_config, mean_loss
+from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.names import ROWS
-from galore_pretrain.optim.step import abridged, pieces
-from galore_pretrain.plan import OUTSIDE, Plan, choose, heaviest_updates, measure, put_before, static_bytes
+from galore_pretrain.optim.rules import Adam
+from galore_pretrain.optim.step import Step, abridged, pieces
+from galore_pretrain.plan import OUTSIDE, Plan, budget_of, choose, heaviest_updates, measure, put_before, static_bytes
 from galore_pretrain.recipes import CHOSEN, resolve
 
 
@@ -131,35 +133,64 @@ GIB = 2**30
 
 def chosen(model: str, budget: int, **given: Any) -> tuple[RunConfig, dict[str, str], Plan | None]:
     values = {"model": model, "optim": "galore_adamw", "data": "sample", "max_length": 64, "rank": 32, "grad_clip": 1.0}
-    values |= {"total_batch_size": 64, "steps": 100, "memory_budget": budget + OUTSIDE} | given
+    values |= {"total_batch_size": 64, "steps": 100, "dtype": "float32", "memory_budget": budget + OUTSIDE} | given
     config, origins = resolve(values, dict.fromkeys(values, "flag"))
-    return choose(config, origins)
+    return choose(config, origins, budget_of(config))
+
+
+def how(config: RunConfig) -> tuple[bool, bool, int, str | None]:
+    return config.layerwise, config.activation_checkpointing, config.batch_size, config.clip_norm
 
 
 def test_the_budget_decides(small: str) -> None:
-    """Plenty: nothing is searched. Less: what costs least arithmetic of what fits, and the norm that goes with it."""
+    """Plenty: nothing is searched. Less: what costs least arithmetic of what fits; another norm only where nothing that
+    clips the full one does."""
     config, origins, plan = chosen(small, 8 * GIB)
     assert plan is None
-    assert (config.layerwise, config.activation_checkpointing, config.batch_size, config.clip_norm) == (
-        False, False, 8, "full",
-    )  # fmt: skip
+    assert how(config) == (False, False, 8, "full")
     assert origins["layerwise"] == origins["batch_size"] == CHOSEN
-    for budget, expected in ((60, (False, False, 4)), (45, (True, True, 8))):
-        config, _, plan = chosen(small, budget * 2**20)
-        assert (config.layerwise, config.activation_checkpointing, config.batch_size) == expected
+    architecture = load_model_config(small)
+
+    def peak(layerwise: bool, checkpointing: bool, size: int) -> int:
+        changed = replace(config, layerwise=layerwise, activation_checkpointing=checkpointing, batch_size=size)
+        return measure(replace(changed, clip_norm="projected" if layerwise else "full"), architecture).peak_bytes
+
+    for expected in ((False, False, 4, "full"), (True, True, 2, "projected")):
+        budget = peak(*expected[:3])
+        config, _, plan = chosen(small, budget)
+        assert how(config) == expected
         assert plan is not None
-        assert plan.config == config
-        assert plan.peak_bytes <= budget * 2**20
-        assert config.clip_norm == ("projected" if config.layerwise else "full")
+        assert (plan.config, plan.peak_bytes) == (config, budget)
 
 
 def test_flags_stay_whatever_the_budget(small: str) -> None:
     config, _, plan = chosen(small, 10 * 2**20, layerwise=False, activation_checkpointing=False, batch_size=2)
-    assert (config.layerwise, config.activation_checkpointing, config.batch_size) == (False, False, 2)
+    assert how(config) == (False, False, 2, "full")
     assert plan is not None
     assert plan.peak_bytes > 10 * 2**20
     config, _, _ = chosen(small, 8 * GIB, clip_norm="projected", layerwise=True)
-    assert (config.layerwise, config.clip_norm) == (True, "projected")
+    assert how(config)[0::3] == (True, "projected")
+    config, _, plan = chosen(small, 30 * 2**20, numerics="reference", layerwise=False, activation_checkpointing=True)
+    assert config.batch_size == 8  # on which that loss depends
+
+
+def test_the_least_peak_is_told_where_nothing_can_fit(small: str) -> None:
+    config, _, plan = chosen(small, 2**20, grad_clip=0.0)
+    assert how(config) == (True, True, 1, None)
+    assert plan is not None
+
+
+def test_an_enormous_gap_is_no_obstacle(small: str) -> None:
+    config = config_for(small, "galore_adamw", update_proj_gap=10**9)
+    optimizer = optimizer_for(config, build_model(load_model_config(small), device="meta"))
+    assert len(heaviest_updates(config, optimizer)) == 2
+    for gap, refresh in ((7, "together"), (7, "staggered"), (40, "staggered"), (1, "staggered")):
+        rule = GaLore(Adam(), update_proj_gap=gap, refresh=refresh)
+        for phase, count in itertools.product((0.0, 0.3, 0.99), range(1, 60)):
+            due = rule.next_due(Step(count, phase=phase))
+            later = [rule.is_due(Step(c, phase=phase)) for c in range(count, due + 1)]
+            assert later == [False] * (due - count) + [True]
+            assert due - count < max(gap, 5)
 
 
 def test_a_budget_that_cannot_be_met_is_refused(small: str, tmp_path: Path) -> None:
@@ -195,7 +226,8 @@ def test_sizes_of_memory() -> None:
     assert parse_bytes("24GiB") == 24 * GIB
     assert parse_bytes("24GB") == 24 * 10**9
     assert parse_bytes("1.5 mib") == 3 * 2**19
-    for text in ("24", "24G", "-1GB", "GiB"):
+    assert parse_bytes("25769803776") == 24 * GIB  # as a run's own config.json has it
+    for text in ("24G", "-1GB", "GiB"):
         with pytest.raises(ValueError, match="is not a size of memory"):
             parse_bytes(text)
     assert 2**28 < available_bytes(torch.device("cpu")) < 2**50

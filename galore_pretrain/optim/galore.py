@@ -133,8 +133,12 @@ class GaLore:
 
     def is_due(self, step: Step) -> bool:
         """Whether this update begins with a new basis, found in its own gradient."""
+        return self.next_due(step) == step.count
+
+    def next_due(self, step: Step) -> int:
+        """The number of the first update, from this one on, that begins with a new basis."""
         since = step.count - 1 - self._first_refresh(step)
-        return since >= 0 and since % self.update_proj_gap == 0
+        return step.count + (-since if since < 0 else -since % self.update_proj_gap)
 
     def _age(self, step: Step) -> int:
         """The number of the update among those since the last refresh that was due, from 1."""

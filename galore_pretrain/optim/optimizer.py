@@ -141,7 +141,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
         """Update ``p`` from what was gathered for it, or else from ``p.grad``; does nothing where there is neither.
 
-        ``coefficient``, a scalar, is multiplied into the gradient, also into ``p.grad`` itself.
+        ``coefficient``, a scalar, is multiplied into the gradient: into the low-rank one where the rule projects, else
+        into ``p.grad`` itself.
         """
         waiting = self._waiting.pop(p, None) or self._take(p, None)
         if waiting is None or p.numel() == 0:
@@ -224,10 +225,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What was gathered for the next update of ``p``."""
         return self._waiting.get(p)
 
-    def is_due(self, p: Tensor, count: int | None = None) -> bool:
-        """Whether update number ``count`` (from 1; by default the next) of ``p`` begins with a new basis."""
-        rule, count = self.rule_of(p), count or self.state[p]["step"] + 1
-        return isinstance(rule, GaLore) and rule.is_due(Step(count, phase=self._phase(p)))
+    def is_due(self, p: Tensor) -> bool:
+        """Whether the next update of ``p`` begins with a new basis."""
+        count = int(self.state[p]["step"]) + 1
+        return self.next_due(p, count) == count
+
+    def next_due(self, p: Tensor, count: int) -> int | None:
+        """The number (from ``count`` on) of the first update of ``p`` that begins with a new basis; None: none does."""
+        rule = self.rule_of(p)
+        return rule.next_due(Step(count, phase=self._phase(p))) if isinstance(rule, GaLore) else None
 
     def _of(self, p: Tensor) -> tuple[dict[str, Any], UpdateRule, dict[str, Tensor]]:
         """(group, rule, tensors of the state) of a parameter."""
