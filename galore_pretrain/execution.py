@@ -1,5 +1,6 @@
 """When updates run: all of them after backward, or each inside it. Both call ``optimizer.update_param``."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,7 +40,7 @@ class Execution(Protocol):
         ...
 
 
-class _Updates:
+class _Updates(ABC):
     """What both executions share: the hooks, and the updates that wait for the end."""
 
     def __init__(self, optimizer: "RuleOptimizer", grad_clip: float = 0.0, *, projected: bool = False) -> None:
@@ -50,9 +51,9 @@ class _Updates:
         for p in self._params:
             p.register_post_accumulate_grad_hook(self._hook)
 
+    @abstractmethod
     def _hook(self, p: Tensor) -> None:
         """Called when a backward pass has added to ``p.grad`` all that it will."""
-        raise NotImplementedError
 
     def begin(self, micro_batch: int, micro_batches: int) -> None:
         self._micro_batch, self._micro_batches = micro_batch, micro_batches
