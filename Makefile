@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint pytest golden clean
+.PHONY: demo test lint pytest golden bench-7b clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ pytest: $(VENV)/.installed
 
 golden: $(VENV)/.installed          ## write tests/golden anew
 	$(BIN)/python tests/test_golden.py
+
+bench-7b: $(VENV)/.installed        ## real updates of llama_7b: an hour, 20 GB of memory, 55 GB of disk
+	$(BIN)/python scripts/bench_7b.py runs/bench-7b
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from galore_pretrain.errors import InputError
 
-_FILE_BYTES = 1 << 30  # a file is serialized in memory as a whole: bounds what saving adds to the peak
+_FILE_BYTES = 1 << 28  # a file is serialized in memory as a whole: bounds what saving adds to the peak
 _STATE = "state.json"
 
 

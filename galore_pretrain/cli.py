@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -127,6 +128,7 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     if config.data != "c4":
         open_source(config.data, "train", config.eval_data)
 
+    _let_cuda_grow_segments()
     from galore_pretrain import run  # torch and transformers: only for a run that makes sense so far
 
     return run.train(config, origins)
@@ -162,11 +164,10 @@ def plan(
     rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
     resolved = [_resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
 
-    from galore_pretrain import plan as planner  # torch and transformers
-    from galore_pretrain import report
+    from galore_pretrain import budget, report  # torch and transformers
 
-    budget = planner.budget_of(resolved[0][0])
-    found = [planner.plan(config, origins, budget) for config, origins in resolved]
+    available = budget.budget_of(resolved[0][0])
+    found = [budget.planned(config, origins, available) for config, origins in resolved]
     if compare:
         bars: dict[str, dict[str, int]] = {}
         for row, plan in zip(rows, found, strict=True):
@@ -176,13 +177,13 @@ def plan(
         picture = picture or Path(f"memory-{model}.png")
         first = resolved[0][0]
         title = f"{model} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
-        report.draw_memory(picture, title, bars, budget)
+        report.draw_memory(picture, title, bars, available)
     if as_json:
-        answers = [plan.as_json(budget) for plan in found]
+        answers = [plan.as_json(available) for plan in found]
         click.echo(json.dumps(dict(zip(rows, answers, strict=True)) if compare else answers[0], indent=2))
     else:
         for plan in found:
-            click.echo((f"{plan.config.optim}\n" if compare else "") + plan.table(budget) + "\n" * bool(compare))
+            click.echo((f"{plan.config.optim}\n" if compare else "") + plan.table(available) + "\n" * bool(compare))
         if compare:
             click.echo(f"drawn: {picture}")
     return 0
@@ -191,6 +192,15 @@ def plan(
 def _cleared(row: str) -> dict[str, None]:
     """Of rows that are compared, each takes the flags that mean something to it; a rank is GaLore's alone."""
     return dict.fromkeys(without_meaning(row)) if row else {}
+
+
+def _let_cuda_grow_segments() -> None:
+    """Fragments of CUDA's allocator would take from a card what no plan can know. What the user has set stays.
+
+    To be called before torch is imported: its allocator reads this once.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _read_run_json(ctx: click.Context, path: Path | None) -> None:

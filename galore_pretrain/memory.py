@@ -1,17 +1,19 @@
 """What a run takes: peaks of the device's allocator and of the process, and a ledger of every tensor of a step."""
 
 import contextlib
+import itertools
 import os
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +52,18 @@ def available_bytes(device: torch.device) -> int:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free.append(int(lines["MemAvailable"].split()[0]) * 1024)
     return min(free)
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The largest sum of what torch's allocator on the CPU gave out during ``work`` and did not get back.
+
+    Found from the profiler's events: it knows nothing of tensors, nor of `Ledger`, which it is there to check.
+    """
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes: Iterable[int] = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(itertools.accumulate(sizes, initial=0))
 
 
 class Ledger(TorchDispatchMode):

@@ -69,7 +69,7 @@ def exact() -> dict[str, Any]:
     for name, rank in zip(table["models"], table["rank"], strict=True):
         architecture = load_model_config(name)
         for method, row in (("full", "adamw"), ("galore", "galore_adamw")):
-            w, o = static_bytes(_config(name, row, rank=rank if method == "galore" else None), architecture)
+            w, o, _ = static_bytes(_config(name, row, rank=rank if method == "galore" else None), architecture)
             weights[method].append(w / 1e9)
             optimizer[method].append(o / 1e9)
         factors, norms = (
@@ -125,7 +125,7 @@ def report() -> str:
         lines.append("")
     lines += ["| Table 3, llama_7b | printed G | exact: weights + state, 10⁹ bytes |", "|---|---|---|"]
     for row, rank in (("galore_adamw8bit", 1024), ("adamw8bit", None)):
-        w, o = static_bytes(_config("llama_7b", row, rank=rank), load_model_config("llama_7b"))
+        w, o, _ = static_bytes(_config("llama_7b", row, rank=rank), load_model_config("llama_7b"))
         lines.append(f"| {row} | {tables['table3'][row]['memory_g']} | {w / 1e9:.2f} + {o / 1e9:.2f} |")
     lines += ["", "Peak of an update of 1 × 256 tokens: measured by the authors (GB) / planned here (10⁹ bytes)", ""]
     figure = tables["figure4_measured_gb"]

@@ -2,9 +2,9 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.build import device_of, execution_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
-from galore_pretrain.errors import InputError
-from galore_pretrain.memory import Ledger, available_bytes
-from galore_pretrain.model import build_model, load_model_config, mean_loss, without_masks
-from galore_pretrain.optim.step import abridged
-from galore_pretrain.recipes import CHOSEN, micro_batches, with_execution
+from galore_pretrain.execution import Execution
+from galore_pretrain.memory import Ledger
+from galore_pretrain.model import build_model, mean_loss, without_masks
+from galore_pretrain.optim.step import RandomBits, abridged
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
-
-
-OUTSIDE = 10**9
-"""Bytes that tensors do not get: of a card, the driver's, its libraries' and the allocator's fragments; of a machine,
-the program's own, its text and what saving takes."""
 
 
 @dataclass(frozen=True)
@@ -88,102 +82,22 @@ def describe(config: RunConfig) -> str:
     return ", ".join(how)
 
 
-def budget_of(config: RunConfig) -> int:
-    """Bytes that tensors may take: of ``--memory-budget``, or of what the device has free now."""
-    return (config.memory_budget or available_bytes(device_of(config))) - OUTSIDE
+class Static(NamedTuple):
+    """Bytes that are there throughout a run: exact."""
+
+    weights: int
+    state: int
+    sums: int
+    """Of all gradients as layerwise updates keep them until the last micro-batch: projected where the rule does."""
 
 
-def plan(config: RunConfig, origins: Mapping[str, str], budget: int) -> Plan:
-    """The plan of the run that `choose` would choose."""
-    config, origins, planned = choose(config, origins, budget)
-    return planned or measure(config, load_model_config(config.model))
-
-
-def choose(config: RunConfig, origins: Mapping[str, str], budget: int) -> tuple[RunConfig, dict[str, str], Plan | None]:
-    """The fastest way to run the updates that fits the budget; what was forced by a flag stays.
-
-    Candidates are tried in the order of their arithmetic: checkpointing repeats the forward pass, layerwise sums
-    project each micro-batch. The plan is None where a bound shows at once that the first fits. Where none does, the
-    plan is the one with the smallest peak.
-    """
-    architecture = load_model_config(config.model)
-    candidates = _candidates(config, origins)
-    if _upper_bound(candidates[0][0], architecture) <= budget:
-        return *candidates[0], None
-    plans: list[tuple[RunConfig, dict[str, str], Plan]] = []
-    for candidate, its_origins in candidates:
-        if _lower_bound(candidate, architecture) <= budget:
-            plans.append((candidate, its_origins, measure(candidate, architecture)))
-            if plans[-1][2].peak_bytes <= budget:
-                return plans[-1]
-    if not plans:
-        least, its_origins = min(
-            candidates,
-            key=lambda pair: (
-                _lower_bound(pair[0], architecture), not pair[0].activation_checkpointing, pair[0].batch_size,
-            ),
-        )  # fmt: skip
-        return least, its_origins, measure(least, architecture)
-    return min(plans, key=lambda found: found[2].peak_bytes)
-
-
-def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[RunConfig, dict[str, str]]]:
-    """What may be chosen, the fastest first, but none that clips another norm before one that clips the full one."""
-
-    def options(name: str, values: Sequence[Any]) -> Sequence[Any]:
-        return values if origins[name] == CHOSEN else [getattr(config, name)]
-
-    found = []
-    for layerwise in options("layerwise", (False, True)):
-        for checkpointing in options("activation_checkpointing", (False, True)):
-            # The published code's loss depends on the micro-batch.
-            sizes = micro_batches(config.total_batch_size) if config.numerics == "sound" else [config.batch_size]
-            for size in options("batch_size", sizes):
-                with contextlib.suppress(InputError):  # a clip norm that this way does not know
-                    found.append(
-                        with_execution(
-                            config,
-                            origins,
-                            layerwise=layerwise,
-                            activation_checkpointing=checkpointing,
-                            batch_size=size,
-                        )
-                    )
-    return sorted(found, key=lambda pair: (pair[0].clip_norm == "projected", *_cost(pair[0])))
-
-
-def _cost(config: RunConfig) -> tuple[float, bool, int]:
-    """Products with each weight per token, in units of 2mn; at equal cost, the plainer first."""
-    tokens = config.batch_size * config.max_length
-    several = config.total_batch_size > config.batch_size
-    projecting = (config.rank or 0) / tokens if config.layerwise and several else 0.0
-    few = 256 / tokens  # a matrix product of few rows is slower
-    return 3 + config.activation_checkpointing + projecting + few, config.layerwise, -config.batch_size
-
-
-def _lower_bound(config: RunConfig, architecture: LlamaConfig) -> int:
-    """Weights and optimizer state, and all gradients where they exist at once."""
-    weights, state = static_bytes(config, architecture)
-    return weights + state + (0 if config.layerwise else weights)
-
-
-def _upper_bound(config: RunConfig, architecture: LlamaConfig) -> int:
-    """What no update exceeds: everything that is there once, and a generous share for each token of a micro-batch."""
-    weights, state = static_bytes(config, architecture)
-    hidden, inner, heads = architecture.hidden_size, architecture.intermediate_size, architecture.num_attention_heads
-    wide = max(hidden, heads * (getattr(architecture, "head_dim", None) or 1))
-    layer = 24 * wide + 8 * inner + 2 * heads
-    token = 4 * (layer * (architecture.num_hidden_layers + 2) + 4 * architecture.vocab_size)
-    largest = 4 * hidden * max(architecture.vocab_size, inner)  # of a decomposition's copies, or of a gradient's sum
-    return int(3 * weights + state + 6 * largest + config.batch_size * config.max_length * token + 2**28)
-
-
-def static_bytes(config: RunConfig, architecture: LlamaConfig) -> tuple[int, int]:
-    """(weights, optimizer state), exact."""
+def static_bytes(config: RunConfig, architecture: LlamaConfig) -> Static:
+    """What a run holds before it computes anything, whatever its execution and micro-batch."""
     model = build_model(architecture, device="meta", dtype=getattr(torch, config.dtype))
     optimizer = optimizer_for(config, model)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
-    return sum(p.nbytes for p in model.parameters()), state
+    sums = sum(optimizer.sum_bytes(p) for p in optimizer.state)
+    return Static(sum(p.nbytes for p in model.parameters()), state, sums)
 
 
 def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool = False) -> Plan:
@@ -208,26 +122,31 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
             for name, value in state.items():
                 if name.endswith("basis"):
                     ledger.assign(value, "bases")
-        _watch(ledger, model)
         execution = execution_for(config, optimizer)
-        _file_sums(ledger, optimizer, each=every_update)
-        shape = config.batch_size, config.max_length
-        of_update = min(config.total_batch_size // config.batch_size, 2)
-        for count in heaviest_updates(config, optimizer):
-            with ledger.kind("moments"):
-                put_before(optimizer, count)
-            for i in range(of_update):
-                rows, labels = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
-                loss = mean_loss(model, rows, labels, rows.numel())
-                execution.begin(i, of_update)
-                loss.backward()
-                del loss
-            ledger.place = "updates after backward"
-            execution.complete()
+        _watch(ledger, model, execution)
+        _file(ledger, optimizer, each=every_update)
+        make_heaviest_updates(config, model, optimizer, execution, min(config.total_batch_size // config.batch_size, 2))
     return Plan(config, ledger.peak, ledger.at_peak, ledger.place_of_peak)
 
 
-def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
+def make_heaviest_updates(
+    config: RunConfig, model: LlamaForCausalLM, optimizer: "RuleOptimizer", execution: Execution, micro_batches: int
+) -> None:
+    """Those updates of a run that can hold most, of so many micro-batches each."""
+    for count in heaviest_updates(config, optimizer):
+        for p, state in optimizer.state.items():  # as if all before it had been made
+            state["step"] = count - 1
+            optimizer.random_bits(p, count + 1000)  # what they were last read from is still there
+        for i in range(micro_batches):
+            rows = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
+            loss = mean_loss(model, rows, rows, rows.numel())
+            execution.begin(i, micro_batches)
+            loss.backward()
+            del loss
+        execution.complete()
+
+
+def _watch(ledger: Ledger, model: LlamaForCausalLM, execution: Execution) -> None:
     """Tell the ledger where in the update it is, and which tensors are gradients."""
 
     def say(name: str) -> Callable[..., None]:
@@ -251,12 +170,13 @@ def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(gradient(name))
 
+    complete = execution.complete
 
-def put_before(optimizer: "RuleOptimizer", count: int) -> None:
-    """As if ``count`` - 1 updates had been made, with what random bits were last read from still there."""
-    for p, state in optimizer.state.items():
-        state["step"] = count - 1
-        optimizer.random_bits(p, count + 1000)
+    def complete_noted() -> None:
+        ledger.place = "updates after backward"
+        complete()
+
+    execution.complete = complete_noted  # type: ignore[method-assign]
 
 
 def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]:
@@ -271,10 +191,11 @@ def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]
     return [heaviest] if config.total_batch_size > config.batch_size else [1, heaviest]
 
 
-def _file_sums(ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> None:
-    """Give sums of gradients their kind, and do only once what is alike for many tensors, unless ``each`` is wanted."""
+def _file(ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> None:
+    """Give what an optimizer keeps its kind, and do only once what is alike for many tensors, unless ``each`` is
+    wanted."""
     known: dict[Hashable, dict[str, int]] = {}
-    gather, settle, update = optimizer.gather, optimizer.settle, optimizer.update_param
+    gather, settle, update, bits = optimizer.gather, optimizer.settle, optimizer.update_param, optimizer.random_bits
 
     def once(p: Tensor, name: str, work: Callable[[], None]) -> bool:
         """Whether the work was done; else what it held has been replayed."""
@@ -305,5 +226,9 @@ def _file_sums(ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> Non
         if not once(p, "update", lambda: update(p, coefficient)):
             optimizer.discard([p])
 
+    def bits_filed(p: Tensor, count: int) -> RandomBits | None:
+        with ledger.kind("moments"):
+            return bits(p, count)
+
     optimizer.gather, optimizer.settle = gather_filed, settle_filed  # type: ignore[method-assign]
-    optimizer.update_param = update_filed  # type: ignore[method-assign]
+    optimizer.update_param, optimizer.random_bits = update_filed, bits_filed  # type: ignore[method-assign]

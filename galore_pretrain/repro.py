@@ -1,5 +1,6 @@
 """What a run must say of itself to be repeated: code, versions, hardware."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -30,7 +31,14 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name(device)
         hardware["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
-    return {"git": _git_state(), "versions": versions, "hardware": hardware, "argv": sys.argv[1:]}
+    allocator = {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")}
+    return {
+        "git": _git_state(),
+        "versions": versions,
+        "hardware": hardware,
+        "allocator": allocator,
+        "argv": sys.argv[1:],
+    }
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
-"""Which checkpoint a run goes on from, whether it may, and putting everything back as it was."""
+"""What a checkpoint holds of a run; which one a run goes on from, whether it may, and putting everything back."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,25 @@ def restore(
         torch.cuda.set_rng_state(tensors["random.cuda"])
     log.info("going on from %s at update %d", folder, state.step)
     return saved
+
+
+def write_checkpoint(
+    config: RunConfig,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: "TrainState",
+    remains: Mapping[str, Any],
+) -> None:
+    """Everything as it is now, for `restore`, which returns ``remains`` among the rest."""
+    root = Path(config.output) / "checkpoints"
+    meta = {
+        "config": asdict(config),
+        "trainer": state.state_dict(),
+        "counts": checkpoint.named_counts(optimizer),
+        **remains,
+    }
+    checkpoint.save(checkpoint.folder_of(root, state.step), checkpoint.named_tensors(model, optimizer), meta)
+    checkpoint.prune(root, config.keep)
 
 
 def check_unchanged(config: RunConfig, resumed: Path | None, inputs: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from galore_pretrain import checkpoint
+from galore_pretrain.budget import fitted
 from galore_pretrain.build import device_of, execution_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import Row, TrainingData, validation_rows
@@ -21,14 +21,14 @@ from galore_pretrain.evaluate import Evaluation, evaluate
 from galore_pretrain.inputs import Inputs, open_inputs
 from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes
 from galore_pretrain.metrics import JsonLines, Progress, Wandb
-from galore_pretrain.model import build_model, load_model_config
+from galore_pretrain.model import build_model
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.projector import has_fast_bf16
 from galore_pretrain.outputs import export, write_config, write_summary
-from galore_pretrain.plan import Plan, budget_of, choose, describe, measure
+from galore_pretrain.plan import Plan, measure
 from galore_pretrain.recipes import reference_batch
 from galore_pretrain.repro import describe_environment
-from galore_pretrain.resume import as_before, check_unchanged, find_checkpoint, is_finished, restore
+from galore_pretrain.resume import as_before, check_unchanged, find_checkpoint, is_finished, restore, write_checkpoint
 from galore_pretrain.schedule import Schedule
 from galore_pretrain.trainer import Trainer, TrainState
 
@@ -49,7 +49,7 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     inputs = open_inputs(config)
     check_unchanged(config, resumed, inputs.fingerprints())
     optimizer_for(config, build_model(inputs.model, device="meta"))  # whether its options fit, at no cost
-    config, origins, planned = _fitted(config, origins, kept=before is not None)
+    config, origins, planned = fitted(config, origins, kept=before is not None)
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device)}
     write_config(output, config, origins, environment)
 
@@ -68,18 +68,9 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         return float(saved.get("wall_seconds", 0.0)) + time.monotonic() - started
 
     def save() -> None:
-        meta: dict[str, Any] = {"counts": checkpoint.named_counts(optimizer), "config": asdict(config)}
-        meta |= {
-            "trainer": state.state_dict(),
-            "metrics_bytes": lines.sync(),
-            "wandb_id": wandb.run_id,
-            "wall_seconds": seconds(),
-            "peaks": peaks.now(),
-            "inputs": inputs.fingerprints(),
-        }
-        folder = checkpoint.folder_of(output / "checkpoints", state.step)
-        checkpoint.save(folder, checkpoint.named_tensors(model, optimizer), meta)
-        checkpoint.prune(folder.parent, config.keep)
+        remains: dict[str, Any] = {"metrics_bytes": lines.sync(), "wandb_id": wandb.run_id, "peaks": peaks.now()}
+        remains |= {"wall_seconds": seconds(), "inputs": inputs.fingerprints()}
+        write_checkpoint(config, model, optimizer, state, remains)
 
     trainer = Trainer(
         model=model,
@@ -114,30 +105,6 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
 def _refuse_several_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"torchrun started {os.environ['WORLD_SIZE']} processes; only one is supported so far")
-
-
-def _fitted(
-    config: RunConfig, origins: Mapping[str, str], *, kept: bool
-) -> tuple[RunConfig, Mapping[str, str], Plan | None]:
-    """The config whose updates fit the memory budget, and their plan where one had to be made.
-
-    What a run that is resumed was doing is ``kept``, and measured only where a budget is named.
-    """
-    budget, planned = budget_of(config), None
-    if not kept:
-        config, origins, planned = choose(config, origins, budget)
-    elif config.memory_budget is not None:
-        planned = measure(config, load_model_config(config.model))
-    if planned and planned.peak_bytes > budget:
-        raise InputError(
-            f"the {'peak' if kept else 'smallest peak found'} is {planned.peak_bytes / 2**30:.2f} GiB "
-            f"({describe(planned.config)}), and {budget / 2**30:.2f} GiB are to be had; what helps: --layerwise, "
-            "--activation-checkpointing, a smaller --batch-size, --rank or --max-length, an 8-bit row, or a larger "
-            "--memory-budget"
-        )
-    if planned:
-        log.info("%s: %.2f of %.2f GiB", describe(config), planned.peak_bytes / 2**30, budget / 2**30)
-    return config, origins, planned
 
 
 def _planned_peak(planned: Plan | None, config: RunConfig, inputs: Inputs) -> int | None:

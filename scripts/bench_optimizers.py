@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain import load_model_config
+from galore_pretrain.memory import allocated_peak
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.names import ROWS
 from galore_pretrain.optim.registry import build_rules, rounding_of
@@ -138,14 +139,7 @@ def extra_bytes(optimizer: Any, grads: dict[Tensor, Tensor], device: torch.devic
         before = torch.cuda.memory_allocated(device)
         optimizer.step()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        optimizer.step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return allocated_peak(optimizer.step)
 
 
 def state_bytes(optimizer: Any) -> int:

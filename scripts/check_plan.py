@@ -24,35 +24,22 @@ import torch
 
 from galore_pretrain.build import execution_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
-from galore_pretrain.memory import process_peak_bytes
-from galore_pretrain.model import build_model, load_model_config, mean_loss
-from galore_pretrain.plan import heaviest_updates, measure, put_before
+from galore_pretrain.memory import allocated_peak, process_peak_bytes
+from galore_pretrain.model import build_model, load_model_config
+from galore_pretrain.plan import make_heaviest_updates, measure
 from galore_pretrain.recipes import resolve
 
 
 def updates(config: RunConfig) -> None:
     model = build_model(load_model_config(config.model), dtype=getattr(torch, config.dtype))
     optimizer = optimizer_for(config, prepare(config, model))
-    execution = execution_for(config, optimizer)
-    micro_batches = min(config.total_batch_size // config.batch_size, 2)
-    for count in heaviest_updates(config, optimizer):
-        put_before(optimizer, count)
-        for i in range(micro_batches):
-            rows = torch.randint(0, 1000, (config.batch_size, config.max_length))
-            loss = mean_loss(model, rows, rows, rows.numel())
-            execution.begin(i, micro_batches)
-            loss.backward()
-            del loss
-        execution.finish()
+    execution, micro_batches = execution_for(config, optimizer), config.total_batch_size // config.batch_size
+    make_heaviest_updates(config, model, optimizer, execution, micro_batches)
 
 
 def events_peak(config: RunConfig) -> int:
-    """The largest sum of what torch's allocator gave and did not get back."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        updates(config)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    """What torch's allocator gave out at most."""
+    return allocated_peak(lambda: updates(config))
 
 
 def process_growth(config: RunConfig) -> int:

@@ -123,6 +123,8 @@ def test_config_json_says_where_values_come_from(finished: Path) -> None:
     assert config["config"]["layout"]["origin"] == "default"
     assert config["versions"]["torch"] == torch.__version__
     assert config["hardware"]["threads"]
+    set_by_user = {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")}
+    assert config["allocator"] == (set_by_user or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_model_folder_is_plain_hugging_face(finished: Path) -> None:

@@ -11,17 +11,18 @@ import torch
 from click.testing import CliRunner
 
 from galore_pretrain import paper
+from galore_pretrain.budget import OUTSIDE, budget_of, choose, lower_bound, upper_bound
 from galore_pretrain.build import execution_for, optimizer_for, prepare
 from galore_pretrain.cli import cli
 from galore_pretrain.config import RunConfig, parse_bytes
 from galore_pretrain.errors import InputError
-from galore_pretrain.memory import KINDS, Ledger, available_bytes
-from galore_pretrain.model import build_model, load_model_config, mean_loss
+from galore_pretrain.memory import KINDS, Ledger, allocated_peak, available_bytes
+from galore_pretrain.model import build_model, load_model_config
 from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.names import ROWS
 from galore_pretrain.optim.rules import Adam
 from galore_pretrain.optim.step import Step, abridged, pieces
-from galore_pretrain.plan import OUTSIDE, Plan, budget_of, choose, heaviest_updates, measure, put_before, static_bytes
+from galore_pretrain.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
 from galore_pretrain.recipes import CHOSEN, resolve
 
 
@@ -45,23 +46,14 @@ def config_for(model: str, row: str, **given: Any) -> RunConfig:
 
 def real_peak(config: RunConfig) -> int:
     """What torch's allocator gave out at most in the same updates, of real tensors."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+
+    def updates() -> None:
         model = build_model(load_model_config(config.model), dtype=getattr(torch, config.dtype))
         optimizer = optimizer_for(config, prepare(config, model))
-        execution = execution_for(config, optimizer)
-        micro_batches = config.total_batch_size // config.batch_size
-        for count in heaviest_updates(config, optimizer):
-            put_before(optimizer, count)
-            for i in range(micro_batches):
-                rows = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
-                loss = mean_loss(model, rows, rows, rows.numel())
-                execution.begin(i, micro_batches)
-                loss.backward()  # type: ignore[no-untyped-call]
-                del loss
-            execution.finish()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+        execution, micro_batches = execution_for(config, optimizer), config.total_batch_size // config.batch_size
+        make_heaviest_updates(config, model, optimizer, execution, micro_batches)
+
+    return allocated_peak(updates)
 
 
 CASES = [
@@ -89,11 +81,13 @@ def test_the_plan_is_what_the_allocator_says(
         dtype=dtype,
         grad_clip=clip,
     )
-    planned = measure(config, load_model_config(small))
+    architecture = load_model_config(small)
+    planned, static = measure(config, architecture), static_bytes(config, architecture)
     assert planned.peak_bytes == pytest.approx(real_peak(config), rel=0.03)
     assert sum(planned.parts.values()) == planned.peak_bytes
+    assert lower_bound(config, architecture, static) <= planned.peak_bytes <= upper_bound(config, architecture, static)
     tables_of_rotations = 1024
-    assert 0 <= planned.parts["weights"] - static_bytes(config, load_model_config(small))[0] < tables_of_rotations
+    assert 0 <= planned.parts["weights"] - static.weights < tables_of_rotations
 
 
 @pytest.mark.parametrize("row", ["adamw", "galore_adamw8bit", "galore_adafactor", "natural_galore"])

@@ -7,23 +7,20 @@ same method from inside backward. Hence one state, one learning rate and one che
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from galore_pretrain.optim.galore import GaLore
-from galore_pretrain.optim.projector import has_fast_bf16
-from galore_pretrain.optim.rules import Adam, Direction, UpdateRule
+from galore_pretrain.optim.inplace import add, subtract
+from galore_pretrain.optim.rules import Adam, UpdateRule
 from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, gradient_norm, mix, pieces
 
 _GOLDEN = 0.6180339887498949
 _UPDATES_A_POOL, _POOLS = 64, 2
 _PATIENCE = 100  # steps after which faults that nobody asked for are told
-
-_PRODUCT = 1 << 21
-"""Elements of a low-rank update that are multiplied out at a time: matrix products want more than a cache holds."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             return
         waiting.parts += 1
         waiting.finite = waiting.finite & taken.finite
-        _add(waiting.grad, taken.grad, waiting.step, f"sum {waiting.parts}")
+        add(waiting.grad, taken.grad, waiting.step, f"sum {waiting.parts}")
 
     @torch.no_grad()
     def settle(self, p: Tensor) -> None:
@@ -224,6 +221,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     def waiting(self, p: Tensor) -> Waiting | None:
         """What was gathered for the next update of ``p``."""
         return self._waiting.get(p)
+
+    def sum_bytes(self, p: Tensor) -> int:
+        """What a gathered gradient of ``p`` takes between two refreshes of its basis."""
+        _, rule, state = self._of(p)
+        return (rule.project(p.detach(), state) if isinstance(rule, GaLore) else p).nbytes
 
     def is_due(self, p: Tensor) -> bool:
         """Whether the next update of ``p`` begins with a new basis."""
@@ -290,7 +292,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             direction = rule.update_projected(grad, state, step)
         else:
             direction = rule.update(grad, state, step)
-        _subtract(weight, direction, step.lr * decay if rule.decay != "l2" else 0.0, rule.decay == "before", step)
+        subtract(weight, direction, step.lr * decay if rule.decay != "l2" else 0.0, rule.decay == "before", step)
 
     def random_bits(self, p: Tensor, count: int) -> RandomBits | None:
         """The streams of one parameter at one update: the same whatever the order in which parameters are updated.
@@ -357,51 +359,3 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 def _at_least_1d(tensor: Tensor) -> Tensor:
     return tensor.view(1) if tensor.ndim == 0 else tensor
-
-
-def _add(total: Tensor, part: Tensor, step: Step, stream: str) -> None:
-    """``total += part``, in place; a bf16 total is rounded stochastically where its weight is."""
-    if step.bits is None or total.dtype != torch.bfloat16:
-        total.add_(part)
-        return
-    kept, added = total.view(-1), part.reshape(-1)
-    for start, stop in pieces(kept.numel(), chunk_elements(total.device)):
-        piece = kept[start:stop]
-        step.at(start).store(piece, piece.float().add_(added[start:stop]), stream)
-
-
-def _subtract(weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
-    """``weight -= lr · direction + decay · weight``, in place; decay sees the weight before or after the update.
-
-    In the weight's own dtype where nothing is gained by another; else in fp32, a block of rows at a time, which a bf16
-    weight takes in by ``step.store``.
-    """
-    alpha = -direction.factor * (1.0 if direction.scaled else step.lr)
-
-    def apply(target: Tensor, part: Direction) -> None:
-        if decay and decay_first:
-            target.add_(target, alpha=-decay)
-        part.add_to(target, alpha)
-        if decay and not decay_first:
-            target.add_(target, alpha=-decay)
-
-    rounded = weight.dtype == torch.bfloat16 and step.bits is not None
-    if direction.right is not None and rounded and not has_fast_bf16(weight.device):
-        direction = replace(direction, left=direction.left.float(), right=direction.right.float())
-    computed = torch.float32 if direction.row is not None else direction.left.dtype
-    plain = weight.dtype == torch.float32 or (step.bits is None and computed == weight.dtype)
-    if plain and step.ok is None and direction.row is None:
-        apply(weight, direction)
-        return
-    width = weight[0].numel()
-    rows = max(1, chunk_elements(weight.device) // width)
-    products = rows if direction.right is None else max(rows, _PRODUCT // width // rows * rows)
-    for begin, end in pieces(weight.shape[0], products):
-        part, size = direction.part(begin, end), products
-        if not plain and computed != torch.float32:  # else multiplied and added in one operation
-            part, size = Direction(part.whole()), rows
-        for start, stop in pieces(len(part.left), size):
-            kept = weight[begin + start : begin + stop]
-            block = kept.to(kept.dtype if plain else torch.float32, copy=True)
-            apply(block, part.part(start, stop))
-            step.at((begin + start) * width).store(kept, block, stream="weight")

@@ -46,7 +46,7 @@ def project_fast(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Ten
     if right is not None:
         low = product(low, right.T)
     if left is not None:
-        low = product(low.T, left).T
+        low = product_of_transposed(low, left).to(low.dtype).T
     return low.contiguous()
 
 
@@ -59,6 +59,17 @@ def product(wide: Tensor, thin: Tensor) -> Tensor:
     rows = max(1, 8 * chunk_elements(wide.device) // max(1, wide.shape[1]))
     for start, stop in pieces(wide.shape[0], rows):
         out[start:stop] = wide[start:stop].float() @ thin
+    return out
+
+
+def product_of_transposed(wide: Tensor, thin: Tensor) -> Tensor:
+    """``wide``ᵀ @ ``thin``, likewise; there summed up in fp32, and left so, over blocks of rows as they lie."""
+    if wide.dtype == torch.float32 or has_fast_bf16(wide.device):
+        return wide.T @ thin.to(wide.dtype)
+    out = torch.zeros(wide.shape[1], thin.shape[1], dtype=torch.float32, device=wide.device)
+    rows = max(1, 8 * chunk_elements(wide.device) // max(1, wide.shape[1]))
+    for start, stop in pieces(wide.shape[0], rows):
+        out.addmm_(wide[start:stop].float().T, thin[start:stop].float())
     return out
 
 
@@ -97,11 +108,11 @@ def randomized_basis(grad: Tensor, rank: int, side: Side, previous: Tensor) -> T
     the gradient and one thin QR, where a full SVD takes some twenty to forty times as long. Each vector grows out of
     its predecessor, so its sign and its meaning to the moments carried over are kept.
     """
-    if side == "left":
-        return randomized_basis(grad.T, rank, "right", previous.T).T
-    image = product(grad, previous.T).float()
-    image /= torch.linalg.vector_norm(image, dim=0).clamp(min=torch.finfo(torch.float32).tiny)  # no underflow in GᵀG
-    return _orthonormal(product(grad.T, image.to(grad.dtype))).T
+    across, back = (product_of_transposed, product) if side == "left" else (product, product_of_transposed)
+    image = across(grad, previous if side == "left" else previous.T).float()
+    image /= torch.linalg.vector_norm(image).clamp(min=torch.finfo(torch.float32).tiny)  # no underflow in GᵀG
+    basis = _orthonormal(back(grad, image))
+    return basis if side == "left" else basis.T
 
 
 def random_basis(shape: tuple[int, int], side: Side, seed: int, device: torch.device) -> Tensor:
@@ -115,12 +126,12 @@ def _orthonormal(matrix: Tensor) -> Tensor:
     """The Q of a QR decomposition with positive diagonal R, which makes it unique. fp32.
 
     On a CPU by Cholesky-QR, which is all matrix products, where its orthogonality can be vouched for: it is lost by the
-    square of the condition number, and gradients have steep spectra. So columns get one length first, and where a Gram
-    matrix in fp32 does not do, one in fp64 is tried, and then Householder's QR. That alone elsewhere, where looking at
-    the error would wait for the device.
+    square of the condition number, and gradients have steep spectra. So columns get one length, and where a Gram matrix
+    in fp32 does not do, one in fp64 is tried, and then Householder's QR. That alone elsewhere, where looking at the
+    error would wait for the device.
     """
     y = matrix.float()
-    y = y / torch.linalg.vector_norm(y, dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    y = y / torch.linalg.vector_norm(y).clamp(min=torch.finfo(torch.float32).tiny)
     for dtype in (torch.float32, torch.float64) if can_look(y) else ():
         if (q := _cholesky_qr(y, dtype)) is not None:
             return q
@@ -130,14 +141,18 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
 def _cholesky_qr(y: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Cholesky-QR, and again if the first pass left more than rounding (Yamamoto et al. 2015); None if it failed."""
-    factor, failed = torch.linalg.cholesky_ex(y.T.to(dtype) @ y.to(dtype), upper=True)
-    q = torch.as_tensor(torch.linalg.solve_triangular(factor.float(), y, upper=True, left=False))
+    gram = y.T.to(dtype) @ y.to(dtype)
+    lengths = gram.diagonal().sqrt()  # of the columns: what is decomposed is the Gram matrix of columns of length one
+    factor, failed = torch.linalg.cholesky_ex(gram / lengths / lengths[:, None], upper=True)
+    q = torch.as_tensor(torch.linalg.solve_triangular((factor * lengths).float(), y, upper=True, left=False))
     gram = q.T @ q
-    error = float((gram - torch.eye(len(gram), device=gram.device)).abs().max())
+    gram.diagonal().sub_(1.0)
+    error = float(torch.linalg.vector_norm(gram, ord=torch.inf))
     if int(failed) or not error < 0.1:
         return None
     if error < 1e-5:
         return q
+    gram.diagonal().add_(1.0)
     factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
     return torch.as_tensor(torch.linalg.solve_triangular(factor, q, upper=True, left=False))
 

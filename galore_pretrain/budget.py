@@ -1,0 +1,140 @@
+"""How a run's updates are made to fit the memory that it may take: layerwise, checkpointing and the micro-batch."""
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from galore_pretrain.build import device_of
+from galore_pretrain.config import RunConfig
+from galore_pretrain.errors import InputError
+from galore_pretrain.memory import available_bytes
+from galore_pretrain.model import load_model_config
+from galore_pretrain.plan import Plan, Static, describe, measure, static_bytes
+from galore_pretrain.recipes import CHOSEN, micro_batches, with_execution
+
+log = logging.getLogger(__name__)
+
+OUTSIDE = 10**9
+"""Bytes that tensors do not get: of a card, the driver's, its libraries' and the allocator's fragments; of a machine,
+the program's own, its text and what saving takes."""
+
+
+def budget_of(config: RunConfig) -> int:
+    """Bytes that tensors may take: of ``--memory-budget``, or of what the device has free now."""
+    return (config.memory_budget or available_bytes(device_of(config))) - OUTSIDE
+
+
+def planned(config: RunConfig, origins: Mapping[str, str], budget: int) -> Plan:
+    """The plan of the run that `choose` would choose."""
+    config, _, plan = choose(config, origins, budget)
+    return plan or measure(config, load_model_config(config.model))
+
+
+def fitted(
+    config: RunConfig, origins: Mapping[str, str], *, kept: bool
+) -> tuple[RunConfig, Mapping[str, str], Plan | None]:
+    """The config whose updates fit the memory budget, and their plan where one had to be made.
+
+    What a run that is resumed was doing is ``kept``, and measured only where a budget is named. InputError where
+    nothing fits, with the smallest peak that was found and what helps.
+    """
+    budget, plan = budget_of(config), None
+    if not kept:
+        config, origins, plan = choose(config, origins, budget)
+    elif config.memory_budget is not None:
+        plan = measure(config, load_model_config(config.model))
+    if plan and plan.peak_bytes > budget:
+        raise InputError(
+            f"the {'peak' if kept else 'smallest peak found'} is {plan.peak_bytes / 2**30:.2f} GiB "
+            f"({describe(plan.config)}), and {budget / 2**30:.2f} GiB are to be had; what helps: --layerwise, "
+            "--activation-checkpointing, a smaller --batch-size, --rank or --max-length, an 8-bit row, or a larger "
+            "--memory-budget"
+        )
+    if plan:
+        log.info("%s: %.2f of %.2f GiB", describe(config), plan.peak_bytes / 2**30, budget / 2**30)
+    return config, origins, plan
+
+
+def choose(config: RunConfig, origins: Mapping[str, str], budget: int) -> tuple[RunConfig, dict[str, str], Plan | None]:
+    """The fastest way to run the updates that fits the budget; what was forced by a flag stays.
+
+    Candidates are tried in the order of their arithmetic: checkpointing repeats the forward pass, layerwise sums
+    project each micro-batch. The plan is None where a bound shows at once that the first fits. Where none does, the
+    plan is the one with the smallest peak.
+    """
+    architecture = load_model_config(config.model)
+    candidates, static = _candidates(config, origins), static_bytes(config, architecture)
+    if upper_bound(candidates[0][0], architecture, static) <= budget:
+        return *candidates[0], None
+    plans: list[tuple[RunConfig, dict[str, str], Plan]] = []
+    for candidate, its_origins in candidates:
+        if lower_bound(candidate, architecture, static) <= budget:
+            plans.append((candidate, its_origins, measure(candidate, architecture)))
+            if plans[-1][2].peak_bytes <= budget:
+                return plans[-1]
+    if not plans:
+        least, its_origins = min(candidates, key=lambda pair: lower_bound(pair[0], architecture, static))
+        return least, its_origins, measure(least, architecture)
+    return min(plans, key=lambda found: found[2].peak_bytes)
+
+
+def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[RunConfig, dict[str, str]]]:
+    """What may be chosen, the fastest first, but none that clips another norm before one that clips the full one."""
+
+    def options(name: str, values: Sequence[Any]) -> Sequence[Any]:
+        return values if origins[name] == CHOSEN else [getattr(config, name)]
+
+    found = []
+    for layerwise in options("layerwise", (False, True)):
+        for checkpointing in options("activation_checkpointing", (False, True)):
+            # The published code's loss depends on the micro-batch.
+            sizes = micro_batches(config.total_batch_size) if config.numerics == "sound" else [config.batch_size]
+            for size in options("batch_size", sizes):
+                with contextlib.suppress(InputError):  # a clip norm that this way does not know
+                    found.append(
+                        with_execution(
+                            config,
+                            origins,
+                            layerwise=layerwise,
+                            activation_checkpointing=checkpointing,
+                            batch_size=size,
+                        )
+                    )
+    return sorted(found, key=lambda pair: (pair[0].clip_norm == "projected", *_cost(pair[0])))
+
+
+def _cost(config: RunConfig) -> tuple[float, bool, int]:
+    """Products with each weight per token, in units of 2mn; at equal cost, the plainer first."""
+    tokens = config.batch_size * config.max_length
+    several = config.total_batch_size > config.batch_size
+    projecting = (config.rank or 0) / tokens if config.layerwise and several else 0.0
+    few = 256 / tokens  # a matrix product of few rows is slower
+    return 3 + config.activation_checkpointing + projecting + few, config.layerwise, -config.batch_size
+
+
+def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) -> int:
+    """What some update holds for certain: all that is there throughout, the gradients that exist at once, and what the
+    matrix products keep for the backward pass; of several micro-batches, the last one's beside the others' sum."""
+    hidden, inner, layers = architecture.hidden_size, architecture.intermediate_size, architecture.num_hidden_layers
+    size = getattr(architecture, "head_dim", None) or hidden // architecture.num_attention_heads
+    heads = architecture.num_attention_heads + architecture.num_key_value_heads
+    kept = hidden if config.activation_checkpointing else 2 * hidden + 2 * heads * size + 3 * inner
+    activations = config.batch_size * config.max_length * layers * kept * getattr(torch, config.dtype).itemsize
+    several = config.total_batch_size > config.batch_size
+    waiting = static.sums if several or config.grad_clip else 0
+    gradients = waiting if config.layerwise else static.weights
+    return static.weights + static.state + (gradients + activations if several else max(gradients, activations))
+
+
+def upper_bound(config: RunConfig, architecture: LlamaConfig, static: Static) -> int:
+    """What no update exceeds: everything that is there once, and a generous share for each token of a micro-batch."""
+    hidden, inner, heads = architecture.hidden_size, architecture.intermediate_size, architecture.num_attention_heads
+    wide = max(hidden, heads * (getattr(architecture, "head_dim", None) or 1))
+    layer = 24 * wide + 8 * inner + 2 * heads
+    token = 4 * (layer * (architecture.num_hidden_layers + 2) + 4 * architecture.vocab_size)
+    largest = 4 * hidden * max(architecture.vocab_size, inner)  # of a decomposition's copies, or of a gradient's sum
+    return int(3 * static.weights + static.state + 6 * largest + config.batch_size * config.max_length * token + 2**28)
