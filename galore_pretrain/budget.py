@@ -127,7 +127,7 @@ def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) ->
     several = config.total_batch_size > config.batch_size
     waiting = static.sums if several or config.grad_clip else 0
     gradients = waiting if config.layerwise else static.weights
-    return static.weights + static.state + (gradients + activations if several else max(gradients, activations))
+    return int(static.weights + static.state + (gradients + activations if several else max(gradients, activations)))
 
 
 def upper_bound(config: RunConfig, architecture: LlamaConfig, static: Static) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Adafactor as TransformersAdafactor
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.optim import REGISTRY, GaLore, RuleOptimizer, build_optimizer
+from galore_pretrain.optim import REGISTRY, GaLore, RuleOptimizer, build_optimizer, projector
 from galore_pretrain.optim.adafactor import Adafactor
 from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.names import PROJ_TYPES, ROWS, resolve_name
@@ -284,6 +284,20 @@ def test_bases_capture_the_leading_subspace(basis: str) -> None:
             found = BASES[basis](g, 8, side, found)
             low = project(g, found if side == "left" else None, found if side == "right" else None)
             assert low.square().sum() >= least * best
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_products_by_blocks(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through fp32 where a CPU has no bf16 instructions; a sum over blocks stays in it."""
+    monkeypatch.setattr(projector, "has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr(projector, "chunk_elements", lambda device: 64)
+    generator = torch.Generator().manual_seed(0)
+    wide, thin = torch.randn(70, 50, generator=generator).bfloat16(), torch.randn(70, 8, generator=generator)
+    for found, exact, tolerance in (
+        (projector.product(wide.T, thin), wide.T.double() @ thin.double(), 6e-3 if fast else 2e-3),
+        (projector.product_of_transposed(wide, thin), wide.T.double() @ thin.double(), 6e-3 if fast else 1e-6),
+    ):
+        assert (found.double() - exact).norm() <= tolerance * exact.norm()
 
 
 def test_a_subspace_that_stays_keeps_its_basis() -> None:
