@@ -12,7 +12,7 @@ from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.names import BASIS_NAMES, MOMENTS, REFRESHES
 from galore_pretrain.optim.projector import BASES, BasisFn, Side, project, project_fast, random_basis, sides
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
-from galore_pretrain.optim.step import Step, gradient_norm
+from galore_pretrain.optim.step import Step, gradient_norm, known_true
 
 _SIDES: dict[str, Side] = {"left_basis": "left", "right_basis": "right"}
 
@@ -162,9 +162,12 @@ class GaLore:
             step.failures.append(kept)
             return
         # A gradient of zeros has no subspace; whatever a decomposition makes of it is no better than the basis in use.
-        found = torch.stack([basis.isfinite().all() for basis in (new_left, new_right) if basis is not None]).all()
-        found &= gradient_norm(grad) > 0
-        step.failures.append(kept & ~found)
+        found = gradient_norm(grad) > 0
+        for basis in (new_left, new_right):
+            if basis is not None:
+                found &= torch.linalg.vector_norm(basis).isfinite()
+        if not known_true(found):
+            step.failures.append(kept & ~found)
         if self.moments != "reset" and step.count > 1:
             change = BasisChange()
             if self.moments == "project":

@@ -131,7 +131,6 @@ def _orthonormal(matrix: Tensor) -> Tensor:
     error would wait for the device.
     """
     y = matrix.float()
-    y = y / torch.linalg.vector_norm(y).clamp(min=torch.finfo(torch.float32).tiny)
     for dtype in (torch.float32, torch.float64) if can_look(y) else ():
         if (q := _cholesky_qr(y, dtype)) is not None:
             return q
