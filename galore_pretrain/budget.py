@@ -111,7 +111,8 @@ def _cost(config: RunConfig) -> tuple[float, bool, int]:
     """Products with each weight per token, in units of 2mn; at equal cost, the plainer first."""
     tokens = config.batch_size * config.max_length
     several = config.total_batch_size > config.batch_size
-    projecting = (config.rank or 0) / tokens if config.layerwise and several else 0.0
+    projected = config.rank if "galore" in config.optim else None
+    projecting = (projected or 0) / tokens if config.layerwise and several else 0.0
     few = 256 / tokens  # a matrix product of few rows is slower
     return 3 + config.activation_checkpointing + projecting + few, config.layerwise, -config.batch_size
 
@@ -126,7 +127,7 @@ def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) ->
     activations = config.batch_size * config.max_length * layers * kept * getattr(torch, config.dtype).itemsize
     several = config.total_batch_size > config.batch_size
     waiting = static.sums if several or config.grad_clip else 0
-    gradients = waiting if config.layerwise else static.weights
+    gradients = waiting if config.layerwise else static.gradients
     return int(static.weights + static.state + (gradients + activations if several else max(gradients, activations)))
 
 

@@ -1,17 +1,24 @@
 """Model, optimizer and execution of a run, from its config: what training does and what `plan` measures."""
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config import RunConfig
 from galore_pretrain.errors import InputError
 from galore_pretrain.execution import Execution, GlobalStep, Layerwise
+from galore_pretrain.lowrank import Factors
+from galore_pretrain.model import build_model
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
+from galore_pretrain.optim.names import split
 
 
 def device_of(config: RunConfig) -> torch.device:
-    """The device of ``--device``; InputError where there is none."""
-    name = config.device
+    """The device of a run."""
+    return device_named(config.device)
+
+
+def device_named(name: str) -> torch.device:
+    """The device that ``--device`` means; InputError where there is none."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
@@ -25,6 +32,40 @@ def device_of(config: RunConfig) -> torch.device:
     return device
 
 
+def factors_of(config: RunConfig) -> Factors | None:
+    """How the row factors the model's matrices, if it does."""
+    name, _ = split(config.optim)
+    if name is None:
+        return None
+    assert config.rank is not None
+    low_rank = name == "low_rank"
+    return Factors(
+        config.rank,
+        alpha=None if low_rank else config.lora_alpha,
+        dropout=0.0 if low_rank else config.lora_dropout or 0.0,
+        every=config.relora_every,
+        seed=config.seed,
+    )
+
+
+def model_for(
+    config: RunConfig, architecture: LlamaConfig, device: torch.device | str = "cpu", *, fresh: bool = True
+) -> LlamaForCausalLM:
+    """The model that a run begins with, on ``device``; on ``meta``, or if not ``fresh``, without its weights."""
+    factors = factors_of(config)
+    model = build_model(
+        architecture,
+        device=device,
+        dtype=getattr(torch, config.dtype),
+        seed=config.seed,
+        change=factors.apply if factors else None,
+        fresh=fresh,
+    )
+    if factors and fresh and torch.device(device).type != "meta":
+        factors.initialize(model, architecture.initializer_range)
+    return model
+
+
 def prepare(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
     """``model`` as it is trained."""
     if config.activation_checkpointing:
@@ -35,12 +76,13 @@ def prepare(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def optimizer_for(config: RunConfig, model: torch.nn.Module) -> RuleOptimizer:
     """The optimizer of ``config.optim`` for ``model``, its state allocated; InputError where options do not fit it."""
+    factors, row = split(config.optim)
     try:
         return build_optimizer(
             model,
-            config.optim,
+            row,
             lr=config.lr,
-            rank=config.rank,
+            rank=None if factors else config.rank,
             update_proj_gap=config.update_proj_gap,
             scale=config.galore_scale,
             proj_type=config.proj_type,

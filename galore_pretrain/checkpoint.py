@@ -31,8 +31,8 @@ def named_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> d
     for name, state in _named_state(optimizer):
         tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    if (device := next(model.parameters()).device).type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     return tensors
 
 
@@ -78,8 +78,9 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     _sync(folder.parent)
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read a checkpoint into ``tensors``, in place; the rest of its state is returned.
+def load(folder: Path, tensors: Mapping[str, Tensor], part: str = "") -> dict[str, Any]:
+    """Read a checkpoint, or what begins with ``part`` of it, into ``tensors``, in place; what else it remembers is
+    returned.
 
     Raises InputError where it is no checkpoint, or one of another model or optimizer.
     """
@@ -92,7 +93,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     saved = {
         name: (tuple(entry.size), entry.properties.dtype)
         for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(part)
     }
     absent = [name for name in tensors if name.startswith("random.") and name not in saved]  # saved on another device
     tensors = {name: value for name, value in tensors.items() if name not in absent}
@@ -127,6 +128,11 @@ def later_than(root: Path, folder: Path | None) -> list[str]:
     """Names of the checkpoints under ``root`` that going on from ``folder`` would leave in the future."""
     own = folder is not None and folder.resolve().parent == root.resolve()
     return [f.name for f in sorted(root.glob("step_*")) if folder is None or not own or f.name > folder.resolve().name]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether ``folder`` is a complete one."""
+    return (folder / _STATE).is_file()
 
 
 def latest(root: Path) -> Path | None:

@@ -5,63 +5,20 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
-from click.core import ParameterSource
 
 from galore_pretrain import __version__
-from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_bytes, parse_count
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.hub import check_hub
-from galore_pretrain.recipes import resolve, without_meaning
+from galore_pretrain.options import RunCommand, flags, resolved, with_run_options
+from galore_pretrain.recipes import without_meaning
 from galore_pretrain.sources import open_source
+from galore_pretrain.sweep import KINDS, Sweep, entries
 from galore_pretrain.tokenizer import find_tokenizer
-
-
-class _Parsed(click.ParamType):  # type: ignore[type-arg]
-    """A click type from a function that raises ValueError."""
-
-    def __init__(self, parse: Callable[[str], Any], name: str) -> None:
-        self.parse, self.name = parse, name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        try:
-            return self.parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Option(click.Option):
-    group = "Other"
-
-
-def _option(name: str, flag: Flag) -> _Option:
-    dashed = name.replace("_", "-")
-    kind: Any = flag.kind
-    if isinstance(kind, tuple):
-        kind = click.Choice(kind)
-    elif not isinstance(kind, type):
-        kind = _Parsed(kind, {parse_count: "count", parse_betas: "pair", parse_bytes: "size"}[kind])
-    declaration = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
-    option = _Option([declaration, name], type=kind, default=None, help=f"{flag.help}  [{flag.shown}]")
-    option.group = flag.group
-    return option
-
-
-class _TrainCommand(click.Command):
-    """Shows its options in groups."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for group in (*GROUPS, "Other"):
-            options = [p for p in self.get_params(ctx) if getattr(p, "group", "Other") == group]
-            with formatter.section(group):
-                formatter.write_dl([record for p in options if (record := p.get_help_record(ctx))])
 
 
 class _Root(click.Group):
@@ -90,39 +47,12 @@ def cli() -> None:
     """
 
 
-def _with_run_options(command: Callable[..., int]) -> Callable[..., int]:
-    """The options that training and planning share beside the flags of `RunConfig`."""
-    config = click.option(
-        "--config",
-        type=click.Path(path_type=Path),
-        is_eager=True,
-        expose_value=False,
-        metavar="RUN.json",
-        callback=lambda ctx, param, value: _read_run_json(ctx, value),
-        help="A JSON object of flags; flags given here win.",
-    )
-    return config(click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command))
-
-
-def _flags() -> list[click.Parameter]:
-    return [_option(f.name, f.metadata["flag"]) for f in fields(RunConfig)]
-
-
-def _resolved(ctx: click.Context, values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
-    given = {name: value for name, value in values.items() if value is not None}
-    origins = {}
-    for name in given:
-        from_file = ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP
-        origins[name] = str(ctx.meta["run_json"]) if from_file else "flag"
-    return resolve(given, origins)
-
-
-@cli.command(cls=_TrainCommand, params=_flags())
-@_with_run_options
+@cli.command(cls=RunCommand, params=flags())
+@with_run_options
 @click.pass_context
 def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     """Train (the same as without a subcommand)."""
-    config, origins = _resolved(ctx, values)
+    config, origins = resolved(ctx, values)
     check_hub(config.data, config.tokenizer)
     find_tokenizer(config.tokenizer)
     if config.data != "c4":
@@ -134,8 +64,8 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     return run.train(config, origins)
 
 
-@cli.command(cls=_TrainCommand, params=_flags())
-@_with_run_options
+@cli.command(cls=RunCommand, params=flags())
+@with_run_options
 @click.option("--json", "as_json", is_flag=True, help="Print what a program can read.")
 @click.option("--compare", metavar="ROWS", help="Draw a bar for each of these optimizers: adamw,galore_adamw8bit,…")
 @click.option("--picture", type=click.Path(path_type=Path), help="Where --compare draws.  [memory-MODEL.png]")
@@ -162,22 +92,22 @@ def plan(
         )
         return 0
     rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
-    resolved = [_resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
+    configs = [resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
 
-    from galore_pretrain import budget, report  # torch and transformers
+    from galore_pretrain import budget, pictures  # torch and transformers
 
-    available = budget.budget_of(resolved[0][0])
-    found = [budget.planned(config, origins, available) for config, origins in resolved]
+    available = budget.budget_of(configs[0][0])
+    found = [budget.planned(config, origins, available) for config, origins in configs]
     if compare:
         bars: dict[str, dict[str, int]] = {}
         for row, plan in zip(rows, found, strict=True):
             name = plan.config.optim + (" layerwise" if plan.config.layerwise else "")
             bars[row if name in bars else name] = plan.parts
-        model = Path(resolved[0][0].model).stem
+        model = Path(configs[0][0].model).stem
         picture = picture or Path(f"memory-{model}.png")
-        first = resolved[0][0]
+        first = configs[0][0]
         title = f"{model} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
-        report.draw_memory(picture, title, bars, available)
+        pictures.draw_memory(picture, title, bars, available)
     if as_json:
         answers = [plan.as_json(available) for plan in found]
         click.echo(json.dumps(dict(zip(rows, answers, strict=True)) if compare else answers[0], indent=2))
@@ -186,6 +116,129 @@ def plan(
             click.echo((f"{plan.config.optim}\n" if compare else "") + plan.table(available) + "\n" * bool(compare))
         if compare:
             click.echo(f"drawn: {picture}")
+    return 0
+
+
+@cli.command(cls=RunCommand, params=flags())
+@click.argument("kind", metavar=f"{'|'.join(KINDS)}|FILE.json")
+@with_run_options
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each line, from --seed on."
+)
+@click.option(
+    "--tune-matrices", metavar="FACTORS", help="Try each as --matrix-lr-scale with the first seed: 0.1,0.3,1."
+)
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--plan-only", is_flag=True, help="Print the commands instead of running them.")
+@click.pass_context
+def sweep(
+    ctx: click.Context,
+    /,
+    kind: str,
+    debug: bool,
+    seeds: int,
+    tune_matrices: str | None,
+    jobs: int,
+    plan_only: bool,
+    **values: Any,
+) -> int:
+    """Run a table of the paper, a grid of learning rates, or a list of runs, and report on it.
+
+    Flags go to every run. The same command goes on where it was stopped.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    model, output = given.get("model"), Path(given.pop("output", None) or f"sweeps/{Path(kind).stem}")
+    if model is None:
+        raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
+    lines = entries(kind, model, given.pop("optim", None))
+    first = given.pop("seed", None) or 0
+    try:
+        factors = [float(factor) for factor in (tune_matrices or "").split(",") if factor]
+    except ValueError as error:
+        raise InputError(f"--tune-matrices {tune_matrices}: not numbers; write 0.1,0.3,1") from error
+    work = Sweep(lines, given, range(first, first + seeds), factors, jobs, output)
+    work.check()
+    if plan_only:
+        click.echo("\n".join(work.listing()))
+        return 0
+    folders, code = work.run()
+    if folders:
+        click.echo(_report(folders, output / "report"))
+    return code
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), default=Path("report"), show_default=True, help="Folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print what a program can read, and write nothing.")
+def report(runs: tuple[Path, ...], output: Path, as_json: bool) -> int:
+    """Compare runs: tables and pictures, as Markdown and HTML. A folder of runs stands for all of them."""
+    click.echo(_report(runs, output, as_json=as_json))
+    return 0
+
+
+def _report(runs: Sequence[Path], output: Path, *, as_json: bool = False) -> str:
+    from galore_pretrain import report, results
+
+    comparisons = results.compare(results.find(runs))
+    if as_json:
+        return json.dumps(report.as_json(comparisons), indent=2)
+    return f"{report.write(comparisons, output)}\nwritten: {output / 'report.md'}, {output / 'report.html'}"
+
+
+_TEXT = ("data", "eval_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
+
+
+@cli.command("eval", params=flags(_TEXT))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print what a program can read.")
+def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
+    """Perplexity of a checkpoint, a run or a Hugging Face folder, on the run's own validation text or on another."""
+    given = {name: value for name, value in values.items() if value is not None}
+    from galore_pretrain import build, trained
+
+    loaded = trained.load(path, given, where := build.device_named(device))
+    config = loaded.config
+    numbers = trained.perplexity(loaded, where).metrics()
+    if as_json:
+        click.echo(json.dumps(numbers, indent=2))
+        return 0
+    text = config.eval_data or f"{config.data} (validation)"
+    click.echo(f"{text}, {numbers['eval_tokens']:,} tokens: loss {numbers['eval_loss']:.4f}")
+    click.echo(f"perplexity {numbers['eval_perplexity']:.4f} (reference {numbers['eval_reference_perplexity']:.4f})")
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+def export(path: Path, folder: Path) -> int:
+    """Write a checkpoint (or a run's newest) as a plain Hugging Face folder, with dense matrices and its tokenizer."""
+    if folder.exists():
+        raise InputError(f"{folder} exists; name a new folder")
+    from galore_pretrain import build, outputs, trained
+
+    loaded = trained.load(path, {}, build.device_named("cpu"))
+    outputs.export(folder, loaded.model, loaded.tokenizer)
+    click.echo(f"written: {folder}")
+    return 0
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--tokens", type=click.IntRange(1), default=100, show_default=True, help="Written at most.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0: the likeliest token.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+def generate(path: Path, prompt: str, tokens: int, temperature: float, top_p: float, seed: int, device: str) -> int:
+    """Continue PROMPT with the model of a checkpoint, a run or a Hugging Face folder."""
+    from galore_pretrain import build, trained
+
+    loaded = trained.load(path, {}, build.device_named(device))
+    click.echo(trained.continue_text(loaded, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed))
     return 0
 
 
@@ -201,45 +254,6 @@ def _let_cuda_grow_segments() -> None:
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def _read_run_json(ctx: click.Context, path: Path | None) -> None:
-    if path is None:
-        return
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config {path}: not readable as JSON ({error})") from error
-    names = {f.name for f in fields(RunConfig)}
-    if isinstance(values, dict) and isinstance(resolved := values.get("config"), dict):
-        # a run's own config.json: what it was, but for its place
-        values = {
-            k: v["value"] for k, v in resolved.items() if v["value"] is not None and k not in ("output", "resume")
-        }
-    if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in names]):
-        what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "not a JSON object"
-        raise InputError(f'--config {path}: {what}; keys are the long flags, such as "total_batch_size"')
-    for f in fields(RunConfig):
-        for key in {f.name, f.name.replace("_", "-")} & values.keys():
-            if not _fits(values[key], f.metadata["flag"].kind):
-                raise InputError(
-                    f"--config {path}: {key} is {values[key]!r}, which --{key.replace('_', '-')} cannot be"
-                )
-    ctx.default_map = {key.replace("-", "_"): value for key, value in values.items()}
-    ctx.meta["run_json"] = path
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a flag's kind; a string is left to be parsed as on the command line."""
-    if isinstance(value, str) or value is None:
-        return kind is not bool or value is None
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if isinstance(value, list):
-        return kind is parse_betas and all(isinstance(part, (int, float)) for part in value)
-    return (isinstance(value, int) and kind in (int, float, parse_count, parse_bytes)) or (
-        isinstance(value, float) and kind is float
-    )
 
 
 class _TqdmHandler(logging.Handler):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim.names import BASIS_NAMES, MOMENTS, NUMERICS, PROJ_TYPES, REFRESHES, ROWS
+from galore_pretrain.optim.names import BASIS_NAMES, METHODS, MOMENTS, NUMERICS, PROJ_TYPES, REFRESHES
 
 
 def parse_count(text: str) -> int:
@@ -88,8 +88,8 @@ class RunConfig:
     """A training run, one field a flag. After `resolve`, a field is None only where its type says so: not in use."""
 
     model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", str, METHOD, shown="required")
-    optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(ROWS)}.", str, METHOD)
-    rank: int | None = _flag(None, "GaLore: rank r of the subspace.", int, METHOD, least=1)
+    optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}.", str, METHOD)
+    rank: int | None = _flag(None, "Rank r: of GaLore's subspace, or of the factors.", int, METHOD, least=1)
     update_proj_gap: int | None = _flag(None, "GaLore: updates T between two bases.", int, METHOD, least=1)
     galore_scale: float | None = _flag(None, "GaLore: factor α on projected updates.", float, METHOD, above=0)
     proj_type: str | None = _flag(None, "GaLore: side that is projected.", PROJ_TYPES, METHOD, shown="std")
@@ -98,6 +98,14 @@ class RunConfig:
     moments: str | None = _flag(None, "GaLore: moments when a basis is renewed.", MOMENTS, METHOD, shown="keep")
     natural_history: int | None = _flag(None, "Natural GaLore: past gradients s.", int, METHOD, least=1, shown="20")
     natural_damping: float | None = _flag(None, "Natural GaLore: damping λ.", float, METHOD, above=0, shown="0.001")
+    lora_alpha: float | None = _flag(None, "LoRA, ReLoRA: α; BA counts α/r.", float, METHOD, above=0, shown="32")
+    lora_dropout: float | None = _flag(None, "LoRA, ReLoRA: dropout before A.", float, METHOD, least=0, shown="0.05")
+    relora_every: int | None = _flag(
+        None, "ReLoRA: updates between two merges.", int, METHOD, least=1, shown="a fifth of the run"
+    )
+    relora_warmup: int | None = _flag(
+        None, "ReLoRA: updates of warm-up after a merge.", int, METHOD, least=0, shown="a tenth of that, at most 100"
+    )
     matrix_lr_scale: float = _flag(
         1.0, "Factor on the matrices' learning rate; 0 freezes them.", float, METHOD, least=0
     )

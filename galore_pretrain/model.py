@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -129,23 +129,28 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    change: Callable[[LlamaForCausalLM], None] | None = None,
+    fresh: bool = True,
 ) -> LlamaForCausalLM:
-    """The model with fresh weights: matrices from N(0, ``initializer_range``), norms 1, biases 0.
+    """The model with fresh weights: matrices from N(0, ``initializer_range``), norms 1, biases 0. If not ``fresh``,
+    with whatever its memory held, for others to be loaded.
 
     Weights are allocated once, on ``device`` and in ``dtype``. Each is drawn on the CPU from its own stream, named by
     ``seed`` and the parameter's name, so the same seed gives the same weights on every device and however they are
-    sharded.
+    sharded. ``change`` may put other modules in, before there is memory for any.
     """
     with torch.device("meta"):
         model = without_masks(LlamaForCausalLM(config).to(dtype))
+        if change is not None:
+            change(model)
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)
     model.tie_weights()  # where the config says so: new storage has parted them
     with torch.device(device):
         model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is computed, and stays in fp32
-    for name, parameter in model.named_parameters():
-        _initialize(name, parameter, config.initializer_range, seed)
+    for name, parameter in model.named_parameters() if fresh else ():
+        draw(name, parameter, config.initializer_range, seed)
     return model
 
 
@@ -161,7 +166,8 @@ def without_masks(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def _initialize(name: str, parameter: Tensor, std: float, seed: int) -> None:
+def draw(name: str, parameter: Tensor, std: float, seed: int) -> None:
+    """Fill ``parameter`` with the fresh weights of that ``name``."""
     if parameter.ndim < 2:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         return

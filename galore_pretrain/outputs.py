@@ -1,5 +1,6 @@
 """What a run leaves beside metrics and checkpoints: ``config.json``, ``summary.json`` and the exported ``model/``."""
 
+import fcntl
 import json
 import logging
 import os
@@ -7,25 +8,40 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import transformers
 
 from galore_pretrain.config import RunConfig
 from galore_pretrain.errors import InputError
+from galore_pretrain.lowrank import dense_state
 from galore_pretrain.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def write_config(output: Path, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
-    """``config.json``: every resolved value with its origin, and what else the run depends on. The values that are
-    not defaults are logged, origin by origin."""
+def lock(output: Path) -> TextIO:
+    """Keep other runs out of ``output`` until the file that is returned is closed, or the process ends in any way."""
+    _make_folder(output)
+    file = (output / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"--output {output}: another run is writing there; wait for it, or give another") from error
+    return file
+
+
+def _make_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.json.partial").touch()
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error.strerror}); give another folder") from error
+
+
+def write_config(output: Path, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
+    """``config.json``: every resolved value with its origin, and what else the run depends on. The values that are
+    not defaults are logged, origin by origin."""
     values = asdict(config)
     resolved = {name: {"value": value, "origin": origins[name]} for name, value in values.items()}
     _write_json(output / "config.json", {"config": resolved, **environment})
@@ -67,7 +83,7 @@ def export(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, state_dict=dense_state(model))
     tokenizer.save(aside, model_max_length=model.config.max_position_embeddings)
     config = json.loads((aside / "config.json").read_text())
     _write_json(aside / "config.json", config | {"use_cache": True})  # training has no use for a cache, generation has

@@ -1,19 +1,19 @@
-"""The GaLore paper's memory tables: by its own rule, exactly, and beside what `plan` says."""
+"""The GaLore paper's tables: as printed, memory by its own rule, exactly, and beside what `plan` says."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import LlamaConfig
-
-from galore_pretrain.config import RunConfig
-from galore_pretrain.model import load_model_config
-from galore_pretrain.plan import measure, static_bytes
+from galore_pretrain.config import RunConfig, find_model
 from galore_pretrain.recipes import resolve
 
+if TYPE_CHECKING:
+    from galore_pretrain.plan import Static
+
 Cells = dict[str, list[float]]
-METHODS = ("full", "galore", "low_rank", "lora", "relora")
+METHODS = {"full": "adamw", "galore": "galore_adamw", "low_rank": "low_rank", "lora": "lora", "relora": "relora"}
 _NOMINAL = {"llama_60m": 60, "llama_130m": 130, "llama_350m": 350, "llama_1b": 1331.2}  # millions, as the paper counts
 _ROWS = {
     "adamw_bf16": ("adamw", False),
@@ -32,55 +32,53 @@ def printed() -> dict[str, Any]:
     return tables
 
 
-def by_the_papers_rule() -> dict[str, Any]:
-    """Tables 2 and 6 in the paper's G, by a rule inferred from its numbers: within 0.011 of all 60 cells.
+def rule(model: str, method: str, rank: int) -> tuple[float, float]:
+    """(weights, optimizer state) of a cell in the paper's G, by a rule inferred from its numbers: within 0.011 of all
+    60 cells of Tables 2 and 6.
 
-    Two bytes a number and 1024 million bytes a G; nominal sizes (60, 130, 350 and 1.3 × 1024 million); GaLore's state
-    as three quarters of LoRA's, embeddings included, which is right for square matrices alone; LoRA's embeddings
-    counted twice.
+    Two bytes a number and 1024 million bytes a G; nominal sizes (60, 130, 350 and 1.3 × 1024 million; other models'
+    own); GaLore's state as three quarters of LoRA's, embeddings included, which is right for square matrices alone;
+    LoRA's embeddings counted twice.
     """
+    shape = json.loads(find_model(model).read_text())
+    factors, ends = _factors(shape, rank), 2 * shape["vocab_size"] * shape["hidden_size"]
+    low, nominal = (factors + ends) / 1e6, _NOMINAL.get(model, (_matrices(shape) + ends) / 1e6)
+    weights, optimizer = {
+        "full": (2 * nominal, 4 * nominal),
+        "galore": (2 * nominal, 3 * low),
+        "low_rank": (2 * low, 4 * low),
+        "lora": (2 * (nominal + low), 4 * low),
+        "relora": (2 * (nominal + low), 4 * low),
+    }[method]
+    return weights / 1024, optimizer / 1024
+
+
+def by_the_papers_rule() -> dict[str, Any]:
+    """Tables 2 and 6 by `rule`."""
     weights: Cells = {method: [] for method in METHODS}
     optimizer: Cells = {method: [] for method in METHODS}
     table = printed()["table2"]
     for name, rank in zip(table["models"], table["rank"], strict=True):
-        nominal, trained = _NOMINAL[name], _factors(load_model_config(name), rank) + _ends(load_model_config(name))
-        low = trained / 1e6
-        for method, w, o in (
-            ("full", 2 * nominal, 4 * nominal),
-            ("galore", 2 * nominal, 3 * low),
-            ("low_rank", 2 * low, 4 * low),
-            ("lora", 2 * (nominal + low), 4 * low),
-            ("relora", 2 * (nominal + low), 4 * low),
-        ):
-            weights[method].append(w / 1024)
-            optimizer[method].append(o / 1024)
+        for method in METHODS:
+            w, o = rule(name, method, rank)
+            weights[method].append(w)
+            optimizer[method].append(o)
     return _laid_out(weights, optimizer, round_to=4)
 
 
 def exact() -> dict[str, Any]:
     """The same cells in 10⁹ bytes, of bf16 weights and optimizer state as they are allocated.
 
-    ``full`` and ``galore`` are the bytes of the live state. The others are counted: factors, embeddings, head and norms
-    are trained with two moments, and LoRA's frozen weights are there once.
+    A frozen matrix has no state, and embeddings are there once.
     """
     weights: Cells = {method: [] for method in METHODS}
     optimizer: Cells = {method: [] for method in METHODS}
     table = printed()["table2"]
     for name, rank in zip(table["models"], table["rank"], strict=True):
-        architecture = load_model_config(name)
-        for method, row in (("full", "adamw"), ("galore", "galore_adamw")):
-            w, o, _ = static_bytes(_config(name, row, rank=rank if method == "galore" else None), architecture)
-            weights[method].append(w / 1e9)
-            optimizer[method].append(o / 1e9)
-        factors, norms = (
-            _factors(architecture, rank),
-            (2 * architecture.num_hidden_layers + 1) * architecture.hidden_size,
-        )
-        trained = factors + _ends(architecture) + norms
-        for method in ("low_rank", "lora", "relora"):
-            frozen = weights["full"][-1] + 2 * factors / 1e9
-            weights[method].append(2 * trained / 1e9 if method == "low_rank" else frozen)
-            optimizer[method].append(4 * trained / 1e9)
+        for method, row in METHODS.items():
+            static = _static(name, row, rank=None if method == "full" else rank)
+            weights[method].append(static.weights / 1e9)
+            optimizer[method].append(static.state / 1e9)
     return _laid_out(weights, optimizer, round_to=6)
 
 
@@ -92,14 +90,16 @@ def _laid_out(weights: Cells, optimizer: Cells, round_to: int) -> dict[str, Any]
     return {"memory_g": rounded(total), "weights_g": rounded(weights), "optimizer_g": rounded(optimizer)}
 
 
-def _factors(c: LlamaConfig, rank: int) -> int:
+def _factors(shape: Mapping[str, Any], rank: int) -> int:
     """Numbers in the factors A and B of all attention and MLP matrices."""
-    return int(c.num_hidden_layers * (8 * c.hidden_size * rank + 3 * (c.hidden_size + c.intermediate_size) * rank))
+    h, i = shape["hidden_size"], shape["intermediate_size"]
+    return int(shape["num_hidden_layers"] * (8 * h * rank + 3 * (h + i) * rank))
 
 
-def _ends(c: LlamaConfig) -> int:
-    """Numbers in embedding and head."""
-    return int(2 * c.vocab_size * c.hidden_size)
+def _matrices(shape: Mapping[str, Any]) -> int:
+    """Numbers in all attention and MLP matrices."""
+    h, i = shape["hidden_size"], shape["intermediate_size"]
+    return int(shape["num_hidden_layers"] * (4 * h * h + 3 * h * i))
 
 
 def _config(model: str, row: str, **given: Any) -> RunConfig:
@@ -107,6 +107,13 @@ def _config(model: str, row: str, **given: Any) -> RunConfig:
     values |= {"grad_clip": 0.0}  # the authors' layerwise updates ignore it
     config, _ = resolve(values | {key: value for key, value in given.items() if value is not None}, {})
     return config
+
+
+def _static(model: str, row: str, **given: Any) -> "Static":
+    from galore_pretrain.model import load_model_config  # torch: printed numbers and the rule need none
+    from galore_pretrain.plan import static_bytes
+
+    return static_bytes(_config(model, row, **given), load_model_config(model))
 
 
 def report() -> str:
@@ -125,8 +132,9 @@ def report() -> str:
         lines.append("")
     lines += ["| Table 3, llama_7b | printed G | exact: weights + state, 10⁹ bytes |", "|---|---|---|"]
     for row, rank in (("galore_adamw8bit", 1024), ("adamw8bit", None)):
-        w, o, _ = static_bytes(_config("llama_7b", row, rank=rank), load_model_config("llama_7b"))
-        lines.append(f"| {row} | {tables['table3'][row]['memory_g']} | {w / 1e9:.2f} + {o / 1e9:.2f} |")
+        static = _static("llama_7b", row, rank=rank)
+        bytes_of = f"{static.weights / 1e9:.2f} + {static.state / 1e9:.2f}"
+        lines.append(f"| {row} | {tables['table3'][row]['memory_g']} | {bytes_of} |")
     lines += ["", "Peak of an update of 1 × 256 tokens: measured by the authors (GB) / planned here (10⁹ bytes)", ""]
     figure = tables["figure4_measured_gb"]
     lines += [f"| Figure 4 | {' | '.join(figure['models'])} |", "|---|---|---|---|---|"]
@@ -148,5 +156,8 @@ def report() -> str:
 
 def planned_peak(model: str, row: str, layerwise: bool) -> int:
     """Bytes that an update of one sequence of 256 tokens takes, at the paper's rank."""
+    from galore_pretrain.model import load_model_config
+    from galore_pretrain.plan import measure
+
     config = _config(model, row, batch_size=1)
     return measure(replace(config, layerwise=layerwise), load_model_config(model)).peak_bytes

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from galore_pretrain.build import device_of, execution_for, optimizer_for, prepare
+from galore_pretrain.build import device_of, execution_for, model_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
 from galore_pretrain.execution import Execution
 from galore_pretrain.memory import Ledger
-from galore_pretrain.model import build_model, mean_loss, without_masks
+from galore_pretrain.model import mean_loss
 from galore_pretrain.optim.step import RandomBits, abridged
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class Static(NamedTuple):
     """Bytes that are there throughout a run: exact."""
 
     weights: int
+    gradients: int
+    """Of all weights that are trained."""
     state: int
     sums: int
     """Of all gradients as layerwise updates keep them until the last micro-batch: projected where the rule does."""
@@ -93,11 +95,12 @@ class Static(NamedTuple):
 
 def static_bytes(config: RunConfig, architecture: LlamaConfig) -> Static:
     """What a run holds before it computes anything, whatever its execution and micro-batch."""
-    model = build_model(architecture, device="meta", dtype=getattr(torch, config.dtype))
+    model = model_for(config, architecture, "meta")
     optimizer = optimizer_for(config, model)
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
     sums = sum(optimizer.sum_bytes(p) for p in optimizer.state)
-    return Static(sum(p.nbytes for p in model.parameters()), state, sums)
+    weights, gradients = (sum(p.nbytes for p in params) for params in (model.parameters(), optimizer.state))
+    return Static(weights, gradients, state, sums)
 
 
 def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool = False) -> Plan:
@@ -109,13 +112,13 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
     updated, three are (``every_update`` makes all). Allocations are counted, without what an allocator or a kernel of
     a library adds for itself.
     """
-    optimizer_for(config, build_model(architecture, device="meta"))  # fills caches that fake tensors cannot
+    model = model_for(config, architecture, "meta")
+    optimizer_for(config, model)  # fills caches that fake tensors cannot
     ledger = Ledger()
     shortened = contextlib.nullcontext() if every_update else abridged()
     with FakeTensorMode(allow_non_fake_inputs=True), device_of(config), ledger, shortened:
         with ledger.kind("weights"):
-            model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, config.dtype))
-            model = without_masks(model)
+            model.to_empty(device=device_of(config))
         with ledger.kind("moments"):
             optimizer = optimizer_for(config, prepare(config, model))
         for state in optimizer.state.values():
@@ -168,6 +171,8 @@ def _watch(ledger: Ledger, model: LlamaForCausalLM, execution: Execution) -> Non
         return hook
 
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         p.register_post_accumulate_grad_hook(gradient(name))
 
     complete = execution.complete

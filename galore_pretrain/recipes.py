@@ -14,7 +14,7 @@ from typing import Any
 
 from galore_pretrain.config import Flag, RunConfig, find_model
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim.names import resolve_name
+from galore_pretrain.optim.names import resolve_name, split
 
 
 def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
@@ -31,53 +31,60 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
         _check_bound(f.name, f.metadata["flag"], values[f.name])
 
     def fill(name: str, value: Any, origin: str) -> None:
-        if values[name] is None:
+        if values[name] is None and value is not None:
             values[name], origins[name] = value, origin
 
     find_model(values["model"])
     _name_row(values, origins)
-    projected, natural = "galore" in values["optim"], "natural" in values["optim"]
-    for name, why in without_meaning(values["optim"]).items():
+    meaningless = without_meaning(values["optim"])
+    for name, why in meaningless.items():
         if values[name] is not None:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {values[name]} has no meaning for --optim {values['optim']}; {why}")
     for name, (value, source) in recipe(Path(values["model"]).stem, values["optim"]).items():
-        if (projected or name not in _GALORE) and not (name == "steps" and values["max_tokens"]):
+        if name not in meaningless and not (name == "steps" and values["max_tokens"]):
             fill(name, value, f"recipe: {source}")
     if values["steps"] and values["max_tokens"]:
         raise InputError(
             f"--steps {values['steps']} and --max-tokens {values['max_tokens']} both end the run; give one"
         )
 
-    if projected:
-        reference = values["numerics"] == "reference"
-        fill("proj_type", "std", "default")
-        fill("basis", "svd" if reference else "randomized", "numerics reference" if reference else "default")
-        fill(
-            "refresh",
-            "together" if reference else "staggered",
-            "numerics reference" if reference else "default",
-        )
-        fill("moments", "keep", "default")
-    if natural:
-        fill("natural_history", 20, "default")
-        fill("natural_damping", 1e-3, "default")
-    fill("min_lr_ratio", 0.1 if values["scheduler"] == "cosine" else 0.0, f"scheduler {values['scheduler']}")
-    updates = values["steps"] or math.ceil(values["max_tokens"] / (values["total_batch_size"] * values["max_length"]))
-    if values["steps"]:
-        fill("warmup_steps", values["steps"] // 10, "a tenth of steps")
-    for name in ("eval_every", "save_every"):
-        fill(name, min(1000, math.ceil(updates / 10)), "a tenth of the run, at most 1000")
-    fill("batch_size", max(micro_batches(values["total_batch_size"])), CHOSEN)
+    for name, (value, origin) in _defaults(values).items():
+        if name not in meaningless:
+            fill(name, value, origin)
     _fill_clip_norm(values, origins)
-    fill("tokenizer", {"c4": "t5", "sample": "sample"}.get(values["data"]), f"data {values['data']}")
-    fill(
-        "output",
-        f"runs/{Path(values['model']).stem}-{values['optim']}-{time.strftime('%Y%m%d-%H%M%S')}",
-        "default",
-    )
     _check(values)
     return RunConfig(**values), origins
+
+
+def _defaults(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """What follows from the rest where neither the user nor the recipe says anything, and why."""
+    steps, total, paper = values["steps"], values["total_batch_size"], "GaLore appendix C.1"
+    reference = values["numerics"] == "reference"
+    numerics = "numerics reference" if reference else "default"
+    updates = steps or math.ceil(values["max_tokens"] / (total * values["max_length"]))
+    every = values["relora_every"] or math.ceil(updates / 5)
+    often = min(1000, math.ceil(updates / 10)), "a tenth of the run, at most 1000"
+    output = f"runs/{Path(values['model']).stem}-{values['optim']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return {
+        "proj_type": ("std", "default"),
+        "basis": ("svd" if reference else "randomized", numerics),
+        "refresh": ("together" if reference else "staggered", numerics),
+        "moments": ("keep", "default"),
+        "natural_history": (20, "default"),
+        "natural_damping": (1e-3, "default"),
+        "lora_alpha": (32.0, paper),
+        "lora_dropout": (0.05, paper),
+        "relora_every": (every, "chosen here: a fifth of the run"),
+        "relora_warmup": (min(100, every // 10), "chosen here: a tenth of relora_every, at most 100"),
+        "min_lr_ratio": (0.1 if values["scheduler"] == "cosine" else 0.0, f"scheduler {values['scheduler']}"),
+        "warmup_steps": (steps // 10 if steps else None, "a tenth of steps"),
+        "eval_every": often,
+        "save_every": often,
+        "batch_size": (max(micro_batches(total)), CHOSEN),
+        "tokenizer": ({"c4": "t5", "sample": "sample"}.get(values["data"]), f"data {values['data']}"),
+        "output": (output, "default"),
+    }
 
 
 CHOSEN = "chosen"
@@ -118,8 +125,10 @@ def _fill_clip_norm(values: dict[str, Any], origins: dict[str, str]) -> None:
         origins["clip_norm"] = CHOSEN
 
 
-_GALORE = ("rank", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
+_GALORE = ("update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
 _NATURAL = ("natural_history", "natural_damping")
+_LORA = ("lora_alpha", "lora_dropout")
+_RELORA = ("relora_every", "relora_warmup")
 
 
 def _check_bound(name: str, flag: Flag, value: Any) -> None:
@@ -149,9 +158,19 @@ def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 def without_meaning(optim: str) -> dict[str, str]:
     """The fields that a row has no use for, and why."""
-    projected, natural = "galore" in optim, "natural" in optim
-    found = {} if projected else dict.fromkeys(_GALORE, "only GaLore rows project")
-    return found | ({} if natural else dict.fromkeys(_NATURAL, "only natural_galore rows have a history"))
+    projected, (factors, _) = "galore" in optim, split(optim)
+    return {
+        name: why
+        for names, has_meaning, why in (
+            (("rank",), projected or factors, "only GaLore rows and low_rank, lora and relora have one"),
+            (_GALORE, projected, "only GaLore rows project"),
+            (_NATURAL, "natural" in optim, "only natural_galore rows have a history"),
+            (_LORA, factors in ("lora", "relora"), "only lora and relora rows add to a frozen matrix"),
+            (_RELORA, factors == "relora", "only relora rows merge"),
+        )
+        if not has_meaning
+        for name in names
+    }
 
 
 def _check(values: Mapping[str, Any]) -> None:
@@ -170,6 +189,8 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     if values["steps"] and values["warmup_steps"] > values["steps"]:
         raise InputError(f"--warmup-steps {values['warmup_steps']} exceeds --steps {values['steps']}")
+    if (values["lora_dropout"] or 0) >= 1:
+        raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
     if values["min_lr_ratio"] > 1:
         raise InputError(f"--min-lr-ratio {values['min_lr_ratio']} must be at most 1")
     if values["tokenizer"] is None:

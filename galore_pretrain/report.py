@@ -1,48 +1,210 @@
-"""Pictures of runs and plans. The only place that draws."""
+"""``galore-pretrain report``: tables and pictures of runs, as Markdown and HTML, from what they wrote."""
 
-from collections.abc import Mapping
+import html
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLOURS = {
-    "weights": "#0072B2",
-    "moments": "#E69F00",
-    "bases": "#F0E442",
-    "gradients": "#D55E00",
-    "sums": "#CC79A7",
-    "activations": "#009E73",
-    "temporaries": "#999999",
-}
+from galore_pretrain import paper
+from galore_pretrain.errors import InputError
+from galore_pretrain.pictures import draw_comparison
+from galore_pretrain.results import Comparison, Result, final_loss, paired, told_apart
+
+_PAPERS_NAME = {row: method for method, row in paper.METHODS.items()}
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
+    "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}"
+    "th:first-child,td:first-child{text-align:left}img{max-width:100%}figcaption{color:#555}"
+)
 
 
-def draw_memory(path: Path, title: str, bars: Mapping[str, Mapping[str, int]], budget: int | None = None) -> None:
-    """Stacked bars of bytes: for each name, what its peak is made of. A line marks the budget."""
-    import matplotlib
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of text."""
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
-    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.5 * len(bars)), layout="constrained")
-    names = list(bars)
-    left = [0.0] * len(names)
-    for kind, colour in _COLOURS.items():
-        sizes = [bars[name][kind] / 2**30 for name in names]
-        if any(sizes):
-            axes.barh(names, sizes, left=left, color=colour, label=kind, edgecolor="white", linewidth=0.5)
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
-    for name, total in zip(names, left, strict=True):
-        axes.annotate(f"{total:.2f}", (total, name), xytext=(4, 0), textcoords="offset points", va="center")
-    if budget is not None and budget / 2**30 < 1.6 * max(left):
-        axes.axvline(budget / 2**30, color="black", linestyle="--", linewidth=1)
-        axes.annotate(
-            f"budget {budget / 2**30:.1f}", (budget / 2**30, 1), xycoords=("data", "axes fraction"),
-            xytext=(3, -11), textcoords="offset points", fontsize=9,
-        )  # fmt: skip
-    axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.set(title=title, xlabel="peak memory of an update, GiB")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def html(self) -> str:
+        def line(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        return f"<table>{line(self.columns, 'th')}{''.join(line(row, 'td') for row in self.rows)}</table>"
+
+
+def write(comparisons: Sequence[Comparison], folder: Path) -> str:
+    """``report.md``, ``report.html`` and the pictures in ``folder``; the Markdown is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown, page = ["# Report"], ["<h1>Report</h1>"]
+    if len(comparisons) > 1:
+        text = (
+            f"These runs differ in {', '.join(_differences(comparisons))}. Numbers of different sections are not to be "
+            "compared."
+        )
+        markdown.append(text)
+        page.append(f"<p>{html.escape(text)}</p>")
+    for i, comparison in enumerate(comparisons, 1):
+        heading, notes = _heading(comparison), _notes(comparison)
+        markdown.append(f"## {heading}")
+        page.append(f"<h2>{html.escape(heading)}</h2>")
+        for table in (ranking(comparison), differences(comparison)):
+            if table.rows:
+                markdown.append(table.markdown())
+                page.append(table.html())
+        for note in notes:
+            markdown.append(note)
+            page.append(f"<p>{html.escape(note)}</p>")
+        for file, caption in draw_comparison(folder, f"-{i}" if len(comparisons) > 1 else "", comparison):
+            markdown.append(f"![{caption}]({file.name})")
+            shown = html.escape(caption)
+            page.append(f'<figure><img src="{file.name}" alt="{shown}"><figcaption>{shown}</figcaption></figure>')
+    text = "\n\n".join(markdown) + "\n"
+    (folder / "report.md").write_text(text)
+    (folder / "report.html").write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title><style>{_STYLE}</style>'
+        f"{''.join(page)}</html>\n"
+    )
+    return text
+
+
+def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """The same numbers for a program."""
+    found = []
+    for comparison in comparisons:
+        methods = {}
+        for label, runs in comparison.methods.items():
+            loss = final_loss(runs)
+            methods[label] = {
+                "runs": [str(run.folder) for run in runs],
+                "eval_loss": loss and loss.mean,
+                "eval_loss_deviation": loss and loss.deviation,
+                "eval_perplexity": loss and math.exp(loss.mean),
+            }
+        found.append({"setting": dict(comparison.setting), "methods": methods})
+    return found
+
+
+def ranking(comparison: Comparison) -> Table:
+    """The methods, the best first; behind them those that have not come to their end. Columns that have nothing to say
+    are left out."""
+    lines = [_line(comparison, label, runs) for label, runs in comparison.methods.items()]
+    columns = [name for name in lines[0] if any(line[name] for line in lines)]
+    return Table(columns, [[line[name] for name in columns] for line in lines])
+
+
+def _line(comparison: Comparison, label: str, runs: Sequence[Result]) -> dict[str, str]:
+    loss, theirs = final_loss(runs), _papers_numbers(comparison.setting, runs[0])
+    over = [run for run in runs if run.is_over]
+    going = [f"{run.lines[-1]['step']} of {run.config.get('steps') or '?'}" for run in runs if run not in over]
+    perplexity = math.exp(loss.mean) if loss else None
+    reference = [float(run.evaluations[-1]["eval_reference_perplexity"]) for run in over]
+    sizes = [r.summary["weights_bytes"] + r.summary["optimizer_bytes"] for r in over if "optimizer_bytes" in r.summary]
+    every = [line for run in runs for line in run.lines]
+    speeds = [line["tokens_per_second"] for line in every if line.get("tokens_per_second")]
+    return {
+        "method": label,
+        "lr": _agreed(runs, "lr"),
+        "matrices ×": _agreed(runs, "matrix_lr_scale"),
+        "seeds": f"{len(over)}" + (f" (not over: {', '.join(going)})" if going else ""),
+        "validation loss": "" if loss is None else str(loss),
+        "perplexity": "" if perplexity is None else f"{perplexity:.2f}",
+        "reference perplexity": f"{statistics.geometric_mean(reference):.2f}" if reference else "",
+        "the paper's": "" if theirs.perplexity is None else f"{theirs.perplexity:.2f}",
+        "difference": f"{100 * (perplexity / theirs.perplexity - 1):+.1f} %"
+        if perplexity and theirs.perplexity
+        else "",
+        "weights + state, 10⁹ B": f"{max(sizes) / 1e9:.4f}" if sizes else "",
+        "the paper's rule, G": theirs.memory,
+        "peak GiB": f"{max(line['peak_memory_bytes'] for line in every) / 2**30:.2f}",
+        "tokens/s": f"{statistics.median(speeds):,.0f}" if speeds else "",
+        "million tokens": f"{statistics.mean(run.lines[-1]['tokens_seen'] for run in over or runs) / 1e6:.2f}",
+    }
+
+
+def differences(comparison: Comparison) -> Table:
+    """Each method against the best, seed by seed: what the spread can tell apart."""
+    over = [label for label, runs in comparison.methods.items() if final_loss(runs)]
+    rows = []
+    for label in over[1:]:
+        if (pair := paired(comparison.methods[label], comparison.methods[over[0]])) is not None:
+            mean, error, count = pair
+            verdict = "one pair" if error is None else "yes" if told_apart(mean, error, count) else "no"
+            spread = "" if error is None else f"± {100 * error:.2f} %"
+            rows.append([label, over[0], f"{100 * mean:+.2f} %", spread, str(count), verdict])
+    columns = [
+        "method",
+        "against",
+        "perplexity (difference of its log)",
+        "standard error",
+        "seeds",
+        "told apart (t, 95 %)",
+    ]
+    return Table(columns, rows)
+
+
+def _agreed(runs: Sequence[Result], name: str) -> str:
+    values = {f"{run.config[name]:g}" for run in runs if run.config.get(name) is not None}
+    return values.pop() if len(values) == 1 else ""
+
+
+@dataclass(frozen=True)
+class _Theirs:
+    perplexity: float | None = None
+    memory: str = ""
+    tokens: float | None = None
+
+
+def _papers_numbers(setting: Mapping[str, Any], run: Result) -> _Theirs:
+    """What Table 2 prints of a cell, and memory by its rule."""
+    method, model = _PAPERS_NAME.get(run.base), str(setting.get("model"))
+    table = paper.printed()["table2"]
+    if method is None:
+        return _Theirs()
+    try:
+        size = sum(paper.rule(model, method, run.config.get("rank") or 0))
+    except InputError:  # a config file that is not there any more
+        return _Theirs()
+    if model not in table["models"]:
+        return _Theirs(memory=f"{size:.3f}")
+    cell = table["models"].index(model)
+    if method != "full" and run.config.get("rank") != table["rank"][cell]:
+        return _Theirs(memory=f"{size:.3f}")
+    return _Theirs(table["perplexity"][method][cell], f"{size:.3f}", table["training_tokens_billion"][cell])
+
+
+def _heading(comparison: Comparison) -> str:
+    setting = comparison.setting
+    if not setting.get("model"):
+        return "Settings unknown (no config.json): not to be compared with anything"
+    total = setting.get("total_batch_size")
+    length = f"{setting['steps']} updates" if setting.get("steps") else f"{setting.get('max_tokens'):,} tokens"
+    return (
+        f"{Path(setting['model']).stem} on {setting['data']} ({setting['layout']}), {length} of {total} × "
+        f"{setting['max_length']} tokens, tokenizer {setting['tokenizer']}"
+    )
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    theirs = {_papers_numbers(comparison.setting, runs[0]).tokens for runs in comparison.methods.values()} - {None}
+    tokens = max(run.lines[-1]["tokens_seen"] for runs in comparison.methods.values() for run in runs)
+    notes = [
+        f"The paper's numbers are of {billion:g} billion tokens of C4; these runs saw {tokens / 1e9:.4g} billion."
+        for billion in theirs
+        if billion is not None
+    ]
+    if differences(comparison).rows:
+        notes.append("The best of several is favoured by having been chosen; so is a seed on which a method was tuned.")
+    return notes
+
+
+def _differences(comparisons: Sequence[Comparison]) -> list[str]:
+    names = comparisons[0].setting
+    return [n.replace("_", " ") for n in names if len({str(c.setting.get(n)) for c in comparisons}) > 1] or ["folder"]

@@ -88,7 +88,7 @@ def restore(
     checkpoint.restore_counts(optimizer, saved["counts"])
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+        torch.cuda.set_rng_state(tensors["random.cuda"], next(model.parameters()).device)
     log.info("going on from %s at update %d", folder, state.step)
     return saved
 

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from galore_pretrain.budget import fitted
-from galore_pretrain.build import device_of, execution_for, optimizer_for, prepare
+from galore_pretrain.build import device_of, execution_for, factors_of, model_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import Row, TrainingData, validation_rows
 from galore_pretrain.errors import InputError
@@ -21,10 +22,9 @@ from galore_pretrain.evaluate import Evaluation, evaluate
 from galore_pretrain.inputs import Inputs, open_inputs
 from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes
 from galore_pretrain.metrics import JsonLines, Progress, Wandb
-from galore_pretrain.model import build_model
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.projector import has_fast_bf16
-from galore_pretrain.outputs import export, write_config, write_summary
+from galore_pretrain.outputs import export, lock, write_config, write_summary
 from galore_pretrain.plan import Plan, measure
 from galore_pretrain.recipes import reference_batch
 from galore_pretrain.repro import describe_environment
@@ -48,12 +48,14 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         return 0
     inputs = open_inputs(config)
     check_unchanged(config, resumed, inputs.fingerprints())
-    optimizer_for(config, build_model(inputs.model, device="meta"))  # whether its options fit, at no cost
+    optimizer_for(config, model_for(config, inputs.model, "meta"))  # whether its options fit, at no cost
     config, origins, planned = fitted(config, origins, kept=before is not None)
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device)}
+    locked = lock(output)
     write_config(output, config, origins, environment)
 
-    model = build_model(inputs.model, device=device, dtype=getattr(torch, config.dtype), seed=config.seed)
+    torch.manual_seed(config.seed)  # dropout alone draws from torch's own generator
+    model = model_for(config, inputs.model, device, fresh=resumed is None)
     optimizer = optimizer_for(config, prepare(config, model))
     execution = execution_for(config, optimizer)
     _log_assignment(config, device, optimizer)
@@ -72,12 +74,14 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         remains |= {"wall_seconds": seconds(), "inputs": inputs.fingerprints()}
         write_checkpoint(config, model, optimizer, state, remains)
 
+    factors = factors_of(config)
     trainer = Trainer(
         model=model,
         batches=data,
         optimizer=optimizer,
         execution=execution,
         schedule=schedule,
+        after_update=partial(factors.after_update, model, optimizer) if factors else lambda step: None,
         evaluate=_evaluator(config, model, inputs, device),
         save=save,
         loggers=[lines, progress, wandb],
@@ -93,13 +97,16 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         if not trainer.fit():
             log.info("stopped after update %d; the same command with --output %s goes on there", state.step, output)
             return 128 + (trainer.stop_signal or 0)
+        reached = peaks.now()  # exporting is not training
         export(output / "model", model, inputs.tokenizer)
         taken = seconds()
-        write_summary(output, _summary(state, _planned_peak(planned, config, inputs), peaks.now(), taken))
+        peak = _planned_peak(planned, config, inputs)
+        write_summary(output, _summary(state, model, optimizer, peak, reached, taken))
         return 0
     finally:
         for logger in trainer.loggers:
             logger.close()
+        locked.close()
 
 
 def _refuse_several_processes() -> None:
@@ -202,7 +209,15 @@ class _Peaks:
         return max(allocator, peak_memory_bytes(self._device)), max(process, process_peak_bytes())
 
 
-def _summary(state: TrainState, planned: int | None, peaks: tuple[int, int], wall_seconds: float) -> dict[str, Any]:
+def _summary(
+    state: TrainState,
+    model: torch.nn.Module,
+    optimizer: RuleOptimizer,
+    planned: int | None,
+    peaks: tuple[int, int],
+    wall_seconds: float,
+) -> dict[str, Any]:
+    tensors = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     return {
         "steps": state.step,
         "tokens_seen": state.tokens_seen,
@@ -210,6 +225,8 @@ def _summary(state: TrainState, planned: int | None, peaks: tuple[int, int], wal
         "peak_memory_bytes": peaks[0],
         "process_peak_bytes": peaks[1],
         "planned_peak_bytes": planned,
+        "weights_bytes": sum(p.nbytes for p in model.parameters()),
+        "optimizer_bytes": sum(t.nbytes for t in tensors),
         "wall_seconds": wall_seconds,
     }
 

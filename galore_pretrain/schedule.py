@@ -11,6 +11,9 @@ class Schedule:
     The run ends after ``steps`` updates, or with the update that reaches ``max_tokens`` real tokens: exactly one of the
     two is given. ``warmup_steps`` is in updates; ``None`` warms up over the first tenth of the run, in its own unit.
 
+    After each of ReLoRA's merges, one every ``relora_every`` updates, the rate rises again over ``relora_warmup``
+    updates to what it would be.
+
     ``sound`` numerics ask for the rate at the end of an update, so the first update has a rate and the last one the
     lowest. ``reference`` asks at its beginning, as torch's LambdaLR in the published code: its first rate is 0.
     """
@@ -22,9 +25,18 @@ class Schedule:
     min_lr_ratio: float = 0.1
     scheduler: str = "cosine"
     numerics: str = "sound"
+    relora_every: int | None = None
+    relora_warmup: int | None = None
 
     def lr_at(self, step: int, tokens_before: int = 0, tokens_in_update: int = 0) -> float:
         """The rate of update ``step`` (0 is the first), ``tokens_before`` real tokens into the run."""
+        rate = self._global_rate(step, tokens_before, tokens_in_update)
+        if not self.relora_every or not self.relora_warmup or step < self.relora_every:
+            return rate
+        since = step % self.relora_every + (self.numerics == "sound")
+        return rate * min(1.0, since / self.relora_warmup)
+
+    def _global_rate(self, step: int, tokens_before: int, tokens_in_update: int) -> float:
         at_end = self.numerics == "sound"
         done_steps = step + at_end
         done_tokens = tokens_before + at_end * tokens_in_update

@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
         """Token ids of each text, without a beginning or end marker; no text can produce a control token."""
         ...
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without control tokens."""
+        ...
+
     def save(self, folder: Path, model_max_length: int) -> None:
         """Write what ``AutoTokenizer.from_pretrained(folder)`` needs; a prompt gets the ids of ``encode``."""
         ...
@@ -62,6 +66,9 @@ class SentencePieceTokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._processor.encode(texts)
         return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._processor.decode([i for i in ids if not self._processor.is_control(i)]))
 
     def save(self, folder: Path, model_max_length: int) -> None:
         """Copies the model, and converts it with transformers' own classes if the ids come out the same."""
@@ -122,6 +129,9 @@ class HuggingFaceTokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [ids if self._control.isdisjoint(ids) else self._without_control(ids) for ids in encoded]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _without_control(self, ids: list[int]) -> list[int]:
         """A text that spells a control token (``</s>``) must not act as one."""

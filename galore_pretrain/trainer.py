@@ -50,9 +50,10 @@ class Trainer:
     """Runs updates until the schedule is over; evaluates, logs and saves on the way.
 
     ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` and
-    ``save`` are called every so many updates and after the last one. ``mean_of_means`` averages the loss as the
-    published code does. ``stop_signal`` may be set at any moment, by a signal handler: the update in progress is
-    completed and saved, and `fit` returns.
+    ``save`` are called every so many updates and after the last one. ``after_update`` is called with the number of each
+    update but the last, and may change the model. ``mean_of_means`` averages the loss as the published code does.
+    ``stop_signal`` may be set at any moment, by a signal handler: the update in progress is completed and saved, and
+    `fit` returns.
     """
 
     model: Any
@@ -60,6 +61,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     execution: Execution
     schedule: Schedule
+    after_update: Callable[[int], None]
     evaluate: "Callable[[], Evaluation]"
     save: Callable[[], None]
     loggers: Sequence[MetricLogger]
@@ -102,6 +104,8 @@ class Trainer:
         state.step += 1
         state.tokens_seen += batch.tokens
         state.data = batch.state
+        if not self._is_over():
+            self.after_update(state.step)
         metrics: Metrics = {"loss": loss, "lr": lr, "tokens_seen": state.tokens_seen}
         if finished is None:
             return metrics

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from galore_pretrain import load_model_config
-from galore_pretrain.build import optimizer_for
-from galore_pretrain.model import build_model
+from galore_pretrain.build import model_for, optimizer_for
 from galore_pretrain.optim.projector import has_fast_bf16
 from galore_pretrain.recipes import resolve
 
@@ -82,7 +81,7 @@ def killed_after(command: list[str], output: Path, updates: int) -> list[dict[st
 def bases_due(steps: int) -> list[int]:
     """How many bases each update renews."""
     config, _ = resolve(RUN, dict.fromkeys(RUN, "flag"))
-    optimizer = optimizer_for(config, build_model(load_model_config(config.model), device="meta"))
+    optimizer = optimizer_for(config, model_for(config, load_model_config(config.model), "meta"))
     return [sum(optimizer.next_due(p, step) == step for p in optimizer.state) for step in range(1, steps + 1)]
 
 

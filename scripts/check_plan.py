@@ -22,16 +22,16 @@ from typing import Any
 
 import torch
 
-from galore_pretrain.build import execution_for, optimizer_for, prepare
+from galore_pretrain.build import execution_for, model_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
 from galore_pretrain.memory import allocated_peak, process_peak_bytes
-from galore_pretrain.model import build_model, load_model_config
+from galore_pretrain.model import load_model_config
 from galore_pretrain.plan import make_heaviest_updates, measure
 from galore_pretrain.recipes import resolve
 
 
 def updates(config: RunConfig) -> None:
-    model = build_model(load_model_config(config.model), dtype=getattr(torch, config.dtype))
+    model = model_for(config, load_model_config(config.model))
     optimizer = optimizer_for(config, prepare(config, model))
     execution, micro_batches = execution_for(config, optimizer), config.total_batch_size // config.batch_size
     make_heaviest_updates(config, model, optimizer, execution, micro_batches)

@@ -19,6 +19,7 @@ from galore_pretrain import checkpoint
 from galore_pretrain.cli import cli
 from galore_pretrain.config import RunConfig, parse_count
 from galore_pretrain.errors import InputError
+from galore_pretrain.outputs import lock
 from galore_pretrain.recipes import resolve
 
 MEASURED = {"tokens_per_second", "peak_memory_bytes", "process_peak_bytes"}
@@ -30,6 +31,8 @@ SUMMARY_KEYS = {
     "peak_memory_bytes",
     "process_peak_bytes",
     "planned_peak_bytes",
+    "weights_bytes",
+    "optimizer_bytes",
     "wall_seconds",
 } | EVAL_KEYS
 
@@ -96,6 +99,18 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert sorted(f.name for f in (finished / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
     kinds = {f.suffix for f in (finished / "checkpoints").rglob("*") if f.is_file()}
     assert kinds == {".safetensors", ".json"}
+
+
+def test_one_run_at_a_time_in_a_folder(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """A lock that a dead process left is none; that of a living one refuses."""
+    output = tmp_path / "shared"
+    held = lock(output)
+    refused = run(tiny_config, output)
+    assert refused.returncode == 2
+    assert "another run is writing there" in refused.stderr
+    held.close()
+    lock(output).close()
+    assert (finished / ".lock").exists()
 
 
 def test_changing_over_to_layerwise_and_another_budget(tiny_config: str, finished: Path, tmp_path: Path) -> None:

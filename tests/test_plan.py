@@ -12,14 +12,14 @@ from click.testing import CliRunner
 
 from galore_pretrain import paper
 from galore_pretrain.budget import OUTSIDE, budget_of, choose, lower_bound, upper_bound
-from galore_pretrain.build import execution_for, optimizer_for, prepare
+from galore_pretrain.build import execution_for, model_for, optimizer_for, prepare
 from galore_pretrain.cli import cli
 from galore_pretrain.config import RunConfig, parse_bytes
 from galore_pretrain.errors import InputError
 from galore_pretrain.memory import KINDS, Ledger, allocated_peak, available_bytes
 from galore_pretrain.model import build_model, load_model_config
 from galore_pretrain.optim.galore import GaLore
-from galore_pretrain.optim.names import ROWS
+from galore_pretrain.optim.names import METHODS, split
 from galore_pretrain.optim.rules import Adam
 from galore_pretrain.optim.step import Step, abridged, pieces
 from galore_pretrain.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
@@ -41,6 +41,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config_for(model: str, row: str, **given: Any) -> RunConfig:
     values = {"model": model, "optim": row, "data": "sample", "max_length": 64, "steps": 100, "total_batch_size": 4}
     values |= {"rank": 32, "update_proj_gap": 20} if "galore" in row else {}
+    values |= {"rank": 32} if split(row)[0] else {}
     return resolve(values | given, dict.fromkeys(given, "flag"))[0]
 
 
@@ -48,7 +49,7 @@ def real_peak(config: RunConfig) -> int:
     """What torch's allocator gave out at most in the same updates, of real tensors."""
 
     def updates() -> None:
-        model = build_model(load_model_config(config.model), dtype=getattr(torch, config.dtype))
+        model = model_for(config, load_model_config(config.model))
         optimizer = optimizer_for(config, prepare(config, model))
         execution, micro_batches = execution_for(config, optimizer), config.total_batch_size // config.batch_size
         make_heaviest_updates(config, model, optimizer, execution, micro_batches)
@@ -59,7 +60,7 @@ def real_peak(config: RunConfig) -> int:
 CASES = [
     (row, mode, checkpointing, size, "float32", 0.0)
     for row, (mode, checkpointing, size) in zip(
-        ROWS * 2, itertools.cycle(itertools.product((False, True), (False, True), (4, 1, 2))), strict=False
+        METHODS * 2, itertools.cycle(itertools.product((False, True), (False, True), (4, 1, 2))), strict=False
     )
 ] + [
     ("galore_adamw", True, True, 1, "bfloat16", 1.0),

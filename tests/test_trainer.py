@@ -43,6 +43,7 @@ def build(model: LlamaForCausalLM, steps: int, layerwise: bool) -> tuple[Trainer
     trainer = Trainer(
         model=model, batches=batches(), optimizer=optimizer,
         execution=Layerwise(optimizer) if layerwise else GlobalStep(optimizer, 0.0),
+        after_update=lambda step: None,
         schedule=Schedule(lr=0.01, steps=steps, warmup_steps=1),
         evaluate=lambda: Evaluation(1.0, 2.7, 2.7, 10), save=lambda: saved.append(state.step),
         loggers=[lines], state=state, batch_size=2, eval_every=1000, save_every=2, mean_of_means=False,

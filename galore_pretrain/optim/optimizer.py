@@ -190,6 +190,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         add(waiting.grad, taken.grad, waiting.step, f"sum {waiting.parts}")
 
     @torch.no_grad()
+    def reset(self, params: Iterable[Tensor]) -> None:
+        """The state of ``params`` as it was before their first update."""
+        for p in params:
+            self.state[p]["step"] = 0
+            for name, value in self.rule_of(p).init(_at_least_1d(p.detach())).items():
+                self.state[p][name].copy_(value)
+
+    @torch.no_grad()
     def settle(self, p: Tensor) -> None:
         """Find the new basis of ``p``, if one is due, in what was gathered, and keep the low-rank gradient alone."""
         _, rule, state = self._of(p)

@@ -8,7 +8,7 @@ import torch
 from galore_pretrain.optim.adafactor import Adafactor
 from galore_pretrain.optim.galore import GaLore, is_projected
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
-from galore_pretrain.optim.names import NUMERICS, resolve_name
+from galore_pretrain.optim.names import NUMERICS, resolve_name, split
 from galore_pretrain.optim.natural import Natural
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rules import SGD, Adam, UpdateRule
@@ -64,6 +64,8 @@ def build_rules(row: str, numerics: str, **options: Any) -> tuple[UpdateRule, Up
     if numerics == "reference" and options.get("basis") == "svd":
         options["basis"] = "svd_unsigned"
     name, _ = resolve_name(row)
+    if name not in REGISTRY:
+        raise ValueError(f"{name} is a way to build a model, not an optimizer: give its factors to {split(name)[1]!r}")
     given = {key: value for key, value in options.items() if value is not None}
     entry = REGISTRY[name]
     matrices, used = _configure(getattr(entry, numerics), given)

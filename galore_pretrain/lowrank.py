@@ -1,0 +1,133 @@
+"""The paper's baselines: matrices that are trained through two thin factors. Which, and what happens between updates.
+
+``low_rank``: W = BA (Kamalakara et al., arXiv 2209.13569). ``lora``: W = W₀ + (α/r) BA, with W₀ random and frozen (Hu
+et al., arXiv 2106.09685). ``relora``: the same, where every so many updates BA becomes a part of W₀ and begins anew
+(Lialin et al., arXiv 2307.05695). All linear layers of attention and MLP; the rest is trained in full.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from galore_pretrain.model import draw
+from galore_pretrain.optim.galore import is_projected
+from galore_pretrain.optim.step import chunk_elements, mix, pieces
+
+if TYPE_CHECKING:
+    from galore_pretrain.optim import RuleOptimizer
+
+
+class FactoredLinear(nn.Module):
+    """y = W₀x + ``scale`` · B A drop(x) + bias, with A (r × in) and B (out × r) trained and W₀ frozen, or absent."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, dense: nn.Linear, rank: int, *, scale: float, dropout: float, frozen: bool) -> None:
+        super().__init__()
+        where = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        self.weight = nn.Parameter(dense.weight.detach(), requires_grad=False) if frozen else None
+        self.bias = dense.bias
+        rank = min(rank, *dense.weight.shape)
+        self.A = nn.Linear(dense.in_features, rank, bias=False, **where)
+        self.B = nn.Linear(rank, dense.out_features, bias=False, **where)
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.A(F.dropout(x, self.dropout, self.training)) if self.dropout else self.A(x)
+        y = F.linear(low if self.scale == 1.0 else low * self.scale, self.B.weight, self.bias)
+        return y if self.weight is None else y + F.linear(x, self.weight)
+
+    def dense(self) -> Tensor:
+        """The matrix that it computes with outside of training: out × in, in the weights' dtype, on the CPU."""
+        shape = self.B.out_features, self.A.in_features
+        return self._sum_into(torch.empty(shape, dtype=self.A.weight.dtype))
+
+    @torch.no_grad()
+    def _sum_into(self, target: Tensor) -> Tensor:
+        """W₀ + ``scale`` · BA, found in fp32 a block of rows at a time; ``target`` may be W₀ itself."""
+        a, b = self.A.weight.float(), self.B.weight
+        for start, stop in pieces(len(target), max(1, chunk_elements(a.device) // target.shape[1])):
+            rows = (b[start:stop].float() @ a).mul_(self.scale)
+            target[start:stop] = rows if self.weight is None else rows.add_(self.weight[start:stop])
+        return target
+
+    def merge(self) -> None:
+        """W₀ becomes what `dense` is; A and B are not touched."""
+        assert self.weight is not None
+        self._sum_into(self.weight)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How a model's matrices are factored, with ``rank`` r. ``alpha`` is LoRA's α; None means that there is no W₀.
+
+    ``every`` is the number of updates between two of ReLoRA's merges; None means that there are none.
+    """
+
+    rank: int
+    alpha: float | None = None
+    dropout: float = 0.0
+    every: int | None = None
+    seed: int = 0
+
+    def apply(self, model: nn.Module) -> None:
+        """Put a `FactoredLinear` in the place of each matrix of ``model``, which may be on ``meta``."""
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        for name, module in [(n, m) for n, m in model.named_modules() if is_projected(n, m)]:
+            parent, _, leaf = name.rpartition(".")
+            layer = FactoredLinear(module, self.rank, scale=scale, dropout=self.dropout, frozen=self.alpha is not None)
+            setattr(model.get_submodule(parent), leaf, layer)
+
+    @torch.no_grad()
+    def initialize(self, model: nn.Module, std: float) -> None:
+        """Without W₀, the best approximation of rank r of the matrix that a full model would have begun with (spectral
+        initialization, arXiv 2209.13569, §3.1); with it, A from U(−1/√in, 1/√in) and B zero, as LoRA's authors."""
+        for name, layer in layers(model):
+            if layer.weight is not None:
+                self._begin(name, layer, 0)
+                continue
+            whole = torch.empty(layer.B.out_features, layer.A.in_features)
+            draw(f"{name}.weight", whole, std, self.seed)
+            u, s, vh = torch.linalg.svd(whole, full_matrices=False)
+            rank, root = layer.A.out_features, s.sqrt()
+            layer.A.weight.copy_(root[:rank, None] * vh[:rank])
+            layer.B.weight.copy_(u[:, :rank] * root[:rank])
+
+    @torch.no_grad()
+    def after_update(self, model: nn.Module, optimizer: "RuleOptimizer", step: int) -> None:
+        """After update ``step`` (from 1): where it is time, BA becomes a part of W₀, and A, B and their moments begin
+        anew. What the model computes stays the same."""
+        if self.every is None or step % self.every:
+            return
+        for name, layer in layers(model):
+            layer.merge()
+            self._begin(name, layer, step)
+            optimizer.reset([layer.A.weight, layer.B.weight])
+
+    def _begin(self, name: str, layer: FactoredLinear, step: int) -> None:
+        bound = 1 / math.sqrt(layer.A.in_features)
+        generator = torch.Generator().manual_seed(mix(self.seed, name, step))
+        layer.A.weight.copy_(torch.empty(layer.A.weight.shape).uniform_(-bound, bound, generator=generator))
+        layer.B.weight.zero_()
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
+    """The factored layers of a model, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, FactoredLinear):
+            yield name, module
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """``model.state_dict()`` as that of a model without factors that computes the same; what is new is on the CPU."""
+    state = dict(model.state_dict())
+    for name, layer in layers(model):
+        for part in ("A.weight", "B.weight"):
+            del state[f"{name}.{part}"]
+        state[f"{name}.weight"] = layer.dense()
+    return state
