@@ -37,6 +37,14 @@ def open_inputs(config: RunConfig) -> Inputs:
     """Open everything that a run reads; InputError where something is not there or does not fit the rest."""
     training, validation = (open_source(config.data, split, config.eval_data) for split in ("train", "validation"))
     tokenizer = load_tokenizer(config.tokenizer)
+    model = architecture_for(config, tokenizer)
+    rows = TokenRows(tokenizer, config.layout, config.max_length)
+    validation_rows(validation, rows, tokens=1)  # a first one, to know that there are any
+    return Inputs(model, training, validation, tokenizer, rows)
+
+
+def architecture_for(config: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
+    """The model's architecture with the tokenizer's control tokens; InputError where the two do not fit."""
     model = load_model_config(config.model)
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
@@ -48,8 +56,6 @@ def open_inputs(config: RunConfig) -> Inputs:
             f"--max-length {config.max_length} exceeds the {model.max_position_embeddings} positions of "
             f"--model {config.model}"
         )
-    rows = TokenRows(tokenizer, config.layout, config.max_length)
-    validation_rows(validation, rows, tokens=1)  # a first one, to know that there are any
     model.eos_token_id = tokenizer.eos_id
     model.bos_token_id = None  # no row begins with one
-    return Inputs(model, training, validation, tokenizer, rows)
+    return model

@@ -97,10 +97,9 @@ def static_bytes(config: RunConfig, architecture: LlamaConfig) -> Static:
     """What a run holds before it computes anything, whatever its execution and micro-batch."""
     model = model_for(config, architecture, "meta")
     optimizer = optimizer_for(config, model)
-    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
     sums = sum(optimizer.sum_bytes(p) for p in optimizer.state)
     weights, gradients = (sum(p.nbytes for p in params) for params in (model.parameters(), optimizer.state))
-    return Static(weights, gradients, state, sums)
+    return Static(weights, gradients, optimizer.state_bytes(), sums)
 
 
 def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool = False) -> Plan:
@@ -119,6 +118,7 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
     with FakeTensorMode(allow_non_fake_inputs=True), device_of(config), ledger, shortened:
         with ledger.kind("weights"):
             model.to_empty(device=device_of(config))
+            model.tie_weights()  # where the config says so: new storage has parted them
         with ledger.kind("moments"):
             optimizer = optimizer_for(config, prepare(config, model))
         for state in optimizer.state.values():

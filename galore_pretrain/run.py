@@ -137,15 +137,12 @@ def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOpti
     for group in optimizer.param_groups:
         count, tensors = sum(p.numel() for p in group["params"]), len(group["params"])
         names = ", ".join(sorted({name.split(".")[-2] for name in group["param_names"]}))
-        state = sum(
-            t.nbytes for p in group["params"] for t in optimizer.state[p].values() if isinstance(t, torch.Tensor)
-        )
         log.info(
             "%s updates %d tensors, %.1fM weights, with %.1f MiB of state: %s",
             optimizer.describe(group),
             tensors,
             count / 1e6,
-            state / 2**20,
+            optimizer.state_bytes(group["params"]) / 2**20,
             names,
         )
 
@@ -217,7 +214,6 @@ def _summary(
     peaks: tuple[int, int],
     wall_seconds: float,
 ) -> dict[str, Any]:
-    tensors = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
     return {
         "steps": state.step,
         "tokens_seen": state.tokens_seen,
@@ -226,7 +222,7 @@ def _summary(
         "process_peak_bytes": peaks[1],
         "planned_peak_bytes": planned,
         "weights_bytes": sum(p.nbytes for p in model.parameters()),
-        "optimizer_bytes": sum(t.nbytes for t in tensors),
+        "optimizer_bytes": optimizer.state_bytes(),
         "wall_seconds": wall_seconds,
     }
 

@@ -81,7 +81,7 @@ class Planned:
 def entries(kind: str, model: str, optim: str | None) -> list[Entry]:
     """The lines of a sweep: of a kind, or of a JSON file, ``{"runs": {NAME: {FLAG: VALUE}}}``."""
     if kind not in KINDS:
-        return _own(Path(kind))
+        return [Entry(e.name, {"optim": optim or "galore_adamw", **e.flags}) for e in _own(Path(kind))]
     if kind == "lr":
         row = optim or "galore_adamw"
         return [Entry(f"{row} {lr:g}", {"optim": row, "lr": lr}) for lr in GRID]
@@ -202,8 +202,7 @@ class Sweep:
     def _planned(self, entry: Entry, seed: int, factor: float | None) -> Planned:
         name = entry.folder + ("" if factor is None else f"-m{factor:g}")
         # Of the flags for all, a row takes those that mean something to it, as long as they do to another.
-        rows = [str(e.flags.get("optim", self.shared.get("optim"))) for e in self.lines]
-        own, others = without_meaning(str(entry.flags.get("optim"))), [without_meaning(row) for row in rows]
+        own, others = without_meaning(entry.flags["optim"]), [without_meaning(e.flags["optim"]) for e in self.lines]
         shared = {n: v for n, v in self.shared.items() if n not in own or all(n in other for other in others)}
         tuned = {} if factor is None else {"matrix_lr_scale": factor}
         return Planned(self.output / f"{name}-seed{seed}", {**shared, **entry.flags, **tuned, "seed": seed})
@@ -224,7 +223,7 @@ class Sweep:
                     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
                 self._active.append((run, process))
                 if self._stop is not None:  # meanwhile
-                    process.send_signal(self._stop)
+                    process.terminate()
                 print(f"{time.strftime('%H:%M')} {run.folder} ({len(waiting)} to come)", file=sys.stderr)
             time.sleep(0.2)
             codes = [(run, process, process.poll()) for run, process in self._active]
@@ -238,7 +237,7 @@ class Sweep:
         self._stop = number
         signal.signal(number, signal.SIG_DFL)
         for _, process in self._active:
-            process.send_signal(number)
+            process.terminate()  # after which a run saves, as it does not after a hangup
 
 
 def _has_begun(folder: Path) -> bool:

@@ -15,7 +15,9 @@ from galore_pretrain.config import RunConfig
 from galore_pretrain.data import TokenRows, validation_rows
 from galore_pretrain.errors import InputError
 from galore_pretrain.evaluate import Evaluation, evaluate
-from galore_pretrain.model import load_model_config, without_masks
+from galore_pretrain.hub import check_hub
+from galore_pretrain.inputs import architecture_for
+from galore_pretrain.model import without_masks
 from galore_pretrain.recipes import reference_batch, resolve
 from galore_pretrain.sources import open_source
 from galore_pretrain.tokenizer import Tokenizer, load_tokenizer
@@ -43,9 +45,8 @@ def load(path: Path, given: Mapping[str, Any], device: torch.device) -> Trained:
         if "data" in given and "eval_data" not in given:
             known["eval_data"] = None
         config = replace(RunConfig(**known), **given)
-        tokenizer, architecture = load_tokenizer(config.tokenizer), load_model_config(config.model)
-        architecture.eos_token_id, architecture.bos_token_id = tokenizer.eos_id, None
-        model = model_for(config, architecture, device, fresh=False)
+        tokenizer = load_tokenizer(config.tokenizer)
+        model = model_for(config, architecture_for(config, tokenizer), device, fresh=False)
         checkpoint.load(path, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, part="model.")
         return Trained(model.eval(), tokenizer, config)
     if _architectures(path / "config.json") != ["LlamaForCausalLM"]:
@@ -74,6 +75,7 @@ def _architectures(file: Path) -> Any:
 def perplexity(trained: Trained, device: torch.device) -> Evaluation:
     """Loss and perplexities over the validation text, as a run finds them."""
     config = trained.config
+    check_hub(config.data, config.tokenizer)
     rows = TokenRows(trained.tokenizer, config.layout, config.max_length)
     text = validation_rows(open_source(config.data, "validation", config.eval_data), rows, config.eval_tokens)
     size, reference = config.batch_size, reference_batch(config)

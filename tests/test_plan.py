@@ -108,6 +108,15 @@ def test_pieces_cover_everything_unless_abridged() -> None:
     assert len(list(pieces(22, 4))) == 6
 
 
+def test_tied_weights_are_planned_once(small: str, tmp_path: Path) -> None:
+    tied = tmp_path / "tied.json"
+    tied.write_text(json.dumps(json.loads(Path(small).read_text()) | {"tie_word_embeddings": True}))
+    config = config_for(str(tied), "adamw", layerwise=False, batch_size=4)
+    planned = measure(config, load_model_config(str(tied)))
+    assert planned.peak_bytes == pytest.approx(real_peak(config), rel=0.03)
+    assert planned.parts["weights"] < measure(config_for(small, "adamw"), load_model_config(small)).parts["weights"]
+
+
 def test_a_ledger_of_real_tensors() -> None:
     ledger = Ledger()
     with ledger:

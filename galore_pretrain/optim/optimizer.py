@@ -230,6 +230,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What was gathered for the next update of ``p``."""
         return self._waiting.get(p)
 
+    def state_bytes(self, params: Iterable[Tensor] | None = None) -> int:
+        """What the state of ``params`` takes; of all by default."""
+        states = [self.state[p] for p in (self._places if params is None else params)]
+        return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+
     def sum_bytes(self, p: Tensor) -> int:
         """What a gathered gradient of ``p`` takes between two refreshes of its basis."""
         _, rule, state = self._of(p)
