@@ -17,7 +17,7 @@ from galore_pretrain.hub import check_hub
 from galore_pretrain.options import RunCommand, flags, resolved, with_run_options
 from galore_pretrain.recipes import without_meaning
 from galore_pretrain.sources import open_source
-from galore_pretrain.sweep import KINDS, Sweep, entries
+from galore_pretrain.sweep import KINDS, Sweep, entries, own_length
 from galore_pretrain.tokenizer import find_tokenizer
 
 
@@ -150,6 +150,8 @@ def sweep(
     model, output = given.get("model"), Path(given.pop("output", None) or f"sweeps/{Path(kind).stem}")
     if model is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
+    if not {"steps", "max_tokens"} & given.keys():
+        given |= own_length(kind, model)
     lines = entries(kind, model, given.pop("optim", None))
     first = given.pop("seed", None) or 0
     try:

@@ -27,6 +27,14 @@ def parse_count(text: str) -> int:
     return int(number)
 
 
+RECIPE = "recipe"
+
+
+def parse_tokens(text: str) -> int | str:
+    """A count, or the word ``recipe``: as many as the paper's table names."""
+    return RECIPE if text.strip() == RECIPE else parse_count(text)
+
+
 def parse_bytes(text: str) -> int:
     """``24GB`` (10⁹), ``24GiB`` (2³⁰) or a number of bytes: a size of memory; K, M, G and T."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b)?", text.strip().lower())
@@ -147,7 +155,10 @@ class RunConfig:
     max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)
 
     steps: int | None = _flag(None, "Updates.", int, LENGTH, least=1)
-    max_tokens: int | None = _flag(None, "Real tokens, instead of --steps: 1.1B.", parse_count, LENGTH, shown="off")
+    max_tokens: int | None = _flag(
+        None, "Real tokens, instead of --steps: 1.1B, or recipe: as many as the paper's table names.", parse_tokens,
+        LENGTH, shown="off",
+    )  # fmt: skip
     warmup_steps: int | None = _flag(None, "Updates of linear warm-up.", int, LENGTH, least=0, shown="a tenth")
     lr: float = _flag(None, "Peak learning rate.", float, LENGTH, above=0)
     min_lr_ratio: float = _flag(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_bytes, parse_count
+from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_bytes, parse_count, parse_tokens
 from galore_pretrain.errors import InputError
 from galore_pretrain.recipes import resolve
 
@@ -29,6 +29,9 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+_METAVARS: dict[Any, str] = {parse_count: "count", parse_tokens: "count", parse_betas: "pair", parse_bytes: "size"}
+
+
 class _Option(click.Option):
     group = "Other"
 
@@ -39,7 +42,7 @@ def _option(name: str, flag: Flag) -> _Option:
     if isinstance(kind, tuple):
         kind = click.Choice(kind)
     elif not isinstance(kind, type):
-        kind = _Parsed(kind, {parse_count: "count", parse_betas: "pair", parse_bytes: "size"}[kind])
+        kind = _Parsed(kind, _METAVARS[kind])
     declaration = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
     option = _Option([declaration, name], type=kind, default=None, help=f"{flag.help}  [{flag.shown}]")
     option.group = flag.group
@@ -119,6 +122,6 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, bool) and kind is bool
     if isinstance(value, list):
         return kind is parse_betas and all(isinstance(part, (int, float)) for part in value)
-    return (isinstance(value, int) and kind in (int, float, parse_count, parse_bytes)) or (
+    return (isinstance(value, int) and kind in (int, float, parse_count, parse_tokens, parse_bytes)) or (
         isinstance(value, float) and kind is float
     )

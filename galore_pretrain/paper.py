@@ -1,8 +1,9 @@
 """The GaLore paper's tables: as printed, memory by its own rule, exactly, and beside what `plan` says."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,58 @@ _ROWS = {
 
 
 def printed() -> dict[str, Any]:
-    """The numbers of the paper's Tables 2, 3, 6, 11 and Figure 4."""
+    """The numbers of the paper's Tables 2, 3, 6, 11 and Figures 3 and 4, and of Natural GaLore's table."""
     tables: dict[str, Any] = json.loads(
         (resources.files("galore_pretrain") / "configs" / "paper_tables.json").read_text()
     )
     return tables
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The validation perplexity that a paper prints of a run, where, and after how much training."""
+
+    perplexity: float
+    source: str
+    length: str
+
+
+def cell(model: str, row: str, rank: int | None, steps: int | None) -> Cell | None:
+    """What was printed of a run of ``model`` with ``row``; None where nothing was, or at another rank."""
+    places = (_in_figure3, _in_table3, _in_table2)
+    return next((found for place in places if (found := place(model, row, rank, steps))), None)
+
+
+def _in_figure3(model: str, row: str, rank: int | None, steps: int | None) -> Cell | None:
+    figure = printed()["figure3"]
+    if (model, steps) != (figure["model"], figure["steps"]) or row not in figure:
+        return None
+    by_rank = dict(zip(figure["rank"], figure[row], strict=True)) if "galore" in row else {rank: figure[row]}
+    return Cell(by_rank[rank], "Figure 3", f"{steps:,} updates") if rank in by_rank else None
+
+
+def _in_table3(model: str, row: str, rank: int | None, steps: int | None) -> Cell | None:
+    table = printed()["table3"]
+    if model != "llama_7b" or row not in table or steps not in table["steps"] or ("galore" in row and rank != 1024):
+        return None
+    column = table["steps"].index(steps)
+    return Cell(table[row]["perplexity"][column], "Table 3", f"{table['tokens_billion'][column]:g} billion tokens")
+
+
+def _in_table2(model: str, row: str, rank: int | None, steps: int | None) -> Cell | None:
+    """For any ``steps``: the table names tokens, and the paper's counts of the two disagree."""
+    del steps
+    table, natural = printed()["table2"], printed()["natural_galore"]
+    method = next((method for method, name in METHODS.items() if name == row), None)
+    if model not in table["models"] or (method is None and row != "natural_galore"):
+        return None
+    column = table["models"].index(model)
+    if method != "full" and rank != table["rank"][column]:
+        return None
+    length = f"{table['training_tokens_billion'][column]:g} billion tokens"
+    if method is None:
+        return Cell(math.exp(natural[row][column]), "Natural GaLore's table (a logarithm of three digits)", length)
+    return Cell(table["perplexity"][method][column], "Table 2", length)
 
 
 def rule(model: str, method: str, rank: int) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from galore_pretrain.config import Flag, RunConfig, find_model
+from galore_pretrain.config import RECIPE, Flag, RunConfig, find_model
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim.names import resolve_name, split
 
@@ -41,6 +41,8 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
         if values[name] is not None:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {values[name]} has no meaning for --optim {values['optim']}; {why}")
+    if values["max_tokens"] == RECIPE:
+        values["max_tokens"], origins["max_tokens"] = _printed_tokens(Path(values["model"]).stem)
     for name, (value, source) in recipe(Path(values["model"]).stem, values["optim"]).items():
         if name not in meaningless and not (name == "steps" and values["max_tokens"]):
             fill(name, value, f"recipe: {source}")
@@ -207,6 +209,14 @@ def recipe(model: str, optim: str) -> dict[str, tuple[Any, str]]:
         table["cells"].get(f"{model} {optim}", {}),
     ]
     return {name: (value, entry["source"]) for entry in entries for name, value in entry.items() if name != "source"}
+
+
+def _printed_tokens(model: str) -> tuple[int, str]:
+    table = _recipes()["tokens"]
+    if model not in table:
+        known = ", ".join(name for name in table if name != "source")
+        raise InputError(f"--max-tokens recipe: no table of the paper has {model}, only {known}; give a number")
+    return table[model], f"recipe: {table['source']}"
 
 
 def reference_batch(config: RunConfig) -> int:

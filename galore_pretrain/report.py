@@ -101,7 +101,7 @@ def ranking(comparison: Comparison) -> Table:
 
 
 def _line(comparison: Comparison, label: str, runs: Sequence[Result]) -> dict[str, str]:
-    loss, theirs = final_loss(runs), _papers_numbers(comparison.setting, runs[0])
+    loss, theirs = final_loss(runs), _printed(comparison.setting, runs[0])
     over = [run for run in runs if run.is_over]
     going = [f"{run.lines[-1]['step']} of {run.config.get('steps') or '?'}" for run in runs if run not in over]
     perplexity = math.exp(loss.mean) if loss else None
@@ -117,12 +117,10 @@ def _line(comparison: Comparison, label: str, runs: Sequence[Result]) -> dict[st
         "validation loss": "" if loss is None else str(loss),
         "perplexity": "" if perplexity is None else f"{perplexity:.2f}",
         "reference perplexity": f"{statistics.geometric_mean(reference):.2f}" if reference else "",
-        "the paper's": "" if theirs.perplexity is None else f"{theirs.perplexity:.2f}",
-        "difference": f"{100 * (perplexity / theirs.perplexity - 1):+.1f} %"
-        if perplexity and theirs.perplexity
-        else "",
+        "the paper's": "" if theirs is None else f"{theirs.perplexity:.2f}",
+        "difference": f"{100 * (perplexity / theirs.perplexity - 1):+.1f} %" if perplexity and theirs else "",
         "weights + state, 10⁹ B": f"{max(sizes) / 1e9:.4f}" if sizes else "",
-        "the paper's rule, G": theirs.memory,
+        "the paper's rule, G": _by_the_papers_rule(comparison.setting, runs[0]),
         "peak GiB": f"{max(line['peak_memory_bytes'] for line in every) / 2**30:.2f}",
         "tokens/s": f"{statistics.median(speeds):,.0f}" if speeds else "",
         "million tokens": f"{statistics.mean(run.lines[-1]['tokens_seen'] for run in over or runs) / 1e6:.2f}",
@@ -155,29 +153,19 @@ def _agreed(runs: Sequence[Result], name: str) -> str:
     return values.pop() if len(values) == 1 else ""
 
 
-@dataclass(frozen=True)
-class _Theirs:
-    perplexity: float | None = None
-    memory: str = ""
-    tokens: float | None = None
+def _printed(setting: Mapping[str, Any], run: Result) -> paper.Cell | None:
+    """What a paper prints of such a run."""
+    return paper.cell(str(setting.get("model")), run.base, run.config.get("rank"), setting.get("steps"))
 
 
-def _papers_numbers(setting: Mapping[str, Any], run: Result) -> _Theirs:
-    """What Table 2 prints of a cell, and memory by its rule."""
-    method, model = _PAPERS_NAME.get(run.base), str(setting.get("model"))
-    table = paper.printed()["table2"]
-    if method is None:
-        return _Theirs()
+def _by_the_papers_rule(setting: Mapping[str, Any], run: Result) -> str:
+    """Weights and optimizer state of a row of Table 2."""
+    if (method := _PAPERS_NAME.get(run.base)) is None:
+        return ""
     try:
-        size = sum(paper.rule(model, method, run.config.get("rank") or 0))
+        return f"{sum(paper.rule(str(setting.get('model')), method, run.config.get('rank') or 0)):.3f}"
     except InputError:  # a config file that is not there any more
-        return _Theirs()
-    if model not in table["models"]:
-        return _Theirs(memory=f"{size:.3f}")
-    cell = table["models"].index(model)
-    if method != "full" and run.config.get("rank") != table["rank"][cell]:
-        return _Theirs(memory=f"{size:.3f}")
-    return _Theirs(table["perplexity"][method][cell], f"{size:.3f}", table["training_tokens_billion"][cell])
+        return ""
 
 
 def _heading(comparison: Comparison) -> str:
@@ -193,12 +181,11 @@ def _heading(comparison: Comparison) -> str:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    theirs = {_papers_numbers(comparison.setting, runs[0]).tokens for runs in comparison.methods.values()} - {None}
+    cells = [_printed(comparison.setting, runs[0]) for runs in comparison.methods.values()]
     tokens = max(run.lines[-1]["tokens_seen"] for runs in comparison.methods.values() for run in runs)
     notes = [
-        f"The paper's numbers are of {billion:g} billion tokens of C4; these runs saw {tokens / 1e9:.4g} billion."
-        for billion in theirs
-        if billion is not None
+        f"The paper's numbers: {source}, after {length} of C4; these runs saw {tokens / 1e9:.4g} billion tokens."
+        for source, length in dict.fromkeys((cell.source, cell.length) for cell in cells if cell)
     ]
     if differences(comparison).rows:
         notes.append("The best of several is favoured by having been chosen; so is a seed on which a method was tuned.")

@@ -21,6 +21,7 @@ from typing import Any
 from galore_pretrain.config import find_model
 from galore_pretrain.errors import InputError
 from galore_pretrain.options import RunCommand, flags, resolved
+from galore_pretrain.paper import printed
 from galore_pretrain.recipes import CHOSEN, without_meaning
 
 GRID = (0.01, 0.005, 0.001, 0.0005, 0.0001)
@@ -103,6 +104,12 @@ def entries(kind: str, model: str, optim: str | None) -> list[Entry]:
     }[kind]
     control = [] if kind == "table3" else [Entry("frozen", _FROZEN)]
     return [Entry(row, {"optim": row}) for row in rows] + control
+
+
+def own_length(kind: str, model: str) -> dict[str, int]:
+    """The updates behind a picture, where they are not the recipe's."""
+    figure = printed()["figure3"]
+    return {"steps": figure["steps"]} if (kind, model) == ("figure3", figure["model"]) else {}
 
 
 def _own(file: Path) -> list[Entry]:

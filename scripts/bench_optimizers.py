@@ -73,6 +73,8 @@ def candidates(
     published = {row: f"galore_torch {name}" for row, name in PUBLISHED.items()}
     for row in ROWS:
         yield row, published.get(row, "torch AdamW foreach"), ours(row)
+        if row in ("galore_adamw", "galore_adafactor"):  # the published code's numbers, bit for bit
+            yield f"{row} reference", published[row], ours(row, "reference")
     yield "torch AdamW foreach", "torch AdamW foreach", lambda gap: torch.optim.AdamW(both, lr=1e-6, foreach=True)
     yield "torch AdamW fused", "torch AdamW foreach", lambda gap: torch.optim.AdamW(both, lr=1e-6, fused=True)
     yield "bitsandbytes AdamW8bit", "torch AdamW foreach", lambda gap: _bitsandbytes(both)

@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -59,10 +60,11 @@ MEANS = {
 }
 
 
-def in_fresh_process(means: str, values: dict[str, Any]) -> int:
+def in_fresh_process(means: str, values: dict[str, Any], threads: int) -> int:
     command = [sys.executable, __file__, "--one", means, json.dumps(values)]
     # Large blocks go back to the system when they are freed: else the peak of the process is the allocator's habit.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    environment |= {"OMP_NUM_THREADS": str(threads)}
     return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -85,27 +87,35 @@ def main() -> None:
     parser.add_argument("--checkpointing", nargs="+", default=["no", "yes"])
     parser.add_argument("--batches", nargs="+", default=["8/8", "4/16"], help="sequences a micro-batch / an update")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; each takes what a run takes")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(one(arguments.one[0], json.loads(arguments.one[1])))
         return
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads; torch {torch.__version__}"
+    threads = max(1, torch.get_num_threads() // arguments.jobs)
+    machine = f"{platform.machine()} CPU, {threads} threads a process; torch {torch.__version__}"
     print(f"{arguments.dtype}, 256 tokens a sequence, {machine}\n")
     print("| model | optimizer | updates | checkpointing | batch | plan MiB | allocator events | process grew by |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    for cell in itertools.product(
-        arguments.models, arguments.rows, arguments.modes, arguments.checkpointing, arguments.batches
-    ):
+
+    def line(cell: tuple[str, ...]) -> str:
         model, row, mode, checkpointing, batch = cell
         size, total = batch.split("/")
         values = {
             "model": model, "optim": row, "layerwise": mode == "layerwise", "dtype": arguments.dtype, "data": "sample",
             "activation_checkpointing": checkpointing == "yes", "batch_size": int(size), "total_batch_size": int(total),
         }  # fmt: skip
-        planned, events, process = (in_fresh_process(means, values) for means in ("plan", "events", "process"))
+        planned, events, process = (in_fresh_process(name, values, threads) for name in ("plan", "events", "process"))
         differences = [f"{x / 2**20:.0f} ({100 * (planned / x - 1):+.1f} %)" for x in (events, process)]
-        print(f"| {' | '.join(cell)} | {planned / 2**20:.0f} | {' | '.join(differences)} |", flush=True)
+        return f"| {' | '.join(cell)} | {planned / 2**20:.0f} | {' | '.join(differences)} |"
+
+    cells = itertools.product(
+        arguments.models, arguments.rows, arguments.modes, arguments.checkpointing, arguments.batches
+    )
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for text in pool.map(line, cells):
+            print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -295,6 +295,12 @@ def test_micro_batch_changes_rounding_only(numerics: str, tiny_config: str, fini
     assert gap < 1e-4 if numerics == "sound" else gap > 1e-4
 
 
+def test_the_papers_tokens_can_be_asked_for() -> None:
+    config, origins = resolve({"model": "llama_130m", "max_tokens": "recipe"}, {"max_tokens": "flag"})
+    assert (config.max_tokens, config.steps, config.warmup_steps) == (2_200_000_000, None, None)
+    assert "GaLore Tables 2 and 3" in origins["max_tokens"]
+
+
 def test_max_tokens_ends_with_the_update_that_reaches_them(tiny_config: str, tmp_path: Path) -> None:
     flags = command(tiny_config, tmp_path / "run", "--max-tokens", "1K")
     del flags[flags.index("--steps") : flags.index("--steps") + 2]
@@ -323,6 +329,8 @@ ERRORS = [
     (["--model", "llama_60m", "--steps", "0"], "--steps 0 must be at least 1"),
     (["--model", "llama_60m", "--steps", "5", "--max-tokens", "1M"], "both end the run"),
     (["--model", "llama_60m", "--max-tokens", "lots"], "'lots' is not a count"),
+    (["--model", "llama_20m", "--max-tokens", "recipe"], "no table of the paper has llama_20m"),
+    (["--model", "llama_60m", "--max-tokens", "recipe", "--steps", "5"], "both end the run"),
     (["--model", "llama_60m", "--betas", "1,2"], "not a pair of numbers in [0, 1)"),
     (["--model", "llama_60m", "--batch-size", "24"], "--total-batch-size 512 is not a multiple of --batch-size 24"),
     (["--model", "llama_60m", "--layerwise", "--grad-clip", "1", "--clip-norm", "full"], "keep low-rank sums"),

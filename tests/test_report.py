@@ -59,6 +59,33 @@ def test_seeds_are_one_method_and_differences_are_paired(tmp_path: Path) -> None
     assert differences(comparison).rows == [["adamw", "galore_adamw", "+4.00 %", "± 0.58 %", "3", "yes"]]
 
 
+@pytest.mark.parametrize(
+    ("model", "row", "rank", "steps", "expected"),
+    [
+        ("llama_130m", "relora", 256, 20000, (29.37, "Table 2")),
+        ("llama_130m", "relora", 128, 20000, None),
+        ("llama_130m", "adamw", None, None, (25.08, "Table 2")),
+        ("llama_1b", "adamw", None, 100000, (15.56, "Table 2")),
+        ("llama_1b", "adamw", None, 10000, (22.73, "Figure 3")),
+        ("llama_1b", "galore_adafactor", 1024, 10000, (20.31, "Figure 3")),
+        ("llama_1b", "galore_adafactor", 1024, 100000, None),
+        ("llama_1b", "galore_adamw", 256, 10000, None),
+        ("llama_7b", "galore_adamw8bit", 1024, 80000, (15.39, "Table 3")),
+        ("llama_7b", "adamw8bit", None, 150000, (14.61, "Table 3")),
+        ("llama_7b", "adamw8bit", None, 100, None),
+        ("llama_60m", "natural_galore", 128, 10000, (math.exp(3.53), "Natural GaLore's table")),
+        ("llama_60m", "frozen", None, 10000, None),
+        ("llama_1m", "adamw", None, 900, None),
+    ],
+)
+def test_what_the_papers_print_of_a_run(model: str, row: str, rank: int | None, steps: int, expected: Any) -> None:
+    cell = paper.cell(model, row, rank, steps)
+    assert (cell is None) == (expected is None)
+    if cell:
+        assert cell.perplexity == expected[0]
+        assert cell.source.startswith(expected[1])
+
+
 def test_what_sets_runs_of_a_row_apart_is_named(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 3.0)
     make_run(tmp_path / "b", 3.1, seed=1)

@@ -41,6 +41,13 @@ def test_the_papers_tables_are_lists_of_runs() -> None:
         entries("table9", "llama_60m", None)
 
 
+def test_a_figure_has_the_papers_length() -> None:
+    arguments = ["sweep", "figure3", "--model", "llama_1b", "--data", "sample", "--plan-only"]
+    assert CliRunner().invoke(cli, arguments).output.count("--steps 10000 ") == 9
+    assert CliRunner().invoke(cli, [*arguments, "--steps", "7"]).output.count("--steps 7 ") == 9
+    assert "--steps" not in CliRunner().invoke(cli, [*arguments, "--max-tokens", "recipe"]).output
+
+
 def test_commands_are_shown_without_being_run(tiny_config: str, tmp_path: Path) -> None:
     arguments = short(
         tiny_config, tmp_path / "out", "table2", "--seeds", "2", "--tune-matrices", "0.1,1", "--plan-only"

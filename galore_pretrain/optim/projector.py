@@ -109,6 +109,8 @@ def randomized_basis(grad: Tensor, rank: int, side: Side, previous: Tensor) -> T
     its predecessor, so its sign and its meaning to the moments carried over are kept.
     """
     across, back = (product_of_transposed, product) if side == "left" else (product, product_of_transposed)
+    if not has_fast_bf16(grad.device) and grad.numel() <= 8 * chunk_elements(grad.device):
+        grad = grad.float()  # what is one block to both products is converted once
     image = across(grad, previous if side == "left" else previous.T).float()
     image /= torch.linalg.vector_norm(image).clamp(min=torch.finfo(torch.float32).tiny)  # no underflow in GᵀG
     basis = _orthonormal(back(grad, image))
