@@ -10,83 +10,56 @@ clearly says nothing about methods.
 """
 
 import argparse
-import json
-import os
+import math
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+from galore_pretrain.results import Result, paired, read
+from galore_pretrain.sweep import Entry, Sweep
+
 SEEDS = (0, 1, 2)
-COMMON = (
-    "--model llama_1m --data sample --layout pack --eval-tokens 131K --eval-every 900 --save-every 300 --wandb disabled"
-)
-FP32, BF16 = "--dtype float32", "--dtype bfloat16"
+SHARED = {
+    "model": "llama_1m", "data": "sample", "layout": "pack", "eval_tokens": 131_000, "eval_every": 900,
+    "save_every": 300, "wandb": "disabled",
+}  # fmt: skip
+FP32, BF16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
+GALORE = {"optim": "galore_adamw"}
 VARIANTS = {  # name: (flags, partner, largest difference in per cent that is accepted)
-    "frozen": (f"--optim galore_adamw --matrix-lr-scale 0 {FP32}", "default", None),
-    "svd together": (f"--optim galore_adamw --basis svd --refresh together {FP32}", None, None),
-    "randomized together": (f"--optim galore_adamw --refresh together {FP32}", "svd together", 2.0),
-    "default": (f"--optim galore_adamw {FP32}", "randomized together", 2.0),  # randomized, staggered, fp32
-    "8 bits": (f"--optim galore_adamw8bit {FP32}", "default", 3.0),
-    "bf16 sound": (f"--optim galore_adamw {BF16}", "default", 1.0),
-    "bf16 reference": (f"--optim galore_adamw --numerics reference {BF16}", "bf16 sound", None),
-    "moments project": (f"--optim galore_adamw --moments project {FP32}", "default", None),
-    "natural": (f"--optim natural_galore {FP32}", "default", None),
-    "adamw, matrices × 0.1": (f"--optim adamw --lr 0.01 --matrix-lr-scale 0.1 {FP32}", "default", None),
+    "frozen": (GALORE | {"matrix_lr_scale": 0.0} | FP32, "default", None),
+    "svd together": (GALORE | {"basis": "svd", "refresh": "together"} | FP32, None, None),
+    "randomized together": (GALORE | {"refresh": "together"} | FP32, "svd together", 2.0),
+    "default": (GALORE | FP32, "randomized together", 2.0),  # randomized, staggered, fp32
+    "8 bits": ({"optim": "galore_adamw8bit"} | FP32, "default", 3.0),
+    "bf16 sound": (GALORE | BF16, "default", 1.0),
+    "bf16 reference": (GALORE | {"numerics": "reference"} | BF16, "bf16 sound", None),
+    "moments project": (GALORE | {"moments": "project"} | FP32, "default", None),
+    "natural": ({"optim": "natural_galore"} | FP32, "default", None),
+    "adamw, matrices × 0.1": ({"optim": "adamw", "lr": 0.01, "matrix_lr_scale": 0.1} | FP32, "default", None),
 }
 
 
-def folder(root: Path, name: str, seed: int) -> Path:
-    return root / f"{name.replace(' ', '_').replace(',', '').replace('×', 'x')}-seed{seed}"
-
-
-def run(root: Path, jobs: int) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    waiting = [
-        (name, seed) for seed in SEEDS for name in VARIANTS if not (folder(root, name, seed) / "summary.json").exists()
-    ]
-    active: list[subprocess.Popen[bytes]] = []
-    while waiting or active:
-        while waiting and len(active) < jobs:
-            name, seed = waiting.pop(0)
-            output = folder(root, name, seed)
-            output.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "galore_pretrain", *COMMON.split(), *VARIANTS[name][0].split()]
-            with (output / "log").open("ab") as log:
-                arguments = [*command, "--seed", str(seed), "--output", str(output)]
-                active.append(subprocess.Popen(arguments, env=environment, stderr=log))
-            print(time.strftime("%H:%M"), name, seed, flush=True)
-        time.sleep(1)
-        if failed := [process.args for process in active if process.poll()]:
-            sys.exit(f"a run failed, see its log: {failed[0]}")
-        active = [process for process in active if process.poll() is None]
+def finished(root: Path, name: str) -> list[Result]:
+    folders = [root / f"{Entry(name).folder}-seed{seed}" for seed in SEEDS]
+    return [run for run in map(read, (f for f in folders if (f / "summary.json").exists())) if run.is_over]
 
 
 def table(root: Path) -> None:
-    losses: dict[str, dict[int, float]] = {name: {} for name in VARIANTS}
-    for name, found in losses.items():
-        for seed in SEEDS:
-            if (path := folder(root, name, seed) / "summary.json").exists():
-                found[seed] = json.loads(path.read_text())["eval_loss"]
-    print(
-        "| | validation loss by seed | perplexity | against | difference | standard error | accepted |\n"
-        "|---|---|---|---|---|---|---|"
-    )
+    runs = {name: finished(root, name) for name in VARIANTS}
+    print("| | validation loss by seed | perplexity | against | difference | standard error | accepted |")
+    print("|---|---|---|---|---|---|---|")
     for name, (_, partner, bound) in VARIANTS.items():
-        mine = losses[name]
-        if not mine:
+        if not runs[name]:
             continue
-        perplexity = f"{2.718281828459045 ** statistics.mean(mine.values()):.2f}"
-        cells = [" ".join(f"{mine[s]:.4f}" for s in sorted(mine)), perplexity, partner or ""]
-        pairs = [100 * (mine[s] - losses[partner][s]) for s in mine if partner and s in losses[partner]]
-        if pairs:
-            error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
-            mean = statistics.mean(pairs)
-            verdict = "" if bound is None else f"≤ {bound} %: {'missed' if mean - bound > 2 * error else 'held'}"
-            cells += [f"{mean:+.2f} %", f"{error:.2f} %", verdict]
+        losses = [float(run.summary["eval_loss"]) for run in runs[name]]
+        cells = [" ".join(f"{loss:.4f}" for loss in losses), f"{math.exp(statistics.mean(losses)):.2f}", partner or ""]
+        mean, error, _ = (paired(runs[name], runs[partner]) if partner else None) or (None, None, 0)
+        cells.append("" if mean is None else f"{100 * mean:+.2f} %")
+        if mean is None or error is None:
+            cells += ["" if mean is None else "one seed", ""]
         else:
-            cells += ["", "", ""]
+            verdict = "" if bound is None else "missed" if 100 * mean - bound > 200 * error else "held"
+            cells += [f"{100 * error:.2f} %", verdict and f"≤ {bound} %: {verdict}"]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -97,7 +70,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     arguments = parser.parse_args()
     if not arguments.table:
-        run(arguments.root, arguments.jobs)
+        lines = [Entry(name, flags) for name, (flags, _, _) in VARIANTS.items()]
+        sweep = Sweep(lines, SHARED, SEEDS, [], arguments.jobs, arguments.root)
+        sweep.check()
+        if code := sweep.run()[1]:
+            sys.exit(code)
     table(arguments.root)
 
 
