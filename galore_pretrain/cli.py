@@ -25,6 +25,8 @@ class _Root(click.Group):
     """Without a subcommand, trains; ``--help`` shows training's options, then the subcommands."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise click.UsageError(f"no command {args[0]!r}; choose from {', '.join(self.commands)}")
         if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help", "--version")):
             args = ["train", *args]
         return super().parse_args(ctx, args)
@@ -267,6 +269,9 @@ class _TqdmHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+_shown: set[str] = set()
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],
@@ -275,8 +280,11 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Our own warnings are log lines; what libraries tell their developers is kept from the user."""
+    """Our own warnings are log lines, each once; what libraries tell their developers is kept from the user."""
     del category, lineno, file, line
+    if str(message) in _shown:
+        return
+    _shown.add(str(message))
     ours = Path(filename).is_relative_to(Path(__file__).parent)
     logging.getLogger("galore_pretrain").log(logging.WARNING if ours else logging.DEBUG, "%s", message)
 

@@ -216,7 +216,7 @@ def find_model(name_or_path: str) -> Traversable:
     if name_or_path in names:
         return resources.files("galore_pretrain") / "configs" / f"{name_or_path}.json"
     if not Path(name_or_path).is_file():
-        near = difflib.get_close_matches(name_or_path, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = difflib.get_close_matches(name_or_path, names, n=2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise InputError(f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(names)}")
     return Path(name_or_path)

@@ -6,6 +6,7 @@ et al., arXiv 2106.09685). ``relora``: the same, where every so many updates BA 
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -78,7 +79,12 @@ class Factors:
     def apply(self, model: nn.Module) -> None:
         """Put a `FactoredLinear` in the place of each matrix of ``model``, which may be on ``meta``."""
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        for name, module in [(n, m) for n, m in model.named_modules() if is_projected(n, m)]:
+        matrices = [(n, m) for n, m in model.named_modules() if is_projected(n, m)]
+        if any(self.rank > min(module.weight.shape) for _, module in matrices):
+            warnings.warn(
+                f"rank {self.rank} exceeds the shorter side of some matrices, and is clipped to it there", stacklevel=2
+            )
+        for name, module in matrices:
             parent, _, leaf = name.rpartition(".")
             layer = FactoredLinear(module, self.rank, scale=scale, dropout=self.dropout, frozen=self.alpha is not None)
             setattr(model.get_submodule(parent), leaf, layer)

@@ -59,12 +59,12 @@ def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     steps, tokens, seconds = summary["steps"], summary["tokens_seen"], summary["wall_seconds"]
     log.info("done: %d updates, %s tokens in %.0f s; %s", steps, f"{tokens:,}", seconds, output)
     planned, peak, process = (summary[f"{name}_bytes"] for name in ("planned_peak", "peak_memory", "process_peak"))
-    log.info(
-        "peak memory: %s GiB of tensors planned, %.2f GiB on the device, %.2f GiB of the process",
-        "?" if planned is None else f"{planned / 2**30:.2f}",
-        peak / 2**30,
-        process / 2**30,
-    )
+    parts = [] if planned is None else [f"{planned / 2**30:.2f} GiB of tensors planned"]
+    parts += (
+        [] if peak == process else [f"{peak / 2**30:.2f} GiB of tensors on the device"]
+    )  # which a CPU does not tell
+    parts.append(f"{process / 2**30:.2f} GiB of the process, its program and libraries included")
+    log.info("peak memory: %s", ", ".join(parts))
     log.info("validation perplexity %.4g over %s tokens", summary["eval_perplexity"], f"{summary['eval_tokens']:,}")
 
 

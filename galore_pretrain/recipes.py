@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from glob import has_magic
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ _GALORE = ("update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "
 _NATURAL = ("natural_history", "natural_damping")
 _LORA = ("lora_alpha", "lora_dropout")
 _RELORA = ("relora_every", "relora_warmup")
+_EPS = ("eps",)
 
 
 def _check_bound(name: str, flag: Flag, value: Any) -> None:
@@ -168,6 +170,7 @@ def without_meaning(optim: str) -> dict[str, str]:
             (_GALORE, projected, "only GaLore rows project"),
             (_NATURAL, "natural" in optim, "only natural_galore rows have a history"),
             (_LORA, factors in ("lora", "relora"), "only lora and relora rows add to a frozen matrix"),
+            (_EPS, not ("adafactor" in optim or optim == "sgd"), "only rows of Adam's have one"),
             (_RELORA, factors == "relora", "only relora rows merge"),
         )
         if not has_meaning
@@ -191,11 +194,18 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     if values["steps"] and values["warmup_steps"] > values["steps"]:
         raise InputError(f"--warmup-steps {values['warmup_steps']} exceeds --steps {values['steps']}")
+    if (values["relora_warmup"] or 0) > (values["relora_every"] or math.inf):
+        raise InputError(
+            f"--relora-warmup {values['relora_warmup']} exceeds --relora-every {values['relora_every']}: the learning "
+            "rate would never recover from a merge"
+        )
     if (values["lora_dropout"] or 0) >= 1:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
     if values["min_lr_ratio"] > 1:
         raise InputError(f"--min-lr-ratio {values['min_lr_ratio']} must be at most 1")
     if values["tokenizer"] is None:
+        if not Path(values["data"]).exists() and not has_magic(values["data"]):
+            raise InputError(f"--data {values['data']}: no such file, folder or pattern; choose c4, sample or a path")
         raise InputError(f"--tokenizer is missing: --data {values['data']} needs one; give t5, sample or a .model file")
 
 

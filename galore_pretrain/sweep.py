@@ -226,8 +226,10 @@ class Sweep:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 with (run.folder / "log.txt").open("ab") as log:
                     command = [sys.executable, "-m", "galore_pretrain", *run.arguments()]
-                    # A session of its own: a terminal's interrupt reaches the sweep alone, which passes it on.
-                    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+                    # A group of its own: a terminal's interrupt reaches the sweep alone, which passes it on.
+                    process = subprocess.Popen(
+                        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+                    )
                 self._active.append((run, process))
                 if self._stop is not None:  # meanwhile
                     process.terminate()

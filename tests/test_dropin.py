@@ -1,5 +1,6 @@
 """The drop-in classes: galore_torch's groups and arguments, its numbers under reference, and transformers' Trainer."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,84 @@ def test_settings_of_a_group_hold() -> None:
     assert not torch.equal(*results)
 
 
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+def test_settings_live_in_the_groups(optimizer_class: Any) -> None:
+    """As in torch: what stands there holds from the next step on, is saved, and comes back with a saved state."""
+
+    def build(**more: Any) -> tuple[Tensor, Any]:
+        p = parameters([(24, 40)])
+        return p[0], optimizer_class([{"params": p, **GROUP}], lr=0.01, **KWARGS.get(optimizer_class, {}), **more)
+
+    changed = {"scale": 0.5, "update_proj_gap": 2}
+    if optimizer_class is not GaLoreAdafactor:
+        changed |= {"betas": (0.5, 0.6), "eps": 1e-3}
+    before, plain = build()
+    train(plain, [before], 4)
+    p, optimizer = build()
+    train(optimizer, [p], 2)
+    optimizer.param_groups[0] |= changed
+    train(optimizer, [p], 2)
+    assert not torch.equal(p, before)
+
+    q, other = build(moments="project", basis="svd")
+    other.load_state_dict(optimizer.state_dict())
+    assert {name: other.param_groups[0][name] for name in changed} == changed
+    q.data.copy_(p.data)
+    train(optimizer, [p], 3)
+    train(other, [q], 3)
+    assert torch.equal(p, q)
+
+    other.param_groups[0]["rank"] = 3
+    with pytest.raises(ValueError, match="its state has another shape"):
+        other.step()
+
+
+@pytest.mark.parametrize("optimizer_class", [GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW])
+def test_schedulers_that_cycle_momentum(optimizer_class: Any) -> None:
+    params = parameters([(24, 40)])
+    optimizer = optimizer_class([{"params": params, **GROUP}], lr=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=4)
+    betas = []
+    for grads in gradients(params, 3):
+        params[0].grad = grads[0]
+        optimizer.step()
+        betas.append(optimizer.rule_of(params[0]).inner.betas if optimizer_class is not NaturalGaLoreAdamW else None)
+        scheduler.step()
+    assert betas[0] is None or (betas[0] == (0.95, 0.999) and betas[1] != betas[0])
+
+
+def test_a_foreign_or_unfit_state_changes_nothing() -> None:
+    params = parameters([(24, 40)])
+    optimizer = GaLoreAdamW([{"params": params, **GROUP}], lr=0.01)
+    train(optimizer, params, 2)
+    before = optimizer.state_dict()
+    foreign = torch.optim.AdamW(parameters([(24, 40)]))
+    train(foreign, foreign.param_groups[0]["params"], 1)
+    for state in (
+        foreign.state_dict(),
+        GaLoreAdafactor([{"params": params, **GROUP}], **KWARGS[GaLoreAdafactor], lr=1),
+    ):
+        with pytest.raises(ValueError, match="the saved"):
+            optimizer.load_state_dict(state if isinstance(state, dict) else state.state_dict())
+    assert str(optimizer.state_dict()) == str(before)
+
+
+def test_a_copy_goes_on_alike() -> None:
+    params = parameters([(24, 40)])
+    optimizer = GaLoreAdamW([{"params": params, **GROUP}], lr=0.01)
+    train(optimizer, params, 2)
+    copied, (p,) = copy.deepcopy((optimizer, params))
+    train(optimizer, params, 2)
+    train(copied, [p], 2)
+    assert torch.equal(p, params[0])
+
+
+def test_nothing_to_project_is_said() -> None:
+    params = parameters([(24, 40)])
+    with pytest.warns(UserWarning, match="GaLoreAdamW projects nothing"):
+        train(GaLoreAdamW(params, lr=0.01), params, 1)
+
+
 def test_refusals() -> None:
     p = parameters([(8, 8)])
     with pytest.raises(ValueError, match="relative_step=True is not supported"):
@@ -97,8 +176,19 @@ def test_refusals() -> None:
         GaLoreAdamW(parameters([(8, 8)], torch.float16))
     with pytest.raises(ValueError, match="percentile_clipping=5"):
         GaLoreAdamW8bit(p, percentile_clipping=5)
-    with pytest.raises(TypeError, match="takes no rank"):
+    with pytest.raises(TypeError, match="takes no rank; name it in a parameter group"):
         GaLoreAdamW(p, rank=128)
+    with pytest.raises(TypeError, match=r"takes no foreach$"):
+        GaLoreAdamW(p, foreach=True)
+    with pytest.raises(ValueError, match=r"rank 8\.0 must be a whole number"):
+        GaLoreAdamW([{"params": p, "rank": 8.0}])
+    with pytest.raises(ValueError, match="numerics reference of a group"):
+        GaLoreAdamW([{"params": p, "rank": 8, "numerics": "reference"}])
+    sparse = torch.nn.Embedding(8, 4, sparse=True)
+    sparse(torch.tensor([1])).sum().backward()
+    optimizer = GaLoreAdamW([{"params": p, "rank": 8}, {"params": sparse.parameters()}])
+    with pytest.raises(ValueError, match="only dense ones"):
+        optimizer.step()
     with pytest.raises(ValueError, match="scale but no rank"):
         GaLoreAdamW([{"params": p, "scale": 0.5}])
     with pytest.raises(ValueError, match="projects matrices"):

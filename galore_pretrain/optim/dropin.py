@@ -4,10 +4,16 @@ optimizer = GaLoreAdamW([{"params": rest}, {"params": matrices, "rank": 128, "up
                           "proj_type": "std"}], lr=0.01)
 
 A group with ``rank`` is projected, others get the bare rule. ``basis``, ``refresh``, ``moments``, ``numerics`` and
-``seed`` are added. State is tensors and integers, so a saved one loads with ``weights_only=True``.
+``seed`` are added; their defaults are this project's, ``numerics="reference"`` gives the published numbers. As in
+torch, settings live in ``param_groups``: there they can be changed between steps (by ``OneCycleLR``, say), and a saved
+state brings its own. State is tensors and integers, so a saved one loads with ``weights_only=True``.
+
+In transformers' ``Trainer``: ``optimizers=(GaLoreAdamW(groups, lr=0.01), None)``, or
+``optimizer_cls_and_kwargs=(GaLoreAdamW, {"params": groups, "lr": 0.01})``.
 """
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -15,9 +21,11 @@ from torch import Tensor
 
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.registry import build_rules, rounding_of
+from galore_pretrain.optim.rules import UpdateRule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _OF_GROUP = ("rank", "update_proj_gap", "scale", "proj_type")
+_FIXED = ("rank", "proj_type", "numerics", "natural_history")  # the state's shapes and dtypes depend on them
 _NOT_OF_GROUP = {
     "betas",
     "eps",
@@ -48,35 +56,73 @@ class _DropIn(RuleOptimizer):
         self, params: Params, lr: float, weight_decay: float, published: dict[str, Any], added: Options
     ) -> None:
         if unknown := added.keys() - Options.__annotations__.keys():
-            raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}; rank belongs into a group")
+            example = '[{"params": rest}, {"params": matrices, "rank": 128}]'
+            hint = f"; name it in a parameter group: {example}" if unknown & {*_OF_GROUP} else ""
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}{hint}")
         numerics, seed = added.get("numerics", "sound"), added.get("seed", 0)
-        self._options: dict[str, Any] = published | {k: v for k, v in added.items() if k != "seed"}
-        self._options |= {"numerics": numerics, **self._own}
+        self._options: dict[str, Any] = {"basis": None, "refresh": None, "moments": None} | published
+        self._options |= {k: v for k, v in added.items() if k != "seed"} | {"numerics": numerics, **self._own}
+        self._has_stepped = False
         groups = list(params)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         super().__init__(groups, lr=lr, weight_decay=weight_decay, rounding=rounding_of(numerics), seed=seed)  # type: ignore[arg-type]
+        self.defaults |= self._options  # where schedulers look for betas
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options, "_has_stepped": self._has_stepped}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate its state; ``rank`` and its companions in the group make it a projected one."""
-        of_group = {key: param_group[key] for key in _OF_GROUP if param_group.get(key) is not None}
-        if "rank" not in of_group and of_group:
-            raise ValueError(f"a parameter group has {', '.join(of_group)} but no rank; only groups with one project")
-        own = {key: param_group[key] for key in self._options if key in param_group}
-        if ignored := _NOT_OF_GROUP & param_group.keys() - own.keys():
+        if ignored := _NOT_OF_GROUP & param_group.keys() - self._options.keys():
             raise ValueError(
                 f"a parameter group sets {', '.join(sorted(ignored))}, which holds for the whole optimizer"
             )
-        rule, bare = build_rules(self.row, **(self._options | own | of_group))
-        super().add_param_group(param_group | {"rule": rule if of_group else bare})
+        group = {**self._options, **param_group}
+        super().add_param_group({**group, "rule": self._rule_for(group)})
+
+    def _rule_for(self, group: Mapping[str, Any]) -> UpdateRule:
+        """The rule that a group's settings ask for."""
+        of_group = {key: group[key] for key in _OF_GROUP if group.get(key) is not None}
+        if "rank" not in of_group and of_group:
+            raise ValueError(f"a parameter group has {', '.join(of_group)} but no rank; only groups with one project")
+        if group["numerics"] != self._options["numerics"]:
+            raise ValueError(f"numerics {group['numerics']} of a group: it holds for the whole optimizer")
+        rule, bare = build_rules(self.row, **({key: group[key] for key in self._options} | of_group))
+        return rule if of_group else bare
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient, by the settings that its group has now."""
+        if not self._has_stepped and not self.projects:
+            warnings.warn(
+                f"{type(self).__name__} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2
+            )
+        self._has_stepped = True
+        for index, group in enumerate(self.param_groups):
+            self.follow(index, self._rule_for(group))
+        return super().step(closure)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `RuleOptimizer.load_state_dict`; ValueError too where a group was saved with other settings."""
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            for name in (*_OF_GROUP, *self._options):
-                if name in saved.keys() & group.keys() and saved[name] != group[name]:
-                    raise ValueError(f"the saved group has {name} {saved[name]}; this one has {group[name]}")
-        super().load_state_dict(state_dict)
+        """As `RuleOptimizer.load_state_dict`, but settings that were saved are taken over, as torch's optimizers do.
+
+        ValueError where those differ that the state's shapes depend on: rank, proj_type, numerics, natural_history.
+        """
+        before = [dict(group) for group in self.param_groups]
+        try:
+            for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
+                for name in _FIXED:
+                    if saved.get(name) != group.get(name):
+                        raise ValueError(
+                            f"the saved group has {name} {saved.get(name)}; this one has {group.get(name)}"
+                        )
+                group |= {name: saved[name] for name in (*_OF_GROUP, *self._options) if name in saved}
+                self.follow(index, self._rule_for(group))
+            super().load_state_dict(state_dict)
+        except ValueError:
+            for index, group in enumerate(before):
+                self.param_groups[index] |= group
+                self.follow(index, self._rule_for(group))
+            raise
 
 
 class GaLoreAdamW(_DropIn):

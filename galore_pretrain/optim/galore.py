@@ -51,8 +51,9 @@ class GaLore:
         for name, value, known in (("refresh", self.refresh, REFRESHES), ("moments", self.moments, MOMENTS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(known)}")
-        if self.rank < 1 or self.update_proj_gap < 1:
-            raise ValueError(f"rank {self.rank} and update_proj_gap {self.update_proj_gap} must be at least 1")
+        for name, number in (("rank", self.rank), ("update_proj_gap", self.update_proj_gap)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} {number!r} must be a whole number of at least 1")
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"scale {self.scale} must be finite and not negative")
         sides(1, 1, self.proj_type)
@@ -63,7 +64,9 @@ class GaLore:
 
     def init(self, like: Tensor) -> State:
         if like.ndim != 2:
-            raise ValueError(f"GaLore projects matrices; got a tensor of shape {tuple(like.shape)}")
+            raise ValueError(
+                f"GaLore projects matrices; a tensor of shape {tuple(like.shape)} belongs into a group without rank"
+            )
         if self.upcast:
             like = like.float()
         m, n = like.shape

@@ -5,8 +5,9 @@ same method from inside backward. Hence one state, one learning rate and one che
 """
 
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -78,9 +79,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and allocate its state (zeros); the rule itself stays out of ``param_groups`` and checkpoints."""
+        """Add a group and allocate its state (zeros). The rule itself stays out of ``param_groups`` and checkpoints;
+        its ``settings`` are there as text, by which `load_state_dict` knows another one."""
         group = {**self.defaults, **param_group}
+        if "rule" not in group:
+            raise ValueError("a parameter group has no rule; build_rules of optim.registry makes those of a row")
         rule: UpdateRule = group.pop("rule")
+        group["settings"] = _settings(rule)
         for name in ("lr", "weight_decay"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} {group[name]} must be finite and not negative")
@@ -91,6 +96,20 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"a parameter is {p.dtype}; weights in bfloat16 and float32 are supported")
             self._places[p] = (len(self._rules) - 1, len(self._places))
             self.state[p] = {"step": 0, **rule.init(_at_least_1d(p.detach()))}
+
+    def follow(self, group: int, rule: UpdateRule) -> None:
+        """Update a group by another rule from now on. ValueError where its state has other names, shapes or dtypes."""
+        settings, now = _settings(rule), self.param_groups[group]
+        if settings == now["settings"]:
+            return
+        for p in now["params"]:
+            wanted = rule.init(_at_least_1d(p.detach().to("meta")))
+            there = {name: value for name, value in self.state[p].items() if name != "step"}
+            if _layout(wanted) != _layout(there):
+                raise ValueError(
+                    f"a group of {now['settings']} cannot go on as {settings}: its state has another shape"
+                )
+        self._rules[group], now["settings"] = rule, settings
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: torch's own leaves out what a subclass adds."""
@@ -262,6 +281,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """``p.grad`` as a part of the next update, whose other parts are ``waiting``."""
         if p.grad is None:
             return None
+        if p.grad.layout != torch.strided:
+            raise ValueError(f"a gradient is {p.grad.layout}; only dense ones are supported (Embedding(sparse=False))")
         if waiting is not None:
             step = waiting.step
         else:
@@ -342,11 +363,17 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Take a saved state, each tensor on its parameter's device; nothing is changed if something does not fit.
 
         torch's own loader would cast every tensor to its parameter's dtype; here each keeps the dtype that its rule
-        gave it. Raises ValueError where groups, names, shapes or dtypes differ.
+        gave it. Raises ValueError where groups, rules, names, shapes or dtypes differ.
         """
         saved_groups, groups = state_dict["param_groups"], self.param_groups
         if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
             raise ValueError("the saved optimizer has other parameter groups than this one")
+        for saved_group, group in zip(saved_groups, groups, strict=True):
+            if saved_group.get("settings") != group["settings"]:
+                raise ValueError(
+                    f"the saved group was updated by {saved_group.get('settings', 'another optimizer')}; "
+                    f"this one is by {group['settings']}"
+                )
         loaded: dict[Tensor, dict[str, Any]] = {}
         for saved_group, group in zip(saved_groups, groups, strict=True):
             for key, p in zip(saved_group["params"], group["params"], strict=True):
@@ -368,6 +395,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         for p, saved in loaded.items():
             for name, value in saved.items():
                 self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _layout(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape, value.dtype) for name, value in state.items()}
+
+
+def _settings(rule: UpdateRule) -> str:
+    """All that a rule is made of, alike in every process."""
+    return re.sub(r" at 0x\w+", "", repr(rule))
 
 
 def _at_least_1d(tensor: Tensor) -> Tensor:

@@ -103,10 +103,12 @@ def build_optimizer(
 ) -> RuleOptimizer:
     """One optimizer for all trainable parameters of ``model``, in two groups: its matrices, and everything else.
 
-    The matrices are the linear layers of attention and MLP. A GaLore row projects them; embeddings, norms and head get
-    the row's bare inner rule. ``matrix_lr_scale`` multiplies the matrices' learning rate. What is ``None`` stays as the
-    row has it; an option that the row cannot use raises ValueError. ``betas[0]`` is SGD's momentum and Adafactor's
-    first moment, which they lack otherwise. A schedule writes ``group["lr"] = lr * group["lr_scale"]``.
+    The matrices are the weights of each ``torch.nn.Linear`` with ``attn`` or ``mlp`` somewhere in its name, the choice
+    of the paper and the published code. A GaLore row projects them; everything else gets the row's bare inner rule.
+    For another choice, make the groups yourself, as `GaLoreAdamW` takes them. ``matrix_lr_scale`` multiplies the
+    matrices' learning rate. What is ``None`` stays as the row has it; an option that the row cannot use raises
+    ValueError. ``betas[0]`` is SGD's momentum and Adafactor's first moment, which they lack otherwise. A schedule
+    writes ``group["lr"] = lr * group["lr_scale"]``.
     """
     options: dict[str, Any] = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
     options |= {"basis": basis, "refresh": refresh, "moments": moments}
@@ -122,10 +124,13 @@ def build_optimizer(
         {"params": [(n, p) for n, p in trained if n not in matrices], "rule": bare, "lr_scale": 1.0},
     ]
     if not groups[0]["params"] and isinstance(rule, GaLore):
-        raise ValueError(f"{row} found no matrix to project: no linear layer of the model has attn or mlp in its name")
+        raise ValueError(
+            f"{row} found no matrix to project: no trained torch.nn.Linear of the model has attn or mlp in its name; "
+            "put the matrices of your choice into a group with a rank, as GaLoreAdamW takes it"
+        )
     for group in groups:
         group |= {"lr": lr * group["lr_scale"], "weight_decay": weight_decay}
-    return RuleOptimizer([g for g in groups if g["params"]], rounding=rounding_of(numerics), seed=seed)
+    return RuleOptimizer([g for g in groups if g["params"]], lr=lr, rounding=rounding_of(numerics), seed=seed)
 
 
 def rounding_of(numerics: str) -> str:
