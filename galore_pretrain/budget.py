@@ -25,7 +25,45 @@ the program's own, its text and what saving takes."""
 
 def budget_of(config: RunConfig) -> int:
     """Bytes that tensors may take: of ``--memory-budget``, or of what the device has free now."""
-    return (config.memory_budget or available_bytes(device_of(config))) - OUTSIDE
+    if config.memory_budget is not None:
+        return config.memory_budget - OUTSIDE
+    device = device_of(config)
+    if device.type != "cuda":
+        return available_bytes(device) - OUTSIDE
+    # What is free of a card is so after the driver and its libraries have taken theirs: only fragments are left.
+    return min(torch.cuda.mem_get_info(device)[1] - OUTSIDE, available_bytes(device) - OUTSIDE // 4)
+
+
+def source_of(config: RunConfig) -> str:
+    """Where `budget_of` comes from, in words."""
+    less = f"less {OUTSIDE / 2**30:.2f} for what is no tensor"
+    if config.memory_budget is not None:
+        return f"--memory-budget {config.memory_budget / 2**30:.2f} GiB {less}"
+    device = device_of(config)
+    return f"what {device} has" if device.type == "cuda" else f"what this machine has free now, {less}"
+
+
+def in_short(config: RunConfig) -> list[str]:
+    """How the updates run, in a few words a line."""
+    lines = ["layerwise" if config.layerwise else "after backward"]
+    lines += ["checkpointing"] if config.activation_checkpointing else []
+    return [
+        ", ".join(lines),
+        f"{config.batch_size} × {config.max_length}" + (f", {config.clip_norm} norm" if config.clip_norm else ""),
+    ]
+
+
+def ways_out(config: RunConfig) -> str:
+    """What would take less than the updates of ``config`` do, in words."""
+    total, size = config.total_batch_size, config.batch_size
+    ways = [] if config.layerwise else ["--layerwise"]
+    ways += [] if config.activation_checkpointing else ["--activation-checkpointing"]
+    ways += ["a smaller --batch-size"] if size > 1 else []
+    if config.layerwise and total > size:
+        ways.append(f"--total-batch-size {size} (one micro-batch an update keeps no sums)")
+    ways += ["a smaller --rank"] if config.rank else []
+    ways += [] if "8bit" in config.optim else ["an --optim with 8-bit moments"]
+    return ", ".join([*ways, "a smaller --max-length", "a larger --memory-budget"])
 
 
 def planned(config: RunConfig, origins: Mapping[str, str], budget: int) -> Plan:
@@ -50,9 +88,8 @@ def fitted(
     if plan and plan.peak_bytes > budget:
         raise InputError(
             f"the {'peak' if kept else 'smallest peak found'} is {plan.peak_bytes / 2**30:.2f} GiB "
-            f"({describe(plan.config)}), and {budget / 2**30:.2f} GiB are to be had; what helps: --layerwise, "
-            "--activation-checkpointing, a smaller --batch-size, --rank or --max-length, an 8-bit row, or a larger "
-            "--memory-budget"
+            f"({describe(plan.config)}), and {budget / 2**30:.2f} GiB are to be had ({source_of(config)}); "
+            f"what helps: {ways_out(plan.config)}"
         )
     if plan:
         log.info("%s: %.2f of %.2f GiB", describe(config), plan.peak_bytes / 2**30, budget / 2**30)
@@ -91,9 +128,9 @@ def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[Run
     found = []
     for layerwise in options("layerwise", (False, True)):
         for checkpointing in options("activation_checkpointing", (False, True)):
-            # The published code's loss depends on the micro-batch.
-            sizes = micro_batches(config.total_batch_size) if config.numerics == "sound" else [config.batch_size]
-            for size in options("batch_size", sizes):
+            # One micro-batch an update keeps no sums. The published code's loss depends on the micro-batch.
+            every = dict.fromkeys((*micro_batches(config.total_batch_size), config.total_batch_size))
+            for size in options("batch_size", list(every) if config.numerics == "sound" else [config.batch_size]):
                 with contextlib.suppress(InputError):  # a clip norm that this way does not know
                     found.append(
                         with_execution(
@@ -107,14 +144,16 @@ def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[Run
     return sorted(found, key=lambda pair: (pair[0].clip_norm == "projected", *_cost(pair[0])))
 
 
-def _cost(config: RunConfig) -> tuple[float, bool, int]:
-    """Products with each weight per token, in units of 2mn; at equal cost, the plainer first."""
+def _cost(config: RunConfig) -> tuple[float, bool, bool, int]:
+    """Products with each weight per token, in units of 2mn; at equal cost, the plainer first, and 8 sequences at most,
+    since a CPU is slower with more."""
     tokens = config.batch_size * config.max_length
     several = config.total_batch_size > config.batch_size
     projected = config.rank if "galore" in config.optim else None
     projecting = (projected or 0) / tokens if config.layerwise and several else 0.0
-    few = 256 / tokens  # a matrix product of few rows is slower
-    return 3 + config.activation_checkpointing + projecting + few, config.layerwise, -config.batch_size
+    few = 256 / min(tokens, 8 * config.max_length)  # a matrix product of few rows is slower
+    cost = 3 + config.activation_checkpointing + projecting + few
+    return cost, config.layerwise, config.batch_size > 8, -config.batch_size
 
 
 def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) -> int:

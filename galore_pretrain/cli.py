@@ -93,20 +93,24 @@ def plan(
             else tables.report()
         )
         return 0
+    if picture and not compare:
+        raise InputError(
+            f"--picture {picture}: only --compare draws; give it rows, such as --compare adamw,galore_adamw"
+        )
     rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
     configs = [resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
 
     from galore_pretrain import budget, pictures  # torch and transformers
 
-    available = budget.budget_of(configs[0][0])
+    available, source = budget.budget_of(configs[0][0]), budget.source_of(configs[0][0])
     found = [budget.planned(config, origins, available) for config, origins in configs]
-    if compare:
+    model = Path(configs[0][0].model).stem
+    picture = picture or (Path(f"memory-{model}.png") if compare and not as_json else None)
+    if picture:
         bars: dict[str, dict[str, int]] = {}
         for row, plan in zip(rows, found, strict=True):
-            name = plan.config.optim + (" layerwise" if plan.config.layerwise else "")
-            bars[row if name in bars else name] = plan.parts
-        model = Path(configs[0][0].model).stem
-        picture = picture or Path(f"memory-{model}.png")
+            name = "\n".join((plan.config.optim, *budget.in_short(plan.config)))
+            bars[f"{row}\n{name}" if name in bars else name] = plan.parts
         first = configs[0][0]
         title = f"{model} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
         pictures.draw_memory(picture, title, bars, available)
@@ -115,8 +119,11 @@ def plan(
         click.echo(json.dumps(dict(zip(rows, answers, strict=True)) if compare else answers[0], indent=2))
     else:
         for plan in found:
-            click.echo((f"{plan.config.optim}\n" if compare else "") + plan.table(available) + "\n" * bool(compare))
-        if compare:
+            click.echo(plan.table(available, source))
+            if plan.peak_bytes > available:
+                click.echo(f"what helps: {budget.ways_out(plan.config)}")
+            click.echo("\n" if compare else "", nl=False)
+        if picture:
             click.echo(f"drawn: {picture}")
     return 0
 

@@ -215,6 +215,8 @@ def find_model(name_or_path: str) -> Traversable:
     names = shipped_models()
     if name_or_path in names:
         return resources.files("galore_pretrain") / "configs" / f"{name_or_path}.json"
+    if (Path(name_or_path) / "config.json").is_file():
+        return Path(name_or_path) / "config.json"
     if not Path(name_or_path).is_file():
         near = difflib.get_close_matches(name_or_path, names, n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""

@@ -36,7 +36,8 @@ _KINDS = {
 def draw_memory(path: Path, title: str, bars: Mapping[str, Mapping[str, int]], budget: int | None = None) -> None:
     """Stacked bars of bytes: for each name, what its peak is made of. A line marks the budget."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.5 * len(bars)), layout="constrained")
+    tallest = max(name.count("\n") for name in bars)
+    figure, axes = pyplot.subplots(figsize=(8, 1.6 + (0.5 + 0.16 * tallest) * len(bars)), layout="constrained")
     names = list(bars)
     left = [0.0] * len(names)
     for kind, colour in _KINDS.items():
@@ -45,16 +46,20 @@ def draw_memory(path: Path, title: str, bars: Mapping[str, Mapping[str, int]], b
             axes.barh(names, sizes, left=left, color=colour, label=kind, edgecolor="white", linewidth=0.5)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for name, total in zip(names, left, strict=True):
-        axes.annotate(f"{total:.2f}", (total, name), xytext=(4, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            f"{total:.2f}", (total, name), xytext=(4, 0), textcoords="offset points", va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, zorder=4,
+        )  # fmt: skip
     if budget is not None and budget / 2**30 < 1.6 * max(left):
         axes.axvline(budget / 2**30, color="black", linestyle="--", linewidth=1)
         axes.annotate(
-            f"budget {budget / 2**30:.1f}", (budget / 2**30, 1), xycoords=("data", "axes fraction"),
-            xytext=(3, -11), textcoords="offset points", fontsize=9,
+            f"for tensors: {budget / 2**30:.2f}", (budget / 2**30, 1), xycoords=("data", "axes fraction"),
+            xytext=(0, 2), textcoords="offset points", fontsize=9, ha="center", va="bottom",
         )  # fmt: skip
     axes.invert_yaxis()
     axes.margins(x=0.1)
-    axes.set(title=title, xlabel="peak memory of an update, GiB")
+    axes.set_title(title, pad=16)
+    axes.set_xlabel("peak memory of an update, GiB")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _finish(figure, path)
 

@@ -4,6 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class Plan:
     place: str
 
     def as_json(self, budget: int) -> dict[str, Any]:
-        """The keys that programs may rely on. The parts add up to the peak."""
+        """The keys that programs may rely on. The parts add up to the peak; ``gradients_bytes`` are the full gradients
+        and the low-rank sums, ``optimizer_bytes`` moments and bases."""
         parts, config = self.parts, self.config
         return {
             "peak_bytes": self.peak_bytes,
@@ -41,9 +43,14 @@ class Plan:
             "optimizer_bytes": parts["moments"] + parts["bases"],
             "activations_bytes": parts["activations"],
             "temporary_bytes": parts["temporaries"],
+            "parts": parts,
             "fits": self.peak_bytes <= budget,
             "budget_bytes": budget,
             "place": self.place,
+            "model": config.model,
+            "optim": config.optim,
+            "rank": config.rank,
+            "dtype": config.dtype,
             "layerwise": config.layerwise,
             "activation_checkpointing": config.activation_checkpointing,
             "batch_size": config.batch_size,
@@ -51,12 +58,18 @@ class Plan:
             "clip_norm": config.clip_norm,
         }
 
-    def table(self, budget: int) -> str:
-        """What a person reads."""
-        lines = [f"{kind:<13}{size / 2**30:8.2f} GiB   {_MEANING[kind]}" for kind, size in self.parts.items()]
+    def table(self, budget: int, source: str) -> str:
+        """What a person reads; ``source`` says where the budget comes from."""
+        config = self.config
+        rank = f" of rank {config.rank}" if config.rank else ""
+        lines = [
+            f"{Path(config.model).stem} in {config.dtype}, {config.optim}{rank}, updates of "
+            f"{config.total_batch_size} × {config.max_length} tokens"
+        ]
+        lines += [f"{kind:<13}{size / 2**30:8.2f} GiB   {_MEANING[kind]}" for kind, size in self.parts.items()]
         lines.append(f"{'peak':<13}{self.peak_bytes / 2**30:8.2f} GiB   {self.place}")
         verdict = "fits" if self.peak_bytes <= budget else "does not fit"
-        lines.append(f"{verdict} into {budget / 2**30:.2f} GiB, with {describe(self.config)}")
+        lines.append(f"{verdict} into {budget / 2**30:.2f} GiB ({source}), with {describe(self.config)}")
         if device_of(self.config).type == "cpu":
             lines.append("planned with this CPU's kernels; a GPU's have other temporaries")
         return "\n".join(lines)

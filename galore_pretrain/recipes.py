@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from galore_pretrain.config import RECIPE, Flag, RunConfig, find_model
+from galore_pretrain.config import RECIPE, Flag, RunConfig, find_model, parse_bytes
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim.names import resolve_name, split
 
@@ -122,6 +122,8 @@ def _fill_clip_norm(values: dict[str, Any], origins: dict[str, str]) -> None:
             raise InputError(
                 f"--clip-norm {values['clip_norm']} has no meaning without --grad-clip; give one, such as 1"
             )
+    elif values["clip_norm"] == "projected" and "galore" not in values["optim"]:
+        raise InputError(f"--clip-norm projected: {values['optim']} projects nothing; leave it out")
     elif values["clip_norm"] is None:
         low_rank_sums = values["layerwise"] and values["total_batch_size"] != values["batch_size"]
         values["clip_norm"] = "projected" if low_rank_sums and "galore" in values["optim"] else "full"
@@ -142,7 +144,8 @@ def _check_bound(name: str, flag: Flag, value: Any) -> None:
     if not math.isfinite(value):
         raise InputError(f"--{name.replace('_', '-')} {value} must be a finite number")
     if value < low or value == flag.above:
-        raise InputError(f"--{name.replace('_', '-')} {value} must be {bound} {low:g}")
+        limit = f"{low:,.0f} bytes; write a unit, such as 24GiB" if flag.kind is parse_bytes else f"{low:g}"
+        raise InputError(f"--{name.replace('_', '-')} {value} must be {bound} {limit}")
 
 
 def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
@@ -182,9 +185,10 @@ def _check(values: Mapping[str, Any]) -> None:
     """What depends on two fields; each message says which, and the way out."""
     total, size = values["total_batch_size"], values["batch_size"]
     if total % size:
-        below = max(d for d in range(1, min(size, total) + 1) if total % d == 0)
+        divisors = (d for d in range(1, total + 1) if total % d == 0)
+        nearest = min(divisors, key=lambda d: abs(d - size))
         raise InputError(
-            f"--total-batch-size {total} is not a multiple of --batch-size {size}; the nearest divisor is {below}"
+            f"--total-batch-size {total} is not a multiple of --batch-size {size}; the nearest divisor is {nearest}"
         )
     projected = "galore" in values["optim"]
     if values["layerwise"] and total != size and values["clip_norm"] == "full" and projected:

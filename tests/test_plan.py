@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from galore_pretrain import paper
-from galore_pretrain.budget import OUTSIDE, budget_of, choose, lower_bound, upper_bound
+from galore_pretrain.budget import OUTSIDE, budget_of, choose, lower_bound, upper_bound, ways_out
 from galore_pretrain.build import execution_for, model_for, optimizer_for, prepare
 from galore_pretrain.cli import cli
 from galore_pretrain.config import RunConfig, parse_bytes
@@ -178,6 +178,28 @@ def test_flags_stay_whatever_the_budget(small: str) -> None:
     assert config.batch_size == 8  # on which that loss depends
 
 
+def test_one_micro_batch_where_sums_are_what_does_not_fit(small: str) -> None:
+    """Layerwise updates of one micro-batch, however large, keep no sums, and know the full norm."""
+    given = {"total_batch_size": 16, "max_length": 8, "layerwise": True}
+    architecture = load_model_config(small)
+    config, _, _ = chosen(small, 8 * GIB, **given)
+    whole = measure(replace(config, batch_size=16, activation_checkpointing=True, clip_norm="full"), architecture)
+    parts = measure(replace(config, batch_size=1, activation_checkpointing=True, clip_norm="projected"), architecture)
+    assert whole.peak_bytes < parts.peak_bytes
+    config, _, _ = chosen(small, whole.peak_bytes, **given)
+    assert how(config) == (True, True, 16, "full")
+
+
+def test_what_helps_is_what_is_not_done_yet(small: str) -> None:
+    config, _, _ = chosen(small, 8 * GIB)
+    assert ways_out(config).startswith(
+        "--layerwise, --activation-checkpointing, a smaller --batch-size, a smaller --rank"
+    )
+    done = replace(config, layerwise=True, activation_checkpointing=True, batch_size=1, optim="galore_adamw8bit")
+    assert ways_out(done).startswith("--total-batch-size 1 (one micro-batch an update keeps no sums), a smaller --rank")
+    assert "8-bit" not in ways_out(done)
+
+
 def test_the_least_peak_is_told_where_nothing_can_fit(small: str) -> None:
     config, _, plan = chosen(small, 2**20, grad_clip=0.0)
     assert how(config) == (True, True, 1, None)
@@ -221,8 +243,8 @@ def test_planning_from_the_command_line(small: str, tmp_path: Path) -> None:
         )
         .stdout
     )
-    assert "galore_adamw8bit" in text
-    assert "fits into 23.07 GiB" in text
+    assert "galore_adamw8bit of rank 32, updates of" in text
+    assert "fits into 23.07 GiB (--memory-budget 24.00 GiB less 0.93" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
