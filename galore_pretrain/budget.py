@@ -144,16 +144,15 @@ def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[Run
     return sorted(found, key=lambda pair: (pair[0].clip_norm == "projected", *_cost(pair[0])))
 
 
-def _cost(config: RunConfig) -> tuple[float, bool, bool, int]:
-    """Products with each weight per token, in units of 2mn; at equal cost, the plainer first, and 8 sequences at most,
-    since a CPU is slower with more."""
+def _cost(config: RunConfig) -> tuple[float, bool, int]:
+    """Products with each weight per token, in units of 2mn; at equal cost, the plainer first."""
     tokens = config.batch_size * config.max_length
     several = config.total_batch_size > config.batch_size
     projected = config.rank if "galore" in config.optim else None
     projecting = (projected or 0) / tokens if config.layerwise and several else 0.0
-    few = 256 / min(tokens, 8 * config.max_length)  # a matrix product of few rows is slower
-    cost = 3 + config.activation_checkpointing + projecting + few
-    return cost, config.layerwise, config.batch_size > 8, -config.batch_size
+    few = 256 / tokens  # a matrix product of few rows is slower
+    many = 0.25 if config.batch_size > 8 else 0.0  # so are activations that no cache holds; how much, is a guess
+    return 3 + config.activation_checkpointing + projecting + few + many, config.layerwise, -config.batch_size
 
 
 def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) -> int:

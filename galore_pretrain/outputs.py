@@ -60,9 +60,8 @@ def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     log.info("done: %d updates, %s tokens in %.0f s; %s", steps, f"{tokens:,}", seconds, output)
     planned, peak, process = (summary[f"{name}_bytes"] for name in ("planned_peak", "peak_memory", "process_peak"))
     parts = [] if planned is None else [f"{planned / 2**30:.2f} GiB of tensors planned"]
-    parts += (
-        [] if peak == process else [f"{peak / 2**30:.2f} GiB of tensors on the device"]
-    )  # which a CPU does not tell
+    if peak != process:  # a CPU's allocator does not tell
+        parts.append(f"{peak / 2**30:.2f} GiB of tensors on the device")
     parts.append(f"{process / 2**30:.2f} GiB of the process, its program and libraries included")
     log.info("peak memory: %s", ", ".join(parts))
     log.info("validation perplexity %.4g over %s tokens", summary["eval_perplexity"], f"{summary['eval_tokens']:,}")

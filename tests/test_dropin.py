@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from galore_pretrain.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
 from galore_pretrain.optim.galore import is_projected
+from galore_pretrain.optim.optimizer import RuleOptimizer
+from galore_pretrain.optim.rules import Adam
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
 CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, NaturalGaLoreAdamW]
@@ -144,6 +146,16 @@ def test_a_foreign_or_unfit_state_changes_nothing() -> None:
         with pytest.raises(ValueError, match="the saved"):
             optimizer.load_state_dict(state if isinstance(state, dict) else state.state_dict())
     assert str(optimizer.state_dict()) == str(before)
+
+
+def test_hooks_of_a_step_are_called_once() -> None:
+    params = parameters([(24, 40)])
+    RuleOptimizer([{"params": parameters([(4,)]), "rule": Adam()}])  # torch wraps a class's step at its first instance
+    optimizer, calls = GaLoreAdamW([{"params": params, **GROUP}], lr=0.01), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(optimizer, params, 1)
+    assert calls == ["before", "after"]
 
 
 def test_a_copy_goes_on_alike() -> None:

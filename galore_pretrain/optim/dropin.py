@@ -13,7 +13,7 @@ In transformers' ``Trainer``: ``optimizers=(GaLoreAdamW(groups, lr=0.01), None)`
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -91,8 +91,8 @@ class _DropIn(RuleOptimizer):
         rule, bare = build_rules(self.row, **({key: group[key] for key in self._options} | of_group))
         return rule if of_group else bare
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient, by the settings that its group has now."""
+    def _before_step(self) -> None:
+        """Each group is updated by the settings that it has now."""
         if not self._has_stepped and not self.projects:
             warnings.warn(
                 f"{type(self).__name__} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2
@@ -100,7 +100,6 @@ class _DropIn(RuleOptimizer):
         self._has_stepped = True
         for index, group in enumerate(self.param_groups):
             self.follow(index, self._rule_for(group))
-        return super().step(closure)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `RuleOptimizer.load_state_dict`, but settings that were saved are taken over, as torch's optimizers do.

@@ -141,6 +141,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._before_step()
         for group in self.param_groups:
             for p in group["params"]:
                 self.update_param(p)
@@ -152,6 +153,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                 stacklevel=2,
             )
         return loss
+
+    def _before_step(self) -> None:
+        """For subclasses: not a ``step`` of their own, whose hooks torch would call twice."""
 
     @torch.no_grad()
     def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
