@@ -150,7 +150,7 @@ def _cost(config: RunConfig) -> tuple[float, bool, int]:
     several = config.total_batch_size > config.batch_size
     projected = config.rank if "galore" in config.optim else None
     projecting = (projected or 0) / tokens if config.layerwise and several else 0.0
-    few = 256 / tokens  # a matrix product of few rows is slower
+    few = 256 / min(tokens, 8 * config.max_length)  # a matrix product of few rows is slower
     many = 0.25 if config.batch_size > 8 else 0.0  # so are activations that no cache holds; how much, is a guess
     return 3 + config.activation_checkpointing + projecting + few + many, config.layerwise, -config.batch_size
 
