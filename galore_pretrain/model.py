@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
@@ -76,7 +77,7 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
     config |= {key: value for key, value in values.items() if key not in ignored}
     try:
         return LlamaConfig(**config, use_cache=False, architectures=["LlamaForCausalLM"])
-    except (TypeError, ValueError) as error:  # what transformers itself refuses
+    except (TypeError, ValueError, StrictDataclassError) as error:  # what transformers itself refuses
         raise InputError(f"{source}: {' '.join(str(error).split())}") from error
 
 

@@ -121,7 +121,8 @@ def test_changing_over_to_layerwise_and_another_budget(tiny_config: str, finishe
     (output / "summary.json").unlink()
     refused = run(tiny_config, output, "--memory-budget", "1001MB")
     assert refused.returncode == 2
-    assert "and 0.00 GiB are to be had; what helps: --layerwise" in refused.stderr
+    assert "and 0.00 GiB are to be had (--memory-budget 0.9" in refused.stderr
+    assert "what helps: --layerwise" in refused.stderr
     result = run(tiny_config, output, "--layerwise")
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stderr
@@ -343,7 +344,7 @@ ERRORS = [
     (["--model", "llama_60m", "--betas", "1,2"], "not a pair of numbers in [0, 1)"),
     (["--model", "llama_60m", "--batch-size", "24"], "--total-batch-size 512 is not a multiple of --batch-size 24"),
     (["--model", "llama_60m", "--layerwise", "--grad-clip", "1", "--clip-norm", "full"], "keep low-rank sums"),
-    (["--model", "llama_60m", "--memory-budget", "800MiB"], "--memory-budget 838860800 must be greater than 1,000,000,000 bytes"),
+    (["--model", "llama_60m", "--memory-budget", "800MiB"], "838860800 must be greater than 1,000,000,000"),
     (["--model", "llama_60m", "--memory-budget", "24G"], "'24G' is not a size of memory"),
     (["plan", "--model", "llama_1m", "--device", "cuda:9"], "CUDA devices"),
     (["--model", "llama_60m", "--clip-norm", "full"], "--clip-norm full has no meaning without --grad-clip"),

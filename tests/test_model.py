@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
@@ -192,6 +192,7 @@ def test_unknown_model_names_the_near_one() -> None:
         max_size=3,
     )
 )
+@example({"hidden_size": 1, "head_dim": 2})
 def test_mutated_config_builds_or_is_one_line(change: dict[str, object]) -> None:
     import tempfile
 
