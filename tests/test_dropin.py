@@ -63,7 +63,7 @@ def test_state_is_tensors_and_numbers(optimizer_class: Any, tmp_path: Path) -> N
     restored = build(copies)
     restored.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     assert restored.param_groups[1]["rank"] == 64
-    with pytest.raises(ValueError, match="rank 64; this one has 32"):
+    with pytest.raises(ValueError, match=r"rank=32.* cannot go on as .*rank=64"):
         build(copies, rank=32).load_state_dict(optimizer.state_dict())
     for grads in gradients(params, 3):
         for p, q, grad in zip(params, copies, grads, strict=True):

@@ -25,7 +25,6 @@ from galore_pretrain.optim.rules import UpdateRule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _OF_GROUP = ("rank", "update_proj_gap", "scale", "proj_type")
-_FIXED = ("rank", "proj_type", "numerics", "natural_history")  # the state's shapes and dtypes depend on them
 _NOT_OF_GROUP = {
     "betas",
     "eps",
@@ -104,16 +103,11 @@ class _DropIn(RuleOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `RuleOptimizer.load_state_dict`, but settings that were saved are taken over, as torch's optimizers do.
 
-        ValueError where those differ that the state's shapes depend on: rank, proj_type, numerics, natural_history.
+        ValueError where the state would have another shape for it, as for another rank.
         """
         before = [dict(group) for group in self.param_groups]
         try:
             for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
-                for name in _FIXED:
-                    if saved.get(name) != group.get(name):
-                        raise ValueError(
-                            f"the saved group has {name} {saved.get(name)}; this one has {group.get(name)}"
-                        )
                 group |= {name: saved[name] for name in (*_OF_GROUP, *self._options) if name in saved}
                 self.follow(index, self._rule_for(group))
             super().load_state_dict(state_dict)
