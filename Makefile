@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint pytest golden bench-7b clean
+.PHONY: demo test lint pytest golden chaos fuzz bench-7b clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,13 @@ pytest: $(VENV)/.installed
 
 golden: $(VENV)/.installed          ## write tests/golden anew
 	$(BIN)/python tests/test_golden.py
+
+chaos: $(VENV)/.installed           ## kill runs a hundred times; they must end as if nothing had happened: 10 minutes
+	rm -rf runs/chaos
+	$(BIN)/python tests/chaos.py runs/chaos --kills 100
+
+fuzz: $(VENV)/.installed            ## 500 random command lines, as many model configs and run JSONs
+	FUZZ=500 $(BIN)/pytest tests/test_fuzz.py
 
 bench-7b: $(VENV)/.installed        ## real updates of llama_7b: an hour, 20 GB of memory, 55 GB of disk
 	$(BIN)/python scripts/bench_7b.py runs/bench-7b

@@ -53,8 +53,8 @@ def in_short(config: RunConfig) -> list[str]:
     ]
 
 
-def ways_out(config: RunConfig) -> str:
-    """What would take less than the updates of ``config`` do, in words."""
+def ways_out(config: RunConfig, most: int = 9) -> str:
+    """What would take less than the updates of ``config`` do, in words, the best first."""
     total, size = config.total_batch_size, config.batch_size
     ways = [] if config.layerwise else ["--layerwise"]
     ways += [] if config.activation_checkpointing else ["--activation-checkpointing"]
@@ -63,7 +63,7 @@ def ways_out(config: RunConfig) -> str:
         ways.append(f"--total-batch-size {size} (one micro-batch an update keeps no sums)")
     ways += ["a smaller --rank"] if config.rank else []
     ways += [] if "8bit" in config.optim else ["an --optim with 8-bit moments"]
-    return ", ".join([*ways, "a smaller --max-length", "a larger --memory-budget"])
+    return ", ".join([*ways, "a smaller --max-length", "a larger --memory-budget"][:most])
 
 
 def planned(config: RunConfig, origins: Mapping[str, str], budget: int) -> Plan:

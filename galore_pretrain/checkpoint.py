@@ -1,28 +1,45 @@
 """Checkpoints of safetensors and JSON: complete or absent, and nothing that is loaded can execute code.
 
 ``checkpoints/step_00000100/`` holds the tensors in torch.distributed.checkpoint's Hugging Face format (which later also
-holds the shards of several processes) and ``state.json`` with everything that is not a tensor.
+holds the shards of several processes), ``state.json`` with everything that is not a tensor, and ``checksums.json`` with
+the size and CRC-32 of every other file: against bytes that go wrong, not against somebody who would change them.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
-import warnings
+import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from galore_pretrain.errors import InputError
 
 _FILE_BYTES = 1 << 28  # a file is serialized in memory as a whole: bounds what saving adds to the peak
-_STATE = "state.json"
+_STATE, _CHECKSUMS = "state.json", "checksums.json"
+_PARTS = ("config", "trainer", "counts")
+_NAME = re.compile(r"step_\d{8,}")
+
+log = logging.getLogger(__name__)
+
+
+class DamagedError(InputError):
+    """A checkpoint that is not as it was written."""
+
+
+class NotWrittenError(Exception):
+    """A checkpoint that could not be written. The message is the system's reason."""
 
 
 def named_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -61,92 +78,161 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint aside, force it to disk, then give it its name."""
+    """Write a checkpoint aside, force it to disk, then give it its name. NotWrittenError where that fails; nothing is
+    left of it then, and what was there before still is."""
     aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    writer = HuggingFaceStorageWriter(str(aside), fqn_to_index_mapping=_files(tensors))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch tells its own developers about deprecations here
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        sync(folder.parent.parent)  # where it may be new
+        writer = HuggingFaceStorageWriter(str(aside), fqn_to_index_mapping=_files(tensors))
         dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-    (aside / _STATE).write_text(json.dumps(state))
-    for file in aside.iterdir():
-        _sync(file)
-    _sync(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    _sync(folder.parent)
+        (aside / _STATE).write_text(json.dumps(state))
+        (aside / _CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=1))
+        for file in aside.iterdir():
+            sync(file)
+        sync(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+        sync(folder.parent)
+    except (OSError, CheckpointException, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise NotWrittenError(_reason(error)) from error
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor], part: str = "") -> dict[str, Any]:
-    """Read a checkpoint, or what begins with ``part`` of it, into ``tensors``, in place; what else it remembers is
-    returned.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint whose files are as they were written. ``state``: everything in it that is not a tensor."""
 
-    Raises InputError where it is no checkpoint, or one of another model or optimizer.
+    folder: Path
+    state: dict[str, Any]
+
+    def load(self, tensors: Mapping[str, Tensor], part: str = "") -> None:
+        """Read the tensors, or those whose names begin with ``part``, into ``tensors``, in place.
+
+        Raises InputError where they are of another model or optimizer.
+        """
+        reader = HuggingFaceStorageReader(str(self.folder))
+        try:
+            metadata = reader.read_metadata().state_dict_metadata
+        except Exception as error:  # whatever is raised by files that hold no tensors
+            raise DamagedError(f"{self.folder}: no tensors can be read ({_reason(error)})") from error
+        saved = {
+            name: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(part)
+        }
+        absent = [name for name in tensors if name.startswith("random.") and name not in saved]  # of another device
+        tensors = {name: value for name, value in tensors.items() if name not in absent}
+        saved = {name: entry for name, entry in saved.items() if name in tensors or not name.startswith("random.")}
+        wanted = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+        if different := [name for name in sorted(wanted) if saved.get(name) != wanted[name]] or sorted(
+            saved.keys() - wanted.keys()
+        ):
+            name = different[0]
+            raise InputError(
+                f"{self.folder}: {name} is {saved.get(name, 'missing')}, this run's is {wanted.get(name, 'missing')}; "
+                "the checkpoint is of another model or optimizer: give another --output"
+            )
+        try:
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+        except (OSError, CheckpointException, SafetensorError) as error:
+            raise InputError(f"{self.folder}: cannot be read ({_reason(error)})") from error
+
+
+def opened(folder: Path) -> Saved:
+    """The checkpoint in ``folder``, every byte of it checked. DamagedError where it is not as it was written,
+    InputError where that cannot be found out."""
+    try:
+        written, found = json.loads((folder / _CHECKSUMS).read_bytes()), _checksums(folder)
+        if not isinstance(written, dict):
+            raise ValueError(f"{_CHECKSUMS} is no object")
+        if different := sorted(n for n in written.keys() | found.keys() if written.get(n) != found.get(n)):
+            name = different[0]
+            raise ValueError(f"{name} is {found.get(name, 'absent')}, and was {written.get(name, 'absent')}")
+        state = json.loads((folder / _STATE).read_bytes())
+        if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in _PARTS):
+            raise ValueError(f"{_STATE} lacks one of {', '.join(_PARTS)}")
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
+        why = f"{Path(error.filename).name} is absent" if isinstance(error, OSError) else error
+        raise DamagedError(f"{folder}: damaged ({why}); name another checkpoint") from error
+    except OSError as error:  # which may pass
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); try again") from error
+    return Saved(folder, state)
+
+
+def newest(root: Path, *, set_aside: bool) -> Saved | None:
+    """The newest checkpoint under ``root`` that is as it was written; None where there is none at all.
+
+    Newer ones that are not are left out with a warning, and renamed if they are to be ``set_aside``. DamagedError where
+    no other is left.
     """
-    state = read_state(folder)
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        metadata = reader.read_metadata().state_dict_metadata
-    except Exception as error:  # whatever a cut or altered file raises
-        raise InputError(f"{folder}: damaged ({error}); remove it to go on from the one before") from error
-    saved = {
-        name: (tuple(entry.size), entry.properties.dtype)
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and name.startswith(part)
-    }
-    absent = [name for name in tensors if name.startswith("random.") and name not in saved]  # saved on another device
-    tensors = {name: value for name, value in tensors.items() if name not in absent}
-    saved = {name: entry for name, entry in saved.items() if name in tensors or not name.startswith("random.")}
-    wanted = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    if different := [name for name in sorted(wanted) if saved.get(name) != wanted[name]] or sorted(
-        saved.keys() - wanted.keys()
-    ):
-        name = different[0]
-        raise InputError(
-            f"{folder}: {name} is {saved.get(name, 'missing')}, this run's is {wanted.get(name, 'missing')}; "
-            "the checkpoint is of another model or optimizer: give another --output"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
-    return state
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The part of a checkpoint that is not tensors."""
-    try:
-        state: dict[str, Any] = json.loads((folder / _STATE).read_text())
-        if not isinstance(state, dict) or "config" not in state:
-            raise ValueError("no config in it")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: not a checkpoint ({error}); a checkpoint is a folder with {_STATE}") from error
-    return state
+    damaged: list[tuple[Path, DamagedError]] = []
+    for folder in reversed(_folders(root)):
+        try:
+            found = opened(folder)
+        except DamagedError as error:
+            damaged.append((folder, error))
+            continue
+        for bad, damage in damaged:
+            aside = bad.with_name(bad.name + ".damaged")
+            if set_aside:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(bad, aside)
+            why = str(damage).removeprefix(f"{bad}: ").rpartition("; ")[0]
+            what = f"set aside as {aside.name}" if set_aside else "left out"
+            log.warning("%s is %s: %s; going on from %s", bad, why, what, folder.name)
+        return found
+    if damaged:
+        text, _, _ = str(damaged[0][1]).rpartition("; ")
+        raise DamagedError(f"{text}, and there is no other; give another --output, or remove {root} to start anew")
+    return None
 
 
 def later_than(root: Path, folder: Path | None) -> list[str]:
     """Names of the checkpoints under ``root`` that going on from ``folder`` would leave in the future."""
     own = folder is not None and folder.resolve().parent == root.resolve()
-    return [f.name for f in sorted(root.glob("step_*")) if folder is None or not own or f.name > folder.resolve().name]
+    return [f.name for f in _folders(root) if folder is None or not own or f.name > folder.resolve().name]
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether ``folder`` is a complete one."""
-    return (folder / _STATE).is_file()
+    """Whether ``folder`` was meant to be one."""
+    return (folder / _STATE).is_file() or (folder / _CHECKSUMS).is_file()
 
 
-def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint under ``root``."""
-    found = sorted(f for f in root.glob("step_*") if re.fullmatch(r"step_\d{8,}", f.name) and (f / _STATE).is_file())
-    return found[-1] if found else None
-
-
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what an interrupted save left."""
-    found = sorted(f for f in root.glob("step_*") if f.is_dir())
-    partial = [f for f in found if f.name.endswith(".partial")]
-    for folder in partial + [f for f in found if f not in partial][:-keep]:
+def prune(root: Path, keep: int, keep_every: int | None = None) -> None:
+    """Remove what an interrupted save left, and all checkpoints but the newest ``keep`` and those of every
+    ``keep_every`` updates."""
+    old = [f for f in _folders(root)[:-keep] if not keep_every or int(f.name.removeprefix("step_")) % keep_every]
+    for folder in [*root.glob("step_*.partial"), *old]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    """Those that are named as checkpoints are, the oldest first."""
+    return sorted(f for f in root.glob("step_*") if _NAME.fullmatch(f.name) and f.is_dir())
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Size and CRC-32 of all files in ``folder`` but that of the checksums."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.name == _CHECKSUMS:
+            continue
+        crc = 0
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 24):
+                crc = zlib.crc32(part, crc)
+        found[file.name] = f"{file.stat().st_size} bytes, CRC-32 {crc:08x}"
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, out of what torch made of it."""
+    for inner in (error, *(e for e, _ in getattr(error, "failures", {}).values())):
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+    return " ".join(str(error).split())
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -161,7 +247,8 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return files
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

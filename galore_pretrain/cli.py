@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -197,7 +197,7 @@ def _report(runs: Sequence[Path], output: Path, *, as_json: bool = False) -> str
     return f"{report.write(comparisons, output)}\nwritten: {output / 'report.md'}, {output / 'report.html'}"
 
 
-_TEXT = ("data", "eval_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
+_TEXT = ("data", "eval_data", "bad_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
 
 
 @cli.command("eval", params=flags(_TEXT))
@@ -318,7 +318,18 @@ def main() -> None:
         if debug:
             raise
         code = _fail(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1, debug)
-    sys.exit(code if isinstance(code, int) else 0)
+    _exit(code if isinstance(code, int) else 0)
+
+
+def _exit(code: int) -> NoReturn:
+    from galore_pretrain.metrics import Wandb
+
+    if Wandb.is_stuck:  # what it has registered to be called now would wait for it
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

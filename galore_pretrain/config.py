@@ -78,6 +78,7 @@ def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
 
 
 CLIP_NORMS = ("full", "projected")
+BAD_DATA = ("raise", "skip")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT = (
     "Method",
@@ -151,6 +152,9 @@ class RunConfig:
     tokenizer: str = _flag(
         None, "t5, sample, a .model file, a folder or a hub id.", str, TEXT, shown="t5 for c4, sample for sample"
     )
+    bad_data: str = _flag(
+        "raise", "Documents that cannot be read: stop, or leave them out, up to 1 in 100.", BAD_DATA, TEXT, free=True
+    )
     layout: str = _flag("pad", "One document a row, or documents packed.", ("pad", "pack"), TEXT)
     max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)
 
@@ -165,6 +169,9 @@ class RunConfig:
         None, "Last learning rate over the peak.", float, LENGTH, least=0, shown="0.1 for cosine, 0 for linear"
     )
     scheduler: str = _flag("cosine", "Decay after warm-up.", ("cosine", "linear"), LENGTH)
+    max_loss: float | None = _flag(
+        None, "Skip updates whose loss is larger; ten in a row end the run.", float, LENGTH, above=0, shown="off"
+    )
     eval_every: int = _flag(None, "Updates between evaluations.", int, LENGTH, least=1, free=True, shown=_TENTH)
     eval_tokens: int = _flag(10_000_000, "Validation tokens an evaluation.", parse_count, LENGTH, shown="10M")
 
@@ -179,6 +186,15 @@ class RunConfig:
     )
     save_every: int = _flag(None, "Updates between checkpoints.", int, OUTPUT, least=1, free=True, shown=_TENTH)
     keep: int = _flag(2, "Checkpoints kept.", int, OUTPUT, least=1, free=True)
+    keep_every: int | None = _flag(
+        None,
+        "Of checkpoints at multiples of so many updates, all are kept.",
+        int,
+        OUTPUT,
+        least=1,
+        free=True,
+        shown="off",
+    )
     wandb: str = _flag("auto", "auto is online with a key, else offline.", WANDB_MODES, OUTPUT, free=True)
     wandb_project: str = _flag("galore-pretrain", "wandb project.", str, OUTPUT, free=True)
     name: str | None = _flag(None, "wandb name of the run.", str, OUTPUT, free=True, shown="name of the folder")

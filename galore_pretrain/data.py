@@ -6,9 +6,10 @@ ahead, a checkpoint holds the position of what was trained on.
 """
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -185,6 +186,10 @@ class TrainingData:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = self._rows(_with_offset(Documents(self._source, self._seed, self._start), self._start.offset))
+        if self._start != Position():
+            started = time.monotonic()
+            rows = chain([next(rows)], rows)
+            log.info("the place in the text was found again in %.1f s", time.monotonic() - started)
         while True:
             yield stack(list(islice(rows, self._sequences)))
 

@@ -35,7 +35,8 @@ class Inputs:
 
 def open_inputs(config: RunConfig) -> Inputs:
     """Open everything that a run reads; InputError where something is not there or does not fit the rest."""
-    training, validation = (open_source(config.data, split, config.eval_data) for split in ("train", "validation"))
+    data, bad = config.data, config.bad_data
+    training, validation = (open_source(data, split, config.eval_data, bad) for split in ("train", "validation"))
     tokenizer = load_tokenizer(config.tokenizer)
     model = architecture_for(config, tokenizer)
     rows = TokenRows(tokenizer, config.layout, config.max_length)

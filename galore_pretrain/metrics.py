@@ -8,6 +8,8 @@ import os
 import sys
 import time
 from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -32,28 +34,54 @@ class JsonLines:
     """``metrics.jsonl``: one object a line, numbers with all their digits, a non-finite number as null.
 
     A resumed run cuts the file to what it held when its checkpoint was written, so it reads as if never interrupted.
+    Lines that cannot be written wait until they can.
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        self._file = path.open("ab")
+        self.path, self._waiting, self._warned = path, b"", False
+        self._file = path.open("ab", buffering=0)
         if self._file.tell() < size:
             log.warning("%s is shorter than the checkpoint remembers; its end is missing", path)
         else:
             self._file.truncate(size)
-            self._file.seek(0, os.SEEK_END)
+        self._size = self._file.seek(0, os.SEEK_END)
 
     def log(self, metrics: Metrics, step: int) -> None:
         values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
-        self._file.flush()
+        self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s cannot be written (%s): its lines wait", self.path, error.strerror)
+            self._warned = True
 
     def sync(self) -> int:
-        """Force the lines to disk; the size of the file then."""
+        """Force the lines to disk; the size of the file then. OSError where they cannot be written."""
+        self._write()
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return self._size
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._write()
+        if self._waiting:
+            log.warning("%s lacks its last %d lines", self.path, self._waiting.count(b"\n"))
         self._file.close()
+
+    def _write(self) -> None:
+        """All that waits, or nothing of it: a disk that fills up may take half a line."""
+        if os.fstat(self._file.fileno()).st_size != self._size:
+            self._file.truncate(self._size)
+        written = 0
+        try:
+            while written < len(self._waiting):
+                written += self._file.write(self._waiting[written:])
+        except OSError:
+            with contextlib.suppress(OSError):  # else before the next attempt
+                self._file.truncate(self._size)
+            raise
+        self._size, self._waiting, self._warned = self._size + written, b"", False
 
 
 class Progress:
@@ -102,11 +130,18 @@ def _exp(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
+_WAITING, _FINISH = 10_000, 60.0
+
+
 class Wandb:
-    """The same numbers at wandb. Whatever goes wrong there is one warning here; the run goes on.
+    """The same numbers at wandb. Whatever goes wrong there is one warning here; the run goes on, and waits for nothing:
+    lines are handed over by a thread, `_WAITING` at most, and at the end it has `_FINISH` seconds. ``is_stuck``: not
+    even then has it ended, and its own clean-up, when Python exits, would wait for it without limit.
 
     ``mode``: ``online``, ``offline``, ``disabled``, or ``auto``: online with an API key, else offline. Never prompts.
     """
+
+    is_stuck = False
 
     def __init__(
         self,
@@ -120,6 +155,7 @@ class Wandb:
         run_id: str | None,
     ) -> None:
         self._run: Any = None
+        self._waiting: Queue[tuple[int, Metrics] | None] = Queue(_WAITING)
         self.run_id = run_id
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
@@ -144,20 +180,40 @@ class Wandb:
             )
             self.run_id = self._run.id
         except Exception as error:  # any failure of a service that only watches
-            log.warning("wandb is off for this run: %s", error)
+            log.warning("wandb is off for this run: %s", str(error).partition("\n")[0])
+            return
+        self._thread = Thread(target=self._hand_over, daemon=True)
+        self._thread.start()
 
     def log(self, metrics: Metrics, step: int) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(metrics, step=step)
-            except Exception as error:
-                log.warning("wandb is off from step %d on: %s", step, error)
-                self._run = None
+        if self._run is None:
+            return
+        try:
+            self._waiting.put_nowait((step, metrics))
+        except Full:
+            log.warning("wandb is off from step %d on: it has not taken the last %d lines", step, _WAITING)
+            self._run = None
 
     def close(self) -> None:
-        if self._run is not None:
-            with contextlib.suppress(Exception):
-                self._run.finish()
+        if self._run is None:
+            return
+        with contextlib.suppress(Full):
+            self._waiting.put_nowait(None)
+        self._thread.join(_FINISH)
+        if self._thread.is_alive():
+            Wandb.is_stuck = True
+            log.warning("wandb has not taken everything within %.0f s, and is left; metrics.jsonl has it all", _FINISH)
+
+    def _hand_over(self) -> None:
+        run, step = self._run, 0
+        try:
+            while (item := self._waiting.get()) is not None:
+                step, metrics = item
+                run.log(metrics, step=step)
+            run.finish()
+        except Exception as error:
+            log.warning("wandb is off from step %d on: %s", step, error)
+            self._run = None
 
 
 def _has_key() -> bool:

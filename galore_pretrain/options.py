@@ -99,7 +99,9 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
     if isinstance(values, dict) and isinstance(resolved := values.get("config"), dict):
         # a run's own config.json: what it was, but for its place
         values = {
-            k: v["value"] for k, v in resolved.items() if v["value"] is not None and k not in ("output", "resume")
+            k: v["value"]
+            for k, v in resolved.items()
+            if isinstance(v, dict) and v.get("value") is not None and k not in ("output", "resume")
         }
     if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in names]):
         what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "not a JSON object"

@@ -5,38 +5,72 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from galore_pretrain.checkpoint import sync
 from galore_pretrain.config import RunConfig
+from galore_pretrain.data import Batch
 from galore_pretrain.errors import InputError
 from galore_pretrain.lowrank import dense_state
 from galore_pretrain.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+_SET_ASIDE = 20
 
 
-def lock(output: Path) -> TextIO:
-    """Keep other runs out of ``output`` until the file that is returned is closed, or the process ends in any way."""
-    _make_folder(output)
-    file = (output / ".lock").open("w")
+@contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Keep other runs out of ``output``, made if need be, until the end, or until the process ends in any way.
+
+    Where nothing was written, the folder is left as it was.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(f"--output {output}: another run is writing there; wait for it, or give another") from error
-    return file
-
-
-def _make_folder(output: Path) -> None:
-    try:
+        is_new = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.json.partial").touch()
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written ({error.strerror}); give another folder") from error
+        file = (output / ".lock").open("w")
+    except (OSError, ValueError) as error:  # a ValueError where no file can have such a name
+        why = getattr(error, "strerror", None) or error
+        shown = str(output).encode(errors="backslashreplace").decode()
+        raise InputError(f"--output {shown} cannot be written ({why}); give another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError("another run has just left")
+        except BlockingIOError as error:
+            raise InputError(
+                f"--output {output}: another run is writing there; wait for it, or give another"
+            ) from error
+        except OSError as error:  # a file system without locks
+            log.warning("--output %s cannot be locked (%s): take care that no other run writes there", output, error)
+        try:
+            yield
+        finally:
+            if [f.name for f in output.iterdir()] == [".lock"]:
+                (output / ".lock").unlink()
+                if is_new:
+                    output.rmdir()
+
+
+def check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
+    """A warning where the disk has no room for as many more checkpoints as there will be at once, one of them being
+    written, and for the exported model."""
+    present = len(list((output / "checkpoints").glob("step_*")))
+    more, free = max(1, kept + 1 - present), shutil.disk_usage(output).free
+    if (needed := checkpoint_bytes * (more + 1)) > free:
+        log.warning(
+            "--output %s: %.1f GB are free, and %d more checkpoints of %.1f GB and the model may take %.1f GB; make "
+            "room, or give a smaller --keep",
+            *(output, free / 1e9, more, checkpoint_bytes / 1e9, needed / 1e9),
+        )
 
 
 def write_config(output: Path, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
@@ -88,11 +122,30 @@ def export(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
     _write_json(aside / "config.json", config | {"use_cache": True})  # training has no use for a cache, generation has
     for file in aside.glob("*.safetensors"):
         file.chmod((aside / "config.json").stat().st_mode)  # safetensors makes them private to the user
+    for file in aside.iterdir():
+        sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
+
+
+def set_aside(output: Path, step: int, batch: Batch, loss: float) -> None:
+    """Keep the rows of an update that was skipped, for a look, in ``skipped/``; of the first twenty."""
+    folder = output / "skipped"
+    file = folder / f"update_{step:08d}.safetensors"
+    try:
+        folder.mkdir(exist_ok=True)
+        if len(list(folder.iterdir())) >= _SET_ASIDE:
+            return
+        rows = {"input_ids": batch.input_ids, "labels": batch.labels}
+        save_file(rows, file, metadata={"update": str(step), "loss": str(loss), "position": json.dumps(batch.state)})
+    except (OSError, SafetensorError) as error:
+        log.warning("the rows of update %d cannot be written to %s (%s)", step, file, error)
+        return
+    log.warning("the rows of update %d are in %s", step, file)
 
 
 def _write_json(path: Path, value: Any) -> None:
     aside = path.with_name(path.name + ".partial")
     aside.write_text(json.dumps(value, indent=2) + "\n")
+    sync(aside)
     os.replace(aside, path)

@@ -207,6 +207,8 @@ def _check(values: Mapping[str, Any]) -> None:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
     if values["min_lr_ratio"] > 1:
         raise InputError(f"--min-lr-ratio {values['min_lr_ratio']} must be at most 1")
+    if not values["output"]:
+        raise InputError("--output is empty; give a folder")
     if values["tokenizer"] is None:
         if not Path(values["data"]).exists() and not has_magic(values["data"]):
             raise InputError(f"--data {values['data']}: no such file, folder or pattern; choose c4, sample or a path")

@@ -90,7 +90,9 @@ def read(folder: Path) -> Result:
             lines.append(values)
     if not lines:
         raise InputError(f"{folder}: metrics.jsonl has no line of an update yet")
-    config = {name: entry["value"] for name, entry in _json(folder / "config.json").get("config", {}).items()}
+    resolved = _json(folder / "config.json").get("config")
+    known = resolved.items() if isinstance(resolved, dict) else ()
+    config = {name: entry["value"] for name, entry in known if isinstance(entry, dict) and "value" in entry}
     return Result(folder, lines, config, _json(folder / "summary.json"))
 
 

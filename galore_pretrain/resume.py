@@ -1,6 +1,8 @@
 """What a checkpoint holds of a run; which one a run goes on from, whether it may, and putting everything back."""
 
 import logging
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from galore_pretrain import checkpoint
+from galore_pretrain.checkpoint import Saved
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import TrainingData
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, TrainingFailedError
+from galore_pretrain.memory import spare_bytes
 from galore_pretrain.outputs import read_summary
 from galore_pretrain.recipes import CHOSEN, with_execution
 from galore_pretrain.schedule import Schedule
@@ -22,101 +26,190 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def find_checkpoint(config: RunConfig, output: Path) -> Path | None:
-    """The checkpoint to go on from; refused where its config computes something else."""
-    found = checkpoint.latest(output / "checkpoints")
-    if config.resume == "never":
-        if found:
-            raise InputError(
-                f"--resume never: {output} already holds {found.name}; give another --output, or remove that one"
-            )
-        return None
-    if config.resume != "auto":
-        found = Path(config.resume)
-        if not found.is_dir():
-            raise InputError(f"--resume {found}: no such folder; give auto, never, or a checkpoint's folder")
-        if later := checkpoint.later_than(output / "checkpoints", found):
-            raise InputError(
-                f"--resume {found}: {output} also holds {', '.join(later)}, which would be overtaken; "
-                "remove those checkpoints, or give another --output"
-            )
+def going_on(
+    config: RunConfig, origins: Mapping[str, str], output: Path
+) -> tuple[RunConfig, Mapping[str, str], Saved | None, bool]:
+    """(config and origins as the run was going, the checkpoint that it goes on from, whether it goes on as before).
+
+    InputError where the options compute something else than those that the checkpoint was made with.
+    """
+    found = find_checkpoint(config, output)
     if found is None:
-        return None
-    state = checkpoint.read_state(found)
-    if (differences := config.differences(state["config"])) and not config.resume_with_changes:
+        if read_summary(output):
+            raise InputError(
+                f"--output {output} holds a finished run without its checkpoints, which would be lost; give another"
+            )
+        return config, origins, None, False
+    before = as_before(config, origins, found)
+    config, origins = before or (config, origins)
+    if (differences := config.differences(found.state["config"])) and not config.resume_with_changes:
         raise InputError(
-            f"{found} was made with other options: {', '.join(differences)}; repeat the old ones, "
+            f"{found.folder} was made with other options: {', '.join(differences)}; repeat the old ones, "
             "give another --output, or insist with --resume-with-changes"
         )
-    return found
+    return config, origins, found, before is not None
 
 
-def as_before(config: RunConfig, origins: Mapping[str, str], output: Path) -> tuple[RunConfig, dict[str, str]] | None:
-    """The way in which the run in ``output`` was going, where no flag says otherwise; None where none was. The memory
-    that is free now may suggest another, which would change roundings."""
-    found = Path(config.resume) if config.resume not in ("auto", "never") else checkpoint.latest(output / "checkpoints")
-    if config.resume == "never" or found is None or not found.is_dir():
+def find_checkpoint(config: RunConfig, output: Path) -> Saved | None:
+    """The checkpoint that ``--resume`` means: the newest whole one of the folder, none, or one that is named."""
+    root = output / "checkpoints"
+    if config.resume == "auto":
+        return checkpoint.newest(root, set_aside=True)
+    if config.resume == "never":
+        if later := checkpoint.later_than(root, None):
+            raise InputError(
+                f"--resume never: {output} already holds {later[-1]}; give another --output, or remove that one"
+            )
         return None
-    saved = checkpoint.read_state(found)["config"]
+    found = Path(config.resume)
+    if not found.is_dir():
+        raise InputError(f"--resume {found}: no such folder; give auto, never, or a checkpoint's folder")
+    if not checkpoint.is_checkpoint(found):
+        raise InputError(f"--resume {found}: not a checkpoint, which is a folder with state.json")
+    if later := checkpoint.later_than(root, found):
+        raise InputError(
+            f"--resume {found}: {output} also holds {', '.join(later)}, which would be overtaken; "
+            "remove those checkpoints, or give another --output"
+        )
+    return checkpoint.opened(found)
+
+
+def as_before(config: RunConfig, origins: Mapping[str, str], found: Saved) -> tuple[RunConfig, dict[str, str]] | None:
+    """The way in which the run was going, where no flag says otherwise; None where it cannot. The memory that is free
+    now may suggest another, which would change roundings."""
+    saved = found.state["config"]
     chosen = {
-        name: saved[name] if origins[name] == CHOSEN else getattr(config, name)
+        name: saved.get(name) if origins[name] == CHOSEN else getattr(config, name)
         for name in ("layerwise", "activation_checkpointing", "batch_size")
     }
+    if None in chosen.values():
+        return None
     if config.total_batch_size % chosen["batch_size"]:  # another total batch, refused elsewhere
         return None
     kept, origins = with_execution(config, origins, **chosen)
-    if origins["clip_norm"] == CHOSEN and saved["clip_norm"] == "projected":  # which every way of updating knows
+    if origins["clip_norm"] == CHOSEN and saved.get("clip_norm") == "projected":  # which every way of updating knows
         kept = replace(kept, clip_norm="projected")
     return kept, origins
 
 
-def is_finished(output: Path, resumed: Path, schedule: Schedule) -> bool:
-    trained = checkpoint.read_state(resumed)["trainer"]
+def check_inputs(config: RunConfig, found: Saved, inputs: Mapping[str, str]) -> None:
+    """InputError where what the run reads is not what it was."""
+    before = found.state.get("inputs", {})
+    changed = [name for name, value in inputs.items() if before.get(name, value) != value]
+    if changed and not config.resume_with_changes:
+        raise InputError(
+            f"{found.folder} was made with another {' and '.join(changed)} than there is now; restore it, "
+            "give another --output, or insist with --resume-with-changes"
+        )
+
+
+def is_finished(output: Path, found: Saved, schedule: Schedule) -> bool:
+    """Whether ``output`` holds all that the run has to leave."""
+    trained = found.state["trainer"]
     written = read_summary(output).get("steps") == trained["step"] and (output / "model").is_dir()
     return written and schedule.is_over(trained["step"], trained["tokens_seen"])
 
 
 def restore(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: "TrainState", data: TrainingData
-) -> dict[str, Any]:
-    """Everything as it was when ``folder`` was written; what else it remembers is returned."""
+    found: Saved, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: "TrainState", data: TrainingData
+) -> None:
+    """Everything as it was when ``found`` was written."""
     tensors = checkpoint.named_tensors(model, optimizer)
-    saved = checkpoint.load(folder, tensors)
-    state.load_state_dict(saved["trainer"])
+    found.load(tensors)
+    state.load_state_dict(found.state["trainer"])
     if state.data is not None:
         data.load_state_dict(state.data)
-    checkpoint.restore_counts(optimizer, saved["counts"])
+    checkpoint.restore_counts(optimizer, found.state["counts"])
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], next(model.parameters()).device)
-    log.info("going on from %s at update %d", folder, state.step)
-    return saved
+    log.info("going on from %s at update %d", found.folder, state.step)
 
 
-def write_checkpoint(
-    config: RunConfig,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: "TrainState",
-    remains: Mapping[str, Any],
-) -> None:
-    """Everything as it is now, for `restore`, which returns ``remains`` among the rest."""
-    root = Path(config.output) / "checkpoints"
-    meta = {
-        "config": asdict(config),
-        "trainer": state.state_dict(),
-        "counts": checkpoint.named_counts(optimizer),
-        **remains,
-    }
-    checkpoint.save(checkpoint.folder_of(root, state.step), checkpoint.named_tensors(model, optimizer), meta)
-    checkpoint.prune(root, config.keep)
+class Saver:
+    """Writes a run's checkpoints. Where the last one took longer than an update, the next is copied and written in the
+    background, if the host's memory has room for the copy. One that cannot be written is a warning: the run goes on.
 
+    ``saved_step``: the update that the newest checkpoint is of. ``stalled``: seconds that training waited for them all,
+    in the processes before this one too.
+    """
 
-def check_unchanged(config: RunConfig, resumed: Path | None, inputs: Mapping[str, str]) -> None:
-    before = checkpoint.read_state(resumed).get("inputs", {}) if resumed else {}
-    changed = [name for name, value in inputs.items() if before.get(name, value) != value]
-    if changed and not config.resume_with_changes:
-        raise InputError(
-            f"{resumed} was made with another {' and '.join(changed)} than there is now; restore it, "
-            "give another --output, or insist with --resume-with-changes"
-        )
+    def __init__(
+        self,
+        config: RunConfig,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: "TrainState",
+        stalled: float = 0.0,
+    ) -> None:
+        self._config, self._model, self._optimizer, self._state = config, model, optimizer, state
+        self._root = Path(config.output) / "checkpoints"
+        self.saved_step, self.stalled = state.step, stalled
+        self._taken = 0.0  # seconds that the last one took to be written
+        self._since = time.monotonic(), state.step
+        self._thread: threading.Thread | None = None
+
+    def save(self, extra: Mapping[str, Any]) -> None:
+        """Everything as it is now, for `restore`, and ``extra``."""
+        started, state = time.monotonic(), self._state
+        update = (started - self._since[0]) / max(1, state.step - self._since[1])
+        self.wait()
+        tensors = checkpoint.named_tensors(self._model, self._optimizer)
+        meta = {
+            "config": asdict(self._config),
+            "trainer": state.state_dict(),
+            "counts": checkpoint.named_counts(self._optimizer),
+            "stalled": self.stalled,
+            **extra,
+        }
+        keep = None if state.skipped else self._config.keep  # what is saved among skipped updates pushes out no other
+        copy = self._copied(tensors) if self._taken > update else None
+        if copy is not None:
+            self._thread = threading.Thread(target=self._write, args=(state.step, copy, meta, keep))
+            self._thread.start()
+        else:
+            self._write(state.step, tensors, meta, keep)
+        self._since = time.monotonic(), state.step
+        self.stalled += self._since[0] - started
+
+    def _copied(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """On the host; None where its memory has no room."""
+        if sum(tensor.nbytes for tensor in tensors.values()) > spare_bytes():
+            return None
+        try:
+            return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        except (MemoryError, RuntimeError):
+            return None
+
+    def finish(self, output: Path) -> None:
+        """Wait for the last one. TrainingFailedError where it is not on disk."""
+        started = time.monotonic()
+        self.wait()
+        self.stalled += time.monotonic() - started
+        if self.saved_step != self._state.step:
+            raise TrainingFailedError(
+                f"update {self._state.step} could not be saved in {output}; once it can be, the same command with "
+                f"--output {output} goes on from update {self.saved_step}"
+            )
+
+    def wait(self) -> None:
+        """Until what is written in the background is on disk, or cannot be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def missed(self, step: int, why: str) -> None:
+        """Say that the checkpoint of an update is not there."""
+        have = f"that of update {self.saved_step} is kept" if self.saved_step else "there is none yet"
+        log.warning("the checkpoint of update %d cannot be written (%s): going on; %s", step, why, have)
+
+    def _write(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], keep: int | None) -> None:
+        started = time.monotonic()
+        try:
+            checkpoint.save(checkpoint.folder_of(self._root, step), tensors, meta)
+        except (checkpoint.NotWrittenError, MemoryError) as error:
+            self.missed(step, str(error) or "no memory")
+            return
+        self.saved_step, self._taken = step, time.monotonic() - started
+        if keep is not None:
+            checkpoint.prune(self._root, keep, self._config.keep_every)

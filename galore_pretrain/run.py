@@ -1,6 +1,8 @@
 """The composition root: the only place where the parts of a run are chosen and joined."""
 
+import errno
 import logging
+import math
 import os
 import signal
 import time
@@ -12,26 +14,29 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from galore_pretrain.budget import fitted
+from galore_pretrain.budget import fitted, ways_out
 from galore_pretrain.build import device_of, execution_for, factors_of, model_for, optimizer_for, prepare
+from galore_pretrain.checkpoint import Saved
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import Row, TrainingData, validation_rows
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.evaluate import Evaluation, evaluate
 from galore_pretrain.inputs import Inputs, open_inputs
-from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes
+from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes, ran_out
 from galore_pretrain.metrics import JsonLines, Progress, Wandb
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.projector import has_fast_bf16
-from galore_pretrain.outputs import export, lock, write_config, write_summary
-from galore_pretrain.plan import Plan, measure
+from galore_pretrain.outputs import check_space, export, lock, set_aside, write_config, write_summary
+from galore_pretrain.plan import Plan, measure, static_bytes
 from galore_pretrain.recipes import reference_batch
 from galore_pretrain.repro import describe_environment
-from galore_pretrain.resume import as_before, check_unchanged, find_checkpoint, is_finished, restore, write_checkpoint
+from galore_pretrain.resume import Saver, check_inputs, going_on, is_finished, restore
 from galore_pretrain.schedule import Schedule
 from galore_pretrain.trainer import Trainer, TrainState
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 log = logging.getLogger(__name__)
 
 
@@ -39,40 +44,65 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     """One run, from config to exported model; the exit code. What can be refused is refused before weights exist."""
     started = time.monotonic()
     _refuse_several_processes()
-    output, schedule, device = Path(config.output), _schedule(config), device_of(config)
-    before = as_before(config, origins, output)
-    config, origins = before or (config, origins)
-    resumed = find_checkpoint(config, output)
-    if resumed and is_finished(output, resumed, schedule):
-        log.info("%s is finished; give another --output to train anew", output)
-        return 0
-    inputs = open_inputs(config)
-    check_unchanged(config, resumed, inputs.fingerprints())
-    optimizer_for(config, model_for(config, inputs.model, "meta"))  # whether its options fit, at no cost
-    config, origins, planned = fitted(config, origins, kept=before is not None)
-    environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device)}
-    locked = lock(output)
-    write_config(output, config, origins, environment)
+    output, schedule = Path(config.output), _schedule(config)
+    with lock(output):
+        config, origins, found, kept = going_on(config, origins, output)
+        if found and is_finished(output, found, schedule):
+            log.info("%s is finished; give another --output to train anew", output)
+            return 0
+        inputs = open_inputs(config)
+        if found:
+            check_inputs(config, found, inputs.fingerprints())
+        optimizer_for(config, model_for(config, inputs.model, "meta"))  # whether its options fit, at no cost
+        config, origins, planned = fitted(config, origins, kept=kept)
+        environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device_of(config))}
+        try:
+            write_config(output, config, origins, environment)
+            static = static_bytes(config, inputs.model)
+            check_space(output, static.weights + static.state, config.keep)
+            return _train(config, inputs, found, planned, started)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            raise TrainingFailedError(_out_of_memory(planned, config, inputs)) from error
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+                raise
+            raise TrainingFailedError(
+                f"--output {output} cannot be written ({getattr(error, 'strerror', error)}); once it can be, the same "
+                "command goes on"
+            ) from error
 
+
+def _train(config: RunConfig, inputs: Inputs, found: Saved | None, planned: Plan | None, started: float) -> int:
+    """Build the parts, join them, and let them run."""
+    output, schedule, device = Path(config.output), _schedule(config), device_of(config)
     torch.manual_seed(config.seed)  # dropout alone draws from torch's own generator
-    model = model_for(config, inputs.model, device, fresh=resumed is None)
+    model = model_for(config, inputs.model, device, fresh=found is None)
     optimizer = optimizer_for(config, prepare(config, model))
     execution = execution_for(config, optimizer)
     _log_assignment(config, device, optimizer)
     data = TrainingData(inputs.training, inputs.rows, config.total_batch_size, config.seed)
     state = TrainState()
-    saved = restore(resumed, model, optimizer, state, data) if resumed else {}
-    own = resumed is not None and resumed.resolve().parent == (output / "checkpoints").resolve()
+    if found:
+        restore(found, model, optimizer, state, data)
+    saved = found.state if found else {}
+    own = found is not None and found.folder.resolve().parent == (output / "checkpoints").resolve()
     lines, progress, wandb = _loggers(config, output, state, saved if own else {})
+    saver = Saver(config, model, optimizer, state, saved.get("stalled", 0.0))
     peaks = _Peaks(device, saved.get("peaks", (0, 0)))
 
     def seconds() -> float:
         return float(saved.get("wall_seconds", 0.0)) + time.monotonic() - started
 
     def save() -> None:
-        remains: dict[str, Any] = {"metrics_bytes": lines.sync(), "wandb_id": wandb.run_id, "peaks": peaks.now()}
-        remains |= {"wall_seconds": seconds(), "inputs": inputs.fingerprints()}
-        write_checkpoint(config, model, optimizer, state, remains)
+        try:
+            extra: dict[str, Any] = {"metrics_bytes": lines.sync()}
+        except OSError as error:
+            return saver.missed(state.step, f"nor {lines.path.name}: {error.strerror}")
+        extra |= {"wandb_id": wandb.run_id, "peaks": peaks.now()}
+        extra |= {"wall_seconds": seconds(), "inputs": inputs.fingerprints()}
+        return saver.save(extra)
 
     factors = factors_of(config)
     trainer = Trainer(
@@ -84,29 +114,32 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         after_update=partial(factors.after_update, model, optimizer) if factors else lambda step: None,
         evaluate=_evaluator(config, model, inputs, device),
         save=save,
+        set_aside=partial(set_aside, output),
         loggers=[lines, progress, wandb],
         state=state,
         batch_size=config.batch_size,
         eval_every=config.eval_every,
         save_every=config.save_every,
         mean_of_means=config.numerics == "reference",
+        max_loss=config.max_loss or math.inf,
         device=device,
     )
     _stop_on_signals(trainer)
     try:
-        if not trainer.fit():
+        is_over = trainer.fit()
+        saver.finish(output)
+        if not is_over:
             log.info("stopped after update %d; the same command with --output %s goes on there", state.step, output)
             return 128 + (trainer.stop_signal or 0)
         reached = peaks.now()  # exporting is not training
         export(output / "model", model, inputs.tokenizer)
-        taken = seconds()
         peak = _planned_peak(planned, config, inputs)
-        write_summary(output, _summary(state, model, optimizer, peak, reached, taken))
+        write_summary(output, _summary(state, model, optimizer, peak, reached, seconds(), saver.stalled))
         return 0
     finally:
+        saver.wait()
         for logger in trainer.loggers:
             logger.close()
-        locked.close()
 
 
 def _refuse_several_processes() -> None:
@@ -121,6 +154,12 @@ def _planned_peak(planned: Plan | None, config: RunConfig, inputs: Inputs) -> in
     except Exception as error:
         log.warning("its memory could not be planned: %s", error)
         return None
+
+
+def _out_of_memory(planned: Plan | None, config: RunConfig, inputs: Inputs) -> str:
+    peak, expected = peak_memory_bytes(device_of(config)), _planned_peak(planned, config, inputs)
+    plan = "" if expected is None else f", {expected / 2**30:.2f} GiB were planned"
+    return f"out of memory: {peak / 2**30:.2f} GiB was the peak so far{plan}; what helps: {ways_out(config, most=3)}"
 
 
 def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOptimizer) -> None:
@@ -177,7 +216,11 @@ def _loggers(
     config: RunConfig, output: Path, state: TrainState, saved: Mapping[str, Any]
 ) -> tuple[JsonLines, Progress, Wandb]:
     """``saved`` is the state of a checkpoint in this very folder, whose files are then continued."""
-    lines = JsonLines(output / "metrics.jsonl", size=saved.get("metrics_bytes", 0))
+    path = output / "metrics.jsonl"
+    if not saved and path.exists() and path.stat().st_size:
+        os.replace(path, older := path.with_name("metrics.jsonl.old"))
+        log.warning("no checkpoint was written here: starting anew; the lines of before are in %s", older)
+    lines = JsonLines(path, size=saved.get("metrics_bytes", 0))
     if config.steps:
         progress = Progress(config.steps, "step", state.step)
     else:
@@ -213,6 +256,7 @@ def _summary(
     planned: int | None,
     peaks: tuple[int, int],
     wall_seconds: float,
+    stall_seconds: float,
 ) -> dict[str, Any]:
     return {
         "steps": state.step,
@@ -224,16 +268,21 @@ def _summary(
         "weights_bytes": sum(p.nbytes for p in model.parameters()),
         "optimizer_bytes": optimizer.state_bytes(),
         "wall_seconds": wall_seconds,
+        "checkpoint_stall_seconds": stall_seconds,
     }
 
 
 def _stop_on_signals(trainer: Trainer) -> None:
-    """The first SIGINT or SIGTERM lets the update finish and be saved; a second one ends the process at once."""
+    """The first signal lets the update finish and be saved; a second one ends the process at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
-        trainer.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)
+        for each in caught:
+            signal.signal(each, signal.SIG_DFL)
+        trainer.stop(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup wants it
+        caught.append(signal.SIGHUP)
+    for number in caught:
         signal.signal(number, stop)

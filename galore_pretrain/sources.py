@@ -4,29 +4,28 @@ Reading has no state of its own: a position is a shard and a number within it, s
 the document where it broke, and a resumed run at the document where it stopped.
 """
 
-import bz2
 import gzip
 import hashlib
 import importlib.util
-import io
-import json
 import logging
-import lzma
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from glob import glob, has_magic
-from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Protocol
 
+from galore_pretrain import readers
 from galore_pretrain.errors import InputError
 from galore_pretrain.hub import C4, first_line, unreachable_data
+from galore_pretrain.readers import Flaw
 
 Split = str  # "train" or "validation"
 _HELD_OUT = 50  # one document in so many is validation where no file is
-_PASSAGE = 1000  # characters after which a .txt document may end
-_RECONNECTS = 5
+_PATIENCE = 30 * 60  # seconds without a document after which the hub is given up
+_LONGEST = 60  # seconds between two attempts to reach it
+_CUT = (gzip.BadGzipFile, EOFError, zlib.error, ValueError)  # pyarrow's and UTF-8's errors are ValueErrors
+_CUT_RETRIES = 4  # after which it is not the connection that cut a stream
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +42,16 @@ class DocumentSource(Protocol):
         ...
 
 
-def open_source(data: str, split: Split, eval_data: str | None = None) -> DocumentSource:
+def open_source(data: str, split: Split, eval_data: str | None = None, bad_data: str = "raise") -> DocumentSource:
     """The documents of ``--data``: ``c4``, ``sample``, or a file, folder or glob. The two splits are disjoint.
 
     ``eval_data`` is a path whose documents are all validation, and whose files are left out of the training split.
+    ``bad_data`` says what becomes of documents that cannot be read: see `BadData`.
     """
     if eval_data is not None and split == "validation":
-        return LocalFiles(_find(eval_data, "--eval-data"), flag="--eval-data")
+        return LocalFiles(_find(eval_data, "--eval-data"), BadData(bad_data, "--eval-data"))
     if data == "c4":
-        return HubDataset(C4, "en", split)
+        return HubDataset(C4, "en", split, BadData(bad_data))
     if data == "sample":
         return sample_source(split)
     if eval_data is not None and split == "train":
@@ -59,8 +59,44 @@ def open_source(data: str, split: Split, eval_data: str | None = None) -> Docume
         files = [file for file in _find(data) if file.resolve() not in evaluated]
         if not files:
             raise InputError(f"--eval-data {eval_data}: is all that --data {data} holds; nothing is left to train on")
-        return LocalFiles(files)
-    return local_source(data, split)
+        return LocalFiles(files, BadData(bad_data))
+    return local_source(data, split, BadData(bad_data))
+
+
+class BadData:
+    """What becomes of documents that cannot be read. ``raise``: InputError. ``skip``: they are left out, with a warning
+    for each of the first ten, until they are more than one in a hundred (and ten), or until more than one in ten shards
+    (and one) has broken off: then InputError."""
+
+    def __init__(self, policy: str = "raise", flag: str = "--data") -> None:
+        self._policy, self._flag = policy, flag
+        self._good, self._bad, self._broken = 0, 0, set[int]()
+
+    def good(self) -> None:
+        """A document was read."""
+        self._good += 1
+
+    def bad(self, flaw: Flaw, shard: int, shards: list[str]) -> None:
+        """Something else was."""
+        where = f"{shards[shard]} {flaw.what}"
+        if self._policy == "raise":
+            raise InputError(f"{self._flag}: {where}; repair it, or leave it out with --bad-data skip")
+        if flaw.is_end:
+            self._broken.add(shard)
+        else:
+            self._bad += flaw.documents
+        if self._bad <= 10 or flaw.is_end:
+            log.warning("%s: left out%s", where, ", and all that comes after it there" if flaw.is_end else "")
+        if self._bad > max(10, (self._good + self._bad) // 100):
+            raise InputError(
+                f"{self._flag}: {self._bad} of {self._good + self._bad} documents cannot be read, the last of them "
+                f"{where}; --bad-data skip leaves out 1 in 100 at most"
+            )
+        if len(self._broken) > max(1, len(shards) // 10) or len(self._broken) == len(shards):
+            raise InputError(
+                f"{self._flag}: {len(self._broken)} of {len(shards)} files break off, the last of them {where}; "
+                "--bad-data skip leaves out 1 in 10 at most"
+            )
 
 
 # -- local files ------------------------------------------------------------------------------------------------------
@@ -72,28 +108,35 @@ class LocalFiles:
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
     """
 
-    def __init__(self, files: list[Path], keep: Callable[[str], bool] | None = None, flag: str = "--data") -> None:
+    def __init__(
+        self, files: list[Path], bad_data: BadData | None = None, keep: Callable[[str], bool] | None = None
+    ) -> None:
         self.shards = [str(file) for file in files]
         self.fingerprint = _digest([f"{file.name} {file.stat().st_size}" for file in files])
-        self._keep, self._flag = keep, flag
+        self._bad_data, self._keep = bad_data or BadData(), keep
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
-        path = Path(self.shards[shard])
-        try:
-            for position, text in _READERS[_kind(path)](path, start):
-                if self._keep is None or self._keep(text):
-                    yield position, text
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
-            raise InputError(f"{self._flag}: {path} cannot be read ({error}); repair or remove the file") from error
+        """As the protocol says."""
+        is_empty = start == 0
+        for position, text in readers.read(Path(self.shards[shard]), start):
+            is_empty = False
+            if isinstance(text, Flaw):
+                self._bad_data.bad(text, shard, self.shards)
+                continue
+            self._bad_data.good()
+            if self._keep is None or self._keep(text):
+                yield position, text
+        if is_empty:
+            log.warning("%s holds no document", self.shards[shard])
 
 
-def local_source(data: str, split: Split) -> LocalFiles:
+def local_source(data: str, split: Split, bad_data: BadData) -> LocalFiles:
     """Validation is the files named ``*validation*`` or ``*valid*``, or else the documents whose checksum says so."""
     files = _find(data)
     named = [file for file in files if "valid" in file.name]
     if named and len(named) < len(files):
-        return LocalFiles(named if split == "validation" else [file for file in files if file not in named])
-    return LocalFiles(files, keep=_held_out if split == "validation" else lambda text: not _held_out(text))
+        return LocalFiles(named if split == "validation" else [file for file in files if file not in named], bad_data)
+    return LocalFiles(files, bad_data, keep=_held_out if split == "validation" else lambda text: not _held_out(text))
 
 
 def sample_source(split: Split) -> LocalFiles:
@@ -115,14 +158,14 @@ def _find(data: str, flag: str = "--data") -> list[Path]:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in _READERS)
+        files = sorted(file for file in path.rglob("*") if file.is_file() and readers.is_known(file))
     elif has_magic(data):
         files = sorted(Path(file) for file in glob(data, recursive=True) if Path(file).is_file())
     else:
         names = "c4, sample or a path" if flag == "--data" else "a path"
         raise InputError(f"{flag} {data}: no such file, folder or pattern; choose {names}")
     for file in files:
-        if _kind(file) not in _READERS:
+        if not readers.is_known(file):
             known = ".json, .jsonl, .parquet or .txt, plain or compressed"
             raise InputError(f"{flag} {file}: unknown kind of file; use {known}")
     if not files:
@@ -134,96 +177,13 @@ def _digest(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _kind(path: Path) -> str:
-    suffixes = [s for s in path.suffixes if s not in _OPENERS]
-    return suffixes[-1] if suffixes else ""
-
-
-def _open_zst(path: Path) -> BinaryIO:
-    import pyarrow
-
-    stream: BinaryIO = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
-    return stream
-
-
-_OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zst,
-}
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    opener = _OPENERS.get(path.suffix)
-    with opener(path) if opener else path.open("rb") as stream:
-        yield from io.BufferedReader(stream, 1 << 20)
-
-
-def _read_jsonl(path: Path, start: int) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(islice(_lines(path), start, None), start + 1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except ValueError as error:
-            raise InputError(
-                f"--data: {path} line {number} is not JSON ({error}); one object a line is expected"
-            ) from error
-        text = document.get("text") if isinstance(document, dict) else None
-        if not isinstance(text, str):
-            raise InputError(f'--data: {path} line {number} has no string under "text"; each line is {{"text": "…"}}')
-        yield number, text
-
-
-def _read_parquet(path: Path, start: int) -> Iterator[tuple[int, str]]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"--data: {path} is not a parquet file ({error})") from error
-    if "text" not in file.schema_arrow.names:
-        raise InputError(f'--data: {path} has no column "text"; its columns: {", ".join(file.schema_arrow.names)}')
-    position = 0
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if position + rows > start:
-            texts = file.read_row_group(group, columns=["text"]).column(0).to_pylist()
-            for row, text in enumerate(texts[max(0, start - position) :], max(position, start) + 1):
-                if not isinstance(text, str):
-                    raise InputError(f"--data: {path} row {row} has no text ({text!r})")
-                yield row, text
-        position += rows
-
-
-def _read_txt(path: Path, start: int) -> Iterator[tuple[int, str]]:
-    """Passages: lines gathered to 1000 characters and ended by a blank line, or by any line past four times that."""
-    passage: list[str] = []
-    number, length = 0, 0
-    for line in _lines(path):
-        text = line.decode("utf-8")
-        passage.append(text)
-        length += len(text)
-        if (length >= _PASSAGE and not text.strip()) or length >= 4 * _PASSAGE:
-            number += 1
-            if number > start:
-                yield number, "".join(passage).strip()
-            passage, length = [], 0
-    if number >= start and "".join(passage).strip():
-        yield number + 1, "".join(passage).strip()
-
-
-_READERS = {".json": _read_jsonl, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".txt": _read_txt}
-
-
 # -- the hub ----------------------------------------------------------------------------------------------------------
 
 
 class HubDataset:
     """A text data set of the Hugging Face hub, streamed by ``datasets``; a shard is one of its files."""
 
-    def __init__(self, repository: str, config: str, split: Split) -> None:
+    def __init__(self, repository: str, config: str, split: Split, bad_data: BadData | None = None) -> None:
         import datasets
 
         # datasets' own retries go on reading a gzip stream that has lost bytes; the position here is exact.
@@ -234,33 +194,43 @@ class HubDataset:
             stream = datasets.load_dataset(repository, config, split=split, streaming=True, features=features)
         except Exception as error:  # everything that datasets, the hub library and two HTTP clients raise
             raise unreachable_data(repository, error) from error
-        self._stream = stream
+        self._stream, self._bad_data = stream, bad_data or BadData()
         self.shards = [f"{repository} {split} shard {i}" for i in range(stream.num_shards)]
         self.fingerprint = _digest(self.shards)
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
-        """As the protocol says; a stream that breaks is opened again at the next document, a few times over."""
-        position, failures = start, 0
+        """As the protocol says; a stream that breaks is opened again at the next document, for half an hour on end.
+
+        Each time, the shard is read again from its beginning up to there.
+        """
+        position, failures, cuts, heard = start, 0, 0, time.monotonic()
         while True:
             rows = self._stream.shard(num_shards=len(self.shards), index=shard).skip(position)
             try:
                 for row in rows:
-                    if not isinstance(row["text"], str):
-                        raise ValueError(f'document {position + 1} has no string "text"')
                     position += 1
-                    failures = 0
-                    yield position, row["text"]
+                    failures, cuts = 0, 0
+                    if readers.is_text(row["text"]):
+                        self._bad_data.good()
+                        yield position, row["text"]
+                    else:
+                        self._bad_data.bad(Flaw(f'document {position} has no string "text"'), shard, self.shards)
+                    heard = time.monotonic()
                 return
-            except ValueError as error:  # the documents themselves: pyarrow's and UTF-8's errors are ValueErrors
-                where = f"{self.shards[shard]} after document {position}"
-                raise InputError(f"--data: {where} cannot be read ({first_line(error)})") from error
+            except (InputError, MemoryError):
+                raise
             except Exception as error:
                 failures += 1
-                if failures > _RECONNECTS or _status(error) in (401, 403, 404):
+                cuts = cuts + 1 if isinstance(error, _CUT) else 0
+                if cuts > _CUT_RETRIES:
+                    flaw = Flaw(f"cannot be read after document {position} ({first_line(error)})", is_end=True)
+                    return self._bad_data.bad(flaw, shard, self.shards)
+                silent = time.monotonic() - heard
+                if silent > _PATIENCE or _status(error) in (401, 403, 404):
                     raise unreachable_data(self.shards[shard], error) from error
                 shown = self.shards[shard], first_line(error), position
                 log.warning("%s: %s; reconnecting at document %d", *shown)
-                time.sleep(2.0 ** (failures - 1))
+                time.sleep(min(2.0 ** (failures - 1), _LONGEST))
 
 
 def _status(error: Exception) -> int | None:

@@ -27,6 +27,7 @@ from galore_pretrain.recipes import CHOSEN, without_meaning
 GRID = (0.01, 0.005, 0.001, 0.0005, 0.0001)
 """Learning rates that the GaLore paper's authors tuned over (appendix C.1)."""
 KINDS = ("table2", "table3", "figure3", "natural", "lr")
+_BEYOND = 3  # factors that are tried beyond those that were named
 _FROZEN = {"optim": "adamw", "matrix_lr_scale": 0.0}
 
 
@@ -129,8 +130,8 @@ def _own(file: Path) -> list[Entry]:
 @dataclass
 class Sweep:
     """``shared`` flags go to every run. ``seeds`` are run of each entry; with ``factors``, the first seed is run with
-    each as ``--matrix-lr-scale`` before, and the one with the lowest validation loss is kept. ``jobs`` runs at a time
-    share the machine's cores."""
+    each as ``--matrix-lr-scale`` before, and the one with the lowest validation loss is kept. Where that is the
+    smallest or the largest, further ones are tried beyond it. ``jobs`` runs at a time share the machine's cores."""
 
     lines: Sequence[Entry]
     shared: Mapping[str, Any]
@@ -168,34 +169,30 @@ class Sweep:
     def listing(self) -> list[str]:
         """The commands, and a word on those that can only be known when some are done."""
         later = list(self.seeds[1:])
-        if not self.factors or not later:
+        if not self.factors:
             return [run.command() for run in self.all_runs()]
         lines = [entry for entry in self.lines if not entry.is_tuned]
         known = replace(self, seeds=self.seeds[:1]).all_runs() + replace(self, lines=lines, seeds=later).all_runs()
-        words = f"# then seeds {', '.join(map(str, later))} of the others, with the factors that did best"
+        words = "# and factors beyond these, where the smallest or largest does best"
+        words += f"; then seeds {', '.join(map(str, later))} of the others, with the best ones" if later else ""
         return [*(run.command() for run in known), words]
 
     def check(self) -> None:
         """InputError where a run's flags do not fit together, or a folder holds another run, before any is made."""
-        command = RunCommand("train", params=flags())
         for run in self.all_runs():
-            with command.make_context("train", run.arguments()) as context:
-                config, _ = resolved(context, context.params)
-            try:
-                saved = json.loads((run.folder / "config.json").read_text())["config"]
-            except (OSError, ValueError, KeyError):
-                continue
-            values = {name: entry["value"] for name, entry in saved.items() if entry["origin"] != CHOSEN}
-            if changed := config.differences(values):
-                raise InputError(
-                    f"{run.folder} was made with other options: {', '.join(changed)}; give another --output"
-                )
+            _check_folder(run)
 
     def _tune(self) -> tuple[dict[str, float], list[Planned]]:
         """(the best factor of each entry that has one, runs that failed), with ``tuning.json`` as the record."""
         lines = [entry for entry in self.lines if entry.is_tuned]
         tried = {e.name: {factor: self._planned(e, self.seeds[0], factor) for factor in self.factors} for e in lines}
         failed = self._make([run for runs in tried.values() for run in runs.values()])
+        while self._stop is None and (beyond := {e.name: (e, f) for e in lines if (f := self._beyond(tried[e.name]))}):
+            more = {name: self._planned(entry, self.seeds[0], factor) for name, (entry, factor) in beyond.items()}
+            for name, run in more.items():
+                _check_folder(run)
+                tried[name][beyond[name][1]] = run
+            failed += self._make(list(more.values()))
         losses = {name: {f: run.loss for f, run in runs.items()} for name, runs in tried.items()}
         chosen = {}
         for name, found in losses.items():
@@ -205,6 +202,19 @@ class Sweep:
             record = {"seed": self.seeds[0], "losses": losses, "chosen": chosen}
             (self.output / "tuning.json").write_text(json.dumps(record, indent=2) + "\n")
         return chosen, failed
+
+    def _beyond(self, tried: Mapping[float, Planned]) -> float | None:
+        """The factor to try next, where the best so far has none on one side of it: an edge is no optimum."""
+        losses = {f: run.loss for f, run in sorted(tried.items()) if f > 0}
+        known = {f: loss for f, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        if len(losses) < 2 or not known or len(tried) >= len(self.factors) + _BEYOND:
+            return None
+        factors, best = list(losses), min(known, key=lambda f: known[f])
+        if best not in (factors[0], factors[-1]):
+            return None
+        further = best**2 / factors[1 if best == factors[0] else -2]
+        rounded = (float(f"{further:.{digits}g}") for digits in (1, 2, 3, 17))
+        return next(f for f in rounded if (f < best) == (further < best) and f != best)
 
     def _planned(self, entry: Entry, seed: int, factor: float | None) -> Planned:
         name = entry.folder + ("" if factor is None else f"-m{factor:g}")
@@ -247,6 +257,19 @@ class Sweep:
         signal.signal(number, signal.SIG_DFL)
         for _, process in self._active:
             process.terminate()  # after which a run saves, as it does not after a hangup
+
+
+def _check_folder(run: Planned) -> None:
+    """InputError where the flags do not fit together, or the folder holds another run."""
+    with RunCommand("train", params=flags()).make_context("train", run.arguments()) as context:
+        config, _ = resolved(context, context.params)
+    try:
+        saved = json.loads((run.folder / "config.json").read_text())["config"]
+        values = {name: entry["value"] for name, entry in saved.items() if entry["origin"] != CHOSEN}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the run will write it anew
+        return
+    if changed := config.differences(values):
+        raise InputError(f"{run.folder} was made with other options: {', '.join(changed)}; give another --output")
 
 
 def _has_begun(folder: Path) -> bool:

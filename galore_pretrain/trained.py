@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 from galore_pretrain import checkpoint
@@ -15,7 +16,7 @@ from galore_pretrain.config import RunConfig
 from galore_pretrain.data import TokenRows, validation_rows
 from galore_pretrain.errors import InputError
 from galore_pretrain.evaluate import Evaluation, evaluate
-from galore_pretrain.hub import check_hub
+from galore_pretrain.hub import check_hub, first_line
 from galore_pretrain.inputs import architecture_for
 from galore_pretrain.model import without_masks
 from galore_pretrain.recipes import reference_batch, resolve
@@ -37,17 +38,18 @@ def load(path: Path, given: Mapping[str, Any], device: torch.device) -> Trained:
 
     ``given`` replaces fields of the run's config. InputError where ``path`` is none of these.
     """
-    if (newest := checkpoint.latest(path / "checkpoints")) is not None:
-        path = newest
-    if checkpoint.is_checkpoint(path):
-        saved = checkpoint.read_state(path)["config"]
+    found = checkpoint.newest(path / "checkpoints", set_aside=False)
+    if found is None and checkpoint.is_checkpoint(path):
+        found = checkpoint.opened(path)
+    if found is not None:
+        saved = found.state["config"]
         known = {name: value for name, value in saved.items() if name in RunConfig.__dataclass_fields__}
         if "data" in given and "eval_data" not in given:
             known["eval_data"] = None
         config = replace(RunConfig(**known), **given)
         tokenizer = load_tokenizer(config.tokenizer)
         model = model_for(config, architecture_for(config, tokenizer), device, fresh=False)
-        checkpoint.load(path, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, part="model.")
+        found.load({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, part="model.")
         return Trained(model.eval(), tokenizer, config)
     if _architectures(path / "config.json") != ["LlamaForCausalLM"]:
         raise InputError(
@@ -61,7 +63,10 @@ def load(path: Path, given: Mapping[str, Any], device: torch.device) -> Trained:
         "steps": 1,
     }
     config, _ = resolve({**values, **given}, {})
-    loaded = LlamaForCausalLM.from_pretrained(path, dtype="auto").to(device)
+    try:  # of safetensors alone: a pickle could execute code
+        loaded = LlamaForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True).to(device)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: its weights cannot be loaded ({first_line(error)})") from error
     return Trained(without_masks(loaded).eval(), load_tokenizer(config.tokenizer), config)
 
 
@@ -77,7 +82,8 @@ def perplexity(trained: Trained, device: torch.device) -> Evaluation:
     config = trained.config
     check_hub(config.data, config.tokenizer)
     rows = TokenRows(trained.tokenizer, config.layout, config.max_length)
-    text = validation_rows(open_source(config.data, "validation", config.eval_data), rows, config.eval_tokens)
+    source = open_source(config.data, "validation", config.eval_data, config.bad_data)
+    text = validation_rows(source, rows, config.eval_tokens)
     size, reference = config.batch_size, reference_batch(config)
     return evaluate(trained.model, text, batch_size=size, reference_batch=reference, device=device)
 

@@ -3,13 +3,13 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from galore_pretrain.errors import TrainingFailedError
+from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.execution import Execution
 from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes
 from galore_pretrain.metrics import MetricLogger, Metrics
@@ -24,17 +24,24 @@ MAX_SKIPPED = 10
 """Updates in a row with a non-finite loss or gradient after which a run stops."""
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class _StopRequested(BaseException):
+    """Raised by `Trainer.stop` where nothing is lost by it. ``except Exception`` must not take it."""
 
 
 @dataclass
 class TrainState:
-    """All that the loop itself has to remember: a few integers, and the last evaluation."""
+    """All that the loop itself has to remember: a few integers, the last evaluation, and the numbers of an update whose
+    evaluation was due when the run was stopped."""
 
     step: int = 0
     tokens_seen: int = 0
     skipped: int = 0
     data: dict[str, int] | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
+    unlogged: Metrics | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -52,8 +59,8 @@ class Trainer:
     ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` and
     ``save`` are called every so many updates and after the last one. ``after_update`` is called with the number of each
     update but the last, and may change the model. ``mean_of_means`` averages the loss as the published code does.
-    ``stop_signal`` may be set at any moment, by a signal handler: the update in progress is completed and saved, and
-    `fit` returns.
+    ``set_aside`` is handed the number, the rows and the loss of an update that was skipped, as one is whose loss is
+    beyond ``max_loss``.
     """
 
     model: Any
@@ -64,33 +71,74 @@ class Trainer:
     after_update: Callable[[int], None]
     evaluate: "Callable[[], Evaluation]"
     save: Callable[[], None]
+    set_aside: "Callable[[int, Batch, float], None]"
     loggers: Sequence[MetricLogger]
     state: TrainState
     batch_size: int
     eval_every: int
     save_every: int
     mean_of_means: bool
+    max_loss: float
     device: torch.device
     stop_signal: int | None = field(default=None, init=False)
+    _may_leave: bool = field(default=False, init=False)
+    _saved_at: int = field(default=0, init=False)
 
     def fit(self) -> bool:
-        """Train to the end of the schedule, or to the first update after ``stop_signal``; whether it is the end."""
+        """Train to the end of the schedule, or until `stop` is called; whether it is the end."""
         self.model.train()
-        batches, saved_at = iter(self.batches), self.state.step
-        while not (over := self._is_over()) and self.stop_signal is None:
-            metrics = self._timed_step(batches)
-            over = self._is_over()
-            if over or self.state.step % self.eval_every == 0:
-                metrics |= self._evaluate()
-            for logger in self.loggers:
-                logger.log(metrics, self.state.step)
-            # A checkpoint among skipped updates would push out the last good one.
-            if over or (self.state.step % self.save_every == 0 and not self.state.skipped):
-                self.save()
-                saved_at = self.state.step
-        if saved_at != self.state.step and not self.state.skipped:  # stopped between two checkpoints
+        state, batches = self.state, iter(self.batches)
+        self._saved_at, due = state.step, False
+        try:
+            while state.unlogged is not None or not (self._is_over() or self.stop_signal):
+                self._advance(batches)
+                due = due or state.step % self.save_every == 0
+                if due and not state.skipped:  # a checkpoint among skipped updates would push out the last good one
+                    self._save()
+                    due = False
+        except _StopRequested:
+            pass
+        except InputError:  # the text came to an end that it should not have
+            self._save()
+            raise
+        self._save()
+        return self._is_over() and state.unlogged is None
+
+    def stop(self, number: int) -> None:
+        """For a signal's handler: the update in progress is completed and saved, and `fit` returns. Neither text that
+        does not come nor an evaluation is waited for; the latter is made when the run goes on."""
+        self.stop_signal = number
+        if self._may_leave:
+            self._may_leave = False
+            raise _StopRequested
+
+    def _advance(self, batches: "Iterator[Batch]") -> None:
+        """One update, evaluated if that is due, and logged."""
+        state = self.state
+        if state.unlogged is None:
+            state.unlogged = self._timed_step(batches)
+        metrics = state.unlogged
+        if self._is_over() or state.step % self.eval_every == 0:
+            metrics = metrics | self._leaving(self._evaluate)
+        for logger in self.loggers:
+            logger.log(metrics, state.step)
+        state.unlogged = None
+
+    def _leaving(self, work: Callable[[], T]) -> T:
+        """Do what can be left in the middle, and be it by an exception from a signal's handler."""
+        self._may_leave = True
+        try:
+            if self.stop_signal:
+                raise _StopRequested
+            return work()
+        finally:
+            self._may_leave = False
+
+    def _save(self) -> None:
+        """Unless it is done."""
+        if self._saved_at != self.state.step:
             self.save()
-        return over
+            self._saved_at = self.state.step
 
     def train_step(self, batch: "Batch") -> Metrics:
         """One update. The learning rate is written before backward, where layerwise updates already need it."""
@@ -99,8 +147,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         loss = self._forward_backward(batch)
-        finished = self.execution.finish() if math.isfinite(loss) else None
+        finished = self.execution.finish() if self._is_sound(loss) else None
         state.skipped = 0 if finished and not finished.skipped else state.skipped + 1
+        if state.skipped:
+            self.set_aside(state.step + 1, batch, loss)
         state.step += 1
         state.tokens_seen += batch.tokens
         state.data = batch.state
@@ -119,8 +169,8 @@ class Trainer:
     def _forward_backward(self, batch: "Batch") -> float:
         """Gradients of the mean loss over the update's label tokens, whatever the micro-batch; returns that loss.
 
-        The published code averages the means of micro-batches instead (``mean_of_means``). A non-finite loss ends the
-        update before its backward pass and drops the gradients.
+        The published code averages the means of micro-batches instead (``mean_of_means``). A non-finite loss, or one
+        beyond ``max_loss``, ends the update before its backward pass and drops the gradients.
         """
         label_tokens = max(1, batch.label_tokens)
         inputs, labels = batch.input_ids.split(self.batch_size), batch.labels.split(self.batch_size)
@@ -129,7 +179,7 @@ class Trainer:
             divisor = max(1, int((targets >= 0).sum())) * len(inputs) if self.mean_of_means else label_tokens
             loss = mean_loss(self.model, input_ids.to(self.device), targets.to(self.device), divisor)
             total += loss.item()
-            if not math.isfinite(total):
+            if not self._is_sound(total):
                 log.warning("the loss of update %d is %s: skipped", self.state.step + 1, total)
                 self.execution.discard()
                 break
@@ -138,22 +188,26 @@ class Trainer:
             del loss  # and its graph, before the next one is made
         return total
 
-    def _timed_step(self, batches: Any) -> Metrics:
+    def _is_sound(self, loss: float) -> bool:
+        return math.isfinite(loss) and loss <= self.max_loss
+
+    def _timed_step(self, batches: "Iterator[Batch]") -> Metrics:
         started, tokens = time.perf_counter(), self.state.tokens_seen
-        metrics = self.train_step(next(batches))
+        metrics = self.train_step(self._leaving(lambda: next(batches)))
         if self.state.skipped >= MAX_SKIPPED:
             raise TrainingFailedError(
-                f"{MAX_SKIPPED} updates in a row, up to {self.state.step}, had a loss or gradient that was not finite; "
-                "the newest checkpoint is from before them; go on with --resume-with-changes and a lower --lr"
+                f"{MAX_SKIPPED} updates in a row, up to {self.state.step}, had a loss or gradient that was not finite"
+                f"{'' if math.isinf(self.max_loss) else f' or exceeded --max-loss {self.max_loss:g}'}; "
+                "a checkpoint of before them is kept; go on from it with --resume-with-changes and a lower --lr"
             )
         seconds = time.perf_counter() - started
         metrics["tokens_per_second"] = (self.state.tokens_seen - tokens) / seconds
         metrics |= {"peak_memory_bytes": peak_memory_bytes(self.device), "process_peak_bytes": process_peak_bytes()}
         return metrics
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> Metrics:
         self.state.evaluation = self.evaluate().metrics()
-        return self.state.evaluation
+        return {**self.state.evaluation}
 
     def _is_over(self) -> bool:
         return self.schedule.is_over(self.state.step, self.state.tokens_seen)

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from galore_pretrain.model import build_model, load_model_config
+from runs import run
 
 TINY = {
     "hidden_size": 32,
@@ -44,3 +45,12 @@ def build_tiny(tiny_config: str) -> Callable[..., LlamaForCausalLM]:
         return build_model(load_model_config(tiny_config), **({"dtype": torch.float32} | kwargs))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed. To be copied, not changed."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    result = run(tiny_config, output)
+    assert result.returncode == 0, result.stderr
+    return output

@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,12 +41,13 @@ configs:
 class Fault:
     """What happens to the next ``times`` GETs of a path that ends in ``suffix``, and of a file's byte ``at``.
 
-    The answer is the error ``status``; without one, the connection closes where that byte is due.
+    The answer is the error ``status``; without one, the connection closes where that byte is due, ``hang`` s late.
     """
 
     times: int
     status: int | None = None
     at: int = 0
+    hang: float = 0.0
     suffix: str = ".json.gz"
 
 
@@ -157,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
             with path.open("rb") as file:
                 file.seek(first)
                 self.wfile.write(file.read((fault.at if fault else last + 1) - first))
+            if fault:
+                time.sleep(fault.hang)
             self.close_connection = self.close_connection or fault is not None
         return None
 

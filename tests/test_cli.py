@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ from galore_pretrain.config import RunConfig, parse_count
 from galore_pretrain.errors import InputError
 from galore_pretrain.outputs import lock
 from galore_pretrain.recipes import resolve
+from runs import MEASURED, command, lines, run
 
-MEASURED = {"tokens_per_second", "peak_memory_bytes", "process_peak_bytes"}
 KEYS = {"step", "loss", "lr", "tokens_seen"} | MEASURED
 EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_tokens"}
 SUMMARY_KEYS = {
@@ -34,56 +33,8 @@ SUMMARY_KEYS = {
     "weights_bytes",
     "optimizer_bytes",
     "wall_seconds",
+    "checkpoint_stall_seconds",
 } | EVAL_KEYS
-
-
-def command(model: str, output: Path, *flags: str) -> list[str]:
-    base = [
-        "--model",
-        model,
-        "--data",
-        "sample",
-        "--steps",
-        "12",
-        "--total-batch-size",
-        "4",
-        "--max-length",
-        "48",
-        "--rank",
-        "4",
-    ]
-    base += [
-        "--update-proj-gap",
-        "5",
-        "--eval-tokens",
-        "2000",
-        "--dtype",
-        "float32",
-        "--save-every",
-        "4",
-        "--eval-every",
-        "6",
-    ]
-    return [sys.executable, "-m", "galore_pretrain", *base, "--output", str(output), *flags]
-
-
-def run(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False, **kwargs)
-
-
-def lines(output: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock or another process's memory put there."""
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run."""
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    result = run(tiny_config, output)
-    assert result.returncode == 0, result.stderr
-    return output
 
 
 def test_what_a_run_leaves(finished: Path) -> None:
@@ -104,12 +55,15 @@ def test_what_a_run_leaves(finished: Path) -> None:
 def test_one_run_at_a_time_in_a_folder(tiny_config: str, finished: Path, tmp_path: Path) -> None:
     """A lock that a dead process left is none; that of a living one refuses."""
     output = tmp_path / "shared"
-    held = lock(output)
-    refused = run(tiny_config, output)
+    with lock(output):
+        refused = run(tiny_config, output)
     assert refused.returncode == 2
     assert "another run is writing there" in refused.stderr
-    held.close()
-    lock(output).close()
+    assert not output.exists()
+    with lock(output):
+        (output / "something").touch()
+    with lock(output):
+        assert (output / "something").exists()
     assert (finished / ".lock").exists()
 
 
@@ -200,7 +154,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: str, finished: 
     _, stderr = process.communicate(timeout=60)
     if "done:" not in stderr:  # it may have been too late to stop it
         assert process.returncode == 143, stderr
-        assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
+        assert checkpoint.newest(tmp_path / "run" / "checkpoints", set_aside=False) is not None
     assert run(tiny_config, tmp_path / "run").returncode == 0
     assert lines(tmp_path / "run") == lines(finished)
 
@@ -250,18 +204,16 @@ def test_text_without_validation_is_refused_before_training(tiny_config: str, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_damaged_checkpoint_and_unfit_output_are_one_line(tiny_config: str, finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / "summary.json").unlink()
-    (tensors,) = (tmp_path / "run" / "checkpoints" / "step_00000012").glob("*.safetensors")
+def test_a_damaged_checkpoint_that_is_named_is_refused(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """Not set aside, as the newest of a run's own would be: it is what was asked for."""
+    named = tmp_path / "step_00000012"
+    shutil.copytree(finished / "checkpoints" / "step_00000012", named)
+    (tensors,) = named.glob("*.safetensors")
     tensors.write_bytes(tensors.read_bytes()[:100])
-    result = run(tiny_config, tmp_path / "run")
+    result = run(tiny_config, tmp_path / "run", "--resume", str(named))
     assert result.returncode == 2
-    assert "step_00000012: damaged" in result.stderr.splitlines()[-1]
-    (tmp_path / "file").write_text("")
-    result = run(tiny_config, tmp_path / "file")
-    assert result.returncode == 2
-    assert "cannot be written" in result.stderr.splitlines()[-1]
+    assert f"{named}: damaged ({tensors.name} is 100 bytes" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("text", ["4.1M", "1.07B", "32.2K", "20000", "1.1B"])

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import random
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from galore_pretrain.data import IGNORE, Documents, Position, TokenRows, TrainingData, validation_rows
 from galore_pretrain.errors import InputError
-from galore_pretrain.sources import LocalFiles, open_source
+from galore_pretrain.sources import BadData, LocalFiles, open_source
 
 
 class Letters:
@@ -159,6 +160,128 @@ def test_damaged_files_name_themselves(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match='no column "text"; its columns: body'):
         everything(LocalFiles([tmp_path / "b.parquet"]))
+
+
+SOUND = [f"document {i}" for i in range(3000)]
+BAD_LINES = {
+    "malformed JSON": b'{"text": "cut',
+    "a list": b"[1]",
+    "nested a million deep": b"[" * 1_000_000,
+    "text missing": b'{"txt": "a"}',
+    "text null": b'{"text": null}',
+    "text a number": b'{"text": 3}',
+    "text a list": b'{"text": ["a"]}',
+    "invalid UTF-8": b'{"text": "\xff"}',
+    "a null byte": b"\x00",
+    "half a surrogate pair": rb'{"text": "\ud83d"}',
+    "the same in bytes": b'{"text": "\xed\xa0\x80"}',
+}
+
+
+def lines_of(texts: list[str]) -> list[bytes]:
+    return [json.dumps({"text": text}).encode() for text in texts]
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_bad_lines_are_left_out_if_that_is_asked_for(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every other document comes, in its order, from any position on; each is named by file and line."""
+    lines, path = lines_of(SOUND), tmp_path / "a.jsonl"
+    for place in (0, 1500, 3000):
+        lines.insert(place, BAD_LINES[kind])
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(InputError, match=r"a\.jsonl line 1 .*--bad-data skip"):
+        everything(LocalFiles([path]))
+    found = list(LocalFiles([path], BadData("skip")).read(0, 0))
+    assert [text for _, text in found] == SOUND
+    assert [f"{path} line {n} " in r.message for n, r in zip((1, 1501, 3001), caplog.records, strict=True)] == [
+        True
+    ] * 3
+    for i in (0, 1, 1498, 1499, 1500, 2998, 2999):
+        assert list(LocalFiles([path], BadData("skip")).read(0, found[i][0])) == found[i + 1 :]
+
+
+def test_too_many_bad_lines_are_refused_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = lines_of(SOUND)
+    for place in range(0, 3000, 50):
+        lines[place] = b"{"
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match=r"11 of 501 documents cannot be read.*a.jsonl line 501.*1 in 100 at most"):
+        everything(LocalFiles([tmp_path / "a.jsonl"], BadData("skip")))
+    assert len(caplog.records) == 10
+
+
+BROKEN = {
+    "truncated": lambda good: good[: len(good) // 2],
+    "bad CRC": lambda good: good[:-8] + b"12345678",
+    "flipped bytes": lambda good: good[:5000] + b"!!!!" + good[5004:],
+    "HTML": lambda good: b"<html><body>Too many requests</body></html>",
+    "not gzip": lambda good: b'{"text": "plain"}\n',
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_that_breaks_off_is_left_out_from_there(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If it is one of many; what comes before the break and after the file is read."""
+    rng, files = random.Random(0), []
+    texts = [[f"{n} {i} {rng.randbytes(40).hex()}" for i in range(500)] for n in range(4)]
+    for n, shard in enumerate(texts):
+        files.append(tmp_path / f"{n}.jsonl.gz")
+        write_jsonl(files[-1], shard)
+    files[1].write_bytes(BROKEN[kind](files[1].read_bytes()))
+    with pytest.raises(InputError, match=r"1\.jsonl\.gz cannot be read after line \d+ \(.*--bad-data skip"):
+        everything(LocalFiles(files))
+    source = LocalFiles(files, BadData("skip"))
+    read = everything(source)
+    some = len(read) - 1500
+    assert read == texts[0] + texts[1][:some] + texts[2] + texts[3]
+    assert {"truncated": 0 < some < 500, "bad CRC": some == 500, "flipped bytes": some < 500}.get(kind, some == 0)
+    (record,) = caplog.records
+    assert f"{files[1]} cannot be read after line" in record.message
+    assert "all that comes after it there" in record.message
+    files[2].write_bytes(b"")
+    assert len(everything(LocalFiles([*files[:1], *files[2:]], BadData("skip")))) == 1000
+    assert "holds no document" in caplog.records[-1].message
+    files[3].write_bytes(b"<html>")
+    with pytest.raises(InputError, match="2 of 4 files break off"):
+        everything(LocalFiles(files, BadData("skip")))
+    with pytest.raises(InputError, match="1 of 1 files break off"):
+        everything(LocalFiles(files[1:2], BadData("skip")))
+
+
+def test_bad_rows_of_parquet_and_lines_of_txt_are_left_out(tmp_path: Path) -> None:
+    texts: list[str | None] = [f"row {i}" for i in range(1000)]
+    texts[10] = texts[600] = None
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=100)
+    cut = pyarrow.array([b"sound", b"\xff\xfe", b"sound"]).view(pyarrow.string())  # as a careless writer would
+    pyarrow.parquet.write_table(pyarrow.table({"text": cut}), tmp_path / "c.parquet")
+    assert everything(LocalFiles([tmp_path / "c.parquet"], BadData("skip"))) == ["sound"] * 2
+    (tmp_path / "b.txt").write_bytes(b"a line\n" * 300 + b"\xff\xfe\n" + b"a line\n" * 300)
+    for name, message in (
+        ("a.parquet", "a.parquet row 11 has no text"),
+        ("b.txt", "b.txt line 301 is not UTF-8"),
+        ("c.parquet", "c.parquet row 2 is not UTF-8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            everything(LocalFiles([tmp_path / name]))
+    rows = list(LocalFiles([tmp_path / "a.parquet"], BadData("skip")).read(0, 0))
+    assert [text for _, text in rows] == [text for text in texts if text]
+    assert list(LocalFiles([tmp_path / "a.parquet"], BadData("skip")).read(0, rows[599][0])) == rows[600:]
+    assert "".join(everything(LocalFiles([tmp_path / "b.txt"], BadData("skip")))).count("a line") == 600
+
+
+def test_what_lies_before_a_position_is_not_read(tmp_path: Path) -> None:
+    """Files before it are not opened, lines before it not parsed: they would be refused."""
+    for n in range(10):
+        (tmp_path / f"{n}.jsonl.gz").write_bytes(b"<html>")
+    (tmp_path / "zz.jsonl").write_bytes(b"{\n" * 50_000 + b"\n".join(lines_of(SOUND * 2)))
+    source = open_source(str(tmp_path / "*"), "train")
+    order = np.random.default_rng([0, 0]).permutation(11).tolist()
+    stream = iter(Documents(source, 0, Position(shard=order.index(10), document=50_000)))
+    assert next(stream)[1] in SOUND
 
 
 def test_refused_paths(tmp_path: Path) -> None:

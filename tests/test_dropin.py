@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from prescribed import gradients, parameters, train
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -15,6 +14,7 @@ from galore_pretrain.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit,
 from galore_pretrain.optim.galore import is_projected
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rules import Adam
+from prescribed import gradients, parameters, train
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
 CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, NaturalGaLoreAdamW]

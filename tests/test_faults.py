@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from prescribed import gradients, parameters
 from torch import Tensor
 
 from galore_pretrain.execution import Finished, GlobalStep, Layerwise
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.names import ROWS
 from galore_pretrain.optim.registry import build_rules, rounding_of
+from prescribed import gradients, parameters
 
 SHAPES: list[tuple[int, ...]] = [(96, 80), (80, 96), (40,)]
 BAD = {"nan": torch.nan, "inf": torch.inf, "overflow": 1e30}

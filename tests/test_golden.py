@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from transformers import LlamaConfig
 
+from conftest import TINY
 from galore_pretrain.data import TokenRows, TrainingData
 from galore_pretrain.execution import GlobalStep
 from galore_pretrain.model import build_model, mean_loss

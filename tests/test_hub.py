@@ -18,7 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
 from fakehub import C4, FakeHub, Fault
 
 pytestmark = pytest.mark.network
@@ -80,9 +82,9 @@ def _train(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[st
     return _python(tmp_path, "-m", "galore_pretrain", *flags.split(), **environment)
 
 
-def _result(tmp_path: Path, hub: FakeHub, script: str) -> tuple[Any, str]:
+def _result(tmp_path: Path, hub: FakeHub, script: str, **environment: str) -> tuple[Any, str]:
     """What ``script`` prints, as JSON, and what it says on stderr."""
-    done = _python(tmp_path, "-c", script, HF_ENDPOINT=hub.url)
+    done = _python(tmp_path, "-c", script, HF_ENDPOINT=hub.url, **environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 
@@ -158,20 +160,31 @@ def test_resumed_documents_are_the_rest_of_the_uninterrupted_ones(hub: FakeHub, 
     assert sorted(epoch) == sorted(in_order)
 
 
-# The hub library asks five times more, for 23 s, before the loop under test has its turn.
+# The hub library asks five times more, for 23 s, before the loop under test has its turn, which then waits up to 60 s.
 READ_LARGE = """
 import json, logging, zlib
 from huggingface_hub.utils import http_backoff
+from galore_pretrain import sources
 from galore_pretrain.sources import HubDataset
 
 http_backoff.__kwdefaults__["max_retries"] = 0
+sources._LONGEST = 0.5
 logging.basicConfig()
 documents = HubDataset("allenai/c4", "en", "train").read(0, 0)
 print(json.dumps([[position, zlib.crc32(text.encode())] for position, text in documents]))
 """
 
 
-@pytest.mark.parametrize("fault", [Fault(times=2), Fault(times=1, status=503)], ids=["dropped", "unavailable"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault(times=2), id="drops"),
+        pytest.param(Fault(times=1, status=503), id="unavailable"),
+        pytest.param(Fault(times=2, status=429), id="too many requests"),
+        pytest.param(Fault(times=1, hang=8.0), id="hangs"),
+        pytest.param(Fault(times=7, status=500), id="a long outage"),
+    ],
+)
 def test_goes_on_at_the_same_document_when_the_hub_fails(fault: Fault, tmp_path: Path) -> None:
     """``datasets`` parses 10 MB at a time: of 24 MB, some has been read before the fault, and some comes after."""
     rng = random.Random(0)
@@ -180,12 +193,106 @@ def test_goes_on_at_the_same_document_when_the_hub_fails(fault: Fault, tmp_path:
     _write_shard(tmp_path / "hub", "validation", 0, ["validation"])
     with FakeHub(tmp_path / "hub") as hub:
         hub.fault = replace(fault, at=size * 3 // 4)
-        read, stderr = _result(tmp_path, hub, READ_LARGE)
+        read, stderr = _result(tmp_path, hub, READ_LARGE, HF_HUB_DOWNLOAD_TIMEOUT="3")
         assert hub.fault.times == 0
     assert read == [[n, zlib.crc32(text.encode())] for n, text in enumerate(large, 1)]
     reconnected = [int(n) for n in re.findall(r"reconnecting at document (\d+)", stderr)]
     assert len(reconnected) == fault.times
     assert all(0 < n < len(large) for n in reconnected)
+
+
+IMPATIENT = """
+import sys
+from huggingface_hub.utils import http_backoff
+from galore_pretrain import cli, data, sources
+
+http_backoff.__kwdefaults__["max_retries"] = 0
+data.BLOCK, sources._PATIENCE, sources._LONGEST = 64, 2, 0.5
+sys.argv = ["galore-pretrain", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_an_outage_without_end_stops_with_a_checkpoint(hub: FakeHub, tmp_path: Path) -> None:
+    """The second of three shards cannot be had: what was trained on the first is saved, and when the hub is back the
+    run goes on as if it had never been away."""
+    flags = "--model llama_1m --data c4 --steps 100 --total-batch-size 4 --max-length 16 --eval-tokens 500 --rank 4"
+    arguments = f"{flags} --dtype float32 --save-every 1000 --eval-every 40 --output".split()
+    order = np.random.default_rng([0, 0]).permutation(3).tolist()
+    hub.fault = Fault(times=10**6, status=503, suffix=f"c4-train.{order[1]:05}.json.gz")
+    cut = _python(tmp_path, "-c", IMPATIENT, *arguments, "run", HF_ENDPOINT=hub.url)
+    assert cut.returncode == 2, cut.stderr
+    assert re.search(r"Error: --data: allenai/c4 train shard \d cannot be read from the hub \(.*503", cut.stderr)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 40 < len(lines) <= 75
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{len(lines):08}"]
+    hub.fault = Fault(times=0)
+    for output in ("run", "undisturbed"):
+        done = _python(tmp_path, "-c", IMPATIENT, *arguments, output, HF_ENDPOINT=hub.url)
+        assert done.returncode == 0, done.stderr
+    cut_lines, whole = ((tmp_path / output / "metrics.jsonl").read_text() for output in ("run", "undisturbed"))
+    keys = ("step", "loss", "lr", "tokens_seen", "eval_loss")
+    assert [[json.loads(x).get(k) for k in keys] for x in cut_lines.splitlines()] == [
+        [json.loads(x).get(k) for k in keys] for x in whole.splitlines()
+    ]
+
+
+def test_bad_documents_of_the_hub_are_named_or_left_out(hub: FakeHub, tmp_path: Path) -> None:
+    """One without a text, and the rest of a shard that breaks off."""
+    shard = tmp_path / "hub" / C4 / "en" / "c4-train.00001.json.gz"
+    rows = gzip.decompress(shard.read_bytes()).splitlines()
+    rows[100] = b'{"text": null, "timestamp": "", "url": ""}'
+    shard.write_bytes(gzip.compress(b"\n".join(rows)))
+    (tmp_path / "hub" / C4 / "en" / "c4-train.00002.json.gz").write_bytes(b"<html>not found</html>")
+    script = """
+import json
+from galore_pretrain import sources
+from galore_pretrain.errors import InputError
+from galore_pretrain.sources import BadData, HubDataset
+
+sources._LONGEST = 0.05
+
+def read(shard, policy):
+    try:
+        return len(list(HubDataset("allenai/c4", "en", "train", BadData(policy)).read(shard, 0)))
+    except InputError as error:
+        return str(error)
+
+print(json.dumps([read(shard, policy) for policy in ("raise", "skip") for shard in (1, 2)]))
+"""
+    (null, broken, kept, rest), stderr = _result(tmp_path, hub, script)
+    assert "train shard 1 document 101 has no string" in null
+    assert "train shard 2 cannot be read after document 0 (" in broken
+    assert (kept, rest) == (299, 0), stderr
+
+
+def test_an_outage_that_ends_in_a_cut_stream_is_no_bad_document(hub: FakeHub, tmp_path: Path) -> None:
+    """Failures of the connection, then a page of HTML under the shard's name, then the shard."""
+    script = """
+import gzip, json
+from galore_pretrain import sources
+from galore_pretrain.sources import HubDataset
+
+sources._LONGEST = 0.05
+source, faults = HubDataset("allenai/c4", "en", "train"), [ConnectionError("reset")] * 8
+faults += [gzip.BadGzipFile("Not a gzipped file"), EOFError("cut")] + [ConnectionError("reset")] * 8 + [EOFError("cut")]
+
+class Failing:
+    def __init__(self, stream): self.stream = stream
+    def shard(self, **which): return Failing(self.stream.shard(**which))
+    def skip(self, count): return Failing(self.stream.skip(count))
+    def __iter__(self):
+        for i, row in enumerate(self.stream):
+            if i == 3 and faults:
+                raise faults.pop(0)
+            yield row
+
+source._stream = Failing(source._stream)
+print(json.dumps([text for _, text in source.read(1, 0)]))
+"""
+    read, _ = _result(tmp_path, hub, script)
+    assert len(read) == 300
+    assert len(set(read)) == 300
 
 
 @pytest.mark.parametrize(

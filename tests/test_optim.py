@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prescribed import gradients, parameters, train
 from torch import Tensor
 from transformers import Adafactor as TransformersAdafactor
 from transformers import LlamaForCausalLM
@@ -24,6 +23,7 @@ from galore_pretrain.optim.projector import BASES, project, random_basis, sides
 from galore_pretrain.optim.registry import build_rules
 from galore_pretrain.optim.rules import SGD, Adam
 from galore_pretrain.optim.step import POOL, RandomBits, Step, round_stochastic
+from prescribed import gradients, parameters, train
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
 SHAPES = [(24, 40), (40, 24), (32, 32)]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prescribed import gradients
 from torch import Tensor
 
 from galore_pretrain.execution import GlobalStep, Layerwise
@@ -15,6 +14,7 @@ from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.names import BASIS_NAMES, MOMENTS, PROJ_TYPES, REFRESHES, ROWS
 from galore_pretrain.optim.projector import BASES, random_basis
 from galore_pretrain.optim.registry import build_rules, rounding_of
+from prescribed import gradients
 
 CASES = {
     "row": st.sampled_from(ROWS),

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from prescribed import parameters, train
 from torch import Tensor
 
 from galore_pretrain.optim import GaLore, RuleOptimizer
@@ -16,6 +15,7 @@ from galore_pretrain.optim.projector import BASES, random_basis
 from galore_pretrain.optim.registry import build_rules
 from galore_pretrain.optim.rules import SGD, Adam
 from galore_pretrain.optim.step import Step
+from prescribed import parameters, train
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Sweeps: the right runs with the right flags, tuned where asked, stopped and gone on with, and reported."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 
 from galore_pretrain.cli import cli
 from galore_pretrain.errors import InputError
-from galore_pretrain.sweep import GRID, Entry, Sweep, entries
+from galore_pretrain.sweep import GRID, Entry, Planned, Sweep, entries
 
 
 def short(model: str, output: Path, *more: str) -> list[str]:
@@ -55,7 +56,7 @@ def test_commands_are_shown_without_being_run(tiny_config: str, tmp_path: Path) 
     shown = CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout.splitlines()
     assert len(shown) == 5 * 2 + 2 + 1  # each of five at two factors, frozen with two seeds, and a word on the rest
     assert all(line.startswith("galore-pretrain --model ") for line in shown[:-1])
-    assert shown[-1] == "# then seeds 1 of the others, with the factors that did best"
+    assert shown[-1].startswith("# and factors beyond these, where the smallest or largest does best; then seeds 1 of")
     assert not (tmp_path / "out").exists()
 
 
@@ -94,6 +95,39 @@ def test_flags_that_do_not_fit_are_refused_before_any_run(tiny_config: str, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def finished(sweep: Sweep, entry: Entry, losses: dict[float, float]) -> dict[float, Planned]:
+    """Runs of an entry at factors, with these losses."""
+    runs = {factor: sweep._planned(entry, 0, factor) for factor in losses}
+    for factor, loss in losses.items():
+        runs[factor].folder.mkdir(parents=True)
+        (runs[factor].folder / "summary.json").write_text(json.dumps({"eval_loss": loss}))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("losses", "further"),
+    [
+        ({0.1: 3.0, 0.3: 2.0, 1.0: 4.0}, None),
+        ({0.1: 2.0, 0.3: 3.0, 1.0: 4.0}, 0.03),
+        ({0.1: 4.0, 0.3: 3.0, 1.0: 2.0}, 3.0),
+        ({0.1: 4.0, 0.3: math.nan, 1.0: 2.0}, 3.0),
+        ({0.1: 4.0, 0.3: 3.0, 1.0: math.nan}, None),  # it lies between, as far as can be told
+        ({0.0: 1.0, 0.1: 2.0, 0.3: 3.0}, 0.03),  # nothing lies beyond frozen matrices
+        ({0.9: 4.0, 1.0: 3.0}, 1.1),  # to one digit it is the same
+        ({1.1: 3.0, 1.2: 2.0}, 1.3),
+        ({2.0: 1.0, 2.4: 2.0}, 1.7),
+        ({0.1: 2.0, 0.3: 3.0, 1.0: 4.0, 0.03: 1.5, 0.009: 1.2, 0.003: 1.0}, None),  # far enough
+        ({1.0: 2.0}, None),
+    ],
+)
+def test_beyond_an_edge_that_does_best_more_is_tried(
+    losses: dict[float, float], further: float | None, tmp_path: Path
+) -> None:
+    entry = Entry("adamw", {"optim": "adamw"})
+    sweep = Sweep([entry], {"model": "llama_1m"}, [0], (0.1, 0.3, 1.0), 1, tmp_path)
+    assert sweep._beyond(finished(sweep, entry, losses)) == further
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> str:
     file = tmp_path / "mine.json"
@@ -117,6 +151,8 @@ def test_a_sweep_tunes_goes_on_and_reports(tiny_config: str, own: str, tmp_path:
     for name, chosen in tuning["chosen"].items():
         losses = tuning["losses"][name]
         assert losses[str(chosen)] == min(losses.values())
+        edges = {min(map(float, losses)), max(map(float, losses))}
+        assert chosen not in edges or len(losses) == 2 + 3, "an edge is no optimum"
         factor = f"{chosen:g}"
         for seed in (0, 1):
             assert (output / f"{name.replace(' ', '-')}-m{factor}-seed{seed}" / "summary.json").exists()

@@ -1,7 +1,13 @@
 """The loop itself, with parts that misbehave: losses that are not finite, and what is saved among them."""
 
+import contextlib
+import json
+import math
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from galore_pretrain import trainer as module
 from galore_pretrain.data import Batch
-from galore_pretrain.errors import TrainingFailedError
+from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.evaluate import Evaluation
 from galore_pretrain.execution import GlobalStep, Layerwise
 from galore_pretrain.model import mean_loss
@@ -46,6 +52,7 @@ def build(model: LlamaForCausalLM, steps: int, layerwise: bool) -> tuple[Trainer
         after_update=lambda step: None,
         schedule=Schedule(lr=0.01, steps=steps, warmup_steps=1),
         evaluate=lambda: Evaluation(1.0, 2.7, 2.7, 10), save=lambda: saved.append(state.step),
+        set_aside=lambda step, batch, loss: None, max_loss=math.inf,
         loggers=[lines], state=state, batch_size=2, eval_every=1000, save_every=2, mean_of_means=False,
         device=torch.device("cpu"),
     )  # fmt: skip
@@ -110,3 +117,117 @@ def test_gradients_that_are_not_finite_are_counted_and_stop_a_run(
     with pytest.raises(TrainingFailedError, match="loss or gradient"):
         trainer.fit()
     assert [line["skipped_tensors"] for line in lines.lines] == [1] * (MAX_SKIPPED - 1)
+
+
+def test_a_loss_beyond_the_guard_is_skipped_and_set_aside(
+    build_tiny: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+
+    def loss(*args: Any) -> Tensor:
+        calls[0] += 1
+        return mean_loss(*args) + (100.0 if calls[0] == 4 or calls[0] > 6 else 0.0)
+
+    monkeypatch.setattr(module, "mean_loss", loss)
+    trainer, lines, saved = build(build_tiny(), 100, layerwise=True)
+    kept: list[tuple[int, Batch, float]] = []
+    trainer.max_loss = 50.0
+    trainer.set_aside = lambda *given: kept.append(given)
+    with pytest.raises(TrainingFailedError, match="or exceeded --max-loss 50"):
+        trainer.fit()
+    assert [step for step, _, _ in kept] == [4, *range(7, 7 + MAX_SKIPPED)]
+    assert kept[0][1].state == {"taken": 3}
+    assert kept[0][2] == lines.lines[3]["loss"] > 100
+    assert saved == [2, 5, 6]  # that of update 4, which was skipped, after the next
+
+
+def test_text_that_fails_is_an_error_after_a_checkpoint(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
+    def failing() -> Iterator[Batch]:
+        yield from islice(batches(), 5)
+        raise InputError("--data: the hub is gone")
+
+    trainer, lines, saved = build(build_tiny(), 100, layerwise=False)
+    trainer.batches = failing()
+    with pytest.raises(InputError, match="the hub is gone"):
+        trainer.fit()
+    assert (len(lines.lines), saved) == (5, [2, 4, 5])
+
+
+def test_a_signal_ends_the_wait_for_text(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
+    def waiting() -> Iterator[Batch]:
+        yield from islice(batches(), 3)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+        raise AssertionError("the wait went on")
+
+    trainer, lines, saved = build(build_tiny(), 100, layerwise=False)
+    trainer.batches = waiting()
+    with handled(trainer):
+        assert not trainer.fit()
+    assert (trainer.stop_signal, len(lines.lines), saved) == (signal.SIGUSR1, 3, [2, 3])
+
+
+def test_an_evaluation_that_a_signal_ends_is_made_when_the_run_goes_on(
+    build_tiny: Callable[..., LlamaForCausalLM],
+) -> None:
+    """The lines are those of a run that was never stopped."""
+    whole, undisturbed, _ = build(build_tiny(), 8, layerwise=True)
+    whole.eval_every = 3
+    assert whole.fit()
+
+    model = build_tiny()
+    stopped, lines, saved = build(model, 8, layerwise=True)
+    stopped.eval_every = 3
+
+    def evaluate() -> Evaluation:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+        raise AssertionError("the evaluation went on")
+
+    stopped.evaluate = evaluate
+    with handled(stopped):
+        assert not stopped.fit()
+    assert stopped.state.unlogged is not None
+    assert (len(lines.lines), saved) == (2, [2, 3])
+
+    again, rest, saved = build(model, 8, layerwise=True)
+    again.optimizer, again.execution = stopped.optimizer, stopped.execution
+    again.state.load_state_dict(json.loads(json.dumps(stopped.state.state_dict())))
+    again.batches, again.eval_every = islice(batches(), 3, None), 3
+    assert again.fit()
+    timed = {"tokens_per_second", "peak_memory_bytes", "process_peak_bytes"}
+    both = [{k: v for k, v in line.items() if k not in timed} for line in lines.lines + rest.lines]
+    assert both == [{k: v for k, v in line.items() if k not in timed} for line in undisturbed.lines]
+
+
+@contextlib.contextmanager
+def handled(trainer: Trainer) -> Iterator[None]:
+    """A signal reaches the trainer."""
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: trainer.stop(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("how", ["signal", "text"])
+def test_a_run_that_ends_among_skipped_updates_is_saved(
+    how: str, build_tiny: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came before them counts; and a checkpoint that was due then is written after the next sound update."""
+    break_losses(monkeypatch, lambda call: call in (4, 5, 9))
+    trainer, _, saved = build(build_tiny(), 100, layerwise=False)
+    trainer.save_every = 4
+
+    def ending() -> Iterator[Batch]:
+        yield from islice(batches(), 9)
+        if how == "text":
+            raise InputError("--data: the hub is gone")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+
+    trainer.batches = ending()
+    with handled(trainer), pytest.raises(InputError) if how == "text" else contextlib.nullcontext():
+        assert not trainer.fit()
+    assert trainer.state.skipped == 1
+    assert saved == [6, 8, 9]

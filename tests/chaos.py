@@ -1,0 +1,251 @@
+"""Runs that are killed with SIGKILL again and again, and must end as if nothing had happened.
+
+    python tests/chaos.py FOLDER --kills 100
+    python tests/chaos.py FOLDER --every-row
+
+Each row of `SCENARIOS` is run once undisturbed. Then it is started again and again, each time killed: at a random
+moment, or at a random call of what a checkpoint, an evaluation, a backward pass, a line of metrics or the export
+goes through. At last it is left alone. Its weights, its last checkpoint and its ``metrics.jsonl`` must be the
+undisturbed run's, bit for bit, but for what a clock or the process's memory put there.
+
+With ``--every-row`` each optimizer is killed once, in both executions, on packed and padded rows, of the sample and of
+local files.
+
+The command line is called as a user would, in a process of its own, forked from one that has torch imported already.
+"""
+
+import argparse
+import functools
+import json
+import logging
+import math
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from conftest import TINY  # which also keeps hub, wandb and threads away
+from galore_pretrain import checkpoint, cli, evaluate, metrics, outputs, resume, run, trainer
+from galore_pretrain.optim import RuleOptimizer
+from galore_pretrain.optim.names import METHODS
+from galore_pretrain.sources import open_source
+from runs import MEASURED
+
+COMMON = (
+    "--data sample --steps 14 --total-batch-size 4 --max-length 48 --eval-tokens 600 --eval-every 5 --save-every 3 "
+    "--dtype float32"
+)
+SCENARIOS = {
+    "galore_adamw, layerwise sums": "--optim galore_adamw --rank 4 --update-proj-gap 5 --layerwise --batch-size 2",
+    "galore_adamw8bit, layerwise, packed": "--optim galore_adamw8bit --rank 4 --update-proj-gap 3 --layerwise "
+    "--batch-size 4 --layout pack",
+    "natural_galore, bf16": "--optim natural_galore --rank 4 --update-proj-gap 4 --dtype bfloat16",
+    "relora, dropout": "--optim relora --rank 4 --relora-every 4 --relora-warmup 1",
+    "adamw, checkpointed, clipped": "--optim adamw --activation-checkpointing --grad-clip 1 --batch-size 2",
+}
+PLACES: dict[str, list[tuple[Any, str]]] = {
+    "inside a save": [(checkpoint, "sync"), (os, "replace"), (checkpoint, "prune"), (checkpoint, "_checksums")],
+    "inside an evaluation": [(evaluate, "token_losses")],
+    "inside the update of a tensor": [(RuleOptimizer, "update_param")],
+    "before or after a line of metrics": [(metrics.JsonLines, "log"), (metrics.JsonLines, "sync")],
+    "between two updates": [(trainer.Trainer, "_advance")],
+    "while going on": [(run, "restore"), (checkpoint, "opened")],
+    "at the end": [(outputs, "_write_json"), (run, "export")],
+}
+"""Functions, a call of which kills the process: before it does anything, or when it is done."""
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(owner: Any, name: str, call: int, *, done: bool) -> None:
+    """Let the ``call``-th call of a function be the last thing that this process does."""
+    function, calls = getattr(owner, name), [0]
+
+    @functools.wraps(function)
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and not done:
+            die()
+        result = function(*args, **kwargs)
+        if calls[0] == call:
+            die()
+        return result
+
+    setattr(owner, name, deadly)
+
+
+def save_in_background() -> None:
+    """As if every save took longer than an update."""
+    write = resume.Saver._write
+
+    def slow(self: Any, *args: Any) -> None:
+        write(self, *args)
+        self._taken = math.inf
+
+    resume.Saver._write = slow  # type: ignore[method-assign]
+
+
+def start(flags: list[str], log: Path, prepare: Callable[[], None]) -> int:
+    """The command line in a forked process, ``prepare`` called in it first; its id."""
+    if pid := os.fork():
+        return pid
+    try:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        run._planned_peak = lambda *_: None  # half the time of so small a run, and no part of what must survive
+        prepare()
+        sys.argv = ["galore-pretrain", *flags]
+        cli.main()
+    except SystemExit as end:
+        os._exit(end.code if isinstance(end.code, int) else 1)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(99)
+
+
+def ended(pid: int, after: float | None = None) -> int:
+    """How it ended (-9: killed); ``after`` so many seconds it is killed."""
+    if after is not None:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def remains(output: Path) -> dict[str, Any]:
+    """What two runs that are the same have in common."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    last = output / "checkpoints" / "step_00000014"
+    state = json.loads((last / "state.json").read_text())
+    return {
+        "metrics.jsonl": [{k: v for k, v in line.items() if k not in MEASURED} for line in lines],
+        "state.json": {key: state[key] for key in ("trainer", "counts", "inputs")},
+        **{
+            f"{folder.name}: {name}": (str(tensor.dtype), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            for folder in (output / "model", last)
+            for file in folder.glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        },
+    }
+
+
+def attempt(flags: list[str], output: Path, prepare: Callable[[], None], after: float | None = None) -> int:
+    """Start a run, and see that it goes on from the newest checkpoint that is there; how it ended."""
+    found, log = checkpoint.newest(output / "checkpoints", set_aside=False), output.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    code = ended(start([*flags, "--output", str(output)], log, prepare), after)
+    said = log.read_text()
+    assert code in (0, -9), said
+    if "\nstep " in said or code == 0:
+        step = found.state["trainer"]["step"] if found else 0
+        assert (f"at update {step}" in said or "is finished" in said) if found else "going on from" not in said, said
+    return code
+
+
+def torment(name: str, folder: Path, kills: int, rng: random.Random) -> Counter[str]:
+    """Kill one scenario's run so often, then let it end; where it was killed. AssertionError where it differs."""
+    folder.mkdir(parents=True)
+    (folder / "model.json").write_text(json.dumps(TINY))
+    flags = ["--model", str(folder / "model.json"), *COMMON.split(), *SCENARIOS[name].split()]
+    began = time.monotonic()
+    assert attempt(flags, folder / "whole", lambda: None) == 0
+    duration, deaths = time.monotonic() - began, Counter[str]()
+    output = folder / "killed"
+    for _ in range(20 * kills):
+        if deaths.total() == kills:
+            break
+        where = rng.choice(["at a random moment", *PLACES])
+        background = rng.random() < 0.5
+        if where in PLACES:
+            owner, function = PLACES[where][deaths[where] % len(PLACES[where])]
+            call, done = int(math.exp(rng.uniform(0, math.log(60)))), rng.random() < 0.5
+            deadly, after = functools.partial(kill_at, owner, function, call, done=done), None
+        else:
+            deadly, after = (lambda: None), rng.uniform(0, duration)
+
+        def prepare(deadly: Callable[[], None] = deadly, background: bool = background) -> None:
+            deadly()
+            if background:
+                save_in_background()
+
+        code = attempt(flags, output, prepare, after)
+        deaths[where] += code == -9
+        # It went through without meeting its end, or was over before: it may not have been before its next kill.
+        if code == 0 and (output / "summary.json").exists() and deaths.total() < kills:
+            compare(folder)
+            os.rename(output, folder / f"killed-{deaths.total()}-{time.monotonic_ns()}")
+    assert attempt(flags, output, lambda: None) == 0
+    compare(folder)
+    assert deaths.total() == kills, deaths
+    return deaths
+
+
+def every_row(folder: Path) -> int:
+    """How many runs were killed before their ninth update, gone on with from their sixth, and found to be the same."""
+    folder.mkdir(parents=True)
+    (folder / "model.json").write_text(json.dumps(TINY))
+    texts = [text for _, text in open_source("sample", "train").read(0, 0)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    runs = [(row, execution) for row in METHODS for execution in ("--layerwise", "--no-layerwise")]
+    for i, (row, execution) in enumerate(runs):
+        flags = f"--model {folder / 'model.json'} {COMMON} --optim {row} {execution} --batch-size {2 + i // 2 % 2 * 2}"
+        flags += " --layout pack" * (i // 4 % 2)
+        flags += f" --data {folder / 'text.jsonl'} --tokenizer sample" * (i // 8 % 2)
+        flags += " --rank 4" * ("galore" in row or "_rank" in row or "lora" in row)
+        flags += " --update-proj-gap 4" * ("galore" in row) + " --relora-every 5" * ("relora" in row)
+        place = folder / f"{row}{execution}"
+        place.mkdir()
+        deadly = functools.partial(kill_at, trainer.Trainer, "_advance", 9, done=False)
+        for output, prepare, expected in (
+            ("whole", lambda: None, 0),
+            ("killed", deadly, -9),
+            ("killed", lambda: None, 0),
+        ):
+            assert attempt(flags.split(), place / output, prepare) == expected
+        assert "at update 6" in (place / "killed.log").read_text()
+        compare(place)
+    return len(runs)
+
+
+def compare(folder: Path) -> None:
+    whole, killed = remains(folder / "whole"), remains(folder / "killed")
+    assert whole.keys() == killed.keys(), (whole.keys(), killed.keys())
+    for what in whole:
+        assert whole[what] == killed[what], f"{folder}: {what} differs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--every-row", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    logging.disable(logging.NOTSET)
+    if arguments.every_row:
+        print(json.dumps({"runs": every_row(arguments.folder)}))
+        return
+    rng, total = random.Random(arguments.seed), Counter[str]()
+    share = math.ceil(arguments.kills / len(SCENARIOS))
+    for i, name in enumerate(SCENARIOS):
+        kills = min(share, arguments.kills - total.total())
+        deaths = torment(name, arguments.folder / str(i), kills, rng)
+        total += deaths
+        print(f"{name}: killed {deaths.total()} times, and ends as the undisturbed run does, bit for bit", flush=True)
+    assert arguments.kills < 100 or total.keys() == {"at a random moment", *PLACES}, total
+    print(json.dumps({"kills": total.total(), **total}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Killed at random moments, a run ends as if nothing had happened; `make chaos` does it a hundred times and more."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from galore_pretrain.optim.names import METHODS
+
+
+def chaos(folder: Path, *arguments: str) -> Any:
+    script = Path(__file__).with_name("chaos.py")
+    command = [sys.executable, str(script), str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_killed_twenty_times_runs_end_bit_for_bit_as_undisturbed(tmp_path: Path) -> None:
+    assert chaos(tmp_path / "runs", "--kills", "20", "--seed", "7")["kills"] == 20
+
+
+def test_every_row_resumes_bit_for_bit_in_both_executions(tmp_path: Path) -> None:
+    assert chaos(tmp_path / "runs", "--every-row")["runs"] == 2 * len(METHODS)

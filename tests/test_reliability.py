@@ -1,0 +1,449 @@
+"""What happens to a run: full disks, signals while it saves, damaged checkpoints, no memory, a service that hangs.
+
+Each through the real command line; `finished` (conftest.py) is what they must end as. docs/reliability.md has the list.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from galore_pretrain import checkpoint, metrics, outputs, resume
+from galore_pretrain.config import RunConfig
+from galore_pretrain.errors import TrainingFailedError
+from galore_pretrain.metrics import JsonLines, Wandb
+from galore_pretrain.optim import build_optimizer
+from galore_pretrain.trainer import TrainState
+from runs import command, lines, run
+
+AFTER_IMPORTS = """
+import os, resource, signal, sys
+from galore_pretrain import checkpoint, cli, memory, resume, run, trainer
+{}
+sys.argv = ["galore-pretrain", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def run_with(preparation: str, model: str, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process that something is done to first."""
+    arguments = command(model, output, *flags)[3:]
+    script = [sys.executable, "-c", AFTER_IMPORTS.format(preparation), *arguments]
+    return subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
+
+
+def assert_same(output: Path, finished: Path) -> None:
+    assert lines(output) == lines(finished)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, finished))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# -- disks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(
+    tiny_config: str, finished: Path, tmp_path: Path
+) -> None:
+    """From update 6 on no file may grow beyond 100 kB, so that checkpoints fail and metrics do not."""
+    output = tmp_path / "full"
+    limit = """
+log = run.JsonLines.log
+def fill(self, metrics, step):
+    if step == 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    log(self, metrics, step)
+run.JsonLines.log = fill
+"""
+    full = run_with(limit, tiny_config, output)
+    assert full.returncode == 1, full.stderr
+    assert "the checkpoint of update 8 cannot be written (File too large): going on; that of update 4" in full.stderr
+    assert full.stderr.splitlines()[-1].startswith(f"Error: update 12 could not be saved in {output}; once it can be")
+    assert lines(output) == lines(finished)
+    assert [f.name for f in (output / "checkpoints").iterdir()] == ["step_00000004"]
+    again = run(tiny_config, output)
+    assert again.returncode == 0, again.stderr
+    assert_same(output, finished)
+
+
+class FullFile:
+    """A file that takes half a line, and then nothing, for a while."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.fail = file, False
+
+    def write(self, content: bytes) -> int:
+        if self.fail and len(content) < 20:
+            raise OSError(28, "No space left on device")
+        return int(self.file.write(content[:15] if self.fail else content))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_lines_that_cannot_be_written_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = JsonLines(tmp_path / "metrics.jsonl")
+    kept._file = file = FullFile(kept._file)  # type: ignore[assignment]
+    for step in range(1, 9):
+        file.fail = step in (3, 4, 7, 8)
+        kept.log({"loss": step / 3}, step)
+        written = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in written] == list(
+            range(1, {3: 3, 4: 3, 7: 7, 8: 7}.get(step, step + 1))
+        )
+    with pytest.raises(OSError, match="No space left"):
+        kept.sync()
+    assert [r.message.rpartition(" cannot")[2] for r in caplog.records] == [
+        " be written (No space left on device): its lines wait"
+    ] * 2
+    file.fail = False
+    assert kept.sync() == (tmp_path / "metrics.jsonl").stat().st_size
+    kept.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, 9)
+    )
+
+
+@pytest.mark.parametrize("room", [10, 9_000], ids=["for nothing", "for the config alone"])
+def test_a_disk_that_is_full_from_the_start_is_one_line(room: int, tiny_config: str, tmp_path: Path) -> None:
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))"
+    failed = run_with(limit, tiny_config, tmp_path / "run")
+    assert failed.returncode == 1
+    last = failed.stderr.splitlines()[-1]
+    told = "cannot be written (File too large); once it can be" if room == 10 else "could not be saved in"
+    assert last.startswith("Error: ")
+    assert told in last
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_disk_without_room_is_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=39_000_000_000))
+    outputs.check_space(tmp_path, 9_000_000_000, kept=2)
+    assert not caplog.records
+    outputs.check_space(tmp_path, 10_000_000_000, kept=2)
+    assert "39.0 GB are free, and 3 more checkpoints of 10.0 GB and the model may take 40.0 GB" in caplog.text
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    caplog.clear()
+    outputs.check_space(tmp_path, 10_000_000_000, kept=2)
+    assert not caplog.records
+
+
+def test_folders_that_cannot_be_written_are_refused_at_once(tiny_config: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (Path("/proc/self/run"), tmp_path / "file", tmp_path / "file" / "run"):
+        refused = run(tiny_config, output)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"Error: --output {output} cannot be written (")
+        assert refused.stderr.count("\n") == 1
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_costs_the_updates_since_the_one_before(
+    tiny_config: str, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "damaged"
+    shutil.copytree(finished, output)
+    (output / "summary.json").unlink()
+    file = next((output / "checkpoints" / "step_00000012").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    again = run(tiny_config, output)
+    assert again.returncode == 0, again.stderr
+    assert "step_00000012 is damaged" in again.stderr
+    assert "set aside as step_00000012.damaged" in again.stderr
+    assert "at update 8" in again.stderr
+    assert_same(output, finished)
+
+
+def test_every_so_many_are_kept(tiny_config: str, tmp_path: Path) -> None:
+    done = run(tiny_config, tmp_path / "kept", "--save-every", "1", "--keep", "1", "--keep-every", "5")
+    assert done.returncode == 0, done.stderr
+    assert sorted(int(f.name[5:]) for f in (tmp_path / "kept" / "checkpoints").iterdir()) == [5, 10, 12]
+
+
+def _saver(build_tiny: Callable[..., LlamaForCausalLM], output: Path) -> tuple[resume.Saver, Any, TrainState]:
+    model, state = build_tiny(), TrainState(step=3)
+    optimizer = build_optimizer(model, "galore_adamw8bit", lr=0.1, rank=4)
+    config = RunConfig(model="-", output=str(output), keep=2)
+    return resume.Saver(config, model, optimizer, state), model, state
+
+
+def test_a_slow_save_goes_on_in_the_background(
+    build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is what was there when it began, and the loop has gone on meanwhile; where memory has no room for
+    the copy, it waits."""
+    saver, model, state = _saver(build_tiny, tmp_path)
+    write, may_write = checkpoint.save, threading.Event()
+
+    def slow(*args: Any) -> None:
+        assert may_write.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    weight = model.lm_head.weight
+    for room, in_background in ((2**40, True), (0, False)):
+        monkeypatch.setattr(resume, "spare_bytes", lambda room=room: room)
+        may_write.set()
+        saver.save({})
+        assert saver.saved_step == state.step
+        before, state.step = weight.detach().clone(), state.step + 1
+        saver._taken = math.inf
+        if in_background:
+            may_write.clear()
+        saver.save({})
+        with torch.no_grad():
+            weight.mul_(2)
+        assert (saver.saved_step < state.step) == in_background
+        may_write.set()
+        saver.finish(tmp_path)
+        assert saver.saved_step == state.step
+        found = checkpoint.opened(checkpoint.folder_of(tmp_path / "checkpoints", state.step))
+        saved = torch.empty_like(weight)
+        rest = {n: torch.empty_like(t) for n, t in checkpoint.named_tensors(model, saver._optimizer).items()}
+        found.load(rest | {"model.lm_head.weight": saved})
+        assert torch.equal(saved, before)
+        state.step, saver._taken = state.step + 1, 0.0
+
+
+def test_a_save_that_fails_in_the_background_is_told(
+    build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    saver, _, state = _saver(build_tiny, tmp_path)
+    saver.save({})
+    saver._taken, state.step = 1e9, 4
+
+    def full(*_: Any) -> None:
+        raise checkpoint.NotWrittenError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    saver.save({})
+    with pytest.raises(TrainingFailedError, match=r"update 4 could not be saved .* goes on from update 3"):
+        saver.finish(tmp_path)
+    assert "the checkpoint of update 4 cannot be written (No space left on device)" in caplog.text
+
+
+def test_bad_text_stops_with_a_checkpoint_and_can_be_left_out(tiny_config: str, tmp_path: Path) -> None:
+    """With the file and the line; going on with ``--bad-data skip`` is no change of options."""
+    lines_of_text = [json.dumps({"text": f"document {i} with some words in it"}) for i in range(6000)]
+    lines_of_text[5000] = '{"text": "half of a pair: \\ud83d"}'
+    (tmp_path / "text.jsonl").write_text("\n".join(lines_of_text))
+    (tmp_path / "held-out.jsonl").write_text("\n".join(lines_of_text[:500]))
+    flags = ("--data", str(tmp_path / "text.jsonl"), "--tokenizer", "sample", "--steps", "1200", "--eval-every", "2000")
+    flags += ("--eval-data", str(tmp_path / "held-out.jsonl"))
+    flags += ("--save-every", "2000", "--max-length", "4")
+    stopped = run(tiny_config, tmp_path / "run", *flags)
+    assert stopped.returncode == 2, stopped.stderr
+    assert "text.jsonl line 5001 has half a surrogate pair" in stopped.stderr.splitlines()[-1]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name == f"step_{len(lines(tmp_path / 'run')):08d}" > "step_00001000"
+    done = run(tiny_config, tmp_path / "run", *flags, "--bad-data", "skip")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 1201))
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_a_model_folder_with_a_pickle_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    command = [sys.executable, "-m", "galore_pretrain", "generate", str(tmp_path / "model"), "hello"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert refused.returncode == 2, refused.stderr
+    assert "its weights cannot be loaded" in refused.stderr
+    assert not (tmp_path / "exploded").exists()
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_while_a_checkpoint_is_written(name: str, tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """The checkpoint is completed, and the run ends with the code that the signal has: there, or, where it was written
+    in the background, after the update in progress."""
+    send = f"""
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sync, sent = checkpoint.sync, []
+def signalling(path):
+    if not sent and "step_00000008" in str(path):
+        sent.append(os.kill(os.getpid(), signal.{name}))
+    sync(path)
+checkpoint.sync = signalling
+"""
+    output = tmp_path / "signalled"
+    stopped = run_with(send, tiny_config, output)
+    assert stopped.returncode == {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}[name], stopped.stderr
+    (step,) = re.findall(r"stopped after update (\d+)", stopped.stderr)
+    assert step in ("8", "9")
+    found = checkpoint.newest(output / "checkpoints", set_aside=False)
+    assert found is not None
+    assert found.state["trainer"]["step"] == int(step)
+    again = run(tiny_config, output)
+    assert again.returncode == 0, again.stderr
+    assert_same(output, finished)
+
+
+def test_a_second_signal_ends_at_once(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """Even in the middle of a save; nothing is lost that was saved before."""
+    send = """
+def hanging(path):
+    if "step_00000008" in str(path):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+checkpoint.sync = hanging
+"""
+    output = tmp_path / "hurried"
+    stopped = run_with(send, tiny_config, output)
+    assert stopped.returncode == -15
+    assert run(tiny_config, output).returncode == 0
+    assert_same(output, finished)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_one_message(tiny_config: str, tmp_path: Path) -> None:
+    """A real failure of the allocator, from a limit on the process's address space."""
+    limit = """
+step = trainer.Trainer.train_step
+def tight(self, batch):
+    if self.state.step == 2:
+        held = int(open("/proc/self/statm").read().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (held + 2**21, resource.RLIM_INFINITY))
+    return step(self, batch)
+trainer.Trainer.train_step = tight
+"""
+    flags = ("--total-batch-size", "64", "--batch-size", "64", "--max-length", "64", "--no-layerwise")
+    failed = run_with(limit, "llama_9m", tmp_path / "large", *flags, "--no-activation-checkpointing")
+    assert failed.returncode == 1, failed.stderr
+    last = failed.stderr.splitlines()[-1]
+    assert last.startswith("Error: out of memory: "), failed.stderr
+    assert "GiB were planned; what helps: --layerwise, --activation-checkpointing, a smaller --batch-size" in last
+
+
+# -- wandb ------------------------------------------------------------------------------------------------------------
+
+
+class FakeWandb(types.ModuleType):
+    """As much of wandb as is used; its run takes ``seconds`` for a line."""
+
+    def __init__(self, seconds: float = 0.0, error: Exception | None = None) -> None:
+        super().__init__("wandb")
+        self.seconds, self.error, self.taken = seconds, error, []
+        self.id, self.Settings = "abc", dict
+
+    def init(self, **_: Any) -> "FakeWandb":
+        return self
+
+    def log(self, values: Any, step: int) -> None:
+        time.sleep(self.seconds)
+        if self.error:
+            raise self.error
+        self.taken.append(step)
+
+    def finish(self) -> None:
+        self.taken.append("finished")
+
+
+def _logged(wandb: FakeWandb, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> float:
+    """Seconds that so many lines and the end took."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    logger = Wandb("offline", folder, project="p", name="n", tags=[], config={}, run_id=None)
+    started = time.monotonic()
+    for step in range(1, count + 1):
+        logger.log({"loss": 1.0}, step)
+    logger.close()
+    return time.monotonic() - started
+
+
+def test_wandb_gets_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    _logged(wandb, tmp_path, monkeypatch, 500)
+    assert wandb.taken == [*range(1, 501), "finished"]
+
+
+def test_wandb_that_hangs_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics, "_FINISH", 0.2)
+    monkeypatch.setattr(Wandb, "is_stuck", False)
+    assert _logged(FakeWandb(seconds=30), tmp_path, monkeypatch, 10) < 15
+    assert "wandb has not taken everything within 0 s, and is left" in caplog.text
+    assert Wandb.is_stuck
+    caplog.clear()
+    monkeypatch.setattr(metrics, "_WAITING", 5)
+    assert _logged(FakeWandb(seconds=30), tmp_path, monkeypatch, 100) < 15
+    assert caplog.text.count("wandb is off from step") == 1
+
+
+def test_a_stopped_wandb_service_does_not_keep_the_process(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """The real one, offline; left alone, its clean-up waits for the service when Python exits, without limit."""
+    stop = """
+import subprocess
+from galore_pretrain import metrics
+metrics._FINISH = 1.0
+log = run.JsonLines.log
+def stopping(self, values, step):
+    log(self, values, step)
+    if step == 6:
+        found = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+        assert found, "no service"
+        for pid in found:
+            os.kill(int(pid), signal.SIGSTOP)
+        print("stopped", *found, file=sys.stderr)
+run.JsonLines.log = stopping
+"""
+    arguments = command(tiny_config, tmp_path / "run", "--wandb", "offline")[3:]
+    with (tmp_path / "stderr").open("w") as file:  # no pipe, which the service would hold open
+        process = subprocess.Popen([sys.executable, "-c", AFTER_IMPORTS.format(stop), *arguments], stderr=file)
+    try:
+        code = process.wait(200)
+    finally:
+        process.kill()
+        said = (tmp_path / "stderr").read_text()
+        pids = [int(pid) for line in said.splitlines() if line.startswith("stopped ") for pid in line.split()[1:]]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert pids, said
+    assert code == 0, said
+    assert "wandb has not taken everything within 1 s" in said
+    assert_same(tmp_path / "run", finished)
+
+
+def test_wandb_that_fails_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _logged(FakeWandb(error=ConnectionError("reset")), tmp_path, monkeypatch, 20)
+    assert [r.message for r in caplog.records] == ["wandb is off from step 1 on: reset"]
