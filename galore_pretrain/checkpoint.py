@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from galore_pretrain.errors import InputError
+from galore_pretrain.memory import ran_out
 
 _FILE_BYTES = 1 << 28  # a file is serialized in memory as a whole: bounds what saving adds to the peak
 _STATE, _CHECKSUMS = "state.json", "checksums.json"
 _PARTS = ("config", "trainer", "counts")
 _NAME = re.compile(r"step_\d{8,}")
+_AGAIN = "try again, or rename it, and the one before it is taken"
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         writer = HuggingFaceStorageWriter(str(aside), fqn_to_index_mapping=_files(tensors))
         dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
         (aside / _STATE).write_text(json.dumps(state))
-        (aside / _CHECKSUMS).write_text(json.dumps(_checksums(aside), indent=1))
+        (aside / _CHECKSUMS).write_text(json.dumps(_checksums(aside.iterdir()), indent=1))
         for file in aside.iterdir():
             sync(file)
         sync(aside)
@@ -97,7 +99,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         sync(folder.parent)
     except (OSError, CheckpointException, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise NotWrittenError(_reason(error)) from error
+        raise NotWrittenError(_reason(_cause(error))) from error
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Saved:
         try:
             metadata = reader.read_metadata().state_dict_metadata
         except Exception as error:  # whatever is raised by files that hold no tensors
-            raise DamagedError(f"{self.folder}: no tensors can be read ({_reason(error)})") from error
+            raise DamagedError(f"{self.folder}: no tensors can be read ({_reason(_cause(error))})") from error
         saved = {
             name: (tuple(entry.size), entry.properties.dtype)
             for name, entry in metadata.items()
@@ -137,16 +139,24 @@ class Saved:
         try:
             dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
         except (OSError, CheckpointException, SafetensorError) as error:
-            raise InputError(f"{self.folder}: cannot be read ({_reason(error)})") from error
+            if ran_out(cause := _cause(error)):
+                raise cause from error
+            raise InputError(f"{self.folder}: cannot be read ({_reason(cause)}); {_AGAIN}") from error
+
+    def is_in(self, root: Path) -> bool:
+        """Whether it is one of those under ``root``."""
+        return self.folder.resolve().parent == root.resolve()
 
 
 def opened(folder: Path) -> Saved:
     """The checkpoint in ``folder``, every byte of it checked. DamagedError where it is not as it was written,
     InputError where that cannot be found out."""
     try:
-        written, found = json.loads((folder / _CHECKSUMS).read_bytes()), _checksums(folder)
+        written = json.loads((folder / _CHECKSUMS).read_bytes())
         if not isinstance(written, dict):
             raise ValueError(f"{_CHECKSUMS} is no object")
+        # Of what others leave there (.DS_Store, .cache), nothing is read.
+        found = _checksums(f for f in folder.iterdir() if f.name in written or f.suffix == ".safetensors")
         if different := sorted(n for n in written.keys() | found.keys() if written.get(n) != found.get(n)):
             name = different[0]
             raise ValueError(f"{name} is {found.get(name, 'absent')}, and was {written.get(name, 'absent')}")
@@ -157,7 +167,7 @@ def opened(folder: Path) -> Saved:
         why = f"{Path(error.filename).name} is absent" if isinstance(error, OSError) else error
         raise DamagedError(f"{folder}: damaged ({why}); name another checkpoint") from error
     except OSError as error:  # which may pass
-        raise InputError(f"{folder}: cannot be read ({error.strerror}); try again") from error
+        raise InputError(f"{folder}: cannot be read ({_reason(error)}); {_AGAIN}") from error
     return Saved(folder, state)
 
 
@@ -195,16 +205,22 @@ def later_than(root: Path, folder: Path | None) -> list[str]:
     return [f.name for f in _folders(root) if folder is None or not own or f.name > folder.resolve().name]
 
 
+def present(root: Path) -> int:
+    """How many there are."""
+    return len(_folders(root))
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether ``folder`` was meant to be one."""
     return (folder / _STATE).is_file() or (folder / _CHECKSUMS).is_file()
 
 
 def prune(root: Path, keep: int, keep_every: int | None = None) -> None:
-    """Remove what an interrupted save left, and all checkpoints but the newest ``keep`` and those of every
-    ``keep_every`` updates."""
+    """Remove what an interrupted save left, all damaged checkpoints but the newest, and all others but the newest
+    ``keep`` and those of every ``keep_every`` updates."""
     old = [f for f in _folders(root)[:-keep] if not keep_every or int(f.name.removeprefix("step_")) % keep_every]
-    for folder in [*root.glob("step_*.partial"), *old]:
+    damaged = sorted(root.glob("step_*.damaged"))[:-1]
+    for folder in [*root.glob("step_*.partial"), *damaged, *old]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -213,12 +229,10 @@ def _folders(root: Path) -> list[Path]:
     return sorted(f for f in root.glob("step_*") if _NAME.fullmatch(f.name) and f.is_dir())
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """Size and CRC-32 of all files in ``folder`` but that of the checksums."""
+def _checksums(files: Iterable[Path]) -> dict[str, str]:
+    """Size and CRC-32 of each."""
     found = {}
-    for file in sorted(folder.iterdir()):
-        if file.name == _CHECKSUMS:
-            continue
+    for file in sorted(files):
         crc = 0
         with file.open("rb") as stream:
             while part := stream.read(1 << 24):
@@ -227,12 +241,14 @@ def _checksums(folder: Path) -> dict[str, str]:
     return found
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong, out of what torch made of it."""
+    return next((inner for inner, _ in getattr(error, "failures", {}).values()), error)
+
+
 def _reason(error: BaseException) -> str:
-    """What the system said, out of what torch made of it."""
-    for inner in (error, *(e for e, _ in getattr(error, "failures", {}).values())):
-        if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
-    return " ".join(str(error).split())
+    """The same in words: the system's, if it is its."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:

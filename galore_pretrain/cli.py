@@ -1,5 +1,6 @@
 """The command line: flags from `RunConfig`'s fields, errors as one line, exit codes 0, 2 (input), 1 (failure)."""
 
+import contextlib
 import json
 import logging
 import os
@@ -273,7 +274,8 @@ class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a terminal that is gone: no reason to stop
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 _shown: set[str] = set()
@@ -335,5 +337,6 @@ def _exit(code: int) -> NoReturn:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         logging.getLogger("galore_pretrain").exception("with --debug:")
-    click.echo(f"Error: {message}", err=True)
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(f"Error: {message}", err=True)
     return code

@@ -7,9 +7,10 @@ ahead, a checkpoint holds the position of what was trained on.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from galore_pretrain.errors import InputError
-from galore_pretrain.sources import DocumentSource
+from galore_pretrain.sources import NOTHING_READ, DocumentSource, Tally
 from galore_pretrain.tokenizer import Tokenizer
 
 IGNORE = -100
@@ -34,6 +35,7 @@ class Position:
     """Where the next document stands: ``taken`` documents into the block that starts at ``document`` of a shard.
 
     ``shard`` counts in the order of the epoch. ``offset`` counts tokens already used of the document, by ``pack``.
+    ``tally`` is of what was read before the block.
     """
 
     epoch: int = 0
@@ -41,6 +43,17 @@ class Position:
     document: int = 0
     taken: int = 0
     offset: int = 0
+    tally: Tally = NOTHING_READ
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Position":
+        """The inverse of `state_dict`."""
+        tally = {**state["tally"], "broken": tuple(state["tally"]["broken"])}
+        return cls(**{**state, "tally": Tally(**tally)})
 
 
 class Documents:
@@ -51,21 +64,21 @@ class Documents:
 
     def __iter__(self) -> Iterator[tuple[Position, str, Position]]:
         """(position of the document, its text, position after it)"""
-        epoch, shard, document, taken = (
-            self._start.epoch,
-            self._start.shard,
-            self._start.document,
-            self._start.taken,
-        )
+        start, bad_data = self._start, self._source.bad_data
+        epoch, shard, document, taken = start.epoch, start.shard, start.document, start.taken
+        bad_data.go_on(start.tally)
+        tally = start.tally
         while True:
             found = (shard, document) != (0, 0)
             for block, first, after in self._blocks(epoch, shard, document):
                 found = True
                 order = np.random.default_rng([self._seed, epoch, *first]).permutation(len(block))
+                before, tally = tally, bad_data.tally
+                here, following = Position(epoch, *first, taken, 0, before), Position(epoch, *after, 0, 0, tally)
                 for i in range(taken, len(block)):
-                    here = Position(epoch, *first, taken=i)
-                    there = Position(epoch, *first, taken=i + 1) if i + 1 < len(block) else Position(epoch, *after)
+                    there = Position(epoch, *first, i + 1, 0, before) if i + 1 < len(block) else following
                     yield here, block[order[i]], there
+                    here = there
                 taken = 0
             if not found:
                 raise InputError(
@@ -165,7 +178,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     tokens: int
-    state: dict[str, int]
+    state: dict[str, Any]
 
     @property
     def label_tokens(self) -> int:
@@ -180,9 +193,9 @@ class TrainingData:
         self._source, self._rows, self._sequences, self._seed = source, rows, sequences, seed
         self._start = Position()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that carried ``state``."""
-        self._start = Position(**state)
+        self._start = Position.of(state)
 
     def __iter__(self) -> Iterator[Batch]:
         rows = self._rows(_with_offset(Documents(self._source, self._seed, self._start), self._start.offset))
@@ -209,7 +222,7 @@ def stack(rows: list[Row]) -> Batch:
         input_ids=torch.from_numpy(np.stack([row.input_ids for row in rows]).astype(np.int64)),
         labels=torch.from_numpy(np.stack([row.labels for row in rows]).astype(np.int64)),
         tokens=sum(row.real for row in rows),
-        state=vars(rows[-1].after).copy(),
+        state=rows[-1].after.state_dict(),
     )
 
 

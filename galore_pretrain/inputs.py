@@ -9,7 +9,7 @@ from galore_pretrain.config import RunConfig
 from galore_pretrain.data import TokenRows, validation_rows
 from galore_pretrain.errors import InputError
 from galore_pretrain.model import load_model_config
-from galore_pretrain.sources import DocumentSource, open_source
+from galore_pretrain.sources import DocumentSource, HubDataset, open_source
 from galore_pretrain.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -23,6 +23,11 @@ class Inputs:
     tokenizer: Tokenizer
     rows: TokenRows
 
+    @property
+    def revision(self) -> str | None:
+        """The commit of a text on the hub."""
+        return self.training.revision if isinstance(self.training, HubDataset) else None
+
     def fingerprints(self) -> dict[str, str]:
         """What must be the same when the run goes on: the same flags can name other files."""
         return {
@@ -33,10 +38,13 @@ class Inputs:
         }
 
 
-def open_inputs(config: RunConfig) -> Inputs:
-    """Open everything that a run reads; InputError where something is not there or does not fit the rest."""
+def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
+    """Open everything that a run reads, of a text on the hub that ``revision``, by default the newest; InputError where
+    something is not there or does not fit the rest."""
     data, bad = config.data, config.bad_data
-    training, validation = (open_source(data, split, config.eval_data, bad) for split in ("train", "validation"))
+    training, validation = (
+        open_source(data, split, config.eval_data, bad, revision) for split in ("train", "validation")
+    )
     tokenizer = load_tokenizer(config.tokenizer)
     model = architecture_for(config, tokenizer)
     rows = TokenRows(tokenizer, config.layout, config.max_length)

@@ -103,13 +103,15 @@ class Progress:
                 log.info("%s %d/%d  %s  left %s", self._unit, done, self._total, text, tqdm.format_interval(left))
                 self._next_line = now + 10
             return
-        self._bar.update(done - self._bar.n)
-        self._bar.set_postfix_str(text)
-        if evaluated:
-            self._bar.write(f"step {step}  {text}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            self._bar.update(done - self._bar.n)
+            self._bar.set_postfix_str(text)
+            if evaluated:
+                self._bar.write(f"step {step}  {text}", file=sys.stderr)
 
     def close(self) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
 
 
 def describe(metrics: Metrics) -> str:
@@ -155,6 +157,7 @@ class Wandb:
         run_id: str | None,
     ) -> None:
         self._run: Any = None
+        self._is_on = False
         self._waiting: Queue[tuple[int, Metrics] | None] = Queue(_WAITING)
         self.run_id = run_id
         if mode == "auto":
@@ -182,17 +185,18 @@ class Wandb:
         except Exception as error:  # any failure of a service that only watches
             log.warning("wandb is off for this run: %s", str(error).partition("\n")[0])
             return
+        self._is_on = True
         self._thread = Thread(target=self._hand_over, daemon=True)
         self._thread.start()
 
     def log(self, metrics: Metrics, step: int) -> None:
-        if self._run is None:
+        if not self._is_on:
             return
         try:
             self._waiting.put_nowait((step, metrics))
         except Full:
             log.warning("wandb is off from step %d on: it has not taken the last %d lines", step, _WAITING)
-            self._run = None
+            self._is_on = False
 
     def close(self) -> None:
         if self._run is None:
@@ -213,7 +217,9 @@ class Wandb:
             run.finish()
         except Exception as error:
             log.warning("wandb is off from step %d on: %s", step, error)
-            self._run = None
+            self._is_on = False
+            with contextlib.suppress(Exception):
+                run.finish()  # else its clean-up would do so, and be waited for
 
 
 def _has_key() -> bool:

@@ -1,4 +1,4 @@
-"""What a run leaves beside metrics and checkpoints: ``config.json``, ``summary.json`` and the exported ``model/``."""
+"""A run's folder: its lock, its room, and what it leaves there beside metrics and checkpoints."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from galore_pretrain.checkpoint import sync
+from galore_pretrain.checkpoint import present, sync
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import Batch
 from galore_pretrain.errors import InputError
@@ -23,7 +23,7 @@ from galore_pretrain.lowrank import dense_state
 from galore_pretrain.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-_SET_ASIDE = 20
+_ROWS_KEPT = 20
 
 
 @contextmanager
@@ -63,8 +63,7 @@ def lock(output: Path) -> Iterator[None]:
 def check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
     """A warning where the disk has no room for as many more checkpoints as there will be at once, one of them being
     written, and for the exported model."""
-    present = len(list((output / "checkpoints").glob("step_*")))
-    more, free = max(1, kept + 1 - present), shutil.disk_usage(output).free
+    more, free = max(1, kept + 1 - present(output / "checkpoints")), shutil.disk_usage(output).free
     if (needed := checkpoint_bytes * (more + 1)) > free:
         log.warning(
             "--output %s: %.1f GB are free, and %d more checkpoints of %.1f GB and the model may take %.1f GB; make "
@@ -74,13 +73,15 @@ def check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
 
 
 def write_config(output: Path, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
-    """``config.json``: every resolved value with its origin, and what else the run depends on. The values that are
-    not defaults are logged, origin by origin."""
-    values = asdict(config)
-    resolved = {name: {"value": value, "origin": origins[name]} for name, value in values.items()}
+    """``config.json``: every resolved value with its origin, and what else the run depends on."""
+    resolved = {name: {"value": value, "origin": origins[name]} for name, value in asdict(config).items()}
     _write_json(output / "config.json", {"config": resolved, **environment})
+
+
+def log_config(config: RunConfig, origins: Mapping[str, str]) -> None:
+    """The values that are not defaults, origin by origin."""
     by_origin: dict[str, list[str]] = {}
-    for name, value in values.items():
+    for name, value in asdict(config).items():
         if value is not None and origins[name] != "default":
             by_origin.setdefault(origins[name], []).append(f"{name} {value}")
     for origin, settings in by_origin.items():
@@ -128,13 +129,13 @@ def export(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
     os.replace(aside, folder)
 
 
-def set_aside(output: Path, step: int, batch: Batch, loss: float) -> None:
+def keep_rows(output: Path, step: int, batch: Batch, loss: float) -> None:
     """Keep the rows of an update that was skipped, for a look, in ``skipped/``; of the first twenty."""
     folder = output / "skipped"
     file = folder / f"update_{step:08d}.safetensors"
     try:
         folder.mkdir(exist_ok=True)
-        if len(list(folder.iterdir())) >= _SET_ASIDE:
+        if len(list(folder.iterdir())) >= _ROWS_KEPT:
             return
         rows = {"input_ids": batch.input_ids, "labels": batch.labels}
         save_file(rows, file, metadata={"update": str(step), "loss": str(loss), "position": json.dumps(batch.state)})

@@ -31,7 +31,8 @@ Found = Iterator[tuple[int, str | Flaw]]
 
 
 def read(path: Path, start: int) -> Found:
-    """The documents of a file from position ``start`` on, each with the position after it."""
+    """The documents of a file from position ``start`` on, each with the position after it. OSError where the system
+    cannot read it, which may pass."""
     return _READERS[kind_of(path)](path, start)
 
 
@@ -89,6 +90,8 @@ def _lines(path: Path) -> Iterator[bytes]:
                     unfinished.clear()
                 unfinished.append(last)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not a decoder's
+            raise
         raise _BrokenError(f"cannot be read after line {number} ({error})") from error
     if any(unfinished):
         yield b"".join(unfinished)
@@ -119,13 +122,19 @@ def _read_parquet(path: Path, start: int) -> Found:
     import pyarrow.parquet
 
     unreadable = (OSError, ValueError, pyarrow.ArrowException)
+
+    def flaw(error: Exception, what: str, **kinds: Any) -> Flaw:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):  # no fault of the file
+            raise error
+        return Flaw(f"{what} ({error})", **kinds)
+
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
         if "text" not in names:
             raise ValueError(f'it has no column "text"; its columns: {", ".join(names)}')
     except unreadable as error:
-        yield start, Flaw(f"cannot be read as parquet ({error})", is_end=True)
+        yield start, flaw(error, "cannot be read as parquet", is_end=True)
         return
     position = 0
     for group in range(file.num_row_groups):
@@ -134,8 +143,8 @@ def _read_parquet(path: Path, start: int) -> Found:
             try:
                 texts = file.read_row_group(group, columns=["text"]).column(0)[max(0, start - position) :]
             except unreadable as error:
-                what = f"rows {position + 1} to {position + rows} cannot be read ({error})"
-                yield position + rows, Flaw(what, documents=rows)
+                what = f"rows {position + 1} to {position + rows} cannot be read"
+                yield position + rows, flaw(error, what, documents=rows)
             else:
                 for row, text in enumerate(texts, max(position, start) + 1):
                     yield row, _text_of_row(text, row)

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +50,15 @@ def going_on(
     return config, origins, found, before is not None
 
 
+def again(config: RunConfig) -> str:
+    """The command line that goes on with a run, in words."""
+    resume = " and --resume auto" if config.resume == "never" else ""
+    return f"the same command with --output {config.output}{resume}"
+
+
 def find_checkpoint(config: RunConfig, output: Path) -> Saved | None:
-    """The checkpoint that ``--resume`` means: the newest whole one of the folder, none, or one that is named."""
+    """The checkpoint that ``--resume`` means: the newest whole one of the folder, none, or one that is named, or what
+    came of that in the folder."""
     root = output / "checkpoints"
     if config.resume == "auto":
         return checkpoint.newest(root, set_aside=True)
@@ -66,6 +73,9 @@ def find_checkpoint(config: RunConfig, output: Path) -> Saved | None:
         raise InputError(f"--resume {found}: no such folder; give auto, never, or a checkpoint's folder")
     if not checkpoint.is_checkpoint(found):
         raise InputError(f"--resume {found}: not a checkpoint, which is a folder with state.json")
+    own = None if found.resolve().parent == root.resolve() else checkpoint.newest(root, set_aside=True)
+    if own is not None and own.state.get("origin") == str(found.resolve()):  # the same command, once more
+        return own
     if later := checkpoint.later_than(root, found):
         raise InputError(
             f"--resume {found}: {output} also holds {', '.join(later)}, which would be overtaken; "
@@ -130,8 +140,9 @@ class Saver:
     """Writes a run's checkpoints. Where the last one took longer than an update, the next is copied and written in the
     background, if the host's memory has room for the copy. One that cannot be written is a warning: the run goes on.
 
-    ``saved_step``: the update that the newest checkpoint is of. ``stalled``: seconds that training waited for them all,
-    in the processes before this one too.
+    ``extra`` is asked at each for what else goes into it; an OSError of its means that there can be none now.
+    ``found``: the checkpoint that the run goes on from. ``stalled``: seconds that training waited for them all, in the
+    processes before this one too.
     """
 
     def __init__(
@@ -140,35 +151,58 @@ class Saver:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         state: "TrainState",
-        stalled: float = 0.0,
+        extra: Callable[[], Mapping[str, Any]],
+        found: Saved | None = None,
     ) -> None:
         self._config, self._model, self._optimizer, self._state = config, model, optimizer, state
+        self._extra = extra
         self._root = Path(config.output) / "checkpoints"
-        self.saved_step, self.stalled = state.step, stalled
+        own = found is not None and found.is_in(self._root)
+        self._tried = self._written = self._moment() if own else None
+        self._origin = None if found is None else found.state.get("origin") if own else str(found.folder.resolve())
+        self.stalled = float(found.state.get("stalled", 0.0)) if found else 0.0
         self._taken = 0.0  # seconds that the last one took to be written
         self._since = time.monotonic(), state.step
         self._thread: threading.Thread | None = None
 
-    def save(self, extra: Mapping[str, Any]) -> None:
-        """Everything as it is now, for `restore`, and ``extra``."""
-        started, state = time.monotonic(), self._state
+    @property
+    def saved_step(self) -> int | None:
+        """The update that the newest checkpoint of this run's is of; None where there is none."""
+        return self._written[0] if self._written else None
+
+    def _moment(self) -> tuple[int, bool]:
+        """What tells two states of the run apart: an evaluation may be due after an update, or done."""
+        return self._state.step, self._state.unlogged is None
+
+    def save(self) -> None:
+        """Everything as it is now, for `restore`, unless that was tried already."""
+        started, state, moment = time.monotonic(), self._state, self._moment()
+        if moment == self._tried:
+            return
         update = (started - self._since[0]) / max(1, state.step - self._since[1])
         self.wait()
+        self._tried = moment
+        try:
+            extra = self._extra()
+        except OSError as error:
+            self._missed(state.step, error.strerror or str(error))
+            return
         tensors = checkpoint.named_tensors(self._model, self._optimizer)
         meta = {
             "config": asdict(self._config),
             "trainer": state.state_dict(),
             "counts": checkpoint.named_counts(self._optimizer),
             "stalled": self.stalled,
+            "origin": self._origin,
             **extra,
         }
         keep = None if state.skipped else self._config.keep  # what is saved among skipped updates pushes out no other
         copy = self._copied(tensors) if self._taken > update else None
         if copy is not None:
-            self._thread = threading.Thread(target=self._write, args=(state.step, copy, meta, keep))
+            self._thread = threading.Thread(target=self._write, args=(moment, copy, meta, keep))
             self._thread.start()
         else:
-            self._write(state.step, tensors, meta, keep)
+            self._write(moment, tensors, meta, keep)
         self._since = time.monotonic(), state.step
         self.stalled += self._since[0] - started
 
@@ -181,15 +215,19 @@ class Saver:
         except (MemoryError, RuntimeError):
             return None
 
-    def finish(self, output: Path) -> None:
-        """Wait for the last one. TrainingFailedError where it is not on disk."""
+    def finish(self) -> None:
+        """Wait for the last one, and try once more if it failed. TrainingFailedError where it is not on disk."""
         started = time.monotonic()
         self.wait()
         self.stalled += time.monotonic() - started
-        if self.saved_step != self._state.step:
+        if self._written != self._moment():
+            self._tried = None
+            self.save()
+            self.wait()
+        if self._written != self._moment():
             raise TrainingFailedError(
-                f"update {self._state.step} could not be saved in {output}; once it can be, the same command with "
-                f"--output {output} goes on from update {self.saved_step}"
+                f"update {self._state.step} could not be saved in {self._config.output}; once it can be, "
+                f"{again(self._config)} goes on from update {self.saved_step or 0}"
             )
 
     def wait(self) -> None:
@@ -198,18 +236,19 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def missed(self, step: int, why: str) -> None:
-        """Say that the checkpoint of an update is not there."""
+    def _missed(self, step: int, why: str) -> None:
         have = f"that of update {self.saved_step} is kept" if self.saved_step else "there is none yet"
         log.warning("the checkpoint of update %d cannot be written (%s): going on; %s", step, why, have)
 
-    def _write(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], keep: int | None) -> None:
+    def _write(
+        self, moment: tuple[int, bool], tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], keep: int | None
+    ) -> None:
         started = time.monotonic()
         try:
-            checkpoint.save(checkpoint.folder_of(self._root, step), tensors, meta)
-        except (checkpoint.NotWrittenError, MemoryError) as error:
-            self.missed(step, str(error) or "no memory")
+            checkpoint.save(checkpoint.folder_of(self._root, moment[0]), tensors, meta)
+        except checkpoint.NotWrittenError as error:
+            self._missed(moment[0], str(error))
             return
-        self.saved_step, self._taken = step, time.monotonic() - started
+        self._written, self._taken = moment, time.monotonic() - started
         if keep is not None:
             checkpoint.prune(self._root, keep, self._config.keep_every)

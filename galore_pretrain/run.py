@@ -4,13 +4,11 @@ import errno
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,12 +26,13 @@ from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes, ran_ou
 from galore_pretrain.metrics import JsonLines, Progress, Wandb
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.projector import has_fast_bf16
-from galore_pretrain.outputs import check_space, export, lock, set_aside, write_config, write_summary
+from galore_pretrain.outputs import check_space, export, keep_rows, lock, log_config, write_config, write_summary
 from galore_pretrain.plan import Plan, measure, static_bytes
 from galore_pretrain.recipes import reference_batch
 from galore_pretrain.repro import describe_environment
-from galore_pretrain.resume import Saver, check_inputs, going_on, is_finished, restore
+from galore_pretrain.resume import Saver, again, check_inputs, going_on, is_finished, restore
 from galore_pretrain.schedule import Schedule
+from galore_pretrain.signals import on_stop
 from galore_pretrain.trainer import Trainer, TrainState
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -50,17 +49,16 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         if found and is_finished(output, found, schedule):
             log.info("%s is finished; give another --output to train anew", output)
             return 0
-        inputs = open_inputs(config)
+        inputs = open_inputs(config, found.state.get("revision") if found else None)
         if found:
             check_inputs(config, found, inputs.fingerprints())
         optimizer_for(config, model_for(config, inputs.model, "meta"))  # whether its options fit, at no cost
         config, origins, planned = fitted(config, origins, kept=kept)
-        environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device_of(config))}
+        log_config(config, origins)
         try:
-            write_config(output, config, origins, environment)
             static = static_bytes(config, inputs.model)
-            check_space(output, static.weights + static.state, config.keep)
-            return _train(config, inputs, found, planned, started)
+            check_space(output, static.weights + static.state, _checkpoints_at_most(config))
+            return _train(config, origins, inputs, found, planned, started)
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
@@ -69,12 +67,19 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
             if isinstance(error, OSError) and error.errno not in _NO_ROOM:
                 raise
             raise TrainingFailedError(
-                f"--output {output} cannot be written ({getattr(error, 'strerror', error)}); once it can be, the same "
-                "command goes on"
+                f"--output {output} cannot be written ({getattr(error, 'strerror', error)}); once it can be, "
+                f"{again(config)} goes on"
             ) from error
 
 
-def _train(config: RunConfig, inputs: Inputs, found: Saved | None, planned: Plan | None, started: float) -> int:
+def _train(
+    config: RunConfig,
+    origins: Mapping[str, str],
+    inputs: Inputs,
+    found: Saved | None,
+    planned: Plan | None,
+    started: float,
+) -> int:
     """Build the parts, join them, and let them run."""
     output, schedule, device = Path(config.output), _schedule(config), device_of(config)
     torch.manual_seed(config.seed)  # dropout alone draws from torch's own generator
@@ -86,24 +91,23 @@ def _train(config: RunConfig, inputs: Inputs, found: Saved | None, planned: Plan
     state = TrainState()
     if found:
         restore(found, model, optimizer, state, data)
+    # Only now: what the folder holds may be of another method, and is refused then.
+    environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device)}
+    write_config(output, config, origins, environment)
     saved = found.state if found else {}
-    own = found is not None and found.folder.resolve().parent == (output / "checkpoints").resolve()
+    own = found is not None and found.is_in(output / "checkpoints")
     lines, progress, wandb = _loggers(config, output, state, saved if own else {})
-    saver = Saver(config, model, optimizer, state, saved.get("stalled", 0.0))
     peaks = _Peaks(device, saved.get("peaks", (0, 0)))
 
     def seconds() -> float:
         return float(saved.get("wall_seconds", 0.0)) + time.monotonic() - started
 
-    def save() -> None:
-        try:
-            extra: dict[str, Any] = {"metrics_bytes": lines.sync()}
-        except OSError as error:
-            return saver.missed(state.step, f"nor {lines.path.name}: {error.strerror}")
-        extra |= {"wandb_id": wandb.run_id, "peaks": peaks.now()}
-        extra |= {"wall_seconds": seconds(), "inputs": inputs.fingerprints()}
-        return saver.save(extra)
+    def extra() -> dict[str, Any]:
+        """What a checkpoint holds of the run around the training."""
+        known = {"metrics_bytes": lines.sync(), "wandb_id": wandb.run_id, "peaks": peaks.now()}
+        return known | {"wall_seconds": seconds(), "inputs": inputs.fingerprints(), "revision": inputs.revision}
 
+    saver = Saver(config, model, optimizer, state, extra, found)
     factors = factors_of(config)
     trainer = Trainer(
         model=model,
@@ -113,8 +117,8 @@ def _train(config: RunConfig, inputs: Inputs, found: Saved | None, planned: Plan
         schedule=schedule,
         after_update=partial(factors.after_update, model, optimizer) if factors else lambda step: None,
         evaluate=_evaluator(config, model, inputs, device),
-        save=save,
-        set_aside=partial(set_aside, output),
+        checkpoints=saver,
+        keep_rows=partial(keep_rows, output),
         loggers=[lines, progress, wandb],
         state=state,
         batch_size=config.batch_size,
@@ -124,12 +128,12 @@ def _train(config: RunConfig, inputs: Inputs, found: Saved | None, planned: Plan
         max_loss=config.max_loss or math.inf,
         device=device,
     )
-    _stop_on_signals(trainer)
+    on_stop(trainer.stop)
     try:
         is_over = trainer.fit()
-        saver.finish(output)
+        saver.finish()
         if not is_over:
-            log.info("stopped after update %d; the same command with --output %s goes on there", state.step, output)
+            log.info("stopped after update %d; %s goes on there", state.step, again(config))
             return 128 + (trainer.stop_signal or 0)
         reached = peaks.now()  # exporting is not training
         export(output / "model", model, inputs.tokenizer)
@@ -145,6 +149,12 @@ def _train(config: RunConfig, inputs: Inputs, found: Saved | None, planned: Plan
 def _refuse_several_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"torchrun started {os.environ['WORLD_SIZE']} processes; only one is supported so far")
+
+
+def _checkpoints_at_most(config: RunConfig) -> int:
+    """How many are kept when the run is over."""
+    updates = config.steps or (config.max_tokens or 0) // (config.total_batch_size * config.max_length)
+    return config.keep + (updates // config.keep_every if config.keep_every else 0)
 
 
 def _planned_peak(planned: Plan | None, config: RunConfig, inputs: Inputs) -> int | None:
@@ -270,19 +280,3 @@ def _summary(
         "wall_seconds": wall_seconds,
         "checkpoint_stall_seconds": stall_seconds,
     }
-
-
-def _stop_on_signals(trainer: Trainer) -> None:
-    """The first signal lets the update finish and be saved; a second one ends the process at once."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        for each in caught:
-            signal.signal(each, signal.SIG_DFL)
-        trainer.stop(number)
-
-    caught = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup wants it
-        caught.append(signal.SIGHUP)
-    for number in caught:
-        signal.signal(number, stop)

@@ -11,6 +11,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,8 @@ _PATIENCE = 30 * 60  # seconds without a document after which the hub is given u
 _LONGEST = 60  # seconds between two attempts to reach it
 _CUT = (gzip.BadGzipFile, EOFError, zlib.error, ValueError)  # pyarrow's and UTF-8's errors are ValueErrors
 _CUT_RETRIES = 4  # after which it is not the connection that cut a stream
+_READ_RETRIES = 4  # of a local file, in 15 s
+_GLANCE = 1 << 16  # bytes at both ends of a file by which it is known again
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +39,26 @@ class DocumentSource(Protocol):
     shards: list[str]
     fingerprint: str
     """Changes when the shards do: what a resumed run must find as it was."""
+    bad_data: "BadData"
+    """What becomes of documents that cannot be read, and how many there were."""
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
         """The documents of ``shard`` from position ``start`` on, each with the position after it."""
         ...
 
 
-def open_source(data: str, split: Split, eval_data: str | None = None, bad_data: str = "raise") -> DocumentSource:
+def open_source(
+    data: str, split: Split, eval_data: str | None = None, bad_data: str = "raise", revision: str | None = None
+) -> DocumentSource:
     """The documents of ``--data``: ``c4``, ``sample``, or a file, folder or glob. The two splits are disjoint.
 
     ``eval_data`` is a path whose documents are all validation, and whose files are left out of the training split.
-    ``bad_data`` says what becomes of documents that cannot be read: see `BadData`.
+    ``bad_data`` says what becomes of documents that cannot be read: see `BadData`. ``revision``: the hub's commit.
     """
     if eval_data is not None and split == "validation":
         return LocalFiles(_find(eval_data, "--eval-data"), BadData(bad_data, "--eval-data"))
     if data == "c4":
-        return HubDataset(C4, "en", split, BadData(bad_data))
+        return HubDataset(C4, "en", split, BadData(bad_data), revision)
     if data == "sample":
         return sample_source(split)
     if eval_data is not None and split == "train":
@@ -63,6 +70,18 @@ def open_source(data: str, split: Split, eval_data: str | None = None, bad_data:
     return local_source(data, split, BadData(bad_data))
 
 
+@dataclass(frozen=True)
+class Tally:
+    """How many documents were read, how many could not be, and the shards that broke off."""
+
+    good: int = 0
+    bad: int = 0
+    broken: tuple[int, ...] = ()
+
+
+NOTHING_READ = Tally()
+
+
 class BadData:
     """What becomes of documents that cannot be read. ``raise``: InputError. ``skip``: they are left out, with a warning
     for each of the first ten, until they are more than one in a hundred (and ten), or until more than one in ten shards
@@ -71,6 +90,15 @@ class BadData:
     def __init__(self, policy: str = "raise", flag: str = "--data") -> None:
         self._policy, self._flag = policy, flag
         self._good, self._bad, self._broken = 0, 0, set[int]()
+
+    @property
+    def tally(self) -> Tally:
+        """What was counted so far."""
+        return Tally(self._good, self._bad, tuple(sorted(self._broken)))
+
+    def go_on(self, tally: Tally) -> None:
+        """Count from there."""
+        self._good, self._bad, self._broken = tally.good, tally.bad, set(tally.broken)
 
     def good(self) -> None:
         """A document was read."""
@@ -112,20 +140,31 @@ class LocalFiles:
         self, files: list[Path], bad_data: BadData | None = None, keep: Callable[[str], bool] | None = None
     ) -> None:
         self.shards = [str(file) for file in files]
-        self.fingerprint = _digest([f"{file.name} {file.stat().st_size}" for file in files])
-        self._bad_data, self._keep = bad_data or BadData(), keep
+        self.fingerprint = _digest([_glance(file) for file in files])
+        self.bad_data, self._keep = bad_data or BadData(), keep
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
-        """As the protocol says."""
-        is_empty = start == 0
-        for position, text in readers.read(Path(self.shards[shard]), start):
-            is_empty = False
-            if isinstance(text, Flaw):
-                self._bad_data.bad(text, shard, self.shards)
-                continue
-            self._bad_data.good()
-            if self._keep is None or self._keep(text):
-                yield position, text
+        """As the protocol says. An error of the system, which a network's file system may get over, is none of the
+        text's: what cannot be read is tried again, and then is an InputError, whatever becomes of bad data."""
+        position, failures, is_empty = start, 0, start == 0
+        while True:
+            try:
+                for after, text in readers.read(Path(self.shards[shard]), position):
+                    position, is_empty, failures = after, False, 0
+                    if isinstance(text, Flaw):
+                        self.bad_data.bad(text, shard, self.shards)
+                        continue
+                    self.bad_data.good()
+                    if self._keep is None or self._keep(text):
+                        yield position, text
+                break
+            except OSError as error:
+                failures += 1
+                why = f"{self.shards[shard]} cannot be read after document {position} ({error.strerror or error})"
+                if failures > _READ_RETRIES:
+                    raise InputError(f"--data: {why}; once it can be, the run goes on") from error
+                log.warning("%s: trying again", why)
+                time.sleep(2.0 ** (failures - 1))
         if is_empty:
             log.warning("%s holds no document", self.shards[shard])
 
@@ -173,6 +212,15 @@ def _find(data: str, flag: str = "--data") -> list[Path]:
     return files
 
 
+def _glance(file: Path) -> str:
+    """Name and size of a file, and a checksum of its beginning and end: of terabytes, more would take too long."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        crc = zlib.crc32(stream.read(_GLANCE))
+        stream.seek(max(0, size - _GLANCE))
+        return f"{file.name} {size} {zlib.crc32(stream.read(_GLANCE), crc):08x}"
+
+
 def _digest(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -181,22 +229,34 @@ def _digest(lines: list[str]) -> str:
 
 
 class HubDataset:
-    """A text data set of the Hugging Face hub, streamed by ``datasets``; a shard is one of its files."""
+    """A text data set of the Hugging Face hub, streamed by ``datasets``; a shard is one of its files. ``revision``: the
+    commit that is read, by default the newest."""
 
-    def __init__(self, repository: str, config: str, split: Split, bad_data: BadData | None = None) -> None:
+    def __init__(
+        self,
+        repository: str,
+        config: str,
+        split: Split,
+        bad_data: BadData | None = None,
+        revision: str | None = None,
+    ) -> None:
         import datasets
+        from huggingface_hub import HfApi
 
         # datasets' own retries go on reading a gzip stream that has lost bytes; the position here is exact.
         datasets.config.STREAMING_READ_MAX_RETRIES = 1
         datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
         features = datasets.Features({key: datasets.Value("string") for key in ("text", "timestamp", "url")})
         try:
-            stream = datasets.load_dataset(repository, config, split=split, streaming=True, features=features)
+            self.revision = revision or HfApi().dataset_info(repository).sha
+            stream = datasets.load_dataset(
+                repository, config, split=split, streaming=True, features=features, revision=self.revision
+            )
         except Exception as error:  # everything that datasets, the hub library and two HTTP clients raise
             raise unreachable_data(repository, error) from error
-        self._stream, self._bad_data = stream, bad_data or BadData()
+        self._stream, self.bad_data = stream, bad_data or BadData()
         self.shards = [f"{repository} {split} shard {i}" for i in range(stream.num_shards)]
-        self.fingerprint = _digest(self.shards)
+        self.fingerprint = _digest([str(self.revision), *self.shards])
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
         """As the protocol says; a stream that breaks is opened again at the next document, for half an hour on end.
@@ -211,10 +271,10 @@ class HubDataset:
                     position += 1
                     failures, cuts = 0, 0
                     if readers.is_text(row["text"]):
-                        self._bad_data.good()
+                        self.bad_data.good()
                         yield position, row["text"]
                     else:
-                        self._bad_data.bad(Flaw(f'document {position} has no string "text"'), shard, self.shards)
+                        self.bad_data.bad(Flaw(f'document {position} has no string "text"'), shard, self.shards)
                     heard = time.monotonic()
                 return
             except (InputError, MemoryError):
@@ -224,7 +284,7 @@ class HubDataset:
                 cuts = cuts + 1 if isinstance(error, _CUT) else 0
                 if cuts > _CUT_RETRIES:
                     flaw = Flaw(f"cannot be read after document {position} ({first_line(error)})", is_end=True)
-                    return self._bad_data.bad(flaw, shard, self.shards)
+                    return self.bad_data.bad(flaw, shard, self.shards)
                 silent = time.monotonic() - heard
                 if silent > _PATIENCE or _status(error) in (401, 403, 404):
                     raise unreachable_data(self.shards[shard], error) from error

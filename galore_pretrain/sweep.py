@@ -8,14 +8,12 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from galore_pretrain.config import find_model
@@ -23,6 +21,7 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.options import RunCommand, flags, resolved
 from galore_pretrain.paper import printed
 from galore_pretrain.recipes import CHOSEN, without_meaning
+from galore_pretrain.signals import on_stop
 
 GRID = (0.01, 0.005, 0.001, 0.0005, 0.0001)
 """Learning rates that the GaLore paper's authors tuned over (appendix C.1)."""
@@ -145,9 +144,7 @@ class Sweep:
     def run(self) -> tuple[list[Path], int]:
         """(folders of the runs that have begun, exit code): 0, 1 where some run failed, 128 + N where signal N stopped
         the sweep."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves the last one
-                signal.signal(number, self._interrupted)
+        on_stop(self._interrupted)
         chosen, failed = self._tune() if self.factors else ({}, [])
         tuned = [entry for entry in self.lines if not (self.factors and entry.is_tuned) or entry.name in chosen]
         final = [self._planned(e, seed, chosen.get(e.name)) for seed in self.seeds for e in tuned]
@@ -250,13 +247,11 @@ class Sweep:
             self._active = [(run, process) for run, process, code in codes if code is None]
         return failed
 
-    def _interrupted(self, number: int, frame: FrameType | None) -> None:
-        """Let the runs finish their updates and save; a second signal ends the sweep at once."""
-        del frame
+    def _interrupted(self, number: int) -> None:
+        """Let the runs finish their updates and save."""
         self._stop = number
-        signal.signal(number, signal.SIG_DFL)
         for _, process in self._active:
-            process.terminate()  # after which a run saves, as it does not after a hangup
+            process.terminate()
 
 
 def _check_folder(run: Planned) -> None:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # for their types alone: the trainer is handed its parts
     from galore_pretrain.evaluate import Evaluation
 
 MAX_SKIPPED = 10
-"""Updates in a row with a non-finite loss or gradient after which a run stops."""
+"""Updates in a row with a loss that is not finite, or beyond the guard, or such gradients, after which a run stops."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,6 +29,19 @@ T = TypeVar("T")
 
 class _StopRequested(BaseException):
     """Raised by `Trainer.stop` where nothing is lost by it. ``except Exception`` must not take it."""
+
+
+class Checkpoints(Protocol):
+    """Where the state of a run is kept."""
+
+    @property
+    def saved_step(self) -> int | None:
+        """The update that the newest one is of."""
+        ...
+
+    def save(self) -> None:
+        """Keep the state as it is now, if that is not done."""
+        ...
 
 
 @dataclass
@@ -39,7 +52,7 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     skipped: int = 0
-    data: dict[str, int] | None = None
+    data: dict[str, Any] | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
     unlogged: Metrics | None = None
 
@@ -56,11 +69,11 @@ class TrainState:
 class Trainer:
     """Runs updates until the schedule is over; evaluates, logs and saves on the way.
 
-    ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` and
-    ``save`` are called every so many updates and after the last one. ``after_update`` is called with the number of each
-    update but the last, and may change the model. ``mean_of_means`` averages the loss as the published code does.
-    ``set_aside`` is handed the number, the rows and the loss of an update that was skipped, as one is whose loss is
-    beyond ``max_loss``.
+    ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` is
+    called, and a checkpoint kept, every so many updates and after the last one. ``after_update`` is called with the
+    number of each update but the last, and may change the model. ``mean_of_means`` averages the loss as the published
+    code does. ``keep_rows`` is handed the number, the rows and the loss of an update that was skipped, as one is whose
+    loss is beyond ``max_loss``.
     """
 
     model: Any
@@ -70,8 +83,8 @@ class Trainer:
     schedule: Schedule
     after_update: Callable[[int], None]
     evaluate: "Callable[[], Evaluation]"
-    save: Callable[[], None]
-    set_aside: "Callable[[int, Batch, float], None]"
+    checkpoints: Checkpoints
+    keep_rows: "Callable[[int, Batch, float], None]"
     loggers: Sequence[MetricLogger]
     state: TrainState
     batch_size: int
@@ -82,26 +95,25 @@ class Trainer:
     device: torch.device
     stop_signal: int | None = field(default=None, init=False)
     _may_leave: bool = field(default=False, init=False)
-    _saved_at: int = field(default=0, init=False)
 
     def fit(self) -> bool:
         """Train to the end of the schedule, or until `stop` is called; whether it is the end."""
         self.model.train()
         state, batches = self.state, iter(self.batches)
-        self._saved_at, due = state.step, False
+        due = False
         try:
             while state.unlogged is not None or not (self._is_over() or self.stop_signal):
                 self._advance(batches)
                 due = due or state.step % self.save_every == 0
                 if due and not state.skipped:  # a checkpoint among skipped updates would push out the last good one
-                    self._save()
+                    self.checkpoints.save()
                     due = False
         except _StopRequested:
             pass
         except InputError:  # the text came to an end that it should not have
-            self._save()
+            self.checkpoints.save()
             raise
-        self._save()
+        self.checkpoints.save()
         return self._is_over() and state.unlogged is None
 
     def stop(self, number: int) -> None:
@@ -134,12 +146,6 @@ class Trainer:
         finally:
             self._may_leave = False
 
-    def _save(self) -> None:
-        """Unless it is done."""
-        if self._saved_at != self.state.step:
-            self.save()
-            self._saved_at = self.state.step
-
     def train_step(self, batch: "Batch") -> Metrics:
         """One update. The learning rate is written before backward, where layerwise updates already need it."""
         state = self.state
@@ -150,7 +156,7 @@ class Trainer:
         finished = self.execution.finish() if self._is_sound(loss) else None
         state.skipped = 0 if finished and not finished.skipped else state.skipped + 1
         if state.skipped:
-            self.set_aside(state.step + 1, batch, loss)
+            self.keep_rows(state.step + 1, batch, loss)
         state.step += 1
         state.tokens_seen += batch.tokens
         state.data = batch.state
@@ -195,10 +201,12 @@ class Trainer:
         started, tokens = time.perf_counter(), self.state.tokens_seen
         metrics = self.train_step(self._leaving(lambda: next(batches)))
         if self.state.skipped >= MAX_SKIPPED:
+            kept = self.checkpoints.saved_step
             raise TrainingFailedError(
                 f"{MAX_SKIPPED} updates in a row, up to {self.state.step}, had a loss or gradient that was not finite"
                 f"{'' if math.isinf(self.max_loss) else f' or exceeded --max-loss {self.max_loss:g}'}; "
-                "a checkpoint of before them is kept; go on from it with --resume-with-changes and a lower --lr"
+                + (f"the checkpoint of update {kept} is kept: go on" if kept else "there is no checkpoint yet: begin")
+                + (" from it with --resume-with-changes and a lower --lr" if kept else " anew with a lower --lr")
             )
         seconds = time.perf_counter() - started
         metrics["tokens_per_second"] = (self.state.tokens_seen - tokens) / seconds

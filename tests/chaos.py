@@ -16,6 +16,7 @@ The command line is called as a user would, in a process of its own, forked from
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import math
@@ -23,10 +24,11 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ PLACES: dict[str, list[tuple[Any, str]]] = {
     "at the end": [(outputs, "_write_json"), (run, "export")],
 }
 """Functions, a call of which kills the process: before it does anything, or when it is done."""
+ANYWHERE, IN_BACKGROUND = "at a random moment", "saving in the background"
 
 
 def die() -> None:
@@ -86,10 +89,12 @@ def kill_at(owner: Any, name: str, call: int, *, done: bool) -> None:
 
 
 def save_in_background() -> None:
-    """As if every save took longer than an update."""
+    """As if every save took longer than an update; each says on stderr that it began."""
     write = resume.Saver._write
 
     def slow(self: Any, *args: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            print(IN_BACKGROUND, file=sys.stderr, flush=True)
         write(self, *args)
         self._taken = math.inf
 
@@ -153,19 +158,17 @@ def attempt(flags: list[str], output: Path, prepare: Callable[[], None], after: 
     return code
 
 
-def torment(name: str, folder: Path, kills: int, rng: random.Random) -> Counter[str]:
-    """Kill one scenario's run so often, then let it end; where it was killed. AssertionError where it differs."""
+def torment(name: str, folder: Path, kills: int, rng: random.Random, places: Iterator[str]) -> Counter[str]:
+    """Kill one scenario's run so often, then let it end; where it was killed, and how often it saved in the background.
+    AssertionError where it differs. ``places`` are struck one after another."""
     folder.mkdir(parents=True)
     (folder / "model.json").write_text(json.dumps(TINY))
     flags = ["--model", str(folder / "model.json"), *COMMON.split(), *SCENARIOS[name].split()]
     began = time.monotonic()
     assert attempt(flags, folder / "whole", lambda: None) == 0
     duration, deaths = time.monotonic() - began, Counter[str]()
-    output = folder / "killed"
+    output, killed, where = folder / "killed", 0, next(places)
     for _ in range(20 * kills):
-        if deaths.total() == kills:
-            break
-        where = rng.choice(["at a random moment", *PLACES])
         background = rng.random() < 0.5
         if where in PLACES:
             owner, function = PLACES[where][deaths[where] % len(PLACES[where])]
@@ -180,14 +183,20 @@ def torment(name: str, folder: Path, kills: int, rng: random.Random) -> Counter[
                 save_in_background()
 
         code = attempt(flags, output, prepare, after)
-        deaths[where] += code == -9
-        # It went through without meeting its end, or was over before: it may not have been before its next kill.
-        if code == 0 and (output / "summary.json").exists() and deaths.total() < kills:
+        deaths[IN_BACKGROUND] += IN_BACKGROUND in output.with_suffix(".log").read_text()
+        if code == -9:
+            deaths[where] += 1
+            killed += 1
+            if killed == kills:
+                break
+            where = next(places)
+        # It went through without meeting its end, or was over before: it must not be before its next kill.
+        elif (output / "summary.json").exists():
             compare(folder)
-            os.rename(output, folder / f"killed-{deaths.total()}-{time.monotonic_ns()}")
+            os.rename(output, folder / f"killed-{killed}-{time.monotonic_ns()}")
     assert attempt(flags, output, lambda: None) == 0
     compare(folder)
-    assert deaths.total() == kills, deaths
+    assert killed == kills, deaths
     return deaths
 
 
@@ -237,14 +246,14 @@ def main() -> None:
         print(json.dumps({"runs": every_row(arguments.folder)}))
         return
     rng, total = random.Random(arguments.seed), Counter[str]()
-    share = math.ceil(arguments.kills / len(SCENARIOS))
+    places = itertools.cycle(rng.sample([ANYWHERE, *PLACES], len(PLACES) + 1))
     for i, name in enumerate(SCENARIOS):
-        kills = min(share, arguments.kills - total.total())
-        deaths = torment(name, arguments.folder / str(i), kills, rng)
-        total += deaths
-        print(f"{name}: killed {deaths.total()} times, and ends as the undisturbed run does, bit for bit", flush=True)
-    assert arguments.kills < 100 or total.keys() == {"at a random moment", *PLACES}, total
-    print(json.dumps({"kills": total.total(), **total}))
+        kills = arguments.kills * (i + 1) // len(SCENARIOS) - arguments.kills * i // len(SCENARIOS)
+        total += torment(name, arguments.folder / str(i), kills, rng, places)
+        print(f"{name}: killed {kills} times, and ends as the undisturbed run does, bit for bit", flush=True)
+    assert arguments.kills < len(PLACES) + 1 or total.keys() >= {ANYWHERE, IN_BACKGROUND, *PLACES}, total
+    saved = total.pop(IN_BACKGROUND)
+    print(json.dumps({"kills": total.total(), **total, f"runs {IN_BACKGROUND}": saved}))
 
 
 if __name__ == "__main__":

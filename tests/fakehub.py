@@ -52,14 +52,15 @@ class Fault:
 
 
 class FakeHub(ThreadingHTTPServer):
-    """``with FakeHub(root) as hub`` serves at ``hub.url``; a ``hub.fault`` can be set at any time."""
+    """``with FakeHub(root) as hub`` serves at ``hub.url``; a ``hub.fault``, or another newest ``hub.commit``, can be
+    set at any time."""
 
     daemon_threads = True
 
     def __init__(self, root: Path, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.root, self.url = root, f"http://127.0.0.1:{self.server_port}"
-        self.fault = Fault(times=0)
+        self.fault, self.commit = Fault(times=0), _COMMIT
         self._lock = threading.Lock()
         for repository in (C4, T5):
             (root / repository).mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": "injected"}, fault.status)
         elif match := re.fullmatch(_API + r"(?:/revision/[^/]+)?", path):
             names = [{"rfilename": entry["path"]} for entry in self._entries(match[1], "file")]
-            self._json({"id": match[1], "sha": _COMMIT, "siblings": names, "tags": []} if names else None)
+            self._json({"id": match[1], "sha": self._commit(), "siblings": names, "tags": []} if names else None)
         elif match := re.fullmatch(_API + r"/tree/[^/]+(?:/(.*))?", path):
             deep = parse_qs(urlsplit(self.path).query).get("recursive") in (["true"], ["True"], ["1"])
             prefix = f"{match[2].strip('/')}/" if match[2] else ""
@@ -178,7 +179,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _headers(self, length: int, kind: str) -> None:
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(length))
-        self.send_header("X-Repo-Commit", _COMMIT)
+        self.send_header("X-Repo-Commit", self._commit())
+
+    def _commit(self) -> str:
+        """The one that was asked for, or the newest."""
+        asked = re.search(r"/(?:resolve|revision|tree|paths-info)/([0-9a-f]{40})(?:/|$)", unquote(self.path))
+        return asked[1] if asked else self.server.commit
 
 
 def _digest(path: Path) -> str:

@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 from galore_pretrain import checkpoint
 from galore_pretrain.checkpoint import DamagedError
 from galore_pretrain.errors import InputError
+from galore_pretrain.memory import ran_out
 from galore_pretrain.optim import REGISTRY, build_optimizer
 
 STATE: dict[str, Any] = {"config": {}, "trainer": {}, "counts": {}}
@@ -111,12 +112,18 @@ def test_a_checkpoint_of_another_device_loads(tmp_path: Path) -> None:
     checkpoint.opened(tmp_path / "step_00000002").load(with_gpu)
 
 
+def seal(folder: Path) -> None:
+    """Checksums that fit what is there."""
+    files = [file for file in folder.iterdir() if file.name != "checksums.json"]
+    (folder / "checksums.json").write_text(json.dumps(checkpoint._checksums(files)))
+
+
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"checksums\.json is absent"):
         checkpoint.opened(tmp_path)
     for content in ("{", "", "{}", "[]", '{"config": {}, "trainer": [], "counts": {}}', "[" * 200_000):
         (tmp_path / "state.json").write_text(content)
-        (tmp_path / "checksums.json").write_text(json.dumps(checkpoint._checksums(tmp_path)))
+        seal(tmp_path)
         with pytest.raises(DamagedError, match=str(tmp_path)):
             checkpoint.opened(tmp_path)
 
@@ -159,7 +166,7 @@ def test_a_damaged_checkpoint_never_loads_silently_wrong(two: Path, data: st.Dat
         elif how == "remove":
             file.unlink()
         elif how == "add":
-            (newest / data.draw(st.sampled_from(["a.safetensors", ".metadata", "x.json"]))).write_bytes(content)
+            (newest / data.draw(st.sampled_from(["a.safetensors", "model-00001.safetensors"]))).write_bytes(content)
         else:
             other = data.draw(st.sampled_from(files))
             theirs = other.read_bytes()
@@ -214,18 +221,53 @@ def test_without_a_sound_checkpoint_nothing_is_begun_anew(two: Path, tmp_path: P
     assert len(list(root.iterdir())) == 2
 
 
+def test_what_others_leave_in_a_checkpoint_is_no_damage(two: Path, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    shutil.copytree(two, root)
+    (root / "step_00000002" / ".DS_Store").write_bytes(b"Bud1")
+    (root / "step_00000002" / ".cache").mkdir()
+    assert checkpoint.newest(root, set_aside=True).state["step"] == 2  # type: ignore[union-attr]
+
+
+def test_everything_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power could leave a name without its content."""
+    done: list[tuple[str, str]] = []
+    sync, replace = checkpoint.sync, os.replace
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (done.append(("sync", path.name)), sync(path)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(("name", Path(b).name)), replace(a, b)))
+    folder = checkpoint.folder_of(tmp_path / "checkpoints", 3)
+    checkpoint.save(folder, {"a": torch.ones(2)}, STATE)
+    named = done.index(("name", folder.name))
+    before, after = {name for _, name in done[:named]}, {name for _, name in done[named:]}
+    assert before >= {file.name for file in folder.iterdir()} | {folder.name + ".partial", tmp_path.name}
+    assert "checkpoints" in after
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 2 bytes")])
+def test_no_memory_to_load_is_no_fault_of_the_checkpoint(
+    error: Exception, two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageReader, "read_data", fail)
+    with pytest.raises(type(error)) as raised:
+        checkpoint.opened(two / "step_00000002").load({f"model.{i}": torch.zeros(40) for i in range(6)})
+    assert ran_out(raised.value)
+
+
 def test_what_cannot_be_read_now_is_not_called_damaged(
     two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "checkpoints"
     shutil.copytree(two, root)
 
-    def stale(folder: Path) -> dict[str, str]:
+    def stale(files: Any) -> dict[str, str]:
         raise OSError(116, "Stale file handle")
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_checksums", stale)
-        with pytest.raises(InputError, match=r"cannot be read \(Stale file handle\); try again") as error:
+        with pytest.raises(InputError, match=r"cannot be read \(Stale file handle\); try again, or rename it") as error:
             checkpoint.newest(root, set_aside=True)
     assert not isinstance(error.value, DamagedError)
     assert checkpoint.newest(root, set_aside=True).state["step"] == 2  # type: ignore[union-attr]
@@ -252,7 +294,7 @@ def test_a_pickle_is_never_executed(two: Path, tmp_path: Path, monkeypatch: pyte
             shutil.copytree(two / "step_00000002", folder)
             file = sorted(folder.glob("*.safetensors"))[0] if name == "tensors" else folder / name
             file.write_bytes(content)
-            (folder / "checksums.json").write_text(json.dumps(checkpoint._checksums(folder)))
+            seal(folder)
             tensors = {f"model.{i}": torch.zeros(40) for i in range(6)}
             with contextlib.suppress(InputError):
                 checkpoint.opened(folder).load(tensors)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galore_pretrain import checkpoint
@@ -229,6 +230,76 @@ def test_resume_refuses_what_would_compute_something_else(tiny_config: str, fini
     assert "--lr 0.02 (was 0.01)" in result.stderr
     assert "--batch-size" not in result.stderr
     assert run(tiny_config, finished, "--resume", "never").returncode == 2
+
+
+def test_changes_can_be_insisted_on(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """Of options and of the text, from the checkpoint of a folder that is left as it is; what computes the same may
+    change without."""
+    begun = finished / "checkpoints" / "step_00000008"
+    other = tmp_path / "text.jsonl"
+    other.write_text("".join(json.dumps({"text": f"{i} other words"}) + "\n" for i in range(300)))
+    changed = ("--resume", str(begun), "--lr", "0.02", "--data", str(other), "--tokenizer", "sample")
+    refused = run(tiny_config, tmp_path / "run", *changed)
+    assert refused.returncode == 2
+    assert "--lr 0.02 (was 0.01)" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    insisted = run(tiny_config, tmp_path / "run", *changed, "--resume-with-changes")
+    assert insisted.returncode == 0, insisted.stderr
+    assert "at update 8" in insisted.stderr
+    assert lines(tmp_path / "run")[0]["lr"] > lines(finished)[8]["lr"]
+    alike = run(
+        tiny_config, tmp_path / "alike", "--resume", str(begun), "--activation-checkpointing", "--batch-size", "2"
+    )
+    assert alike.returncode == 0, alike.stderr
+    expected = lines(finished)[8:]
+    assert [line["step"] for line in lines(tmp_path / "alike")] == [9, 10, 11, 12]
+    for ours, theirs in zip(lines(tmp_path / "alike"), expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    (tmp_path / "run" / "summary.json").unlink()
+    another = run(tiny_config, tmp_path / "run", "--optim", "natural_galore", "--resume-with-changes")
+    assert another.returncode == 2, another.stderr
+    assert "another model or optimizer" in another.stderr
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_the_same_command_goes_on_from_what_it_began_with(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """``--resume PATH``, stopped and given again, as a cluster does; nothing else may take its place."""
+    begun = str(finished / "checkpoints" / "step_00000008")
+    done = run(tiny_config, tmp_path / "run", "--resume", begun, "--save-every", "1")
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path / "run") == lines(finished)[8:]
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
+    again = run(tiny_config, tmp_path / "run", "--resume", begun, "--save-every", "1")
+    assert again.returncode == 0, again.stderr
+    assert "at update 11" in again.stderr
+    assert lines(tmp_path / "run") == lines(finished)[8:]
+    shutil.copytree(begun, tmp_path / "step_00000008")
+    other = run(tiny_config, tmp_path / "run", "--resume", str(tmp_path / "step_00000008"))
+    assert other.returncode == 2
+    assert "would be overtaken" in other.stderr
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = sorted(tmp_path.rglob("*"))
+    refused = run(tiny_config, tmp_path / "run")
+    assert refused.returncode == 2
+    assert "holds a finished run without its checkpoints" in refused.stderr
+    assert sorted(file for file in tmp_path.rglob("*") if file.name != ".lock") == [
+        file for file in before if file.name != ".lock"
+    ]
+
+
+def test_ten_updates_that_are_skipped_end_a_run_and_their_rows_are_kept(tiny_config: str, tmp_path: Path) -> None:
+    ended = run(tiny_config, tmp_path / "run", "--max-loss", "0.001")
+    assert ended.returncode == 1
+    assert "10 updates in a row" in ended.stderr.splitlines()[-1]
+    kept = sorted((tmp_path / "run" / "skipped").iterdir())
+    assert [file.name for file in kept] == [f"update_{n:08}.safetensors" for n in range(1, 11)]
+    assert load_file(kept[0])["input_ids"].shape == (4, 48)
 
 
 @pytest.mark.parametrize("numerics", ["sound", "reference"])

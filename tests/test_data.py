@@ -2,11 +2,14 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from hypothesis import strategies as st
 
 from galore_pretrain.data import IGNORE, Documents, Position, TokenRows, TrainingData, validation_rows
 from galore_pretrain.errors import InputError
-from galore_pretrain.sources import BadData, LocalFiles, open_source
+from galore_pretrain.sources import BadData, LocalFiles, Tally, open_source
 
 
 class Letters:
@@ -41,6 +44,7 @@ class Lists:
 
     def __init__(self, shards: list[list[str]]) -> None:
         self._documents, self.shards = shards, [f"shard {i}" for i in range(len(shards))]
+        self.bad_data = BadData()
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
         return iter(list(enumerate(self._documents[shard], 1))[start:])
@@ -271,6 +275,99 @@ def test_bad_rows_of_parquet_and_lines_of_txt_are_left_out(tmp_path: Path) -> No
     assert [text for _, text in rows] == [text for text in texts if text]
     assert list(LocalFiles([tmp_path / "a.parquet"], BadData("skip")).read(0, rows[599][0])) == rows[600:]
     assert "".join(everything(LocalFiles([tmp_path / "b.txt"], BadData("skip")))).count("a line") == 600
+
+
+def test_rows_that_cannot_be_decoded_are_left_out_together(tmp_path: Path) -> None:
+    path, texts = tmp_path / "a.parquet", [f"row {i} {'x' * 50}" for i in range(2000)]
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=10, compression="none", use_dictionary=False)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(100).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset : column.data_page_offset + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.parquet rows 1001 to 1010 cannot be read \("):
+        everything(LocalFiles([path]))
+    read = list(LocalFiles([path], BadData("skip")).read(0, 0))
+    assert [text for _, text in read] == texts[:1000] + texts[1010:]
+    assert list(LocalFiles([path], BadData("skip")).read(0, 1005)) == read[1000:]
+
+
+class Stale(io.BufferedReader):
+    """A file of a network's file system, which fails so many times after its beginning."""
+
+    left = 0
+
+    def read1(self, size: int = -1) -> bytes:
+        if self.tell() and Stale.left:
+            Stale.left -= 1
+            raise OSError(116, "Stale file handle")
+        return super().read1(size // 64)
+
+
+@pytest.mark.parametrize(("failures", "name"), [(3, "a.jsonl"), (5, "a.jsonl"), (3, "b.txt")])
+def test_an_error_of_the_system_is_no_fault_of_the_text(
+    failures: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried again, and nothing is left out for it."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    path = tmp_path / name
+    path.write_bytes(b"\n".join(lines_of(SOUND)) if name == "a.jsonl" else (b"a line\n" * 200 + b"\n") * 9)
+    undisturbed, source = everything(LocalFiles([path])), LocalFiles([path], BadData("skip"))
+    monkeypatch.setattr(Path, "open", lambda self, mode: Stale(io.FileIO(self)))
+    monkeypatch.setattr(Stale, "left", failures)
+    if failures == 3:
+        assert everything(source) == undisturbed
+        assert caplog.text.count("(Stale file handle): trying again") == 3
+    else:
+        with pytest.raises(InputError, match=r"a\.jsonl cannot be read after document \d+ \(Stale file handle\)"):
+            everything(source)
+    assert source.bad_data.tally.bad == 0
+
+
+def test_no_memory_is_no_fault_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise pyarrow.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", fail)
+    with pytest.raises(MemoryError):
+        everything(LocalFiles([tmp_path / "a.parquet"], BadData("skip")))
+
+
+def test_a_resumed_run_has_the_counts_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an undisturbed run passes, one that was stopped anywhere passes."""
+    monkeypatch.setattr("galore_pretrain.data.BLOCK", 100)
+    lines = lines_of(SOUND)
+    lines[2000:2000] = [b"{"] * 20
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    files = [tmp_path / "a.jsonl"]
+
+    def documents(start: Position) -> list[tuple[str, Position]]:
+        stream = islice(Documents(LocalFiles(files, BadData("skip")), 0, start), 2990)
+        return [(text, after) for _, text, after in stream]
+
+    whole = documents(Position())
+    assert whole[-1][1].tally == Tally(2900, 20)
+    for stop in (1, 1950, 1999, 2000, 2001, 2050, 2500):
+        start = Position.of(json.loads(json.dumps(whole[stop - 1][1].state_dict())))
+        assert documents(start)[: 2990 - stop] == whole[stop:]
+    with pytest.raises(InputError, match=r"of .* documents cannot be read"):  # without them
+        documents(replace(whole[1949][1], tally=Tally()))
+
+
+def test_files_are_known_again(tmp_path: Path) -> None:
+    """By name, size, and both ends: text that was shuffled or exchanged is noticed."""
+    path = tmp_path / "a.jsonl"
+    lines = lines_of([f"document {i:05}" for i in range(20_000)])
+    path.write_bytes(b"\n".join(lines))
+    before = LocalFiles([path]).fingerprint
+    assert LocalFiles([path]).fingerprint == before
+    for a, b in ((0, 1), (-1, -2)):
+        lines[a], lines[b] = lines[b], lines[a]
+        path.write_bytes(b"\n".join(lines))
+        assert LocalFiles([path]).fingerprint != before
+        lines[a], lines[b] = lines[b], lines[a]
 
 
 def test_what_lies_before_a_position_is_not_read(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -20,8 +22,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fakehub import C4, FakeHub, Fault
+from runs import lines
 
 pytestmark = pytest.mark.network
 
@@ -141,12 +146,12 @@ source = HubDataset("allenai/c4", "en", "train")
 
 def documents(position, count):
     found = islice(data.Documents(source, 7, position), count)
-    return [[text, vars(after)] for _, text, after in found]
+    return [[text, after.state_dict()] for _, text, after in found]
 
 
 whole = documents(data.Position(), 1200)
 stops = (100, 128, 500, 900, 1100)
-print(json.dumps([whole, {k: documents(data.Position(**whole[k - 1][1]), 1200 - k) for k in stops}]))
+print(json.dumps([whole, {k: documents(data.Position.of(whole[k - 1][1]), 1200 - k) for k in stops}]))
 """
 
 
@@ -202,39 +207,77 @@ def test_goes_on_at_the_same_document_when_the_hub_fails(fault: Fault, tmp_path:
 
 
 IMPATIENT = """
-import sys
+import os, signal, sys
 from huggingface_hub.utils import http_backoff
-from galore_pretrain import cli, data, sources
+from galore_pretrain import cli, data, sources, trainer
 
 http_backoff.__kwdefaults__["max_retries"] = 0
 data.BLOCK, sources._PATIENCE, sources._LONGEST = 64, 2, 0.5
+advance = trainer.Trainer._advance
+def deadly(self, batches):
+    if self.state.step == int(os.environ.get("KILL_AT", -1)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    advance(self, batches)
+trainer.Trainer._advance = deadly
 sys.argv = ["galore-pretrain", *sys.argv[1:]]
 cli.main()
 """
 
 
-def test_an_outage_without_end_stops_with_a_checkpoint(hub: FakeHub, tmp_path: Path) -> None:
-    """The second of three shards cannot be had: what was trained on the first is saved, and when the hub is back the
-    run goes on as if it had never been away."""
-    flags = "--model llama_1m --data c4 --steps 100 --total-batch-size 4 --max-length 16 --eval-tokens 500 --rank 4"
-    arguments = f"{flags} --dtype float32 --save-every 1000 --eval-every 40 --output".split()
+@pytest.mark.parametrize("layout", ["pad", "pack"])
+def test_a_run_on_c4_goes_on_bit_for_bit(layout: str, hub: FakeHub, tmp_path: Path, texts: Texts) -> None:
+    """First the second of three shards cannot be had: what was trained on the first is saved, with a clear error. When
+    the hub is back, with a newer commit too, the run goes on, is killed, and goes on, as if nothing had happened."""
+    flags = f"--model llama_1m --data c4 --steps 90 --total-batch-size 4 --max-length 64 --eval-tokens 500 --rank 4 \
+        --layout {layout} --layerwise --batch-size 2 --dtype float32 --save-every 75 --eval-every 40 --output"
+    for number, shard in enumerate(texts["train"]):
+        _write_shard(tmp_path / "hub", "train", number, shard if layout == "pad" else [text[:200] for text in shard])
     order = np.random.default_rng([0, 0]).permutation(3).tolist()
     hub.fault = Fault(times=10**6, status=503, suffix=f"c4-train.{order[1]:05}.json.gz")
-    cut = _python(tmp_path, "-c", IMPATIENT, *arguments, "run", HF_ENDPOINT=hub.url)
+
+    def train(output: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return _python(tmp_path, "-c", IMPATIENT, *flags.split(), output, HF_ENDPOINT=hub.url, **environment)
+
+    cut = train("run")
     assert cut.returncode == 2, cut.stderr
     assert re.search(r"Error: --data: allenai/c4 train shard \d cannot be read from the hub \(.*503", cut.stderr)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert 40 < len(lines) <= 75
-    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{len(lines):08}"]
+    trained = len(lines(tmp_path / "run"))
+    assert 30 < trained < 85
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{trained:08}"]
     hub.fault = Fault(times=0)
-    for output in ("run", "undisturbed"):
-        done = _python(tmp_path, "-c", IMPATIENT, *arguments, output, HF_ENDPOINT=hub.url)
-        assert done.returncode == 0, done.stderr
-    cut_lines, whole = ((tmp_path / output / "metrics.jsonl").read_text() for output in ("run", "undisturbed"))
-    keys = ("step", "loss", "lr", "tokens_seen", "eval_loss")
-    assert [[json.loads(x).get(k) for k in keys] for x in cut_lines.splitlines()] == [
-        [json.loads(x).get(k) for k in keys] for x in whole.splitlines()
-    ]
+    undisturbed = train("undisturbed")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    hub.commit = "0" * 40  # somebody has edited the data set's card
+    assert train("run", KILL_AT="86").returncode == -signal.SIGKILL
+    again = train("run")
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stderr
+    assert lines(tmp_path / "run") == lines(tmp_path / "undisturbed")
+    ours, theirs = (load_file(tmp_path / o / "model" / "model.safetensors") for o in ("run", "undisturbed"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+
+
+def test_a_hub_that_is_gone_for_a_while(tmp_path: Path) -> None:
+    """It drops the connection in the middle of a shard, and for three seconds nothing listens at its address."""
+    rng = random.Random(0)
+    large = [rng.randbytes(10_000).hex() for _ in range(1200)]
+    size = _write_shard(tmp_path / "hub", "train", 0, large).stat().st_size
+    _write_shard(tmp_path / "hub", "validation", 0, ["validation"])
+    found: list[Any] = []
+    with FakeHub(tmp_path / "hub") as hub:
+        hub.fault = Fault(times=1, at=size * 3 // 4)
+        reader = threading.Thread(
+            target=lambda: found.append(_result(tmp_path, hub, READ_LARGE, HF_HUB_DOWNLOAD_TIMEOUT="3"))
+        )
+        reader.start()
+        while hub.fault.times and reader.is_alive():
+            time.sleep(0.01)
+    time.sleep(3)
+    with FakeHub(tmp_path / "hub", hub.server_port):
+        reader.join()
+    ((read, stderr),) = found
+    assert read == [[n, zlib.crc32(text.encode())] for n, text in enumerate(large, 1)]
+    assert "refused" in stderr
 
 
 def test_bad_documents_of_the_hub_are_named_or_left_out(hub: FakeHub, tmp_path: Path) -> None:

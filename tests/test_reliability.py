@@ -34,7 +34,7 @@ from galore_pretrain.trainer import TrainState
 from runs import command, lines, run
 
 AFTER_IMPORTS = """
-import os, resource, signal, sys
+import os, resource, signal, sys, time
 from galore_pretrain import checkpoint, cli, memory, resume, run, trainer
 {}
 sys.argv = ["galore-pretrain", *sys.argv[1:]]
@@ -81,6 +81,15 @@ run.JsonLines.log = fill
     again = run(tiny_config, output)
     assert again.returncode == 0, again.stderr
     assert_same(output, finished)
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """A sweep's run logs into its folder, so its log fills the disk that its checkpoints are on."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command(tiny_config, tmp_path / "run"), stderr=full, timeout=300, check=False)
+        refused = subprocess.run(command("nowhere", tmp_path / "no"), stderr=full, timeout=300, check=False)
+    assert (done.returncode, refused.returncode) == (0, 2)
+    assert_same(tmp_path / "run", finished)
 
 
 class FullFile:
@@ -183,11 +192,13 @@ def test_every_so_many_are_kept(tiny_config: str, tmp_path: Path) -> None:
     assert sorted(int(f.name[5:]) for f in (tmp_path / "kept" / "checkpoints").iterdir()) == [5, 10, 12]
 
 
-def _saver(build_tiny: Callable[..., LlamaForCausalLM], output: Path) -> tuple[resume.Saver, Any, TrainState]:
+def _saver(
+    build_tiny: Callable[..., LlamaForCausalLM], output: Path, extra: Callable[[], dict[str, Any]] = dict
+) -> tuple[resume.Saver, Any, TrainState]:
     model, state = build_tiny(), TrainState(step=3)
     optimizer = build_optimizer(model, "galore_adamw8bit", lr=0.1, rank=4)
     config = RunConfig(model="-", output=str(output), keep=2)
-    return resume.Saver(config, model, optimizer, state), model, state
+    return resume.Saver(config, model, optimizer, state, extra), model, state
 
 
 def test_a_slow_save_goes_on_in_the_background(
@@ -207,18 +218,18 @@ def test_a_slow_save_goes_on_in_the_background(
     for room, in_background in ((2**40, True), (0, False)):
         monkeypatch.setattr(resume, "spare_bytes", lambda room=room: room)
         may_write.set()
-        saver.save({})
+        saver.save()
         assert saver.saved_step == state.step
         before, state.step = weight.detach().clone(), state.step + 1
         saver._taken = math.inf
         if in_background:
             may_write.clear()
-        saver.save({})
+        saver.save()
         with torch.no_grad():
             weight.mul_(2)
-        assert (saver.saved_step < state.step) == in_background
+        assert (saver.saved_step < state.step) == in_background  # type: ignore[operator]
         may_write.set()
-        saver.finish(tmp_path)
+        saver.finish()
         assert saver.saved_step == state.step
         found = checkpoint.opened(checkpoint.folder_of(tmp_path / "checkpoints", state.step))
         saved = torch.empty_like(weight)
@@ -232,17 +243,52 @@ def test_a_save_that_fails_in_the_background_is_told(
     build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     saver, _, state = _saver(build_tiny, tmp_path)
-    saver.save({})
+    saver.save()
     saver._taken, state.step = 1e9, 4
+    tries = []
 
-    def full(*_: Any) -> None:
-        raise checkpoint.NotWrittenError("No space left on device")
+    def full(*given: Any) -> None:
+        tries.append(given)
+        if len(tries) < 3:
+            raise checkpoint.NotWrittenError("No space left on device")
 
     monkeypatch.setattr(checkpoint, "save", full)
-    saver.save({})
+    saver.save()
     with pytest.raises(TrainingFailedError, match=r"update 4 could not be saved .* goes on from update 3"):
-        saver.finish(tmp_path)
+        saver.finish()
     assert "the checkpoint of update 4 cannot be written (No space left on device)" in caplog.text
+    saver.finish()  # which tries again
+    assert (len(tries), saver.saved_step) == (3, 4)
+
+
+def test_no_checkpoint_without_the_lines_before_it(
+    build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would remember lines of metrics.jsonl that are not there."""
+
+    def full() -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    saver, _, state = _saver(build_tiny, tmp_path, full)
+    saver.save()
+    assert saver.saved_step is None
+    assert not (tmp_path / "checkpoints").exists()
+    assert f"the checkpoint of update {state.step} cannot be written (No space left on device)" in caplog.text
+
+
+def test_what_is_saved_among_skipped_updates_pushes_out_no_other(
+    build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    saver, _, state = _saver(build_tiny, tmp_path)
+    for step, skipped in ((1, 0), (2, 0), (3, 1), (4, 2)):
+        state.step, state.skipped = step, skipped
+        saver.save()
+        saver.wait()
+    assert sorted(int(f.name[5:]) for f in (tmp_path / "checkpoints").iterdir()) == [1, 2, 3, 4]
+    state.step, state.skipped = 5, 0
+    saver.save()
+    saver.wait()
+    assert sorted(int(f.name[5:]) for f in (tmp_path / "checkpoints").iterdir()) == [4, 5]
 
 
 def test_bad_text_stops_with_a_checkpoint_and_can_be_left_out(tiny_config: str, tmp_path: Path) -> None:
@@ -319,14 +365,44 @@ def test_a_second_signal_ends_at_once(tiny_config: str, finished: Path, tmp_path
     send = """
 def hanging(path):
     if "step_00000008" in str(path):
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for pause in (0, 0, 1.2):
+            time.sleep(pause)
+            print(f"signal after {pause} s", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 checkpoint.sync = hanging
 """
     output = tmp_path / "hurried"
     stopped = run_with(send, tiny_config, output)
-    assert stopped.returncode == -15
-    assert run(tiny_config, output).returncode == 0
+    assert stopped.returncode == 143
+    assert stopped.stderr.count("signal after") == 3  # the second at once, which is the first's echo
+    found = checkpoint.newest(output / "checkpoints", set_aside=False)
+    assert found is not None
+    assert found.state["trainer"]["step"] == 4
+    again = run(tiny_config, output)
+    assert again.returncode == 0, again.stderr
+    assert "at update 4" in again.stderr
+    assert_same(output, finished)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_in_the_middle_of_an_update(name: str, tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """The update is completed and saved."""
+    send = f"""
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+step, sent = trainer.Trainer.train_step, []
+def signalling(self, batch):
+    if self.state.step == 5 and not sent:
+        sent.append(os.kill(os.getpid(), signal.{name}))
+    return step(self, batch)
+trainer.Trainer.train_step = signalling
+"""
+    output = tmp_path / "signalled"
+    stopped = run_with(send, tiny_config, output)
+    assert stopped.returncode == {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}[name], stopped.stderr
+    assert "stopped after update 6; the same command" in stopped.stderr
+    again = run(tiny_config, output)
+    assert "at update 6" in again.stderr
     assert_same(output, finished)
 
 
@@ -403,8 +479,10 @@ def test_wandb_that_hangs_is_left_behind(
     assert Wandb.is_stuck
     caplog.clear()
     monkeypatch.setattr(metrics, "_WAITING", 5)
+    monkeypatch.setattr(Wandb, "is_stuck", False)
     assert _logged(FakeWandb(seconds=30), tmp_path, monkeypatch, 100) < 15
     assert caplog.text.count("wandb is off from step") == 1
+    assert Wandb.is_stuck  # its thread is, though nothing is logged any more
 
 
 def test_a_stopped_wandb_service_does_not_keep_the_process(tiny_config: str, finished: Path, tmp_path: Path) -> None:

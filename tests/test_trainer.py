@@ -24,6 +24,7 @@ from galore_pretrain.model import mean_loss
 from galore_pretrain.optim import build_optimizer
 from galore_pretrain.schedule import Schedule
 from galore_pretrain.trainer import MAX_SKIPPED, Trainer, TrainState
+from runs import MEASURED
 
 
 class Recorder:
@@ -34,6 +35,21 @@ class Recorder:
         self.lines.append({"step": step, **metrics})
 
     def close(self) -> None: ...
+
+
+class Kept:
+    """Remembers of which updates checkpoints were asked for, each once."""
+
+    def __init__(self, state: TrainState, steps: list[int]) -> None:
+        self.state, self.steps = state, steps
+
+    @property
+    def saved_step(self) -> int | None:
+        return self.steps[-1] if self.steps else None
+
+    def save(self) -> None:
+        if self.saved_step != self.state.step:
+            self.steps.append(self.state.step)
 
 
 def batches() -> Iterator[Batch]:
@@ -51,8 +67,8 @@ def build(model: LlamaForCausalLM, steps: int, layerwise: bool) -> tuple[Trainer
         execution=Layerwise(optimizer) if layerwise else GlobalStep(optimizer, 0.0),
         after_update=lambda step: None,
         schedule=Schedule(lr=0.01, steps=steps, warmup_steps=1),
-        evaluate=lambda: Evaluation(1.0, 2.7, 2.7, 10), save=lambda: saved.append(state.step),
-        set_aside=lambda step, batch, loss: None, max_loss=math.inf,
+        evaluate=lambda: Evaluation(1.0, 2.7, 2.7, 10), checkpoints=Kept(state, saved),
+        keep_rows=lambda step, batch, loss: None, max_loss=math.inf,
         loggers=[lines], state=state, batch_size=2, eval_every=1000, save_every=2, mean_of_means=False,
         device=torch.device("cpu"),
     )  # fmt: skip
@@ -102,7 +118,8 @@ def test_a_run_stops_after_so_many_in_a_row(
 ) -> None:
     break_losses(monkeypatch, lambda call: call > 3 and call != 8)
     trainer, lines, saved = build(build_tiny(), 100, layerwise)
-    with pytest.raises(TrainingFailedError, match=f"{MAX_SKIPPED} updates in a row, up to {8 + MAX_SKIPPED}"):
+    told = rf"{MAX_SKIPPED} updates in a row, up to {8 + MAX_SKIPPED}, .* the checkpoint of update 8 is kept: go on"
+    with pytest.raises(TrainingFailedError, match=told):
         trainer.fit()
     assert len(lines.lines) == 8 + MAX_SKIPPED - 1
     assert saved == [2, 8]
@@ -114,7 +131,7 @@ def test_gradients_that_are_not_finite_are_counted_and_stop_a_run(
     model = build_tiny()
     trainer, lines, _ = build(model, 100, layerwise=False)
     model.lm_head.weight.register_hook(lambda grad: grad * torch.nan)
-    with pytest.raises(TrainingFailedError, match="loss or gradient"):
+    with pytest.raises(TrainingFailedError, match=r"loss or gradient .*; there is no checkpoint yet: begin anew"):
         trainer.fit()
     assert [line["skipped_tensors"] for line in lines.lines] == [1] * (MAX_SKIPPED - 1)
 
@@ -132,7 +149,7 @@ def test_a_loss_beyond_the_guard_is_skipped_and_set_aside(
     trainer, lines, saved = build(build_tiny(), 100, layerwise=True)
     kept: list[tuple[int, Batch, float]] = []
     trainer.max_loss = 50.0
-    trainer.set_aside = lambda *given: kept.append(given)
+    trainer.keep_rows = lambda *given: kept.append(given)
     with pytest.raises(TrainingFailedError, match="or exceeded --max-loss 50"):
         trainer.fit()
     assert [step for step, _, _ in kept] == [4, *range(7, 7 + MAX_SKIPPED)]
@@ -195,9 +212,8 @@ def test_an_evaluation_that_a_signal_ends_is_made_when_the_run_goes_on(
     again.state.load_state_dict(json.loads(json.dumps(stopped.state.state_dict())))
     again.batches, again.eval_every = islice(batches(), 3, None), 3
     assert again.fit()
-    timed = {"tokens_per_second", "peak_memory_bytes", "process_peak_bytes"}
-    both = [{k: v for k, v in line.items() if k not in timed} for line in lines.lines + rest.lines]
-    assert both == [{k: v for k, v in line.items() if k not in timed} for line in undisturbed.lines]
+    both = [{k: v for k, v in line.items() if k not in MEASURED} for line in lines.lines + rest.lines]
+    assert both == [{k: v for k, v in line.items() if k not in MEASURED} for line in undisturbed.lines]
 
 
 @contextlib.contextmanager
