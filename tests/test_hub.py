@@ -209,10 +209,11 @@ def test_goes_on_at_the_same_document_when_the_hub_fails(fault: Fault, tmp_path:
 IMPATIENT = """
 import os, signal, sys
 from huggingface_hub.utils import http_backoff
-from galore_pretrain import cli, data, sources, trainer
+from galore_pretrain import cli, data, run, sources, trainer
 
 http_backoff.__kwdefaults__["max_retries"] = 0
 data.BLOCK, sources._PATIENCE, sources._LONGEST = 64, 2, 0.5
+run._planned_peak = lambda *_: None  # half the time of so small a run
 advance = trainer.Trainer._advance
 def deadly(self, batches):
     if self.state.step == int(os.environ.get("KILL_AT", -1)):
@@ -231,7 +232,7 @@ def test_a_run_on_c4_goes_on_bit_for_bit(layout: str, hub: FakeHub, tmp_path: Pa
     flags = f"--model llama_1m --data c4 --steps 90 --total-batch-size 4 --max-length 64 --eval-tokens 500 --rank 4 \
         --layout {layout} --layerwise --batch-size 2 --dtype float32 --save-every 75 --eval-every 40 --output"
     for number, shard in enumerate(texts["train"]):
-        _write_shard(tmp_path / "hub", "train", number, shard if layout == "pad" else [text[:200] for text in shard])
+        _write_shard(tmp_path / "hub", "train", number, shard if layout == "pad" else [text[:120] for text in shard])
     order = np.random.default_rng([0, 0]).permutation(3).tolist()
     hub.fault = Fault(times=10**6, status=503, suffix=f"c4-train.{order[1]:05}.json.gz")
 
@@ -243,7 +244,7 @@ def test_a_run_on_c4_goes_on_bit_for_bit(layout: str, hub: FakeHub, tmp_path: Pa
     assert re.search(r"Error: --data: allenai/c4 train shard \d cannot be read from the hub \(.*503", cut.stderr)
     trained = len(lines(tmp_path / "run"))
     assert 30 < trained < 85
-    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{trained:08}"]
+    assert (tmp_path / "run" / "checkpoints" / f"step_{trained:08}").is_dir()
     hub.fault = Fault(times=0)
     undisturbed = train("undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr
