@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, which colour-blind readers tell apart; a method has the same one in every picture.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -198,15 +199,16 @@ def _perplexity_against_memory(
             else max(line["peak_memory_bytes"] for line in run.lines)
             for run in over
         ]
-        points.append((label, max(size) / 2**20, [run.evaluations[-1]["eval_perplexity"] for run in over]))
+        values = [run.evaluations[-1]["eval_perplexity"] for run in over]
+        points.append((label, max(size) / 2**20, math.exp(loss.mean), values))
     if not points:
         return None
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, size, values in points:
-        middle = sorted(values)[len(values) // 2]
+    for label, size, mean, values in points:
+        spread = [[max(0.0, mean - min(values))], [max(0.0, max(values) - mean)]]  # of one seed, rounding is left
         axes.errorbar(
-            size, middle, yerr=[[middle - min(values)], [max(values) - middle]], fmt="o", capsize=3, label=label,
+            size, mean, yerr=spread, fmt="o", capsize=3, label=label,
             color=styles[label].colour, markerfacecolor="white" if styles[label].line != "-" else None,
         )  # fmt: skip
     what = "weights and optimizer state" if known else "peak memory"
