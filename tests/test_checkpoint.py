@@ -28,12 +28,13 @@ from galore_pretrain.optim import REGISTRY, build_optimizer
 STATE: dict[str, Any] = {"config": {}, "trainer": {}, "counts": {}}
 
 
+@pytest.mark.parametrize("numerics", ["sound", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("row", REGISTRY)
 def test_tensors_come_back_bitwise_in_their_dtypes(
-    row: str, dtype: torch.dtype, build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Path
+    row: str, dtype: torch.dtype, numerics: str, build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
-    options = {"rank": 4} if "galore" in row else {}
+    options: dict[str, Any] = {"numerics": numerics} | ({"rank": 4} if "galore" in row else {})
     model, other = build_tiny(dtype=dtype, seed=1), build_tiny(dtype=dtype, seed=2)
     optimizer, fresh = (build_optimizer(m, row, lr=0.1, **options) for m in (model, other))
     for p in model.parameters():

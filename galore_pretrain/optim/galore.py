@@ -77,9 +77,14 @@ class GaLore:
                 stacklevel=2,
             )
         r = min(self.rank, m, n)
-        state = {"left_basis": like.new_zeros(m, r)} if left else {}
-        state |= {"right_basis": like.new_zeros(r, n)} if right else {}
+        state = {"left_basis": self._basis_zeros(like, m, r)} if left else {}
+        state |= {"right_basis": self._basis_zeros(like, r, n)} if right else {}
         return state | self.inner.init(like.new_empty(r if left else m, r if right else n))
+
+    def _basis_zeros(self, like: Tensor, rows: int, columns: int) -> Tensor:
+        """As ``published``, a basis lies column by column, as LAPACK leaves it: on some processors a product has other
+        last bits if its factor lies otherwise."""
+        return like.new_zeros(columns, rows).T if self.published else like.new_zeros(rows, columns)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         self.start(state, step)
