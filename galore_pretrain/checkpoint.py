@@ -45,10 +45,13 @@ class NotWrittenError(Exception):
 
 
 def named_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of the run under its name, as a live reference: weights, optimizer state, torch's random state."""
+    """Every tensor of the run under its name, as a live reference: weights, optimizer state, torch's random state.
+    A matrix that lies column by column is there as its transpose, since files hold rows."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, state in _named_state(optimizer):
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value if value.is_contiguous() else value.T
     tensors["random.cpu"] = torch.get_rng_state()
     if (device := next(model.parameters()).device).type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
