@@ -47,7 +47,7 @@ class NotWrittenError(Exception):
 def named_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of the run under its name, as a live reference: weights, optimizer state, torch's random state.
     A matrix that lies column by column is there as its transpose, since files hold rows."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors = model_tensors(model)
     for name, state in _named_state(optimizer):
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -56,6 +56,12 @@ def named_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> d
     if (device := next(model.parameters()).device).type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     return tensors
+
+
+def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights, each once: embeddings that are tied to the head have one name. No model here has other tensors that
+    are not computed."""
+    return {f"model.{name}": value.detach() for name, value in model.named_parameters()}
 
 
 def named_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:

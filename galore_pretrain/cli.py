@@ -162,6 +162,8 @@ def sweep(
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
     if not {"steps", "max_tokens"} & given.keys():
         given |= own_length(kind, model)
+    if kind == "lr" and "lr" in given:
+        raise InputError(f"--lr {given['lr']:g}: sweep lr has a grid of its own; leave it out")
     lines = entries(kind, model, given.pop("optim", None))
     first = given.pop("seed", None) or 0
     try:

@@ -42,8 +42,8 @@ class JsonLines:
         self._file = path.open("ab", buffering=0)
         if self._file.tell() < size:
             log.warning("%s is shorter than the checkpoint remembers; its end is missing", path)
-        else:
-            self._file.truncate(size)
+            size = path.read_bytes().rfind(b"\n") + 1  # without the line that is cut
+        self._file.truncate(size)
         self._size = self._file.seek(0, os.SEEK_END)
 
     def log(self, metrics: Metrics, step: int) -> None:

@@ -81,11 +81,11 @@ def flags(names: Container[str] | None = None) -> list[click.Parameter]:
 def resolved(ctx: click.Context, values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
     """The complete config from a command's options, and where each value came from."""
     given = {name: value for name, value in values.items() if value is not None}
-    origins = {}
-    for name in given:
-        from_file = ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP
-        origins[name] = str(ctx.meta["run_json"]) if from_file else "flag"
-    return resolve(given, origins)
+    from_file = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP}
+    if {"model", "optim"} & (given.keys() - from_file):  # of another run, only what its user said holds for this one
+        said: set[str] = ctx.meta.get("said", from_file)
+        given = {name: value for name, value in given.items() if name not in from_file - said}
+    return resolve(given, {name: str(ctx.meta["run_json"]) if name in from_file else "flag" for name in given})
 
 
 def _read_run_json(ctx: click.Context, path: Path | None) -> None:
@@ -97,12 +97,13 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
         raise InputError(f"--config {path}: not readable as JSON ({error})") from error
     names = {f.name for f in fields(RunConfig)}
     if isinstance(values, dict) and isinstance(resolved := values.get("config"), dict):
-        # a run's own config.json: what it was, but for its place
+        # a run's own config.json, perhaps edited: what it was, but for its place
+        entries = {k: v if isinstance(v, dict) else {"value": v, "origin": "flag"} for k, v in resolved.items()}
         values = {
-            k: v["value"]
-            for k, v in resolved.items()
-            if isinstance(v, dict) and v.get("value") is not None and k not in ("output", "resume")
+            k: v["value"] for k, v in entries.items() if v.get("value") is not None and k not in ("output", "resume")
         }
+        origins = {k: str(v.get("origin", "flag")) for k, v in entries.items()}
+        ctx.meta["said"] = {k for k, origin in origins.items() if origin == "flag" or origin.endswith(".json")}
     if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in names]):
         what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "not a JSON object"
         raise InputError(f'--config {path}: {what}; keys are the long flags, such as "total_batch_size"')

@@ -205,6 +205,8 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     if (values["lora_dropout"] or 0) >= 1:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
+    if values["seed"] >= 2**63:
+        raise InputError(f"--seed {values['seed']} must be less than 2^63")
     if values["min_lr_ratio"] > 1:
         raise InputError(f"--min-lr-ratio {values['min_lr_ratio']} must be at most 1")
     if not values["output"]:

@@ -170,7 +170,7 @@ def _by_the_papers_rule(setting: Mapping[str, Any], run: Result) -> str:
 def _heading(comparison: Comparison) -> str:
     setting = comparison.setting
     if not setting.get("model"):
-        return "Settings unknown (no config.json): not to be compared with anything"
+        return "Settings unknown (no config.json that can be read): not to be compared with anything"
     total = setting.get("total_batch_size")
     length = f"{setting['steps']} updates" if setting.get("steps") else f"{setting.get('max_tokens'):,} tokens"
     return (
@@ -186,6 +186,8 @@ def _notes(comparison: Comparison) -> list[str]:
         f"The paper's numbers: {source}, after {length} of C4; these runs saw {tokens / 1e9:.4g} billion tokens."
         for source, length in dict.fromkeys((cell.source, cell.length) for cell in cells if cell)
     ]
+    for run in (run for runs in comparison.methods.values() for run in runs if run.unread):
+        notes.append(f"Of {run.folder}, {' and '.join(run.unread)} cannot be read; what is shown is without them.")
     if differences(comparison).rows:
         notes.append(
             "By how much the line's perplexity exceeds the column's (the mean difference of the logarithms over the "

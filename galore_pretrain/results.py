@@ -26,12 +26,14 @@ FROZEN = "frozen"
 @dataclass(frozen=True)
 class Result:
     """One run. ``lines`` are those of ``metrics.jsonl`` that can be read, ``config`` the resolved values (empty where
-    there is no ``config.json``), ``summary`` what the run wrote at its end (empty before)."""
+    there is no ``config.json``), ``summary`` what the run wrote at its end (empty before). ``unread``: what of it is
+    there and cannot be read."""
 
     folder: Path
     lines: list[dict[str, Any]]
     config: dict[str, Any]
     summary: dict[str, Any]
+    unread: tuple[str, ...] = ()
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -76,24 +78,29 @@ class Comparison:
 
 def read(folder: Path) -> Result:
     """The run in ``folder``. A line that is cut off or no JSON is left out; InputError where no line can be read."""
-    lines = []
+    lines, bad = [], 0
     try:
         text = (folder / "metrics.jsonl").read_text(errors="replace")
     except OSError as error:
         raise InputError(f"{folder}: no run ({error.strerror}: metrics.jsonl); name a run's folder") from error
-    for line in text.splitlines():
+    for line in text.splitlines(keepends=True):
         try:
             values = json.loads(line)
         except ValueError:
+            bad += line.endswith("\n")  # the last one may just be written
             continue
         if isinstance(values, dict) and {"step", "tokens_seen"} <= values.keys():
             lines.append(values)
     if not lines:
         raise InputError(f"{folder}: metrics.jsonl has no line of an update yet")
+    unread = [f"{bad} lines of metrics.jsonl"] if bad else []
+    for name in ("config.json", "summary.json"):
+        if (folder / name).exists() and not _json(folder / name):
+            unread.append(name)
     resolved = _json(folder / "config.json").get("config")
     known = resolved.items() if isinstance(resolved, dict) else ()
     config = {name: entry["value"] for name, entry in known if isinstance(entry, dict) and "value" in entry}
-    return Result(folder, lines, config, _json(folder / "summary.json"))
+    return Result(folder, lines, config, _json(folder / "summary.json"), tuple(unread))
 
 
 def find(paths: Sequence[Path]) -> list[Result]:

@@ -128,22 +128,22 @@ def _train(
         max_loss=config.max_loss or math.inf,
         device=device,
     )
-    on_stop(trainer.stop)
-    try:
-        is_over = trainer.fit()
-        saver.finish()
-        if not is_over:
-            log.info("stopped after update %d; %s goes on there", state.step, again(config))
-            return 128 + (trainer.stop_signal or 0)
-        reached = peaks.now()  # exporting is not training
-        export(output / "model", model, inputs.tokenizer)
-        peak = _planned_peak(planned, config, inputs)
-        write_summary(output, _summary(state, model, optimizer, peak, reached, seconds(), saver.stalled))
-        return 0
-    finally:
-        saver.wait()
-        for logger in trainer.loggers:
-            logger.close()
+    with on_stop(trainer.stop):
+        try:
+            is_over = trainer.fit()
+            saver.finish()
+            if not is_over:
+                log.info("stopped after update %d; %s goes on there", state.step, again(config))
+                return 128 + (trainer.stop_signal or 0)
+            reached = peaks.now()  # exporting is not training
+            export(output / "model", model, inputs.tokenizer)
+            peak = _planned_peak(planned, config, inputs)
+            write_summary(output, _summary(state, model, optimizer, peak, reached, seconds(), saver.stalled))
+            return 0
+        finally:
+            saver.wait()
+            for logger in trainer.loggers:
+                logger.close()
 
 
 def _refuse_several_processes() -> None:

@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
 
@@ -12,9 +13,10 @@ _TOGETHER = 1.0
 runs then hear of it twice."""
 
 
-def on_stop(stop: Callable[[int], None]) -> None:
-    """Call ``stop`` with the number of the first; one that comes a second later ends the process at once, by 128 + its
-    number, even where the interpreter waits for a library and could call no handler."""
+@contextmanager
+def on_stop(stop: Callable[[int], None]) -> Iterator[None]:
+    """Meanwhile, call ``stop`` with the number of the first; one that comes a second later ends the process at once, by
+    128 + its number, even where the interpreter waits for a library and could call no handler."""
     caught = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup wants it
         caught.append(signal.SIGHUP)
@@ -28,16 +30,23 @@ def on_stop(stop: Callable[[int], None]) -> None:
 
     def watch() -> None:
         first = None
-        while number := os.read(reader, 1)[0]:
-            if number not in caught:
+        while numbers := os.read(reader, 1):
+            if numbers[0] not in caught:
                 continue
             first = first or time.monotonic()
             if time.monotonic() - first > _TOGETHER:
-                os._exit(128 + number)
+                os._exit(128 + numbers[0])
+        os.close(reader)
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = [(number, signal.signal(number, handle)) for number in caught]
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     Thread(target=watch, daemon=True).start()
-    for number in caught:
-        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        for number, handler in before:
+            signal.signal(number, handler)
+        os.close(writer)

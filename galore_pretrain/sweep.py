@@ -121,6 +121,11 @@ def _own(file: Path) -> list[Entry]:
             f"sweep {file}: neither one of {', '.join(KINDS)} nor a JSON file "
             f'{{"runs": {{NAME: {{FLAG: VALUE}}}}}} ({error})'
         ) from error
+    if not found:
+        raise InputError(f"sweep {file}: names no run")
+    for entry in found:
+        if own := {"seed", "output"} & entry.flags.keys():
+            raise InputError(f"sweep {file}: {entry.name} has --{min(own)}, which a sweep gives; leave it out")
     if len({entry.folder for entry in found}) < len(found):
         raise InputError(f"sweep {file}: two names make one folder ({', '.join(entry.folder for entry in found)})")
     return found
@@ -144,13 +149,17 @@ class Sweep:
     def run(self) -> tuple[list[Path], int]:
         """(folders of the runs that have begun, exit code): 0, 1 where some run failed, 128 + N where signal N stopped
         the sweep."""
-        on_stop(self._interrupted)
-        chosen, failed = self._tune() if self.factors else ({}, [])
-        tuned = [entry for entry in self.lines if not (self.factors and entry.is_tuned) or entry.name in chosen]
-        final = [self._planned(e, seed, chosen.get(e.name)) for seed in self.seeds for e in tuned]
-        failed += [run for run in self._make(final) if run not in failed]
+        with on_stop(self._interrupted):
+            chosen, failed = self._tune() if self.factors else ({}, [])
+            tuned = [entry for entry in self.lines if not (self.factors and entry.is_tuned) or entry.name in chosen]
+            final = [self._planned(e, seed, chosen.get(e.name)) for seed in self.seeds for e in tuned]
+            failed += [run for run in self._make(final) if run not in failed]
         for run in failed:
             print(f"failed: {run.folder} (see its log.txt)", file=sys.stderr)
+        if self._stop is not None:
+            over = sum(run.loss is not None for run in final)
+            tuning = "while tuning" if self.factors and len(chosen) < sum(e.is_tuned for e in self.lines) else "with"
+            print(f"stopped {tuning} {over} of the last runs over; the same command goes on", file=sys.stderr)
         code = 128 + self._stop if self._stop is not None else 1 if failed else 0
         return [run.folder for run in final if _has_begun(run.folder)], code
 
@@ -195,6 +204,9 @@ class Sweep:
         for name, found in losses.items():
             if known := {f: loss for f, loss in found.items() if loss is not None and math.isfinite(loss)}:
                 chosen[name] = min(known, key=lambda f: known[f])
+        for name, factor in chosen.items():
+            if factor > 0 and factor in (min(f for f in losses[name] if f > 0), max(losses[name])) and not self._stop:
+                print(f"{name}: the best factor, {factor:g}, is the outermost that was tried", file=sys.stderr)
         if self._stop is None:
             record = {"seed": self.seeds[0], "losses": losses, "chosen": chosen}
             (self.output / "tuning.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -49,7 +49,7 @@ def load(path: Path, given: Mapping[str, Any], device: torch.device) -> Trained:
         config = replace(RunConfig(**known), **given)
         tokenizer = load_tokenizer(config.tokenizer)
         model = model_for(config, architecture_for(config, tokenizer), device, fresh=False)
-        found.load({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, part="model.")
+        found.load(checkpoint.model_tensors(model), part="model.")
         return Trained(model.eval(), tokenizer, config)
     if _architectures(path / "config.json") != ["LlamaForCausalLM"]:
         raise InputError(

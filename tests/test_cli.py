@@ -19,6 +19,9 @@ from galore_pretrain import checkpoint
 from galore_pretrain.cli import cli
 from galore_pretrain.config import RunConfig, parse_count
 from galore_pretrain.errors import InputError
+from galore_pretrain.options import RunCommand, with_run_options
+from galore_pretrain.options import flags as flags_of_a_run
+from galore_pretrain.options import resolved as resolve_options
 from galore_pretrain.outputs import lock
 from galore_pretrain.recipes import resolve
 from runs import MEASURED, command, lines, run
@@ -455,6 +458,46 @@ def test_a_runs_own_config_repeats_it(finished: Path, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-m", "galore_pretrain", *arguments], capture_output=True, check=False)
     assert result.returncode == 0, result.stderr
     assert lines(tmp_path / "again") == lines(finished)
+
+
+def test_an_edited_config_of_a_run_is_what_it_says(finished: Path, tmp_path: Path) -> None:
+    """Bare values count too; with another optimizer, what was a recipe's is looked up anew."""
+    written = json.loads((finished / "config.json").read_text())
+    written["config"]["lr"] = 0.02
+    (edited := tmp_path / "edited.json").write_text(json.dumps(written))
+
+    def resolved(*flags: str) -> RunConfig:
+        command = with_run_options(RunCommand("train", params=flags_of_a_run()))
+        with command.make_context("train", [*flags]) as context:
+            return resolve_options(context, {k: v for k, v in context.params.items() if k != "debug"})[0]
+
+    assert resolved("--config", str(edited)).lr == 0.02
+    other = resolved("--config", str(edited), "--optim", "galore_adafactor")
+    assert (other.lr, other.rank, other.optim) == (0.02, 4, "galore_adafactor")
+    del written["config"]["lr"]
+    written["config"]["lr"] = {"value": 0.01, "origin": "recipe: of GaLore"}
+    written["config"]["rank"]["origin"] = "recipe: of GaLore"
+    written["config"]["update_proj_gap"]["origin"] = "recipe: of GaLore"
+    edited.write_text(json.dumps(written))
+    plain = resolved("--config", str(edited), "--optim", "adamw")
+    assert (plain.lr, plain.rank, plain.steps, plain.max_length) == (0.001, None, 12, 48)
+
+
+def test_tied_embeddings_are_saved_once(tiny_config: str, tmp_path: Path) -> None:
+    tied = tmp_path / "tied.json"
+    tied.write_text(json.dumps(json.loads(Path(tiny_config).read_text()) | {"tie_word_embeddings": True}))
+    for output in ("run", "whole"):
+        done = run(str(tied), tmp_path / output)
+        assert done.returncode == 0, done.stderr
+        if output == "run":
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
+            (tmp_path / "run" / "summary.json").unlink()
+            assert "at update 8" in run(str(tied), tmp_path / "run").stderr
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
 
 
 def test_recipes_resolve_to_the_papers_values() -> None:

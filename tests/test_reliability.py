@@ -130,6 +130,16 @@ def test_lines_that_cannot_be_written_wait(tmp_path: Path, caplog: pytest.LogCap
     )
 
 
+def test_a_cut_file_of_metrics_loses_its_cut_line_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    kept = JsonLines(file, size=36)
+    kept.log({"loss": 1.0}, 4)
+    kept.close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 4]
+    assert "its end is missing" in caplog.text
+
+
 @pytest.mark.parametrize("room", [10, 9_000], ids=["for nothing", "for the config alone"])
 def test_a_disk_that_is_full_from_the_start_is_one_line(room: int, tiny_config: str, tmp_path: Path) -> None:
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))"
@@ -337,7 +347,7 @@ def test_a_model_folder_with_a_pickle_is_refused(finished: Path, tmp_path: Path)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_while_a_checkpoint_is_written(name: str, tiny_config: str, finished: Path, tmp_path: Path) -> None:
     """The checkpoint is completed, and the run ends with the code that the signal has: there, or, where it was written
-    in the background, after the update in progress."""
+    in the background, soon after."""
     send = f"""
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sync, sent = checkpoint.sync, []
@@ -351,7 +361,7 @@ checkpoint.sync = signalling
     stopped = run_with(send, tiny_config, output)
     assert stopped.returncode == {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}[name], stopped.stderr
     (step,) = re.findall(r"stopped after update (\d+)", stopped.stderr)
-    assert step in ("8", "9")
+    assert 8 <= int(step) < 12
     found = checkpoint.newest(output / "checkpoints", set_aside=False)
     assert found is not None
     assert found.state["trainer"]["step"] == int(step)

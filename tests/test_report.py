@@ -116,6 +116,16 @@ def test_what_differs_is_not_ranked_together(tmp_path: Path, other: dict[str, An
     assert all(len(ranking(comparison).rows) == 1 for comparison in comparisons)
 
 
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    sound, damaged = make_run(tmp_path / "sound", 3.0), make_run(tmp_path / "damaged", 3.1, optim="adamw")
+    text = (damaged / "metrics.jsonl").read_text()
+    (damaged / "metrics.jsonl").write_text("{" + text + '{"step": 13, "lo')
+    (sound / "summary.json").write_text("{")
+    report = write(compare(find([sound, damaged])), tmp_path / "report")
+    assert f"Of {damaged}, 1 lines of metrics.jsonl cannot be read" in report
+    assert f"Of {sound}, summary.json cannot be read" in report
+
+
 def test_runs_that_are_not_over(tmp_path: Path) -> None:
     """A half-written line, a run still going, one without evaluation, one without config: none stops a report."""
     make_run(tmp_path / "whole", 3.0)
