@@ -140,7 +140,10 @@ class LocalFiles:
         self, files: list[Path], bad_data: BadData | None = None, keep: Callable[[str], bool] | None = None
     ) -> None:
         self.shards = [str(file) for file in files]
-        self.fingerprint = _digest([_glance(file) for file in files])
+        try:
+            self.fingerprint = _digest([_glance(file) for file in files])
+        except OSError as error:
+            raise InputError(f"--data: {error.filename} cannot be read ({error.strerror})") from error
         self.bad_data, self._keep = bad_data or BadData(), keep
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
@@ -194,13 +197,16 @@ def _held_out(text: str) -> bool:
 
 def _find(data: str, flag: str = "--data") -> list[Path]:
     path = Path(data)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and readers.is_known(file))
-    elif has_magic(data):
-        files = sorted(Path(file) for file in glob(data, recursive=True) if Path(file).is_file())
-    else:
+    try:
+        if path.is_file():
+            files = [path]
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file() and readers.is_known(file))
+        else:
+            files = sorted(Path(file) for file in glob(data, recursive=True) if Path(file).is_file())
+    except OSError as error:
+        raise InputError(f"{flag} {data}: {error.filename} cannot be read ({error.strerror}); leave it out") from error
+    if not files and not path.is_dir() and not has_magic(data):
         names = "c4, sample or a path" if flag == "--data" else "a path"
         raise InputError(f"{flag} {data}: no such file, folder or pattern; choose {names}")
     for file in files:
