@@ -58,6 +58,8 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
             raise InputError(f"{source}: {key} is {value!r}; it must be {expected}")
+        if float in kinds and isinstance(value, int) and abs(value) < 2**63:  # transformers wants 1.0, and not 1
+            values[key] = float(value)
     for key in _POSITIVE:
         if values.get(key, 0) < 1:
             raise InputError(f"{source}: {key} is {values.get(key, 'missing')}; it must be an integer of at least 1")

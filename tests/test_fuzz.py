@@ -144,7 +144,7 @@ def check(code: int, stderr: str, output: Path) -> None:
     last = stderr.splitlines()[-1]
     assert last.startswith("Error: "), stderr
     assert "--debug shows where" not in last, stderr
-    assert stderr.count("Error: ") == 1, stderr
+    assert sum(line.startswith("Error: ") for line in stderr.splitlines()) == 1, stderr
     assert len(last) < 1000, last
 
 
