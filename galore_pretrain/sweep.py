@@ -158,8 +158,10 @@ class Sweep:
             print(f"failed: {run.folder} (see its log.txt)", file=sys.stderr)
         if self._stop is not None:
             over = sum(run.loss is not None for run in final)
-            tuning = "while tuning" if self.factors and len(chosen) < sum(e.is_tuned for e in self.lines) else "with"
-            print(f"stopped {tuning} {over} of the last runs over; the same command goes on", file=sys.stderr)
+            print(
+                f"stopped, {over} of {len(self.seeds) * len(self.lines)} runs over; the same command goes on",
+                file=sys.stderr,
+            )
         code = 128 + self._stop if self._stop is not None else 1 if failed else 0
         return [run.folder for run in final if _has_begun(run.folder)], code
 
