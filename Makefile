@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint pytest golden chaos fuzz bench-7b clean
+.PHONY: demo test lint pytest dist golden chaos fuzz bench-7b clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ lint: $(VENV)/.installed
 
 pytest: $(VENV)/.installed
 	$(BIN)/pytest -n 2
+
+dist: $(VENV)/.installed            ## every optimizer in every way to share it, by 2 and 4 processes: half an hour
+	FULL=1 $(BIN)/pytest tests/test_dist.py
 
 golden: $(VENV)/.installed          ## write tests/golden anew
 	$(BIN)/python tests/test_golden.py

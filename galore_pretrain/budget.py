@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from galore_pretrain.build import device_of
-from galore_pretrain.config import RunConfig
+from galore_pretrain.config import PROCESSES, RunConfig
 from galore_pretrain.errors import InputError
 from galore_pretrain.memory import available_bytes
 from galore_pretrain.model import load_model_config
@@ -55,7 +55,7 @@ def in_short(config: RunConfig) -> list[str]:
 
 def ways_out(config: RunConfig, most: int = 9) -> str:
     """What would take less than the updates of ``config`` do, in words, the best first."""
-    total, size = config.total_batch_size, config.batch_size
+    total, size = config.total_batch_size, config.batch_size * PROCESSES
     ways = [] if config.layerwise else ["--layerwise"]
     ways += [] if config.activation_checkpointing else ["--activation-checkpointing"]
     ways += ["a smaller --batch-size"] if size > 1 else []
@@ -129,7 +129,7 @@ def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[Run
     for layerwise in options("layerwise", (False, True)):
         for checkpointing in options("activation_checkpointing", (False, True)):
             # One micro-batch an update keeps no sums. The published code's loss depends on the micro-batch.
-            every = dict.fromkeys((*micro_batches(config.total_batch_size), config.total_batch_size))
+            every = dict.fromkeys((*micro_batches(config.total_batch_size), config.total_batch_size // PROCESSES))
             for size in options("batch_size", list(every) if config.numerics == "sound" else [config.batch_size]):
                 with contextlib.suppress(InputError):  # a clip norm that this way does not know
                     found.append(
@@ -147,7 +147,7 @@ def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[Run
 def _cost(config: RunConfig) -> tuple[float, bool, int]:
     """Products with each weight per token, in units of 2mn; at equal cost, the plainer first."""
     tokens = config.batch_size * config.max_length
-    several = config.total_batch_size > config.batch_size
+    several = config.micro_batches > 1
     projected = config.rank if "galore" in config.optim else None
     projecting = (projected or 0) / tokens if config.layerwise and several else 0.0
     few = 256 / min(tokens, 8 * config.max_length)  # a matrix product of few rows is slower
@@ -163,7 +163,7 @@ def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) ->
     heads = architecture.num_attention_heads + architecture.num_key_value_heads
     kept = hidden if config.activation_checkpointing else 2 * hidden + 2 * heads * size + 3 * inner
     activations = config.batch_size * config.max_length * layers * kept * getattr(torch, config.dtype).itemsize
-    several = config.total_batch_size > config.batch_size
+    several = config.micro_batches > 1
     waiting = static.sums if several or config.grad_clip else 0
     gradients = waiting if config.layerwise else static.gradients
     return int(static.weights + static.state + (gradients + activations if several else max(gradients, activations)))

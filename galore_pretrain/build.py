@@ -1,15 +1,21 @@
 """Model, optimizer and execution of a run, from its config: what training does and what `plan` measures."""
 
+from types import MethodType
+from typing import Any
+
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config import RunConfig
 from galore_pretrain.errors import InputError
 from galore_pretrain.execution import Execution, GlobalStep, Layerwise
 from galore_pretrain.lowrank import Factors
-from galore_pretrain.model import build_model
+from galore_pretrain.model import build_model, loss_methods
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
+from galore_pretrain.optim.galore import is_projected
 from galore_pretrain.optim.names import split
+from galore_pretrain.optim.projector import sides
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -49,16 +55,29 @@ def factors_of(config: RunConfig) -> Factors | None:
 
 
 def model_for(
-    config: RunConfig, architecture: LlamaConfig, device: torch.device | str = "cpu", *, fresh: bool = True
+    config: RunConfig,
+    architecture: LlamaConfig,
+    device: torch.device | str = "cpu",
+    *,
+    fresh: bool = True,
+    mesh: Any = None,
 ) -> LlamaForCausalLM:
-    """The model that a run begins with, on ``device``; on ``meta``, or if not ``fresh``, without its weights."""
+    """The model that a run begins with, on ``device``; on ``meta``, or if not ``fresh``, without its weights. The
+    processes of ``mesh`` share it."""
     factors = factors_of(config)
+
+    def change(model: LlamaForCausalLM) -> None:
+        if factors:
+            factors.apply(model)
+        if mesh is not None:
+            share_out(model, config, mesh)
+
     model = build_model(
         architecture,
         device=device,
         dtype=getattr(torch, config.dtype),
         seed=config.seed,
-        change=factors.apply if factors else None,
+        change=change,
         fresh=fresh,
     )
     if factors and fresh and torch.device(device).type != "meta":
@@ -106,3 +125,41 @@ def execution_for(config: RunConfig, optimizer: RuleOptimizer) -> Execution:
     """When that optimizer's updates run."""
     mode: type[Layerwise | GlobalStep] = Layerwise if config.layerwise else GlobalStep
     return mode(optimizer, config.grad_clip, projected=config.clip_norm == "projected")
+
+
+def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
+    """Give each process its part of every weight of ``model``, which is on ``meta``: `fully_shard` a layer at a time.
+
+    A matrix that GaLore projects from the left is cut into columns where they can be dealt out evenly, all else into
+    rows: so projecting and projecting back need nothing of other processes. Gradients are summed, not averaged: the
+    loss is divided by the tokens of all.
+    """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard
+
+    columns = {
+        module.weight
+        for name, module in model.named_modules()
+        if "galore" in config.optim and is_projected(name, module) and _by_columns(module, config, mesh.size(-1))
+    }
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "shard_placement_fn": lambda p: Shard(1) if p in columns else Shard(0),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
+    for method in loss_methods:
+        setattr(model, method.__name__, MethodType(method, model))
+        register_fsdp_forward_method(model, method.__name__)
+
+
+def _by_columns(module: nn.Module, config: RunConfig, shards: int) -> bool:
+    m, n = module.weight.shape  # type: ignore[misc]
+    left, right = sides(m, n, config.proj_type or "std")
+    return left and not right and n % shards == 0

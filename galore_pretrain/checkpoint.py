@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +24,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError
 from galore_pretrain.memory import ran_out
+
+if TYPE_CHECKING:
+    from galore_pretrain.optim import RuleOptimizer
 
 _FILE_BYTES = 1 << 28  # a file is serialized in memory as a whole: bounds what saving adds to the peak
 _STATE, _CHECKSUMS = "state.json", "checksums.json"
@@ -44,14 +48,16 @@ class NotWrittenError(Exception):
     """A checkpoint that could not be written. The message is the system's reason."""
 
 
-def named_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of the run under its name, as a live reference: weights, optimizer state, torch's random state.
-    A matrix that lies column by column is there as its transpose, since files hold rows."""
+def named_tensors(model: torch.nn.Module, optimizer: "RuleOptimizer", *, load: bool = False) -> dict[str, Tensor]:
+    """Every tensor of the run under its name, as a live reference: weights, optimizer state, torch's random state. A
+    matrix that lies column by column is there as its transpose, since files hold rows.
+
+    Where processes share them, what is kept in blocks is no reference: to ``load``, `take_loaded` must follow.
+    """
     tensors = model_tensors(model)
-    for name, state in _named_state(optimizer):
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{name}.{key}"] = value if value.is_contiguous() else value.T
+    for name, p in _named(optimizer):
+        for key, value in optimizer.saved_state(p, load=load).items():
+            tensors[f"optimizer.{name}.{key}"] = value if value.is_contiguous() else value.T
     tensors["random.cpu"] = torch.get_rng_state()
     if (device := next(model.parameters()).device).type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -64,20 +70,27 @@ def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": value.detach() for name, value in model.named_parameters()}
 
 
+def take_loaded(optimizer: "RuleOptimizer", tensors: Mapping[str, Tensor]) -> None:
+    """What was loaded into `named_tensors` becomes the optimizer's."""
+    for name, p in _named(optimizer):
+        prefix = f"optimizer.{name}."
+        optimizer.take_saved(p, {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
+
+
 def named_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """How many updates each parameter has had."""
-    return {name: int(state["step"]) for name, state in _named_state(optimizer)}
+    return {name: int(optimizer.state[p]["step"]) for name, p in _named(optimizer)}
 
 
 def restore_counts(optimizer: torch.optim.Optimizer, counts: Mapping[str, int]) -> None:
     """The inverse of `named_counts`."""
-    for name, state in _named_state(optimizer):
-        state["step"] = counts[name]
+    for name, p in _named(optimizer):
+        optimizer.state[p]["step"] = counts[name]
 
 
-def _named_state(optimizer: torch.optim.Optimizer) -> list[tuple[str, dict[str, Any]]]:
+def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     return [
-        (name, optimizer.state[p])
+        (name, p)
         for group in optimizer.param_groups
         for name, p in zip(group["param_names"], group["params"], strict=True)
     ]
@@ -88,27 +101,37 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], world: World = ALONE) -> None:
     """Write a checkpoint aside, force it to disk, then give it its name. NotWrittenError where that fails; nothing is
-    left of it then, and what was there before still is."""
-    aside = folder.with_name(folder.name + ".partial")
+    left of it then, and what was there before still is. Each process of ``world`` writes its part of the tensors."""
+    aside, several = folder.with_name(folder.name + ".partial"), world.size > 1
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        sync(folder.parent.parent)  # where it may be new
-        writer = HuggingFaceStorageWriter(str(aside), fqn_to_index_mapping=_files(tensors))
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-        (aside / _STATE).write_text(json.dumps(state))
-        (aside / _CHECKSUMS).write_text(json.dumps(_checksums(aside.iterdir()), indent=1))
-        for file in aside.iterdir():
-            sync(file)
-        sync(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        sync(folder.parent)
+        world.from_main(lambda: _begin(aside))
+        writer = HuggingFaceStorageWriter(str(aside), fqn_to_index_mapping=_files(tensors), save_distributed=several)
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=not several)
+        world.from_main(lambda: _complete(aside, folder, state))
     except (OSError, CheckpointException, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
         raise NotWrittenError(_reason(_cause(error))) from error
+
+
+def _begin(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    sync(aside.parent.parent)  # where it may be new
+
+
+def _complete(aside: Path, folder: Path, state: Mapping[str, Any]) -> None:
+    """All else that is in a checkpoint beside its tensors; and its name."""
+    (aside / _STATE).write_text(json.dumps(state))
+    (aside / _CHECKSUMS).write_text(json.dumps(_checksums(aside.iterdir()), indent=1))
+    for file in aside.iterdir():
+        sync(file)
+    sync(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    sync(folder.parent)
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ class _TqdmHandler(logging.Handler):
         from tqdm import tqdm
 
         with contextlib.suppress(OSError, ValueError):  # a full disk, a terminal that is gone: no reason to stop
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(_tagged(self.format(record)), file=sys.stderr)
 
 
 _shown: set[str] = set()
@@ -303,7 +303,7 @@ def _show_warning(
 def main() -> None:
     """The entry point: exceptions become one line and an exit code."""
     logger = logging.getLogger("galore_pretrain")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if _is_main() else logging.WARNING)
     if not logger.handlers:
         logger.addHandler(_TqdmHandler())
     warnings.showwarning = _show_warning
@@ -311,17 +311,17 @@ def main() -> None:
     try:
         code = cli(standalone_mode=False)
     except click.ClickException as error:
-        code = _fail(error.format_message(), 2, debug)
+        code = _fail(error, error.format_message(), 2, debug)
     except InputError as error:
-        code = _fail(str(error), 2, debug)
+        code = _fail(error, str(error), 2, debug)
     except TrainingFailedError as error:
-        code = _fail(str(error), 1, debug)
+        code = _fail(error, str(error), 1, debug)
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except Exception as error:
         if debug:
             raise
-        code = _fail(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1, debug)
+        code = _fail(error, f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1, debug)
     _exit(code if isinstance(code, int) else 0)
 
 
@@ -336,9 +336,21 @@ def _exit(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _fail(message: str, code: int, debug: bool) -> int:
+def _is_main() -> bool:
+    """Of the processes that torchrun has started, one speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tagged(line: str) -> str:
+    return line if _is_main() else f"[process {os.environ['RANK']}] {line}"
+
+
+def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         logging.getLogger("galore_pretrain").exception("with --debug:")
     with contextlib.suppress(OSError, ValueError):
-        click.echo(f"Error: {message}", err=True)
+        # What a user gets wrong is found by all processes of a host, and said by one of them.
+        says = os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, (InputError, click.ClickException))
+        if getattr(error, "is_told", says):
+            click.echo(_tagged(f"Error: {message}"), err=True)
     return code

@@ -5,6 +5,7 @@ model and optimizer says and checks what depends on two fields.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -26,6 +27,9 @@ def parse_count(text: str) -> int:
         raise ValueError(f"{text!r} is not a count; write 20000, 500K, 10M or 1.1B")
     return int(number)
 
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+"""Of a run: as many as torchrun has started."""
 
 RECIPE = "recipe"
 
@@ -79,6 +83,7 @@ def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
 
 CLIP_NORMS = ("full", "projected")
 BAD_DATA = ("raise", "skip")
+SHARDS = ("full", "hybrid", "none")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT = (
     "Method",
@@ -177,6 +182,16 @@ class RunConfig:
 
     dtype: str = _flag("bfloat16", "Of weights, gradients and moments.", ("bfloat16", "float32"), MACHINE)
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N.", str, MACHINE, free=True)
+    shard: str = _flag(
+        "full",
+        "Of several processes, which share a model out: all, those of a host, or none.",
+        SHARDS,
+        MACHINE,
+        free=True,
+    )
+    distributed_timeout: int = _flag(
+        600, "Seconds that a process waits for the others before all end.", int, MACHINE, least=1, free=True
+    )
     seed: int = _flag(0, "Of weights, data order and rounding.", int, MACHINE, least=0)
 
     output: str = _flag(None, "Folder of the run.", str, OUTPUT, free=True, shown="runs/MODEL-OPTIM-TIME")
@@ -199,6 +214,11 @@ class RunConfig:
     wandb_project: str = _flag("galore-pretrain", "wandb project.", str, OUTPUT, free=True)
     name: str | None = _flag(None, "wandb name of the run.", str, OUTPUT, free=True, shown="name of the folder")
     tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="none")
+
+    @property
+    def micro_batches(self) -> int:
+        """Of an update, in each process."""
+        return self.total_batch_size // (self.batch_size * PROCESSES)
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""

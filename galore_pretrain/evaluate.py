@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from galore_pretrain.data import Row, stack
+from galore_pretrain.dist import ALONE, World
 from galore_pretrain.model import token_losses
 
 
@@ -29,25 +30,33 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, rows: list[Row], *, batch_size: int, reference_batch: int, device: torch.device
+    model: torch.nn.Module,
+    rows: list[Row],
+    *,
+    batch_size: int,
+    reference_batch: int,
+    device: torch.device,
+    world: World = ALONE,
 ) -> Evaluation:
     """Evaluate ``model`` (in eval mode, then as it was) on ``rows``, ``batch_size`` sequences at a time.
 
     ``reference_batch`` sequences make a batch of the published script; the numbers do not depend on ``batch_size``
-    beyond rounding.
+    beyond rounding, nor on how many processes of a ``world`` share the rows.
     """
     was_training = model.training
     model.eval()
-    sums: list[torch.Tensor] = []
-    counts: list[torch.Tensor] = []
-    for start in range(0, len(rows), batch_size):
-        batch = stack(rows[start : start + batch_size])
+    found = torch.zeros(2, len(rows), dtype=torch.float64)  # of each row: the sum of its losses, how many they are
+    for start in range(0, len(rows), batch_size * world.size):
+        first = start + world.rank * batch_size
+        own = rows[first : first + batch_size]
+        batch = stack(own or rows[:1])  # a process that has no more takes part all the same: it holds weights
         losses = token_losses(model, batch.input_ids.to(device), batch.labels.to(device))
-        sums.append(losses.double().sum(1).cpu())
-        counts.append((batch.labels >= 0).sum(1))
+        if own:
+            found[0, first : first + len(own)] = losses.double().sum(1).cpu()
+            found[1, first : first + len(own)] = (batch.labels >= 0).sum(1)
     model.train(was_training)
 
-    row_sums, row_counts = torch.cat(sums), torch.cat(counts)
+    row_sums, row_counts = world.sum(found)
     loss = float(row_sums.sum() / row_counts.sum())
     means = [
         s.sum() / c.sum()

@@ -60,12 +60,21 @@ class _Updates(ABC):
 
     def complete(self) -> None:
         coefficient = self._norm = None
+        self._optimizer.agree(self._params)
         if self._grad_clip > 0:
             self._norm = self._optimizer.norms(self._params).norm()
             coefficient = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
+        self._optimizer.renew(self._params)
         for p in self._params:
             self._optimizer.update_param(p, coefficient)
             p.grad = None
+
+    def _settle(self) -> None:
+        """Where several processes make an update: keep the low-rank gradients alone of what was gathered."""
+        self._optimizer.agree(self._params)
+        self._optimizer.renew(self._params)
+        for p in self._params:
+            self._optimizer.settle(p)
 
     def finish(self) -> Finished:
         self.complete()
@@ -91,7 +100,9 @@ class GlobalStep(_Updates):
         if self._grad_clip > 0 and self._projected:
             for p in self._params:
                 self._optimizer.gather(p, project=True)
-                self._optimizer.settle(p)
+                if not self._optimizer.is_shared:
+                    self._optimizer.settle(p)
+            self._settle()
         super().complete()
 
 
@@ -101,19 +112,26 @@ class Layerwise(_Updates):
     The sum over micro-batches is kept low-rank where the rule projects (GaLore is linear in the gradient between two
     bases); only matrices whose basis is due keep a full one. Clipping has to see all norms before the first update, so
     updates wait, low-rank, for the end: of one micro-batch the full norm is known, of several only the ``projected``.
-    The learning rate must be in the groups before backward.
+    The learning rate must be in the groups before backward. Where several processes make an update, low-rank gradients
+    wait for its end too: there all agree on what was finite, and share out the bases that are due.
     """
 
     def _hook(self, p: Tensor) -> None:
         optimizer, last = self._optimizer, self._micro_batch == self._micro_batches - 1
-        if self._micro_batches > 1 or self._grad_clip > 0:
+        waits = optimizer.is_shared and optimizer.is_projected(p)
+        if self._micro_batches > 1 or self._grad_clip > 0 or waits:
             measured = self._grad_clip > 0 and self._micro_batches == 1 and not self._projected
             optimizer.gather(p, project=True, measure=measured)
-        if last and self._grad_clip > 0:
+        if last and self._grad_clip > 0 and not waits:
             optimizer.settle(p)
-        elif last:
+        elif last and not waits:
             optimizer.update_param(p)
             p.grad = None
+
+    def complete(self) -> None:
+        if self._optimizer.is_shared and self._grad_clip > 0:
+            self._settle()
+        super().complete()
 
     def begin(self, micro_batch: int, micro_batches: int) -> None:
         if micro_batches > 1 and self._grad_clip > 0 and not self._projected and self._optimizer.projects:

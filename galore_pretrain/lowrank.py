@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from galore_pretrain.model import draw
 from galore_pretrain.optim.galore import is_projected
+from galore_pretrain.optim.shards import fill, local, whole
 from galore_pretrain.optim.step import chunk_elements, mix, pieces
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ class FactoredLinear(nn.Module):
 
     weight: nn.Parameter | None
 
-    def __init__(self, dense: nn.Linear, rank: int, *, scale: float, dropout: float, frozen: bool) -> None:
+    def __init__(
+        self, dense: nn.Linear, rank: int, *, name: str, rows: "Rows", scale: float, dropout: float, frozen: bool
+    ) -> None:
         super().__init__()
         where = {"device": dense.weight.device, "dtype": dense.weight.dtype}
         self.weight = nn.Parameter(dense.weight.detach(), requires_grad=False) if frozen else None
@@ -36,31 +39,61 @@ class FactoredLinear(nn.Module):
         rank = min(rank, *dense.weight.shape)
         self.A = nn.Linear(dense.in_features, rank, bias=False, **where)
         self.B = nn.Linear(rank, dense.out_features, bias=False, **where)
-        self.scale, self.dropout = scale, dropout
+        self.name, self.rows, self.scale, self.dropout = name, rows, scale, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        low = self.A(F.dropout(x, self.dropout, self.training)) if self.dropout else self.A(x)
-        y = F.linear(low if self.scale == 1.0 else low * self.scale, self.B.weight, self.bias)
+        scale = self.scale
+        if self.dropout and self.training:
+            low, scale = (
+                self.A(x.masked_fill(self.rows.dropped(self.name, x, self.dropout), 0)),
+                scale / (1 - self.dropout),
+            )
+        else:
+            low = self.A(x)
+        y = F.linear(low if scale == 1.0 else low * scale, self.B.weight, self.bias)
         return y if self.weight is None else y + F.linear(x, self.weight)
 
     def dense(self) -> Tensor:
         """The matrix that it computes with outside of training: out × in, in the weights' dtype, on the CPU."""
         shape = self.B.out_features, self.A.in_features
-        return self._sum_into(torch.empty(shape, dtype=self.A.weight.dtype))
-
-    @torch.no_grad()
-    def _sum_into(self, target: Tensor) -> Tensor:
-        """W₀ + ``scale`` · BA, found in fp32 a block of rows at a time; ``target`` may be W₀ itself."""
-        a, b = self.A.weight.float(), self.B.weight
-        for start, stop in pieces(len(target), max(1, chunk_elements(a.device) // target.shape[1])):
-            rows = (b[start:stop].float() @ a).mul_(self.scale)
-            target[start:stop] = rows if self.weight is None else rows.add_(self.weight[start:stop])
-        return target
+        base = None if self.weight is None else whole(self.weight)
+        return self._sum_into(torch.empty(shape, dtype=self.A.weight.dtype), base, whole(self.B.weight))
 
     def merge(self) -> None:
-        """W₀ becomes what `dense` is; A and B are not touched."""
+        """W₀ becomes what `dense` is; A and B are not touched. Where they are shared out, both W₀ and B are by rows."""
         assert self.weight is not None
-        self._sum_into(self.weight)
+        base = local(self.weight)
+        self._sum_into(base, base, local(self.B.weight))
+
+    @torch.no_grad()
+    def _sum_into(self, target: Tensor, base: Tensor | None, b: Tensor) -> Tensor:
+        """``base`` + ``scale`` · BA for rows of B, in fp32 a block at a time; ``target`` may be ``base`` itself."""
+        a = whole(self.A.weight).float()
+        for start, stop in pieces(len(target), max(1, chunk_elements(a.device) // target.shape[1])):
+            rows = (b[start:stop].float() @ a).mul_(self.scale)
+            target[start:stop] = rows if base is None else rows.add_(base[start:stop])
+        return target
+
+
+@dataclass
+class Rows:
+    """Which rows of a run's text a model is being given: from number ``first`` on of those of an ``update``.
+
+    Dropout depends on them, on the layer and on ``seed``, and on nothing else: not on micro-batches, nor on how many
+    processes share them, nor on whether a layer is computed once more for its activations.
+    """
+
+    seed: int
+    update: int = 0
+    first: int = 0
+
+    def dropped(self, name: str, x: Tensor, probability: float) -> Tensor:
+        """What is dropped of the input ``x`` (rows × tokens × features) of the layer ``name``: bool, shaped as it."""
+        drop = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        for i, row in enumerate(drop, self.first):
+            generator = torch.Generator(x.device).manual_seed(mix(self.seed, name, self.update, i))
+            row.bernoulli_(probability, generator=generator)
+        return drop
 
 
 @dataclass(frozen=True)
@@ -78,7 +111,7 @@ class Factors:
 
     def apply(self, model: nn.Module) -> None:
         """Put a `FactoredLinear` in the place of each matrix of ``model``, which may be on ``meta``."""
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        scale, rows = 1.0 if self.alpha is None else self.alpha / self.rank, Rows(self.seed)
         matrices = [(n, m) for n, m in model.named_modules() if is_projected(n, m)]
         if any(self.rank > min(module.weight.shape) for _, module in matrices):
             warnings.warn(
@@ -86,7 +119,8 @@ class Factors:
             )
         for name, module in matrices:
             parent, _, leaf = name.rpartition(".")
-            layer = FactoredLinear(module, self.rank, scale=scale, dropout=self.dropout, frozen=self.alpha is not None)
+            options: dict[str, Any] = {"scale": scale, "dropout": self.dropout, "frozen": self.alpha is not None}
+            layer = FactoredLinear(module, self.rank, name=name, rows=rows, **options)
             setattr(model.get_submodule(parent), leaf, layer)
 
     @torch.no_grad()
@@ -97,12 +131,18 @@ class Factors:
             if layer.weight is not None:
                 self._begin(name, layer, 0)
                 continue
-            whole = torch.empty(layer.B.out_features, layer.A.in_features)
-            draw(f"{name}.weight", whole, std, self.seed)
-            u, s, vh = torch.linalg.svd(whole, full_matrices=False)
+            dense = torch.empty(layer.B.out_features, layer.A.in_features)
+            draw(f"{name}.weight", dense, std, self.seed)
+            u, s, vh = torch.linalg.svd(dense, full_matrices=False)
             rank, root = layer.A.out_features, s.sqrt()
-            layer.A.weight.copy_(root[:rank, None] * vh[:rank])
-            layer.B.weight.copy_(u[:, :rank] * root[:rank])
+            fill(layer.A.weight, root[:rank, None] * vh[:rank])
+            fill(layer.B.weight, u[:, :rank] * root[:rank])
+
+    def at_rows(self, model: nn.Module, update: int, first: int) -> None:
+        """The next forward pass is of rows from ``first`` on of ``update``, both counted from 0."""
+        for _, layer in layers(model):  # all have the same
+            layer.rows.update, layer.rows.first = update, first
+            return
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, optimizer: "RuleOptimizer", step: int) -> None:
@@ -118,8 +158,8 @@ class Factors:
     def _begin(self, name: str, layer: FactoredLinear, step: int) -> None:
         bound = 1 / math.sqrt(layer.A.in_features)
         generator = torch.Generator().manual_seed(mix(self.seed, name, step))
-        layer.A.weight.copy_(torch.empty(layer.A.weight.shape).uniform_(-bound, bound, generator=generator))
-        layer.B.weight.zero_()
+        fill(layer.A.weight, torch.empty(layer.A.weight.shape).uniform_(-bound, bound, generator=generator))
+        local(layer.B.weight).zero_()
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
@@ -129,11 +169,21 @@ def layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
             yield name, module
 
 
-def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """``model.state_dict()`` as that of a model without factors that computes the same; what is new is on the CPU."""
-    state = dict(model.state_dict())
-    for name, layer in layers(model):
-        for part in ("A.weight", "B.weight"):
-            del state[f"{name}.{part}"]
-        state[f"{name}.weight"] = layer.dense()
+def dense_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """``model.state_dict()`` as that of a model without factors that computes the same; what is new is on the CPU.
+
+    Processes that share a model must all call this; those that do not ``keep`` the result only give their parts.
+    """
+    state: dict[str, Tensor] = {}
+    factored = dict(layers(model))
+    for key, value in model.state_dict().items():
+        if key.rpartition(".")[0].removesuffix(".A").removesuffix(".B") in factored:
+            continue
+        found = whole(value)
+        state |= {key: found if found is value else found.cpu()} if keep else {}
+    for name, layer in factored.items():
+        found = layer.dense()
+        state |= {f"{name}.weight": found} if keep else {}
+        if layer.bias is not None:
+            state |= {f"{name}.bias": whole(layer.bias)} if keep else {}
     return state

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from galore_pretrain.config import find_model
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim.projector import product
+from galore_pretrain.optim.shards import fill, local, shard_of
 
 _POSITIVE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -171,6 +172,12 @@ def without_masks(model: LlamaForCausalLM) -> LlamaForCausalLM:
 @torch.no_grad()
 def draw(name: str, parameter: Tensor, std: float, seed: int) -> None:
     """Fill ``parameter`` with the fresh weights of that ``name``."""
+    if shard_of(parameter) is not None:
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        draw(name, whole, std, seed)
+        fill(parameter, whole)
+        return
+    parameter = local(parameter)
     if parameter.ndim < 2:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         return
@@ -188,21 +195,39 @@ def mean_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, diviso
     ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: already shifted; −100 is not counted. No padding
     mask is needed, since attention is causal and padding stands at the end.
     """
+    return _called(model, _mean_loss, input_ids, labels, divisor)
+
+
+def _mean_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
     arguments = hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), 1.0 / divisor
     loss: Tensor = _HeadLoss.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
 
 
-@torch.no_grad()
 def token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each label, shaped as ``labels``, in fp32 and without gradients; 0 where a label is −100."""
+    return _called(model, _token_losses, input_ids, labels)
+
+
+@torch.no_grad()
+def _token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
     losses = [
         F.cross_entropy((h @ model.lm_head.weight.T).float(), y, reduction="none")
         for h, y in _chunks(hidden, labels.flatten())
     ]
     return torch.cat(losses).view(labels.shape)
+
+
+loss_methods = (_mean_loss, _token_losses)
+"""What is computed with a model's weights. Where processes share them out, these are methods of it, before which FSDP2
+gathers the weights, and after which it frees them."""
+
+
+def _called(model: LlamaForCausalLM, method: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    own = getattr(model, method.__name__, None)
+    return method(model, *arguments) if own is None else own(*arguments)
 
 
 def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

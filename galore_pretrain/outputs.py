@@ -14,10 +14,12 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from galore_pretrain.checkpoint import present, sync
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import Batch
+from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError
 from galore_pretrain.lowrank import dense_state
 from galore_pretrain.tokenizer import Tokenizer
@@ -111,13 +113,19 @@ def read_summary(output: Path) -> dict[str, Any]:
     return summary
 
 
-def export(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
-    """A plain Hugging Face folder of model and tokenizer, written aside and then named."""
+def export(folder: Path, model: Any, tokenizer: Tokenizer, world: World = ALONE) -> None:
+    """A plain Hugging Face folder of model and tokenizer, written aside and then named: by one process, to which the
+    others give their parts."""
+    state = dense_state(model, keep=world.is_main)
+    world.from_main(lambda: _write_model(folder, model, state, tokenizer))
+
+
+def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(aside, state_dict=dense_state(model))
+    model.save_pretrained(aside, state_dict=state)
     tokenizer.save(aside, model_max_length=model.config.max_position_embeddings)
     config = json.loads((aside / "config.json").read_text())
     _write_json(aside / "config.json", config | {"use_cache": True})  # training has no use for a cache, generation has

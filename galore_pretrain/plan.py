@@ -141,7 +141,7 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
         execution = execution_for(config, optimizer)
         _watch(ledger, model, execution)
         _file(ledger, optimizer, each=every_update)
-        make_heaviest_updates(config, model, optimizer, execution, min(config.total_batch_size // config.batch_size, 2))
+        make_heaviest_updates(config, model, optimizer, execution, min(config.micro_batches, 2))
     return Plan(config, ledger.peak, ledger.at_peak, ledger.place_of_peak)
 
 
@@ -206,7 +206,7 @@ def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]
         if (due := optimizer.next_due(p, 2)) is not None:
             size[due] += p.numel()
     heaviest = max(size, key=lambda count: size[count])
-    return [heaviest] if config.total_batch_size > config.batch_size else [1, heaviest]
+    return [heaviest] if config.micro_batches > 1 else [1, heaviest]
 
 
 def _file(ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from galore_pretrain import checkpoint
 from galore_pretrain.checkpoint import Saved
-from galore_pretrain.config import RunConfig
+from galore_pretrain.config import PROCESSES, RunConfig
 from galore_pretrain.data import TrainingData
+from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.memory import spare_bytes
 from galore_pretrain.outputs import read_summary
@@ -21,6 +22,7 @@ from galore_pretrain.recipes import CHOSEN, with_execution
 from galore_pretrain.schedule import Schedule
 
 if TYPE_CHECKING:
+    from galore_pretrain.optim import RuleOptimizer
     from galore_pretrain.trainer import TrainState
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ def as_before(config: RunConfig, origins: Mapping[str, str], found: Saved) -> tu
     }
     if None in chosen.values():
         return None
-    if config.total_batch_size % chosen["batch_size"]:  # another total batch, refused elsewhere
+    if config.total_batch_size % (chosen["batch_size"] * PROCESSES):  # another total batch, refused elsewhere
         return None
     kept, origins = with_execution(config, origins, **chosen)
     if origins["clip_norm"] == CHOSEN and saved.get("clip_norm") == "projected":  # which every way of updating knows
@@ -121,11 +123,12 @@ def is_finished(output: Path, found: Saved, schedule: Schedule) -> bool:
 
 
 def restore(
-    found: Saved, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: "TrainState", data: TrainingData
+    found: Saved, model: torch.nn.Module, optimizer: "RuleOptimizer", state: "TrainState", data: TrainingData
 ) -> None:
     """Everything as it was when ``found`` was written."""
-    tensors = checkpoint.named_tensors(model, optimizer)
+    tensors = checkpoint.named_tensors(model, optimizer, load=True)
     found.load(tensors)
+    checkpoint.take_loaded(optimizer, tensors)
     state.load_state_dict(found.state["trainer"])
     if state.data is not None:
         data.load_state_dict(state.data)
@@ -138,7 +141,8 @@ def restore(
 
 class Saver:
     """Writes a run's checkpoints. Where the last one took longer than an update, the next is copied and written in the
-    background, if the host's memory has room for the copy. One that cannot be written is a warning: the run goes on.
+    background, if the process is alone and the host's memory has room for the copy. One that cannot be written is a
+    warning: the run goes on.
 
     ``extra`` is asked at each for what else goes into it; an OSError of its means that there can be none now.
     ``found``: the checkpoint that the run goes on from. ``stalled``: seconds that training waited for them all, in the
@@ -149,13 +153,14 @@ class Saver:
         self,
         config: RunConfig,
         model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: "RuleOptimizer",
         state: "TrainState",
         extra: Callable[[], Mapping[str, Any]],
         found: Saved | None = None,
+        world: World = ALONE,
     ) -> None:
         self._config, self._model, self._optimizer, self._state = config, model, optimizer, state
-        self._extra = extra
+        self._extra, self._world = extra, world
         self._root = Path(config.output) / "checkpoints"
         own = found is not None and found.is_in(self._root)
         self._tried = self._written = self._moment() if own else None
@@ -183,7 +188,7 @@ class Saver:
         self.wait()
         self._tried = moment
         try:
-            extra = self._extra()
+            extra = self._world.from_main(self._extra)
         except OSError as error:
             self._missed(state.step, error.strerror or str(error))
             return
@@ -197,7 +202,7 @@ class Saver:
             **extra,
         }
         keep = None if state.skipped else self._config.keep  # what is saved among skipped updates pushes out no other
-        copy = self._copied(tensors) if self._taken > update else None
+        copy = self._copied(tensors) if self._taken > update and self._world.size == 1 else None
         if copy is not None:
             self._thread = threading.Thread(target=self._write, args=(moment, copy, meta, keep))
             self._thread.start()
@@ -245,10 +250,10 @@ class Saver:
     ) -> None:
         started = time.monotonic()
         try:
-            checkpoint.save(checkpoint.folder_of(self._root, moment[0]), tensors, meta)
+            checkpoint.save(checkpoint.folder_of(self._root, moment[0]), tensors, meta, self._world)
         except checkpoint.NotWrittenError as error:
             self._missed(moment[0], str(error))
             return
         self._written, self._taken = moment, time.monotonic() - started
-        if keep is not None:
+        if keep is not None and self._world.is_main:
             checkpoint.prune(self._root, keep, self._config.keep_every)

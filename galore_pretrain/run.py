@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,15 @@ from galore_pretrain.build import device_of, execution_for, factors_of, model_fo
 from galore_pretrain.checkpoint import Saved
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import Row, TrainingData, validation_rows
-from galore_pretrain.errors import InputError, TrainingFailedError
+from galore_pretrain.dist import World, processes
+from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.evaluate import Evaluation, evaluate
 from galore_pretrain.inputs import Inputs, open_inputs
 from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes, ran_out
-from galore_pretrain.metrics import JsonLines, Progress, Wandb
+from galore_pretrain.metrics import JsonLines, MetricLogger, Progress, Wandb
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.projector import has_fast_bf16
+from galore_pretrain.optim.shards import local
 from galore_pretrain.outputs import check_space, export, keep_rows, lock, log_config, write_config, write_summary
 from galore_pretrain.plan import Plan, measure, static_bytes
 from galore_pretrain.recipes import reference_batch
@@ -42,23 +45,26 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     """One run, from config to exported model; the exit code. What can be refused is refused before weights exist."""
     started = time.monotonic()
-    _refuse_several_processes()
-    output, schedule = Path(config.output), _schedule(config)
-    with lock(output):
-        config, origins, found, kept = going_on(config, origins, output)
-        if found and is_finished(output, found, schedule):
+    with processes(config) as world, ExitStack() as held:
+        config, origins = world.from_main(lambda: (config, origins))  # its names hold the time
+        output, schedule = Path(config.output), _schedule(config)
+        world.from_main(lambda: held.enter_context(lock(output)))
+        config, origins, found, kept = world.from_main(lambda: going_on(config, origins, output))
+        if found and world.from_main(lambda: is_finished(output, found, schedule)):
             log.info("%s is finished; give another --output to train anew", output)
             return 0
-        inputs = open_inputs(config, found.state.get("revision") if found else None)
+        revision = found.state.get("revision") if found else None
+        revision = world.from_main(lambda: open_inputs(config, revision).revision) if world.size > 1 else revision
+        inputs = open_inputs(config, revision)
         if found:
             check_inputs(config, found, inputs.fingerprints())
         optimizer_for(config, model_for(config, inputs.model, "meta"))  # whether its options fit, at no cost
-        config, origins, planned = fitted(config, origins, kept=kept)
+        config, origins, planned = world.from_main(lambda: fitted(config, origins, kept=kept))
         log_config(config, origins)
         try:
             static = static_bytes(config, inputs.model)
-            check_space(output, static.weights + static.state, _checkpoints_at_most(config))
-            return _train(config, origins, inputs, found, planned, started)
+            world.from_main(lambda: check_space(output, static.weights + static.state, _checkpoints_at_most(config)))
+            return _train(config, origins, inputs, found, planned, started, world)
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
@@ -79,11 +85,11 @@ def _train(
     found: Saved | None,
     planned: Plan | None,
     started: float,
+    world: World,
 ) -> int:
     """Build the parts, join them, and let them run."""
     output, schedule, device = Path(config.output), _schedule(config), device_of(config)
-    torch.manual_seed(config.seed)  # dropout alone draws from torch's own generator
-    model = model_for(config, inputs.model, device, fresh=found is None)
+    model = model_for(config, inputs.model, device, fresh=found is None, mesh=world.mesh)
     optimizer = optimizer_for(config, prepare(config, model))
     execution = execution_for(config, optimizer)
     _log_assignment(config, device, optimizer)
@@ -93,10 +99,11 @@ def _train(
         restore(found, model, optimizer, state, data)
     # Only now: what the folder holds may be of another method, and is refused then.
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device)}
-    write_config(output, config, origins, environment)
+    world.from_main(lambda: write_config(output, config, origins, environment))
     saved = found.state if found else {}
     own = found is not None and found.is_in(output / "checkpoints")
-    lines, progress, wandb = _loggers(config, output, state, saved if own else {})
+    loggers: list[MetricLogger] = []
+    world.from_main(lambda: loggers.extend(_loggers(config, output, state, saved if own else {})))
     peaks = _Peaks(device, saved.get("peaks", (0, 0)))
 
     def seconds() -> float:
@@ -104,10 +111,13 @@ def _train(
 
     def extra() -> dict[str, Any]:
         """What a checkpoint holds of the run around the training."""
+        lines, _, wandb = loggers  # the main process's, which alone is asked
+        assert isinstance(lines, JsonLines)
+        assert isinstance(wandb, Wandb)
         known = {"metrics_bytes": lines.sync(), "wandb_id": wandb.run_id, "peaks": peaks.now()}
         return known | {"wall_seconds": seconds(), "inputs": inputs.fingerprints(), "revision": inputs.revision}
 
-    saver = Saver(config, model, optimizer, state, extra, found)
+    saver = Saver(config, model, optimizer, state, extra, found, world)
     factors = factors_of(config)
     trainer = Trainer(
         model=model,
@@ -116,10 +126,10 @@ def _train(
         execution=execution,
         schedule=schedule,
         after_update=partial(factors.after_update, model, optimizer) if factors else lambda step: None,
-        evaluate=_evaluator(config, model, inputs, device),
+        evaluate=_evaluator(config, model, inputs, device, world),
         checkpoints=saver,
         keep_rows=partial(keep_rows, output),
-        loggers=[lines, progress, wandb],
+        loggers=loggers,
         state=state,
         batch_size=config.batch_size,
         eval_every=config.eval_every,
@@ -127,6 +137,8 @@ def _train(
         mean_of_means=config.numerics == "reference",
         max_loss=config.max_loss or math.inf,
         device=device,
+        world=world,
+        at_rows=partial(factors.at_rows, model) if factors else lambda update, first: None,
     )
     with on_stop(trainer.stop):
         try:
@@ -136,19 +148,16 @@ def _train(
                 log.info("stopped after update %d; %s goes on there", state.step, again(config))
                 return 128 + (trainer.stop_signal or 0)
             reached = peaks.now()  # exporting is not training
-            export(output / "model", model, inputs.tokenizer)
-            peak = _planned_peak(planned, config, inputs)
-            write_summary(output, _summary(state, model, optimizer, peak, reached, seconds(), saver.stalled))
+            export(output / "model", model, inputs.tokenizer, world)
+            summary = _summary(state, model, optimizer, reached, seconds(), saver.stalled)
+            world.from_main(
+                lambda: write_summary(output, summary | {"planned_peak_bytes": _planned_peak(planned, config, inputs)})
+            )
             return 0
         finally:
             saver.wait()
             for logger in trainer.loggers:
                 logger.close()
-
-
-def _refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"torchrun started {os.environ['WORLD_SIZE']} processes; only one is supported so far")
 
 
 def _checkpoints_at_most(config: RunConfig) -> int:
@@ -179,7 +188,7 @@ def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOpti
     log.info("%s: %.1fM weights in %s on %s", config.model, total / 1e6, config.dtype, where)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):
         log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
-    micro_batches = config.total_batch_size // config.batch_size
+    micro_batches = config.micro_batches
     if config.layerwise and not optimizer.projects and (micro_batches > 1 or config.grad_clip):
         why = f"the sum over {micro_batches} micro-batches" if micro_batches > 1 else "clipping"
         log.info("--layerwise saves no memory here: %s needs all gradients of %s", why, config.optim)
@@ -202,7 +211,7 @@ def _schedule(config: RunConfig) -> Schedule:
 
 
 def _evaluator(
-    config: RunConfig, model: torch.nn.Module, inputs: Inputs, device: torch.device
+    config: RunConfig, model: torch.nn.Module, inputs: Inputs, device: torch.device, world: World
 ) -> Callable[[], Evaluation]:
     """Evaluates on the same rows each time, which are read once, when first needed."""
     kept: list[Row] = []
@@ -217,7 +226,7 @@ def _evaluator(
                     f"{config.eval_tokens:,}",
                 )
         size, reference = config.batch_size, reference_batch(config)
-        return evaluate(model, kept, batch_size=size, reference_batch=reference, device=device)
+        return evaluate(model, kept, batch_size=size, reference_batch=reference, device=device, world=world)
 
     return evaluate_now
 
@@ -263,7 +272,6 @@ def _summary(
     state: TrainState,
     model: torch.nn.Module,
     optimizer: RuleOptimizer,
-    planned: int | None,
     peaks: tuple[int, int],
     wall_seconds: float,
     stall_seconds: float,
@@ -274,8 +282,7 @@ def _summary(
         **state.evaluation,
         "peak_memory_bytes": peaks[0],
         "process_peak_bytes": peaks[1],
-        "planned_peak_bytes": planned,
-        "weights_bytes": sum(p.nbytes for p in model.parameters()),
+        "weights_bytes": sum(local(p).nbytes for p in model.parameters()),
         "optimizer_bytes": optimizer.state_bytes(),
         "wall_seconds": wall_seconds,
         "checkpoint_stall_seconds": stall_seconds,

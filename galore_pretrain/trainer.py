@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.execution import Execution
 from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes
@@ -73,7 +74,8 @@ class Trainer:
     called, and a checkpoint kept, every so many updates and after the last one. ``after_update`` is called with the
     number of each update but the last, and may change the model. ``mean_of_means`` averages the loss as the published
     code does. ``keep_rows`` is handed the number, the rows and the loss of an update that was skipped, as one is whose
-    loss is beyond ``max_loss``.
+    loss is beyond ``max_loss``. The processes of ``world`` share the rows of an update; ``at_rows`` is told before each
+    forward pass of which update it is, and from which of its rows on.
     """
 
     model: Any
@@ -93,6 +95,8 @@ class Trainer:
     mean_of_means: bool
     max_loss: float
     device: torch.device
+    world: World = ALONE
+    at_rows: Callable[[int, int], None] = lambda update, first: None
     stop_signal: int | None = field(default=None, init=False)
     _may_leave: bool = field(default=False, init=False)
 
@@ -102,7 +106,7 @@ class Trainer:
         state, batches = self.state, iter(self.batches)
         due = False
         try:
-            while state.unlogged is not None or not (self._is_over() or self.stop_signal):
+            while state.unlogged is not None or not (self._is_over() or self._is_asked_to_stop()):
                 self._advance(batches)
                 due = due or state.step % self.save_every == 0
                 if due and not state.skipped:  # a checkpoint among skipped updates would push out the last good one
@@ -124,6 +128,13 @@ class Trainer:
             self._may_leave = False
             raise _StopRequested
 
+    def _is_asked_to_stop(self) -> bool:
+        """Whether `stop` was called, in this process or another."""
+        if self.world.size > 1:
+            (number,) = self.world.largest(self.stop_signal or 0)
+            self.stop_signal = int(number) or None
+        return self.stop_signal is not None
+
     def _advance(self, batches: "Iterator[Batch]") -> None:
         """One update, evaluated if that is due, and logged."""
         state = self.state
@@ -137,7 +148,10 @@ class Trainer:
         state.unlogged = None
 
     def _leaving(self, work: Callable[[], T]) -> T:
-        """Do what can be left in the middle, and be it by an exception from a signal's handler."""
+        """Do what can be left in the middle, and be it by an exception from a signal's handler; not by one of several
+        processes alone."""
+        if self.world.size > 1:
+            return work()
         self._may_leave = True
         try:
             if self.stop_signal:
@@ -155,7 +169,7 @@ class Trainer:
         loss = self._forward_backward(batch)
         finished = self.execution.finish() if self._is_sound(loss) else None
         state.skipped = 0 if finished and not finished.skipped else state.skipped + 1
-        if state.skipped:
+        if state.skipped and self.world.is_main:
             self.keep_rows(state.step + 1, batch, loss)
         state.step += 1
         state.tokens_seen += batch.tokens
@@ -165,7 +179,7 @@ class Trainer:
         metrics: Metrics = {"loss": loss, "lr": lr, "tokens_seen": state.tokens_seen}
         if finished is None:
             return metrics
-        if finished.skipped:
+        if finished.skipped and self.world.is_main:
             log.warning("update %d: %d gradients were not finite, their tensors skipped", state.step, finished.skipped)
         if finished.grad_norm is not None:
             metrics["grad_norm"] = finished.grad_norm
@@ -179,14 +193,23 @@ class Trainer:
         beyond ``max_loss``, ends the update before its backward pass and drops the gradients.
         """
         label_tokens = max(1, batch.label_tokens)
-        inputs, labels = batch.input_ids.split(self.batch_size), batch.labels.split(self.batch_size)
+        world, rows = self.world, len(batch.input_ids) // self.world.size
+        own = slice(world.rank * rows, (world.rank + 1) * rows)
+        inputs, labels = batch.input_ids[own].split(self.batch_size), batch.labels[own].split(self.batch_size)
         total = 0.0
         for i, (input_ids, targets) in enumerate(zip(inputs, labels, strict=True)):
-            divisor = max(1, int((targets >= 0).sum())) * len(inputs) if self.mean_of_means else label_tokens
+            parts = len(inputs) * world.size
+            divisor = max(1, int((targets >= 0).sum())) * parts if self.mean_of_means else label_tokens
+            self.at_rows(self.state.step, own.start + i * self.batch_size)
             loss = mean_loss(self.model, input_ids.to(self.device), targets.to(self.device), divisor)
-            total += loss.item()
+            total += world.sum(loss.detach()).item()
             if not self._is_sound(total):
-                log.warning("the loss of update %d is %s: skipped", self.state.step + 1, total)
+                log.log(
+                    logging.WARNING if world.is_main else logging.DEBUG,
+                    "the loss of update %d is %s: skipped",
+                    self.state.step + 1,
+                    total,
+                )
                 self.execution.discard()
                 break
             self.execution.begin(i, len(inputs))

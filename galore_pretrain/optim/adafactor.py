@@ -1,5 +1,6 @@
 """Adafactor: a matrix's second moment as one number a row and one a column."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction
+from galore_pretrain.optim.shards import Shard
 from galore_pretrain.optim.step import Step, chunk_elements, pieces
 
 
@@ -35,7 +37,7 @@ class Adafactor:
         if not (self.beta1 is None or 0 <= self.beta1 < 1) or not self.clip_threshold > 0:
             raise ValueError(f"beta1 {self.beta1} must be in [0, 1), clip_threshold {self.clip_threshold} positive")
 
-    def init(self, like: Tensor) -> State:
+    def init(self, like: Tensor, shard: Shard | None = None) -> State:
         if like.ndim == 2:
             state = {
                 name: like.new_zeros(n, dtype=torch.float32)
@@ -46,7 +48,7 @@ class Adafactor:
         if self.beta1 is None:
             return state
         # what is published keeps the dtype of its arithmetic
-        return state | self.store.zeros("exp_avg", like.float() if self.published else like)
+        return state | self.store.zeros("exp_avg", like.float() if self.published else like, shard)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         if self.published:
@@ -57,25 +59,32 @@ class Adafactor:
             square.lerp_(grad.float().square().add_(self.epsilon), 1 - beta2)
             direction = grad.float() * square.rsqrt()
             step.store(state["exp_avg_sq"], square)
-            direction.div_((direction.square().mean().sqrt_() / self.clip_threshold).clamp_(min=1.0))
+            square = direction.square()
+            mean = step.total(square.sum()) / math.prod(step.shape(grad)) if step.shard else square.mean()
+            direction.div_((mean.sqrt_() / self.clip_threshold).clamp_(min=1.0))
             return self._averaged(Direction(direction), state, step)
-        m, n = grad.shape
+        m, n = step.shape(grad)
         row_mean, column_mean = (torch.zeros_like(state[name]) for name in ("row", "column"))
         for start, block in _row_blocks(grad):
             square = block.square_().add_(self.epsilon)
             row_mean[start : start + len(block)] = square.mean(1)
             column_mean += square.sum(0)
+        if step.shard is not None and step.shard.dim == 0:
+            column_mean = step.shard.sum(column_mean)
+        elif step.shard is not None:
+            row_mean = step.shard.sum(row_mean * (grad.shape[1] / n))
         row, column = step.working_copy(state["row"]), step.working_copy(state["column"])
         row.lerp_(row_mean, 1 - beta2)
         column.lerp_(column_mean.div_(m), 1 - beta2)
-        row_factor, column_factor = (row / row.mean()).rsqrt_(), column.rsqrt()
+        row_factor, column_factor = (row / step.mean(row, 0)).rsqrt_(), column.rsqrt()
         step.store(state["row"], row)
         step.store(state["column"], column)
         squares = [
             (block.square_() @ column_factor.square()) @ row_factor[start : start + len(block)].square()
             for start, block in _row_blocks(grad)
         ]
-        rms = (torch.stack(squares).sum() / (m * n)).sqrt_()
+        square = torch.stack(squares).sum() if squares else row.new_zeros(())
+        rms = (step.total(square) / (m * n)).sqrt_()
         row_factor.div_((rms / self.clip_threshold).clamp_(min=1.0))
         return self._averaged(Direction(grad, row=row_factor, column=column_factor), state, step)
 
@@ -84,7 +93,7 @@ class Adafactor:
         if self.beta1 is None:
             return direction
         grad = direction.left
-        width = grad[0].numel()
+        width = grad.shape[1:].numel()
         for start, stop in pieces(grad.shape[0], _rows(grad)):
             part, here = self.store.narrow(state, "exp_avg", start * width, stop * width), step.at(start * width)
             average = self.store.read(part, "exp_avg", here)
@@ -97,9 +106,9 @@ class Adafactor:
         update = grad.square().add_(self.epsilon)
         if "row" in state:
             row, column = step.working_copy(state["row"]), step.working_copy(state["column"])
-            row.mul_(beta2).add_(update.mean(-1), alpha=1 - beta2)
-            column.mul_(beta2).add_(update.mean(-2), alpha=1 - beta2)
-            update = torch.mul((row / row.mean()).rsqrt_()[:, None], column[None].rsqrt()).mul_(grad)
+            row.mul_(beta2).add_(step.mean(update, 1), alpha=1 - beta2)
+            column.mul_(beta2).add_(step.mean(update, 0), alpha=1 - beta2)
+            update = torch.mul((row / step.mean(row, 0)).rsqrt_()[:, None], column[None].rsqrt()).mul_(grad)
             step.store(state["row"], row)
             step.store(state["column"], column)
         else:
@@ -107,7 +116,8 @@ class Adafactor:
             square.mul_(beta2).add_(update, alpha=1 - beta2)
             update = square.rsqrt().mul_(grad)
             step.store(state["exp_avg_sq"], square)
-        rms = update.norm(2) / update.numel() ** 0.5
+        norm = update.norm(2) if step.shard is None else step.total(update.square().sum()).sqrt_()
+        rms = norm / math.prod(step.shape(update)) ** 0.5
         update.div_((rms / self.clip_threshold).clamp_(min=1.0)).mul_(step.lr)
         if self.beta1 is not None:
             average = self.store.read(state, "exp_avg", step)
@@ -132,7 +142,7 @@ class Adafactor:
 
 
 def _rows(matrix: Tensor) -> int:
-    return max(1, chunk_elements(matrix.device) // max(1, matrix[0].numel()))
+    return max(1, chunk_elements(matrix.device) // max(1, matrix.shape[1:].numel()))
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:

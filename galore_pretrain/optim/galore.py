@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,18 @@ from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.names import BASIS_NAMES, MOMENTS, REFRESHES
 from galore_pretrain.optim.projector import BASES, BasisFn, Side, project, project_fast, random_basis, sides
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
+from galore_pretrain.optim.shards import Shard
 from galore_pretrain.optim.step import Step, gradient_norm, known_true
 
 _SIDES: dict[str, Side] = {"left_basis": "left", "right_basis": "right"}
+
+
+class NewBases(NamedTuple):
+    """The bases that a gradient has, in fp32; ``found``, a scalar: whether they are better than those in use."""
+
+    left: Tensor | None
+    right: Tensor | None
+    found: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,14 @@ class GaLore:
     def decay(self) -> Decay:
         return self.inner.decay
 
-    def init(self, like: Tensor) -> State:
+    def init(self, like: Tensor, shard: Shard | None = None) -> State:
         if like.ndim != 2:
             raise ValueError(
                 f"GaLore projects matrices; a tensor of shape {tuple(like.shape)} belongs into a group without rank"
             )
         if self.upcast:
             like = like.float()
-        m, n = like.shape
+        m, n = like.shape if shard is None else shard.shape
         left, right = sides(m, n, self.proj_type)
         if self.rank > min(m, n):  # one text for all matrices, so that it is shown once
             warnings.warn(
@@ -79,7 +88,8 @@ class GaLore:
         r = min(self.rank, m, n)
         state = {"left_basis": self._basis_zeros(like, m, r)} if left else {}
         state |= {"right_basis": self._basis_zeros(like, r, n)} if right else {}
-        return state | self.inner.init(like.new_empty(r if left else m, r if right else n))
+        low = like.new_empty(r if left else like.shape[0], r if right else like.shape[1])
+        return state | self.inner.init(low, shard and shard.low_rank(left, right, r))
 
     def _basis_zeros(self, like: Tensor, rows: int, columns: int) -> Tensor:
         """As ``published``, a basis lies column by column, as LAPACK leaves it: on some processors a product has other
@@ -101,24 +111,31 @@ class GaLore:
     def settle(self, grad: Tensor, state: State, step: Step) -> Tensor:
         """The low-rank gradient of an update, in a new basis if one is due."""
         if self.is_due(step):
-            self._renew(grad, state, step)
-        return self.project(grad, state)
+            if step.shard is not None:
+                raise ValueError("a new basis needs the whole gradient: let the optimizer `renew` those that are due")
+            self.adopt(self.find(grad, state), state, step)
+        return self.project(grad, state, step.shard)
 
-    def project(self, grad: Tensor, state: State) -> Tensor:
+    def project(self, grad: Tensor, state: State, shard: Shard | None = None) -> Tensor:
         """The low-rank gradient in the basis in use, contiguous: linear in ``grad``, so that the parts of a sum can be
-        projected one by one, and a factor applied afterwards."""
-        left, right = state.get("left_basis"), state.get("right_basis")
+        projected one by one, and a factor applied afterwards.
+
+        Of a ``shard`` no process needs another's, unless the side that is projected is shared out; then all have the
+        whole of it.
+        """
+        left, right = self._parts(state, shard)
         if self.upcast:
             grad = grad.float()
-        return project(grad, left, right).contiguous() if self.published else project_fast(grad, left, right)
+        low = project(grad, left, right).contiguous() if self.published else project_fast(grad, left, right)
+        return low if shard is None or self.low_shard(state, shard) is not None else shard.sum(low)
 
     def update_projected(self, low_grad: Tensor, state: State, step: Step) -> Direction:
         """The rest of an update, from what `project` returned, which is overwritten."""
-        left, right = state.get("left_basis"), state.get("right_basis")
+        left, right = self._parts(state, step.shard)
         if self.moments == "reset":
             step = replace(step, count=self._age(step))
         dtype = low_grad.dtype
-        low = update_in_chunks(self.inner, low_grad, state, step)
+        low = update_in_chunks(self.inner, low_grad, state, self.low_step(state, step))
         narrow = low.whole().to(dtype)
         if left is not None:
             tall, wide = (left, narrow) if right is None else (left @ narrow, right)
@@ -153,40 +170,70 @@ class GaLore:
         since = step.count - 1 - self._first_refresh(step)
         return step.count if since < 0 else since % self.update_proj_gap + 1
 
-    def _renew(self, grad: Tensor, state: State, step: Step) -> None:
-        """Take new bases from ``grad`` and tell the inner rule; what failed is noted in ``step.failures``."""
-        left, right = state.get("left_basis"), state.get("right_basis")
+    def find(self, grad: Tensor, state: State) -> NewBases:
+        """New bases from the whole gradient."""
         if self.upcast:
             grad = grad.float()
         find = BASES[self.basis] if isinstance(self.basis, str) else self.basis
-        kept = torch.ones((), dtype=torch.bool, device=grad.device) if step.ok is None else step.ok
-        if self.moments == "reset" and step.count > 1:
-            for name in state.keys() - _SIDES.keys():
-                state[name].zero_()
+        left, right = self.bases(state)
         try:
             new_left = None if left is None else find(grad, left.shape[1], "left", left)
             new_right = None if right is None else find(grad, right.shape[0], "right", right)
         except torch.linalg.LinAlgError:
-            step.failures.append(kept)
-            return
+            return NewBases(left, right, torch.zeros((), dtype=torch.bool, device=grad.device))
         # A gradient of zeros has no subspace; whatever a decomposition makes of it is no better than the basis in use.
         found = gradient_norm(grad) > 0
         for basis in (new_left, new_right):
             if basis is not None:
                 found &= torch.linalg.vector_norm(basis).isfinite()
-        if not known_true(found):
-            step.failures.append(kept & ~found)
+        return NewBases(new_left, new_right, found)
+
+    def blank(self, state: State) -> NewBases:
+        """What `find` returns, for another process's to be written into."""
+        left, right = (None if b is None else torch.empty_like(b, dtype=torch.float32) for b in self.bases(state))
+        return NewBases(left, right, torch.ones((), device=next(iter(state.values())).device))
+
+    def adopt(self, new: NewBases, state: State, step: Step) -> None:
+        """Take new bases and tell the inner rule; what failed is noted in ``step.failures``."""
+        left, right = self.bases(state)
+        if self.moments == "reset" and step.count > 1:
+            for name in state.keys() - _SIDES.keys():
+                state[name].zero_()
+        if not known_true(new.found):
+            kept = torch.ones_like(new.found) if step.ok is None else step.ok
+            step.failures.append(kept & ~new.found)
         if self.moments != "reset" and step.count > 1:
             change = BasisChange()
             if self.moments == "project":
-                turned_left = None if left is None or new_left is None else new_left.T @ left.float()
-                turned_right = None if right is None or new_right is None else right.float() @ new_right.T
+                turned_left = None if left is None or new.left is None else new.left.T @ left.float()
+                turned_right = None if right is None or new.right is None else right.float() @ new.right.T
                 change = BasisChange(True, turned_left, turned_right)
-            self.inner.change_basis(state, change, step.only_if(found))
-        step = step.only_if(found)
-        for basis, new in ((left, new_left), (right, new_right)):
-            if basis is not None and new is not None:
-                step.store(basis, new)
+            self.inner.change_basis(state, change, self.low_step(state, step).only_if(new.found))
+        step = step.only_if(new.found)
+        for basis, taken in ((left, new.left), (right, new.right)):
+            if basis is not None and taken is not None:
+                step.store(basis, taken)
+
+    def bases(self, state: State) -> tuple[Tensor | None, Tensor | None]:
+        """The (left, right) basis in use, whole; one of them may not be."""
+        return state.get("left_basis"), state.get("right_basis")
+
+    def low_shard(self, state: State, shard: Shard | None) -> Shard | None:
+        """Where the low-rank gradient of a part of a matrix lies."""
+        left, right = self.bases(state)
+        rank = min(basis.shape[side] for basis, side in ((left, 1), (right, 0)) if basis is not None)
+        return None if shard is None else shard.low_rank(left is not None, right is not None, rank)
+
+    def _parts(self, state: State, shard: Shard | None) -> tuple[Tensor | None, Tensor | None]:
+        """What meets the part at hand of the bases in use."""
+        left, right = self.bases(state)
+        if shard is None:
+            return left, right
+        return left if left is None else shard.part(left, 0), right if right is None else shard.part(right, 1)
+
+    def low_step(self, state: State, step: Step) -> Step:
+        """The update of the low-rank gradient."""
+        return step if step.shard is None else replace(step, shard=self.low_shard(state, step.shard)).placed()
 
 
 def is_projected(module_name: str, module: torch.nn.Module) -> bool:

@@ -47,7 +47,7 @@ def subtract(weight: Tensor, direction: Direction, decay: float, decay_first: bo
     if plain and step.ok is None and direction.row is None:
         apply(weight, direction)
         return
-    width = weight[0].numel()
+    width = weight.shape[1:].numel()
     rows = max(1, chunk_elements(weight.device) // width)
     products = rows if direction.right is None else max(rows, _PRODUCT // width // rows * rows)
     for begin, end in pieces(weight.shape[0], products):

@@ -1,5 +1,6 @@
 """How a moment is kept between two updates: one axis of a method, independent of the rule that uses it."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -7,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from galore_pretrain.optim.shards import Shard
 from galore_pretrain.optim.step import Step
 
 State = dict[str, Tensor]
@@ -18,8 +20,11 @@ _codes: dict[tuple[torch.device, bool], Tensor] = {}
 class MomentStore(Protocol):
     """Keeps one moment of a parameter under ``name`` in that parameter's state."""
 
-    def zeros(self, name: str, like: Tensor) -> State:
-        """The entries of ``state`` that hold a moment of ``like``'s shape, on its device. All zero bytes mean zero."""
+    def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
+        """The entries of ``state`` that hold a moment of ``like``'s shape, on its device. All zero bytes mean zero.
+
+        ``shard``: the part of a tensor that ``like`` is; None means that it is all of it.
+        """
         ...
 
     def read(self, state: State, name: str, step: Step) -> Tensor:
@@ -49,7 +54,7 @@ class Dense:
 
     rounding: str = "stochastic"
 
-    def zeros(self, name: str, like: Tensor) -> State:
+    def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
         return {name: torch.zeros_like(like, memory_format=torch.contiguous_format)}
 
     def read(self, state: State, name: str, step: Step) -> Tensor:
@@ -67,11 +72,12 @@ class Blockwise8bit:
     """A byte an element and an fp32 scale a block of 256, by bitsandbytes (arXiv 2110.02861, §2: dynamic quantization).
 
     Moments named ``…_sq`` are not negative and use the unsigned map. A moment of fewer than 4096 elements stays a
-    dense fp32 tensor, as in bitsandbytes' own optimizers.
+    dense fp32 tensor, as in bitsandbytes' own optimizers. Where processes share a moment out, blocks begin anew with
+    each part.
     """
 
-    def zeros(self, name: str, like: Tensor) -> State:
-        if like.numel() < _SMALL:
+    def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
+        if math.prod(like.shape if shard is None else shard.shape) < _SMALL:
             return {name: torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)}
         blocks = -(-like.numel() // _BLOCK)
         _code_values(not name.endswith("_sq"))  # made here, since a step of fake tensors cannot look at values

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
+from galore_pretrain.optim.shards import Shard
 from galore_pretrain.optim.step import Step, chunk_elements, pieces
 
 _BLOCK = 256  # a slot of the history is padded to whole blocks of an 8-bit store
@@ -40,10 +41,10 @@ class Natural:
     def decay(self) -> Decay:
         return self.inner.decay
 
-    def init(self, like: Tensor) -> State:
+    def init(self, like: Tensor, shard: Shard | None = None) -> State:
         gram = like.new_zeros(self.history, self.history, dtype=torch.float64)
         slots = like.new_empty(self.history, _padded(like.numel()))
-        return {"gram": gram} | self.store.zeros("history", slots) | self.inner.init(like)
+        return {"gram": gram} | self.store.zeros("history", slots) | self.inner.init(like, shard)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         newest = (step.count - 1) % self.history
@@ -58,6 +59,7 @@ class Natural:
             g = self._column(state, newest, *piece)
             for i in columns:
                 products[i] += torch.dot(self._column(state, i, *piece), g)
+        products = step.total(products)
         gram = state["gram"].clone()
         gram[newest] = gram[:, newest] = products
         step.store(state["gram"], gram)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.galore import GaLore
+from galore_pretrain.optim.galore import GaLore, NewBases
 from galore_pretrain.optim.inplace import add, subtract
+from galore_pretrain.optim.portable import portable, put_blocks_together, take_blocks
 from galore_pretrain.optim.rules import Adam, UpdateRule
+from galore_pretrain.optim.shards import Pool, local, shard_of
 from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, gradient_norm, mix, pieces
 
 _GOLDEN = 0.6180339887498949
@@ -35,7 +37,8 @@ class Faults:
 @dataclass
 class Waiting:
     """The sum of the gradients of an update so far: low-rank if ``projected``. ``finite``, a scalar: whether all of
-    them were. ``norm`` is that of the whole gradient, where it was measured."""
+    them were, on all processes once that is ``agreed``. ``norm`` is that of the whole gradient, where it was measured
+    (of the part at hand)."""
 
     grad: Tensor
     step: Step
@@ -43,6 +46,7 @@ class Waiting:
     projected: bool = False
     norm: Tensor | None = None
     parts: int = 1
+    agreed: bool = False
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -76,6 +80,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._faults: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), counted where they happen
         self._waiting: dict[Tensor, Waiting] = {}  # what was gathered, until the update
         self._unasked = 0  # steps since somebody asked for them
+        self._pool: Pool | None = None  # the processes, where they are several
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -91,11 +96,12 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} {group[name]} must be finite and not negative")
         super().add_param_group(group)
         self._rules.append(rule)
+        self._pool = self._pool or Pool.of(self.param_groups[-1]["params"])
         for p in self.param_groups[-1]["params"]:
             if p.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"a parameter is {p.dtype}; weights in bfloat16 and float32 are supported")
             self._places[p] = (len(self._rules) - 1, len(self._places))
-            self.state[p] = {"step": 0, **rule.init(_at_least_1d(p.detach()))}
+            self.state[p] = {"step": 0, **rule.init(_at_least_1d(local(p)), shard_of(p))}
 
     def follow(self, group: int, rule: UpdateRule) -> None:
         """Update a group by another rule from now on. ValueError where its state has other names, shapes or dtypes."""
@@ -103,7 +109,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if settings == now["settings"]:
             return
         for p in now["params"]:
-            wanted = rule.init(_at_least_1d(p.detach().to("meta")))
+            wanted = rule.init(_at_least_1d(local(p).to("meta")), shard_of(p))
             there = {name: value for name, value in self.state[p].items() if name != "step"}
             if _layout(wanted) != _layout(there):
                 raise ValueError(
@@ -113,13 +119,22 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: torch's own leaves out what a subclass adds."""
-        own = {name: getattr(self, name) for name in ("rounding", "seed", "_rules", "_places", "_unasked")}
+        own = {name: getattr(self, name) for name in ("rounding", "seed", "_rules", "_places", "_unasked", "_pool")}
         return {**super().__getstate__(), **own, "_pools": {}, "_faults": {}, "_waiting": {}}
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes make one update."""
+        return self._pool is not None
 
     @property
     def projects(self) -> bool:
         """Whether some gradients are projected into a subspace."""
         return any(isinstance(rule, GaLore) for rule in self._rules)
+
+    def is_projected(self, p: Tensor) -> bool:
+        """Whether the gradient of ``p`` is."""
+        return isinstance(self.rule_of(p), GaLore)
 
     def rule_of(self, p: Tensor) -> UpdateRule:
         """The rule that updates ``p``."""
@@ -142,6 +157,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._before_step()
+        self.agree(self._places)
+        self.renew(self._places)
         for group in self.param_groups:
             for p in group["params"]:
                 self.update_param(p)
@@ -164,7 +181,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         ``coefficient``, a scalar, is multiplied into the gradient: into the low-rank one where the rule projects, else
         into ``p.grad`` itself.
         """
-        waiting = self._waiting.pop(p, None) or self._take(p, None)
+        if p not in self._waiting:
+            self._waiting |= {p: taken} if (taken := self._take(p, None)) else {}
+            self.agree([p])
+        waiting = self._waiting.pop(p, None)
         if waiting is None or p.numel() == 0:
             return
         group, rule, tensors = self._of(p)
@@ -172,18 +192,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         step = waiting.step.only_if(waiting.finite)
         if isinstance(rule, GaLore) and not waiting.projected:
             waiting.grad = rule.settle(waiting.grad, tensors, step)
-        grad, weight = waiting.grad, _at_least_1d(p.detach().contiguous())  # itself, if it is
+        here = local(p)
+        grad, weight = waiting.grad, _at_least_1d(here.contiguous())  # itself, if it is
         if coefficient is not None:
             grad.mul_(coefficient)
         if rule.elementwise:
-            flat, grad = weight.view(-1), grad.reshape(-1)
+            flat, grad, placed = weight.view(-1), grad.reshape(-1), step.placed()
             for start, stop in pieces(flat.numel(), chunk_elements(p.device)):
                 views = rule.narrow(tensors, start, stop)
-                self._update(flat[start:stop], grad[start:stop], views, rule, group, step.at(start))
+                self._update(flat[start:stop], grad[start:stop], views, rule, group, placed.at(start))
         else:
-            self._update(weight, grad, tensors, rule, group, step)
-        if not p.is_contiguous():
-            p.copy_(weight)  # else it was changed in place
+            self._update(weight, grad, tensors, rule, group, step if isinstance(rule, GaLore) else step.placed())
+        if not here.is_contiguous():
+            here.copy_(weight)  # else it was changed in place
         self._count(step)
 
     @torch.no_grad()
@@ -203,21 +224,23 @@ class RuleOptimizer(torch.optim.Optimizer):
         if measure:
             taken.norm = gradient_norm(taken.grad)
         _, rule, state = self._of(p)
+        place = taken.step.placed()
         if project and isinstance(rule, GaLore) and not rule.is_due(taken.step):
-            taken.grad, taken.projected = rule.project(taken.grad, state), True
+            taken.grad, taken.projected = rule.project(taken.grad, state, taken.step.shard), True
+            place = self._low_step(p, taken.step)
         if waiting is None:
             self._waiting[p] = taken
             return
         waiting.parts += 1
         waiting.finite = waiting.finite & taken.finite
-        add(waiting.grad, taken.grad, waiting.step, f"sum {waiting.parts}")
+        add(waiting.grad, taken.grad, place, f"sum {waiting.parts}")
 
     @torch.no_grad()
     def reset(self, params: Iterable[Tensor]) -> None:
         """The state of ``params`` as it was before their first update."""
         for p in params:
             self.state[p]["step"] = 0
-            for name, value in self.rule_of(p).init(_at_least_1d(p.detach())).items():
+            for name, value in self.rule_of(p).init(_at_least_1d(local(p)), shard_of(p)).items():
                 self.state[p][name].copy_(value)
 
     @torch.no_grad()
@@ -232,16 +255,68 @@ class RuleOptimizer(torch.optim.Optimizer):
     def norms(self, params: Iterable[Tensor]) -> Tensor:
         """The norm of each gradient of ``params``, fp32 (number of parameters): of the one that was measured, of the
         sum that waits, or of ``p.grad``. 0 where there is none, or one that is not finite, whose update is skipped."""
-        found = []
+        found, shared = [], []
         for p in params:
-            waiting = self._waiting.get(p)
+            waiting, shard = self._waiting.get(p), shard_of(p)
             if waiting is None:
-                norm = p.new_zeros((), dtype=torch.float32) if p.grad is None else gradient_norm(p.grad)
+                norm = torch.zeros((), device=p.device) if p.grad is None else gradient_norm(local(p.grad))
                 found.append(torch.where(norm.isfinite(), norm, 0.0))
             else:
                 norm = gradient_norm(waiting.grad) if waiting.norm is None else waiting.norm
                 found.append(torch.where(waiting.finite & norm.isfinite(), norm, 0.0))
-        return torch.stack(found)
+                if waiting.projected and waiting.norm is None:
+                    shard = waiting.step.shard and self._low_step(p, waiting.step).shard
+            shared.append(shard is not None)
+        norms = torch.stack(found)
+        if self._pool is None or not any(shared):
+            return norms
+        here = torch.tensor(shared, device=norms.device)
+        total = self._pool.sum(torch.where(here, norms.square(), 0.0)).sqrt_()
+        return torch.where(here, torch.where(total.isfinite(), total, 0.0), norms)
+
+    @torch.no_grad()
+    def agree(self, params: Iterable[Tensor]) -> None:
+        """Before `update_param`, where processes hold parts of ``params``: a gradient that is not finite on one of them
+        is so on all. One message."""
+        waiting = []
+        for p in params if self._pool is not None and self._pool.has_parts else ():
+            if p not in self._waiting and (taken := self._take(p, None)) is not None:
+                self._waiting[p] = taken
+            if (found := self._waiting.get(p)) is not None and not found.agreed:
+                waiting.append(found)
+        if not waiting or self._pool is None:
+            return
+        bad = self._pool.sum(torch.stack([~found.finite for found in waiting]).float())
+        for found, count in zip(waiting, bad, strict=True):
+            found.finite, found.agreed = count == 0, True
+
+    @torch.no_grad()
+    def renew(self, params: Iterable[Tensor]) -> None:
+        """Before `update_param`, where several processes make one update: the bases that are due, each found by one of
+        them in the whole gradient and sent to the others."""
+        pool = self._pool
+        if pool is None:
+            return
+        self._waiting |= {p: w for p in params if p not in self._waiting and (w := self._take(p, None)) is not None}
+        due = [p for p in params if (w := self._waiting.get(p)) and not w.projected and self._is_due(p, w.step)]
+        for start in range(0, len(due), len(pool.ranks)):
+            found: NewBases | None = None
+            work = list(zip(due[start : start + len(pool.ranks)], pool.ranks, strict=False))
+            wholes = [pool.gather(self._waiting[p].grad, self._waiting[p].step.shard, owner) for p, owner in work]
+            for (p, _), whole in zip(work, wholes, strict=True):
+                _, rule, state = self._of(p)
+                assert isinstance(rule, GaLore)
+                found = found if whole is None else rule.find(whole, state)
+            for p, owner in work:
+                _, rule, state = self._of(p)
+                assert isinstance(rule, GaLore)
+                waiting = self._waiting[p]
+                new = found if owner == pool.me and found is not None else rule.blank(state)
+                left, right = (part if part is None else part.float().contiguous() for part in new[:2])
+                better = new.found.float()
+                pool.send([part for part in (left, right, better) if part is not None], owner)
+                rule.adopt(NewBases(left, right, better > 0), state, waiting.step.only_if(waiting.finite))
+                waiting.grad, waiting.projected = rule.project(waiting.grad, state, waiting.step.shard), True
 
     def discard(self, params: Iterable[Tensor] | None = None) -> None:
         """Drop the gradients of ``params``, gathered or not; of all by default."""
@@ -253,6 +328,20 @@ class RuleOptimizer(torch.optim.Optimizer):
         """What was gathered for the next update of ``p``."""
         return self._waiting.get(p)
 
+    def saved_state(self, p: Tensor, *, load: bool = False) -> dict[str, Tensor]:
+        """The tensors of the state of ``p`` as a checkpoint holds them (`portable`); to ``load`` into, or as they are.
+        All processes must call this for the same parameters."""
+        _, rule, state = self._of(p)
+        saved = portable(rule, state, p)
+        if not load:
+            put_blocks_together(rule, state, saved, p)
+        return saved
+
+    def take_saved(self, p: Tensor, saved: dict[str, Tensor]) -> None:
+        """Take what was loaded into `saved_state`'s tensors."""
+        _, rule, state = self._of(p)
+        take_blocks(rule, state, saved, p)
+
     def state_bytes(self, params: Iterable[Tensor] | None = None) -> int:
         """What the state of ``params`` takes; of all by default."""
         states = [self.state[p] for p in (self._places if params is None else params)]
@@ -261,7 +350,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def sum_bytes(self, p: Tensor) -> int:
         """What a gathered gradient of ``p`` takes between two refreshes of its basis."""
         _, rule, state = self._of(p)
-        return (rule.project(p.detach(), state) if isinstance(rule, GaLore) else p).nbytes
+        here = local(p)
+        return (rule.project(here, state, shard_of(p)) if isinstance(rule, GaLore) else here).nbytes
 
     def is_due(self, p: Tensor) -> bool:
         """Whether the next update of ``p`` begins with a new basis."""
@@ -295,7 +385,18 @@ class RuleOptimizer(torch.optim.Optimizer):
             if isinstance(rule, GaLore):
                 rule.start(state, step)
         # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
-        return Waiting(_at_least_1d(p.grad), step, torch.linalg.vector_norm(p.grad).isfinite())
+        grad = local(p.grad)
+        return Waiting(_at_least_1d(grad), step, torch.linalg.vector_norm(grad).isfinite())
+
+    def _low_step(self, p: Tensor, step: Step) -> Step:
+        """The update of the low-rank gradient of ``p``."""
+        _, rule, state = self._of(p)
+        assert isinstance(rule, GaLore)
+        return rule.low_step(state, step)
+
+    def _is_due(self, p: Tensor, step: Step) -> bool:
+        rule = self.rule_of(p)
+        return isinstance(rule, GaLore) and rule.is_due(step)
 
     def _next_step(self, p: Tensor) -> Step:
         group, overall = self._places[p]
@@ -306,6 +407,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             seed=mix(self.seed, overall),
             phase=self._phase(p),
             bits=self.random_bits(p, count),
+            shard=shard_of(p),
         )
 
     def _phase(self, p: Tensor) -> float:
@@ -324,10 +426,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         if isinstance(rule, Adam) and rule.update_weight(weight, grad, state, step, decay):
             return
         if decay and rule.decay == "l2":
-            against = rule.project(weight, state) if isinstance(rule, GaLore) else weight
+            against = rule.project(weight, state, step.shard) if isinstance(rule, GaLore) else weight
             grad = torch.add(grad if self.rounding == "nearest" else grad.float(), against, alpha=decay)
         if isinstance(rule, GaLore):
             direction = rule.update_projected(grad, state, step)
+            step = step.placed()
         else:
             direction = rule.update(grad, state, step)
         subtract(weight, direction, step.lr * decay if rule.decay != "l2" else 0.0, rule.decay == "before", step)

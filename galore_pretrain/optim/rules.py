@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import Blockwise8bit, Dense, MomentStore, State
+from galore_pretrain.optim.shards import Shard
 from galore_pretrain.optim.step import Step, chunk_elements, pieces
 
 Decay = Literal["before", "after", "l2"]
@@ -86,8 +87,11 @@ class UpdateRule(Protocol):
         """Whether elements do not see each other, so that a large tensor may be updated in pieces (``narrow``)."""
         ...
 
-    def init(self, like: Tensor) -> State:
-        """State tensors for a parameter (or projection) shaped, typed and placed as ``like``; shapes never change."""
+    def init(self, like: Tensor, shard: Shard | None = None) -> State:
+        """State tensors for a parameter (or projection) shaped, typed and placed as ``like``; shapes never change.
+
+        ``shard``: the part of it that ``like`` is; None means that it is all of it.
+        """
         ...
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
@@ -128,8 +132,8 @@ class SGD:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum {self.momentum} must be in [0, 1)")
 
-    def init(self, like: Tensor) -> State:
-        return self.store.zeros("momentum", like) if self.momentum else {}
+    def init(self, like: Tensor, shard: Shard | None = None) -> State:
+        return self.store.zeros("momentum", like, shard) if self.momentum else {}
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         if not self.momentum:
@@ -168,8 +172,8 @@ class Adam:
         if not all(0 <= beta < 1 for beta in self.betas) or not self.eps >= 0:
             raise ValueError(f"betas {self.betas} must be in [0, 1), and eps {self.eps} not negative")
 
-    def init(self, like: Tensor) -> State:
-        return self.store.zeros("exp_avg", like) | self.store.zeros("exp_avg_sq", like)
+    def init(self, like: Tensor, shard: Shard | None = None) -> State:
+        return self.store.zeros("exp_avg", like, shard) | self.store.zeros("exp_avg_sq", like, shard)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         if isinstance(self.store, Blockwise8bit) and not self.scaled:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from galore_pretrain.optim.shards import Shard
+
 POOL = 524_287
 """Random numbers after which a stream repeats: a prime, so that no row of a matrix gets the bits of another."""
 
@@ -103,7 +105,7 @@ class Step:
     update; ``phase`` in [0, 1) its place among those that share its rule. ``bits`` are None where rounding is to
     nearest. ``ok``: a scalar, whether the results may be kept; None means yes, and is the rule on a CPU. On other
     devices nobody waits to see it: `store` looks at it there. ``failures`` gathers such scalars, one for each
-    decomposition, true if it failed.
+    decomposition, true if it failed. ``shard``: of which part of the tensor this is the update; None means of all.
     """
 
     count: int
@@ -114,14 +116,34 @@ class Step:
     bits: RandomBits | None = None
     ok: Tensor | None = None
     failures: list[Tensor] = field(default_factory=list)
+    shard: Shard | None = None
 
     def at(self, start: int) -> "Step":
         """The same update of the elements from ``start`` on, counted from where this one starts."""
         if start == 0:
             return self
         return Step(
-            self.count, self.lr, self.seed, self.phase, self.start + start, self.bits, self.ok, self.failures
-        )  # dataclasses.replace takes five times as long
+            self.count, self.lr, self.seed, self.phase, self.start + start, self.bits, self.ok, self.failures,
+            self.shard,
+        )  # fmt: skip  # dataclasses.replace takes five times as long
+
+    def placed(self) -> "Step":
+        """The same, counted from where the part at hand begins in the whole tensor."""
+        return self if self.shard is None else self.at(self.shard.offset)
+
+    def total(self, part: Tensor) -> Tensor:
+        """A sum over elements at hand, over all elements of the tensor."""
+        return part if self.shard is None else self.shard.sum(part)
+
+    def mean(self, matrix: Tensor, over: int) -> Tensor:
+        """The mean of the whole tensor over dimension ``over``, for the part at hand."""
+        if self.shard is None or over != self.shard.dim:
+            return matrix.mean(over)
+        return self.shard.sum(matrix.sum(over)) / self.shard.shape[over]
+
+    def shape(self, part: Tensor) -> tuple[int, ...]:
+        """Of the whole tensor, of which ``part`` is at hand."""
+        return part.shape if self.shard is None else self.shard.shape
 
     def store(self, target: Tensor, value: Tensor, stream: str = "") -> None:
         """``target`` takes ``value``, of its shape, if ``ok``; ``value`` may be overwritten.

@@ -1,0 +1,137 @@
+"""Tensors of which each process holds a part: where that lies, and sums over the parts.
+
+torch's FSDP2 shares them out (``fully_shard`` over a mesh of replicas × shards) and reduces their gradients; rules then
+work on the part at hand. Nothing here imports torch.distributed before such a tensor exists.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The slice ``start:stop`` along dimension ``dim`` of a tensor of that ``shape``, one of ``count`` such slices that
+    the processes of ``group`` hold, each ``length`` long but for the last ones."""
+
+    dim: int
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    count: int
+    group: Any = field(repr=False, compare=False)
+
+    @property
+    def length(self) -> int:
+        """Of a slice that is not cut short: as FSDP2 and ``torch.chunk`` have it."""
+        return -(-self.shape[self.dim] // self.count)
+
+    @property
+    def offset(self) -> int:
+        """Elements of the slices before this one: no two processes round with the same random bits."""
+        return self.start * prod(self.shape[: self.dim] + self.shape[self.dim + 1 :])
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The slice of a tensor of that shape."""
+        return whole.narrow(self.dim, self.start, self.stop - self.start)
+
+    def part(self, basis: Tensor, dim: int) -> Tensor:
+        """Of a ``basis`` that spans dimension ``dim``, the rows (0) or columns (1) that meet the slice; else all."""
+        return basis.narrow(dim, self.start, self.stop - self.start) if dim == self.dim else basis
+
+    def low_rank(self, left: bool, right: bool, rank: int) -> "Shard | None":
+        """Where the low-rank gradient lies; None where every process has all of it."""
+        if (left, right)[self.dim]:
+            return None
+        return replace(self, shape=(rank if left else self.shape[0], rank if right else self.shape[1]))
+
+    def sum(self, part: Tensor) -> Tensor:
+        """``part`` summed over the processes, the same on all of them."""
+        from torch import distributed
+
+        total = part.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=self.group)
+        return total
+
+
+def shard_of(tensor: Tensor) -> Shard | None:
+    """Which part of ``tensor`` this process holds; None where it holds all."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None or mesh.size(-1) == 1:
+        return None
+    dim, count, index = tensor.placements[-1].dim, mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)  # type: ignore[attr-defined]
+    size, length = tensor.shape[dim], -(-tensor.shape[dim] // count)
+    start, stop = (min(size, i * length) for i in (index, index + 1))
+    return Shard(dim, start, stop, tuple(tensor.shape), count, mesh.get_group(mesh.ndim - 1))
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of ``tensor``, sharing its memory; itself where that is all."""
+    return tensor.detach().to_local() if hasattr(tensor, "device_mesh") else tensor.detach()  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """``tensor`` takes its part of ``whole``, which every process has."""
+    shard = shard_of(tensor)
+    local(tensor).copy_(whole if shard is None else shard.of(whole))
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, gathered from the processes, which must all ask for it."""
+    return tensor.detach().full_tensor() if hasattr(tensor, "device_mesh") else tensor.detach()  # type: ignore[attr-defined]
+
+
+class Pool:
+    """The processes that make one update together: those of the mesh that the parameters lie on."""
+
+    def __init__(self, mesh: Any) -> None:
+        from torch import distributed
+
+        self.ranks: list[int] = mesh.mesh.flatten().tolist()
+        self.me = distributed.get_rank()
+        self.has_parts = mesh.size(-1) > 1
+        self._replicas: list[list[int]] = mesh.mesh.view(-1, mesh.size(-1)).tolist()  # ranks that hold one whole model
+        self._group = mesh.get_group(mesh.ndim - 1)
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor]) -> "Pool | None":
+        """Those that share ``params``; None where this process is alone."""
+        meshes = [p.device_mesh for p in params if hasattr(p, "device_mesh")]
+        return cls(meshes[0]) if meshes else None
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Summed over the processes that hold one whole model."""
+        from torch import distributed
+
+        distributed.all_reduce(part, group=self._group)
+        return part
+
+    def gather(self, part: Tensor, shard: Shard | None, owner: int) -> Tensor | None:
+        """On ``owner``, the whole tensor of which each process has a ``part``; None elsewhere."""
+        from torch import distributed
+
+        if shard is None:
+            return part if owner == self.me else None
+        if not any(owner in ranks and self.me in ranks for ranks in self._replicas):
+            return None
+        shape = list(shard.shape)
+        shape[shard.dim] = shard.length
+        padded = part.new_zeros(shape)
+        padded.narrow(shard.dim, 0, part.shape[shard.dim]).copy_(part)
+        parts = [torch.empty_like(padded) for _ in range(shard.count)] if owner == self.me else None
+        distributed.gather(padded, parts, dst=owner, group=self._group)
+        return torch.cat(parts, shard.dim).narrow(shard.dim, 0, shard.shape[shard.dim]) if parts else None
+
+    def send(self, tensors: Sequence[Tensor], owner: int) -> None:
+        """``tensors``, in place, become on all what they are on ``owner``."""
+        from torch import distributed
+
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=owner)

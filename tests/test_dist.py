@@ -1,0 +1,201 @@
+"""Several processes are the same program: the curves of one, checkpoints that any number of them reads, and an end.
+
+All by gloo on this machine, through torchrun and the real command line. ``FULL=1`` (``make dist``) runs every optimizer
+in every way to share it, by two and by four processes; CI a part of that.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from galore_pretrain.optim.names import METHODS
+from runs import command, lines
+
+FULL = bool(os.environ.get("FULL"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TOLERANCES = {row: 1e-3 for row in METHODS if "8bit" in row} | {"natural_galore8bit": 1e-2}
+"""Of rows whose state is in blocks of 256, which begin anew in each part. Natural GaLore's system of equations
+magnifies what its history is off by. (On the same gradients, shards.py asks for the same bits where blocks align.)"""
+WAYS = list(itertools.product(("--layerwise", "--no-layerwise"), ("full", "hybrid", "none")))
+
+
+def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-endpoint", "localhost:0"]
+        python += ["--rdzv-backend", "c10d", *options.pop("launch", ())]
+    return subprocess.run(
+        [*python, *arguments], capture_output=True, text=True, timeout=1800, check=False, env=ENVIRONMENT, **options
+    )
+
+
+def flags(model: str, output: Path, *more: str) -> list[str]:
+    """Of a run of 30 updates, of 8 rows each."""
+    changed = {"--steps": "30", "--total-batch-size": "8", "--save-every": "100", "--eval-every": "100"}
+    words = command(model, output, *more)[3:]
+    for name, value in changed.items():
+        words[words.index(name) + 1] = value
+    return [*words, "--batch-size", "2"]
+
+
+def of_row(row: str) -> list[str]:
+    """A rank means nothing to some, nor an interval of bases."""
+    without = [] if "lo" in row or "rank" in row else ["--rank"]
+    return without + ([] if "galore" in row else ["--update-proj-gap"])
+
+
+def run_all(processes: int, cases: dict[Path, list[str]], folder: Path) -> None:
+    file = folder / f"cases-{processes}.json"
+    file.write_text(json.dumps(list(cases.values())))
+    done = torchrun(processes, str(Path(__file__).with_name("worlds.py")), str(file))
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def case(model: str, output: Path, row: str, *more: str) -> list[str]:
+    words = flags(model, output, "--optim", row, *more)
+    for name in of_row(row):
+        del words[(i := words.index(name)) : i + 2]
+    return words + (["--relora-every", "10"] if "relora" in row else [])
+
+
+def compare(one: Path, other: Path, tolerance: float) -> str | None:
+    """What is amiss."""
+    ours, theirs = lines(one), lines(other)
+    apart = max(
+        abs(a[key] - b[key]) for a, b in zip(ours, theirs, strict=True) for key in ("loss", "eval_loss") if key in a
+    )
+    counts = [[(a["step"], a["tokens_seen"]) for a in run] for run in (ours, theirs)]
+    return None if apart < tolerance and counts[0] == counts[1] else f"{other.name}: {apart:.1e} (bound {tolerance:g})"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_curves_are_those_of_one_process(processes: int, tiny_config: str, tmp_path: Path) -> None:
+    """Also: replicas and bases are equal bit for bit (worlds.py), and the validation loss does not depend on who
+    computed it."""
+    rows = METHODS if FULL or processes == 2 else ("galore_adamw", "galore_adamw8bit", "adafactor", "relora")
+    alone, shared = {}, {}
+    for i, row in enumerate(rows):
+        alone[row] = tmp_path / row
+        ways = WAYS if FULL else [WAYS[(i + processes // 2) % 6]]
+        shared |= {(row, *way): tmp_path / "-".join((row, *way)) for way in ways}
+    run_all(1, {path: case(tiny_config, path, row) for row, path in alone.items()}, tmp_path)
+    run_all(
+        processes,
+        {path: case(tiny_config, path, row, mode, "--shard", shard) for (row, mode, shard), path in shared.items()},
+        tmp_path,
+    )
+    found = [compare(alone[k[0]], path, TOLERANCES.get(k[0], 1e-5)) for k, path in shared.items()]
+    assert not [words for words in found if words]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_updates_of_parts_are_those_of_the_whole(processes: int) -> None:
+    """On prescribed gradients, of every row; in 8 bits, bit for bit where blocks align (shards.py)."""
+    done = torchrun(processes, str(Path(__file__).with_name("shards.py")))
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+ELASTIC = {
+    "galore_adamw": 1e-5,
+    "adafactor": 1e-5,
+    "relora": 1e-5,
+    "galore_adamw8bit": 1e-3,
+    "natural_galore8bit": 1e-2,
+}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_path: Path) -> None:
+    """Saved by four, gone on with by four, two and one: the curve of one. With as many as before, bit for bit, unless
+    state is in blocks, which are put together and taken apart."""
+
+    def words(row: str, output: Path, *more: str) -> list[str]:
+        return [*case(tiny_config, output, row, "--keep", "9", *more), "--save-every", "12", "--eval-every", "12"]
+
+    modes = dict(zip(ELASTIC, itertools.cycle(("--layerwise", "--no-layerwise")), strict=False))
+    for processes in (1, 4):
+        run_all(
+            processes, {tmp_path / f"{r}-{processes}": words(r, tmp_path / f"{r}-{processes}") for r in modes}, tmp_path
+        )
+    for processes in (4, 2, 1):
+        again = {}
+        for row, mode in modes.items():
+            folder = tmp_path / f"{row}-4-{processes}"
+            shutil.copytree(tmp_path / f"{row}-4", folder)
+            (folder / "summary.json").unlink()
+            for later in ("step_00000024", "step_00000030"):
+                shutil.rmtree(folder / "checkpoints" / later)
+            again[folder] = words(row, folder, mode)
+        run_all(processes, again, tmp_path)
+        found = [
+            compare(tmp_path / f"{row}-1", tmp_path / f"{row}-4-{processes}", bound) for row, bound in ELASTIC.items()
+        ]
+        assert not [what for what in found if what], processes
+    for row in ("galore_adamw", "adafactor", "relora"):
+        assert lines(tmp_path / f"{row}-4-4") == lines(tmp_path / f"{row}-4")
+
+
+LOSING = """
+import os, signal, sys, time
+from galore_pretrain import cli, trainer
+step = trainer.Trainer.train_step
+def losing(self, batch):
+    if self.state.step == 6 and self.world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        {}
+    return step(self, batch)
+trainer.Trainer.train_step = losing
+sys.argv = ["galore-pretrain", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_is_killed_and_torchrun_starts_all_again(tiny_config: str, tmp_path: Path) -> None:
+    """They go on from the newest checkpoint, to the curve of a run that nothing disturbed."""
+    script = tmp_path / "losing.py"
+    script.write_text(LOSING.format("os.kill(os.getpid(), signal.SIGKILL)"))
+    words = ["--total-batch-size", "8", "--layerwise"]
+    run_all(2, {tmp_path / "whole": command(tiny_config, tmp_path / "whole", *words)[3:]}, tmp_path)
+    arguments = command(tiny_config, tmp_path / "lost", *words)[3:]
+    done = torchrun(2, str(script), *arguments, launch=("--max-restarts", "1"))
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "Error: another process has ended, or not answered for --distributed-timeout 600 s" in done.stderr
+    assert "at update 4" in done.stderr
+    assert lines(tmp_path / "lost") == lines(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_all(tiny_config: str, tmp_path: Path) -> None:
+    script = tmp_path / "losing.py"
+    script.write_text(LOSING.format("time.sleep(30)"))
+    started = time.monotonic()
+    words = ["--total-batch-size", "8", "--distributed-timeout", "5"]
+    done = torchrun(2, str(script), *command(tiny_config, tmp_path / "run", *words)[3:])
+    assert done.returncode == 1
+    assert "Error: another process has ended, or not answered for --distributed-timeout 5 s" in done.stderr
+    assert time.monotonic() - started < 90  # torchrun gives the one that hangs 30 s to end
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_after_the_same_update(tiny_config: str, tmp_path: Path) -> None:
+    """Though one process alone gets it; what one says, all do."""
+    script = tmp_path / "losing.py"
+    script.write_text(LOSING.format("os.kill(os.getpid(), signal.SIGTERM)"))
+    arguments = command(tiny_config, tmp_path / "run", "--total-batch-size", "8")[3:]
+    stopped = torchrun(2, str(script), *arguments)
+    assert stopped.returncode == 1  # torchrun's own
+    assert "stopped after update 7; the same command" in stopped.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step_00000007").is_dir()
+    refused = torchrun(2, "-m", "galore_pretrain", *arguments, "--total-batch-size", "7")
+    assert "Error: --total-batch-size 7 is not a multiple of the 2 processes; give 8" in refused.stderr
+    assert refused.stderr.count("Error: --") == 1, refused.stderr
