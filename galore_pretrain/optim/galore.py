@@ -180,7 +180,8 @@ class GaLore:
             new_left = None if left is None else find(grad, left.shape[1], "left", left)
             new_right = None if right is None else find(grad, right.shape[0], "right", right)
         except torch.linalg.LinAlgError:
-            return NewBases(left, right, torch.zeros((), dtype=torch.bool, device=grad.device))
+            old_left, old_right = (None if basis is None else basis.float() for basis in (left, right))
+            return NewBases(old_left, old_right, torch.zeros((), dtype=torch.bool, device=grad.device))
         # A gradient of zeros has no subspace; whatever a decomposition makes of it is no better than the basis in use.
         found = gradient_norm(grad) > 0
         for basis in (new_left, new_right):
