@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from galore_pretrain.build import device_of
-from galore_pretrain.config import PROCESSES, RunConfig
+from galore_pretrain.config import RunConfig, processes
 from galore_pretrain.errors import InputError
 from galore_pretrain.memory import available_bytes
 from galore_pretrain.model import load_model_config
@@ -55,7 +55,7 @@ def in_short(config: RunConfig) -> list[str]:
 
 def ways_out(config: RunConfig, most: int = 9) -> str:
     """What would take less than the updates of ``config`` do, in words, the best first."""
-    total, size = config.total_batch_size, config.batch_size * PROCESSES
+    total, size = config.total_batch_size, config.batch_size * processes()
     ways = [] if config.layerwise else ["--layerwise"]
     ways += [] if config.activation_checkpointing else ["--activation-checkpointing"]
     ways += ["a smaller --batch-size"] if size > 1 else []
@@ -66,14 +66,14 @@ def ways_out(config: RunConfig, most: int = 9) -> str:
     return ", ".join([*ways, "a smaller --max-length", "a larger --memory-budget"][:most])
 
 
-def planned(config: RunConfig, origins: Mapping[str, str], budget: int) -> Plan:
+def planned(config: RunConfig, origins: Mapping[str, str], budget: int, mesh: Any = None) -> Plan:
     """The plan of the run that `choose` would choose."""
-    config, _, plan = choose(config, origins, budget)
-    return plan or measure(config, load_model_config(config.model))
+    config, _, plan = choose(config, origins, budget, mesh)
+    return plan or measure(config, load_model_config(config.model), mesh)
 
 
 def fitted(
-    config: RunConfig, origins: Mapping[str, str], *, kept: bool
+    config: RunConfig, origins: Mapping[str, str], mesh: Any = None, *, kept: bool
 ) -> tuple[RunConfig, Mapping[str, str], Plan | None]:
     """The config whose updates fit the memory budget, and their plan where one had to be made.
 
@@ -82,9 +82,9 @@ def fitted(
     """
     budget, plan = budget_of(config), None
     if not kept:
-        config, origins, plan = choose(config, origins, budget)
+        config, origins, plan = choose(config, origins, budget, mesh)
     elif config.memory_budget is not None:
-        plan = measure(config, load_model_config(config.model))
+        plan = measure(config, load_model_config(config.model), mesh)
     if plan and plan.peak_bytes > budget:
         raise InputError(
             f"the {'peak' if kept else 'smallest peak found'} is {plan.peak_bytes / 2**30:.2f} GiB "
@@ -96,7 +96,9 @@ def fitted(
     return config, origins, plan
 
 
-def choose(config: RunConfig, origins: Mapping[str, str], budget: int) -> tuple[RunConfig, dict[str, str], Plan | None]:
+def choose(
+    config: RunConfig, origins: Mapping[str, str], budget: int, mesh: Any = None
+) -> tuple[RunConfig, dict[str, str], Plan | None]:
     """The fastest way to run the updates that fits the budget; what was forced by a flag stays.
 
     Candidates are tried in the order of their arithmetic: checkpointing repeats the forward pass, layerwise sums
@@ -104,18 +106,18 @@ def choose(config: RunConfig, origins: Mapping[str, str], budget: int) -> tuple[
     plan is the one with the smallest peak.
     """
     architecture = load_model_config(config.model)
-    candidates, static = _candidates(config, origins), static_bytes(config, architecture)
+    candidates, static = _candidates(config, origins), static_bytes(config, architecture, mesh)
     if upper_bound(candidates[0][0], architecture, static) <= budget:
         return *candidates[0], None
     plans: list[tuple[RunConfig, dict[str, str], Plan]] = []
     for candidate, its_origins in candidates:
         if lower_bound(candidate, architecture, static) <= budget:
-            plans.append((candidate, its_origins, measure(candidate, architecture)))
+            plans.append((candidate, its_origins, measure(candidate, architecture, mesh)))
             if plans[-1][2].peak_bytes <= budget:
                 return plans[-1]
     if not plans:
         least, its_origins = min(candidates, key=lambda pair: lower_bound(pair[0], architecture, static))
-        return least, its_origins, measure(least, architecture)
+        return least, its_origins, measure(least, architecture, mesh)
     return min(plans, key=lambda found: found[2].peak_bytes)
 
 
@@ -129,7 +131,7 @@ def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[Run
     for layerwise in options("layerwise", (False, True)):
         for checkpointing in options("activation_checkpointing", (False, True)):
             # One micro-batch an update keeps no sums. The published code's loss depends on the micro-batch.
-            every = dict.fromkeys((*micro_batches(config.total_batch_size), config.total_batch_size // PROCESSES))
+            every = dict.fromkeys((*micro_batches(config.total_batch_size), config.total_batch_size // processes()))
             for size in options("batch_size", list(every) if config.numerics == "sound" else [config.batch_size]):
                 with contextlib.suppress(InputError):  # a clip norm that this way does not know
                     found.append(

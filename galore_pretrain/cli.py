@@ -73,6 +73,8 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
 @click.option("--compare", metavar="ROWS", help="Draw a bar for each of these optimizers: adamw,galore_adamw8bit,…")
 @click.option("--picture", type=click.Path(path_type=Path), help="Where --compare draws.  [memory-MODEL.png]")
 @click.option("--paper", is_flag=True, help="Print the paper's memory tables instead; needs no --model.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Hosts that share the run.")
+@click.option("--gpus-per-node", type=click.IntRange(1), default=1, show_default=True, help="Processes on each.")
 @click.pass_context
 def plan(
     ctx: click.Context,
@@ -82,9 +84,12 @@ def plan(
     compare: str | None,
     picture: Path | None,
     paper: bool,
+    nodes: int,
+    gpus_per_node: int,
     **values: Any,
 ) -> int:
-    """Say what memory a run would take, with the same flags, without running it."""
+    """Say what memory a run would take, or each process of one, with the same flags, without running it."""
+    os.environ["WORLD_SIZE"] = str(nodes * gpus_per_node)  # as torchrun would
     if paper:
         from galore_pretrain import paper as tables
 
@@ -101,10 +106,13 @@ def plan(
     rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
     configs = [resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
 
-    from galore_pretrain import budget, pictures  # torch and transformers
+    from galore_pretrain import budget, dist, pictures  # torch and transformers
 
     available, source = budget.budget_of(configs[0][0]), budget.source_of(configs[0][0])
-    found = [budget.planned(config, origins, available) for config, origins in configs]
+    found = []
+    for config, origins in configs:
+        with dist.imagined(config, gpus_per_node) as mesh:
+            found.append(budget.planned(config, origins, available, mesh))
     model = Path(configs[0][0].model).stem
     picture = picture or (Path(f"memory-{model}.png") if compare and not as_json else None)
     if picture:

@@ -28,8 +28,10 @@ def parse_count(text: str) -> int:
     return int(number)
 
 
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
-"""Of a run: as many as torchrun has started."""
+def processes() -> int:
+    """Of a run: as many as torchrun has started, or as ``plan`` is asked about."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
 
 RECIPE = "recipe"
 
@@ -218,7 +220,7 @@ class RunConfig:
     @property
     def micro_batches(self) -> int:
         """Of an update, in each process."""
-        return self.total_batch_size // (self.batch_size * PROCESSES)
+        return self.total_batch_size // (self.batch_size * processes())
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from galore_pretrain.config import PROCESSES, RunConfig
+from galore_pretrain.config import RunConfig, processes
 from galore_pretrain.errors import InputError, TrainingFailedError
 
 T = TypeVar("T")
@@ -76,20 +76,18 @@ ALONE = World()
 
 
 @contextmanager
-def processes(config: RunConfig) -> Iterator[World]:
+def joined(config: RunConfig) -> Iterator[World]:
     """The processes that torchrun has started, joined, if they are not yet; or this one alone."""
-    if PROCESSES == 1:
+    size = processes()
+    if size == 1:
         yield ALONE
         return
     from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
 
     rank, local, locally = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     kind = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     if config.device not in ("auto", "cpu", "cuda"):
-        raise InputError(
-            f"--device {config.device}: each of {PROCESSES} processes takes its own; use auto, cuda or cpu"
-        )
+        raise InputError(f"--device {config.device}: each of {size} processes takes its own; use auto, cuda or cpu")
     if kind == "cuda":
         if locally > torch.cuda.device_count():
             raise InputError(
@@ -97,17 +95,10 @@ def processes(config: RunConfig) -> Iterator[World]:
             )
         torch.cuda.set_device(local)
     backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
-    if joined := not distributed.is_initialized():
+    if is_new := not distributed.is_initialized():
         _join(backend, timedelta(seconds=config.distributed_timeout))
     try:
-        shards = {"full": PROCESSES, "hybrid": locally, "none": 1}[config.shard]
-        if PROCESSES % shards:
-            raise InputError(f"--shard hybrid: {PROCESSES} processes are not a multiple of the {locally} on this host")
-        shape, names = ((PROCESSES // shards, shards), ("replicas", "shards"))
-        if shards == PROCESSES:
-            shape, names = shape[1:], names[1:]  # type: ignore[assignment]
-        mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
-        yield World(rank, PROCESSES, torch.device(kind, local if kind == "cuda" else 0), mesh)
+        yield World(rank, size, torch.device(kind, local if kind == "cuda" else 0), _mesh(config, kind, locally))
     except RuntimeError as error:
         if not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
             raise
@@ -118,8 +109,37 @@ def processes(config: RunConfig) -> Iterator[World]:
         lost.is_told = rank < 2  # type: ignore[attr-defined]  # by one, and by another where that is the one that ended
         raise lost from error
     finally:
-        if joined:
+        if is_new:
             distributed.destroy_process_group()
+
+
+def _mesh(config: RunConfig, kind: str, on_a_host: int) -> Any:
+    """Replicas × shards, or shards alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = processes()
+    shards = {"full": size, "hybrid": on_a_host, "none": 1}[config.shard]
+    if size % shards:
+        raise InputError(f"--shard hybrid: {size} processes are not a multiple of the {on_a_host} on this host")
+    if shards == size:
+        return init_device_mesh(kind, (shards,), mesh_dim_names=("shards",))
+    return init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicas", "shards"))
+
+
+@contextmanager
+def imagined(config: RunConfig, on_a_host: int) -> Iterator[Any]:
+    """The mesh of a run of so many processes as `processes` says, none of which exists: for its plan."""
+    if processes() == 1:
+        yield None
+        return
+    from torch import distributed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", rank=0, world_size=processes(), store=FakeStore())
+    try:
+        yield _mesh(config, "cuda" if config.device == "cuda" else "cpu", on_a_host)
+    finally:
+        distributed.destroy_process_group()
 
 
 def _join(backend: str, timeout: timedelta) -> None:

@@ -123,12 +123,35 @@ class Ledger(TorchDispatchMode):
 
     def assign(self, tensor: Tensor, kind: str) -> None:
         """``tensor`` turned out to be of this kind."""
+        tensor = getattr(tensor, "_local_tensor", tensor)
         if (entry := self._live.get(id(tensor.untyped_storage()))) is not None:
             self._held[entry[2]] -= entry[1]
             self._held[kind] += entry[1]
             entry[2] = kind
 
+    def __enter__(self) -> "Ledger":
+        """FSDP2 frees and fills the storage of gathered weights without a word to dispatch."""
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = self._resize(storage, size)
+            if (entry := self._live.get(id(storage))) is not None and entry[0]() is storage:
+                self.now += storage.nbytes() - entry[1]
+                self._held[entry[2]] += storage.nbytes() - entry[1]
+                entry[1] = storage.nbytes()
+                self._note({})
+            return result
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
     def _enter(self, tensor: Tensor) -> None:
+        tensor = getattr(tensor, "_local_tensor", tensor)  # what a DTensor has here
         storage = tensor.untyped_storage()
         key = id(storage)
         if (entry := self._live.get(key)) is not None and entry[0]() is storage:

@@ -17,6 +17,7 @@ from galore_pretrain.config import RunConfig
 from galore_pretrain.execution import Execution
 from galore_pretrain.memory import Ledger
 from galore_pretrain.model import mean_loss
+from galore_pretrain.optim.shards import local
 from galore_pretrain.optim.step import RandomBits, abridged
 
 if TYPE_CHECKING:
@@ -106,17 +107,18 @@ class Static(NamedTuple):
     """Of all gradients as layerwise updates keep them until the last micro-batch: projected where the rule does."""
 
 
-def static_bytes(config: RunConfig, architecture: LlamaConfig) -> Static:
-    """What a run holds before it computes anything, whatever its execution and micro-batch."""
-    model = model_for(config, architecture, "meta")
+def static_bytes(config: RunConfig, architecture: LlamaConfig, mesh: Any = None) -> Static:
+    """What a run, or a process of it, holds before it computes anything, whatever its execution and micro-batch."""
+    model = model_for(config, architecture, "meta", mesh=mesh)
     optimizer = optimizer_for(config, model)
     sums = sum(optimizer.sum_bytes(p) for p in optimizer.state)
-    weights, gradients = (sum(p.nbytes for p in params) for params in (model.parameters(), optimizer.state))
+    weights, gradients = (sum(local(p).nbytes for p in params) for params in (model.parameters(), optimizer.state))
     return Static(weights, gradients, optimizer.state_bytes(), sums)
 
 
-def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool = False) -> Plan:
-    """The peak over the updates of a run, by making them on fake tensors: no memory, no arithmetic.
+def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, every_update: bool = False) -> Plan:
+    """The peak over the updates of a run, or of a process of ``mesh``, by making them on fake tensors: no memory, no
+    arithmetic, no communication.
 
     The update is made in which the largest matrices have a basis due, and the first one, where sums over micro-batches
     do not outweigh its random bases. Of several micro-batches, the first and the last are run: between them nothing
@@ -124,7 +126,9 @@ def measure(config: RunConfig, architecture: LlamaConfig, *, every_update: bool 
     updated, three are (``every_update`` makes all). Allocations are counted, without what an allocator or a kernel of
     a library adds for itself.
     """
-    model = model_for(config, architecture, "meta")
+    if mesh is not None:
+        import torch.distributed._tools.fake_collectives  # noqa: F401  (what they return of fake tensors)
+    model = model_for(config, architecture, "meta", mesh=mesh)
     optimizer_for(config, model)  # fills caches that fake tensors cannot
     ledger = Ledger()
     shortened = contextlib.nullcontext() if every_update else abridged()

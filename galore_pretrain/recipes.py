@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from galore_pretrain.config import PROCESSES, RECIPE, Flag, RunConfig, find_model, parse_bytes
+from galore_pretrain.config import RECIPE, Flag, RunConfig, find_model, parse_bytes, processes
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim.names import resolve_name, split
 
@@ -96,7 +96,7 @@ CHOSEN = "chosen"
 
 def micro_batches(total: int) -> list[int]:
     """Sizes of micro-batches worth considering: a larger one than 8 was slower on a CPU (8 × 256 beat 32 × 256)."""
-    return [size for size in range(1, 9) if total % (size * PROCESSES) == 0]
+    return [size for size in range(1, 9) if total % (size * processes()) == 0]
 
 
 def with_execution(
@@ -125,7 +125,7 @@ def _fill_clip_norm(values: dict[str, Any], origins: dict[str, str]) -> None:
     elif values["clip_norm"] == "projected" and "galore" not in values["optim"]:
         raise InputError(f"--clip-norm projected: {values['optim']} projects nothing; leave it out")
     elif values["clip_norm"] is None:
-        low_rank_sums = values["layerwise"] and values["total_batch_size"] != values["batch_size"] * PROCESSES
+        low_rank_sums = values["layerwise"] and values["total_batch_size"] != values["batch_size"] * processes()
         values["clip_norm"] = "projected" if low_rank_sums and "galore" in values["optim"] else "full"
         origins["clip_norm"] = CHOSEN
 
@@ -186,25 +186,25 @@ def without_meaning(optim: str) -> dict[str, str]:
 def _check(values: Mapping[str, Any]) -> None:
     """What depends on two fields; each message says which, and the way out."""
     total, size = values["total_batch_size"], values["batch_size"]
-    if total % PROCESSES:
+    if total % processes():
         raise InputError(
-            f"--total-batch-size {total} is not a multiple of the {PROCESSES} processes; give "
-            f"{max(1, round(total / PROCESSES)) * PROCESSES}, or start another number of them"
+            f"--total-batch-size {total} is not a multiple of the {processes()} processes; give "
+            f"{max(1, round(total / processes())) * processes()}, or start another number of them"
         )
-    if total % (size * PROCESSES):
-        total //= PROCESSES
+    if total % (size * processes()):
+        total //= processes()
         divisors = (d for d in range(1, total + 1) if total % d == 0)
         nearest = min(divisors, key=lambda d: abs(d - size))
         raise InputError(
-            f"--total-batch-size {total * PROCESSES} is not a multiple of --batch-size {size}"
-            f"{f' × {PROCESSES} processes' if PROCESSES > 1 else ''}; the nearest divisor is {nearest}"
+            f"--total-batch-size {total * processes()} is not a multiple of --batch-size {size}"
+            f"{f' × {processes()} processes' if processes() > 1 else ''}; the nearest divisor is {nearest}"
         )
     projected = "galore" in values["optim"]
-    if values["layerwise"] and total != size * PROCESSES and values["clip_norm"] == "full" and projected:
+    if values["layerwise"] and total != size * processes() and values["clip_norm"] == "full" and projected:
         raise InputError(
-            f"--clip-norm full: --layerwise updates of {total // (size * PROCESSES)} micro-batches keep low-rank sums, "
-            "which do not tell the norm of the full gradient; use --clip-norm projected, "
-            f"--batch-size {total // PROCESSES}, or --no-layerwise"
+            f"--clip-norm full: --layerwise updates of {total // (size * processes())} micro-batches keep low-rank "
+            "sums, which do not tell the norm of the full gradient; use --clip-norm projected, "
+            f"--batch-size {total // processes()}, or --no-layerwise"
         )
     if values["steps"] and values["warmup_steps"] > values["steps"]:
         raise InputError(f"--warmup-steps {values['warmup_steps']} exceeds --steps {values['steps']}")

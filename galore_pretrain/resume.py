@@ -12,7 +12,7 @@ import torch
 
 from galore_pretrain import checkpoint
 from galore_pretrain.checkpoint import Saved
-from galore_pretrain.config import PROCESSES, RunConfig
+from galore_pretrain.config import RunConfig, processes
 from galore_pretrain.data import TrainingData
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
@@ -96,7 +96,7 @@ def as_before(config: RunConfig, origins: Mapping[str, str], found: Saved) -> tu
     }
     if None in chosen.values():
         return None
-    if config.total_batch_size % (chosen["batch_size"] * PROCESSES):  # another total batch, refused elsewhere
+    if config.total_batch_size % (chosen["batch_size"] * processes()):  # another total batch, refused elsewhere
         return None
     kept, origins = with_execution(config, origins, **chosen)
     if origins["clip_norm"] == CHOSEN and saved.get("clip_norm") == "projected":  # which every way of updating knows

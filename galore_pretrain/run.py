@@ -20,7 +20,7 @@ from galore_pretrain.build import device_of, execution_for, factors_of, model_fo
 from galore_pretrain.checkpoint import Saved
 from galore_pretrain.config import RunConfig
 from galore_pretrain.data import Row, TrainingData, validation_rows
-from galore_pretrain.dist import World, processes
+from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.evaluate import Evaluation, evaluate
 from galore_pretrain.inputs import Inputs, open_inputs
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, origins: Mapping[str, str]) -> int:
     """One run, from config to exported model; the exit code. What can be refused is refused before weights exist."""
     started = time.monotonic()
-    with processes(config) as world, ExitStack() as held:
+    with joined(config) as world, ExitStack() as held:
         config, origins = world.from_main(lambda: (config, origins))  # its names hold the time
         output, schedule = Path(config.output), _schedule(config)
         world.from_main(lambda: held.enter_context(lock(output)))
@@ -59,16 +59,16 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         if found:
             check_inputs(config, found, inputs.fingerprints())
         optimizer_for(config, model_for(config, inputs.model, "meta"))  # whether its options fit, at no cost
-        config, origins, planned = world.from_main(lambda: fitted(config, origins, kept=kept))
+        config, origins, planned = world.from_main(lambda: fitted(config, origins, world.mesh, kept=kept))
         log_config(config, origins)
         try:
-            static = static_bytes(config, inputs.model)
+            static = static_bytes(config, inputs.model)  # of all processes, in files
             world.from_main(lambda: check_space(output, static.weights + static.state, _checkpoints_at_most(config)))
             return _train(config, origins, inputs, found, planned, started, world)
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
-            raise TrainingFailedError(_out_of_memory(planned, config, inputs)) from error
+            raise TrainingFailedError(_out_of_memory(planned, config, inputs, world)) from error
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_ROOM:
                 raise
@@ -151,7 +151,9 @@ def _train(
             export(output / "model", model, inputs.tokenizer, world)
             summary = _summary(state, model, optimizer, reached, seconds(), saver.stalled)
             world.from_main(
-                lambda: write_summary(output, summary | {"planned_peak_bytes": _planned_peak(planned, config, inputs)})
+                lambda: write_summary(
+                    output, summary | {"planned_peak_bytes": _planned_peak(planned, config, inputs, world)}
+                )
             )
             return 0
         finally:
@@ -166,17 +168,17 @@ def _checkpoints_at_most(config: RunConfig) -> int:
     return config.keep + (updates // config.keep_every if config.keep_every else 0)
 
 
-def _planned_peak(planned: Plan | None, config: RunConfig, inputs: Inputs) -> int | None:
+def _planned_peak(planned: Plan | None, config: RunConfig, inputs: Inputs, world: World) -> int | None:
     """Also of a run that needed no plan. It is over, and must not fail for this."""
     try:
-        return (planned or measure(config, inputs.model)).peak_bytes
+        return (planned or measure(config, inputs.model, world.mesh)).peak_bytes
     except Exception as error:
         log.warning("its memory could not be planned: %s", error)
         return None
 
 
-def _out_of_memory(planned: Plan | None, config: RunConfig, inputs: Inputs) -> str:
-    peak, expected = peak_memory_bytes(device_of(config)), _planned_peak(planned, config, inputs)
+def _out_of_memory(planned: Plan | None, config: RunConfig, inputs: Inputs, world: World) -> str:
+    peak, expected = peak_memory_bytes(device_of(config)), _planned_peak(planned, config, inputs, world)
     plan = "" if expected is None else f", {expected / 2**30:.2f} GiB were planned"
     return f"out of memory: {peak / 2**30:.2f} GiB was the peak so far{plan}; what helps: {ways_out(config, most=3)}"
 

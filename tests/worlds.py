@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from galore_pretrain import cli, run
-from galore_pretrain.config import PROCESSES
+from galore_pretrain.config import processes
 from galore_pretrain.optim.shards import local
 
 optimizers: list[Any] = []
@@ -33,7 +33,7 @@ def check_replicas(folder: Path, model: Any, *rest: Any) -> None:
     if mesh is not None:
         states = optimizers[-1].state.values()
         bases = [digest(value) for state in states for name, value in state.items() if name.endswith("basis")]
-        everywhere: list[Any] = [None] * PROCESSES
+        everywhere: list[Any] = [None] * processes()
         distributed.all_gather_object(everywhere, bases)
         assert all(other == bases for other in everywhere), "bases differ between processes"
     export(folder, model, *rest)
@@ -49,7 +49,7 @@ def noted(*arguments: Any) -> Any:
 
 
 def main() -> None:
-    if PROCESSES > 1:
+    if processes() > 1:
         distributed.init_process_group("gloo")
     logging.getLogger("galore_pretrain").addHandler(logging.StreamHandler(sys.stderr))
     run.export, run.optimizer_for = check_replicas, noted  # type: ignore[attr-defined]

@@ -94,10 +94,9 @@ class Pool:
     def __init__(self, mesh: Any) -> None:
         from torch import distributed
 
-        self.ranks: list[int] = mesh.mesh.flatten().tolist()
-        self.me = distributed.get_rank()
-        self.has_parts = mesh.size(-1) > 1
-        self._replicas: list[list[int]] = mesh.mesh.view(-1, mesh.size(-1)).tolist()  # ranks that hold one whole model
+        self.ranks = range(mesh.size())
+        self.me, self._shards = distributed.get_rank(), mesh.size(-1)
+        self.has_parts = self._shards > 1
         self._group = mesh.get_group(mesh.ndim - 1)
 
     @classmethod
@@ -119,7 +118,7 @@ class Pool:
 
         if shard is None:
             return part if owner == self.me else None
-        if not any(owner in ranks and self.me in ranks for ranks in self._replicas):
+        if owner // self._shards != self.me // self._shards:  # another replica's
             return None
         shape = list(shard.shape)
         shape[shard.dim] = shard.length
