@@ -2,6 +2,7 @@
 
     python scripts/check_plan.py --models llama_60m llama_130m --dtype float32      # a table in Markdown; hours for all
     python scripts/check_plan.py --models llama_60m --rows galore_adamw --modes layerwise
+    python scripts/check_plan.py --models llama_60m --batches 4/16 --processes 2    # the first of two that share it
 
 Each cell is measured in fresh processes: once with torch's profiler, whose allocator events are summed up, and once
 without it, by how far the process's resident set grew beyond what it was before the model was built. The same updates
@@ -24,57 +25,63 @@ from typing import Any
 import torch
 
 from galore_pretrain.build import execution_for, model_for, optimizer_for, prepare
-from galore_pretrain.config import RunConfig
+from galore_pretrain.config import RunConfig, processes
+from galore_pretrain.dist import imagined, joined
 from galore_pretrain.memory import allocated_peak, process_peak_bytes
 from galore_pretrain.model import load_model_config
 from galore_pretrain.plan import make_heaviest_updates, measure
 from galore_pretrain.recipes import resolve
 
 
-def updates(config: RunConfig) -> None:
-    model = model_for(config, load_model_config(config.model))
+def updates(config: RunConfig, mesh: Any) -> None:
+    model = model_for(config, load_model_config(config.model), mesh=mesh)
     optimizer = optimizer_for(config, prepare(config, model))
-    execution, micro_batches = execution_for(config, optimizer), config.total_batch_size // config.batch_size
-    make_heaviest_updates(config, model, optimizer, execution, micro_batches)
+    make_heaviest_updates(config, model, optimizer, execution_for(config, optimizer), config.micro_batches)
 
 
-def events_peak(config: RunConfig) -> int:
+def events_peak(config: RunConfig, mesh: Any) -> int:
     """What torch's allocator gave out at most."""
-    return allocated_peak(lambda: updates(config))
+    return allocated_peak(lambda: updates(config, mesh))
 
 
-def process_growth(config: RunConfig) -> int:
+def process_growth(config: RunConfig, mesh: Any) -> int:
     """How far the process's peak exceeded its size before there was a model."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what libraries freed while they were loaded would be used again
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    updates(config)
+    updates(config, mesh)
     return process_peak_bytes() - before
 
 
 MEANS = {
     "events": events_peak,
     "process": process_growth,
-    "plan": lambda c: measure(c, load_model_config(c.model)).peak_bytes,
+    "plan": lambda c, mesh: measure(c, load_model_config(c.model), mesh).peak_bytes,
 }
 
 
-def in_fresh_process(means: str, values: dict[str, Any], threads: int) -> int:
+def in_fresh_process(means: str, values: dict[str, Any], threads: int, processes: int) -> int:
     command = [sys.executable, __file__, "--one", means, json.dumps(values)]
+    if processes > 1 and means != "plan":
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command[1:1] = launch
     # Large blocks go back to the system when they are freed: else the peak of the process is the allocator's habit.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
-    environment |= {"OMP_NUM_THREADS": str(threads)}
+    environment |= {"OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(processes)}
     return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def one(means: str, values: dict[str, Any]) -> int:
     warnings.simplefilter("ignore")
     config, _ = resolve(values, dict.fromkeys(values, "flag"))
-    small = {"model": "llama_1m", "total_batch_size": 1, "batch_size": 1, "rank": None, "max_length": 8}
-    if means != "plan":  # libraries load their kernels at first use
-        updates(resolve(values | small, {})[0])
-    return MEANS[means](config)
+    small = {"model": "llama_1m", "total_batch_size": processes(), "batch_size": 1, "rank": None, "max_length": 8}
+    if means == "plan":
+        with imagined(config, processes()) as mesh:
+            return MEANS[means](config, mesh)
+    with joined(config) as world:
+        updates(resolve(values | small, {})[0], world.mesh)  # libraries load their kernels at first use
+        return MEANS[means](config, world.mesh) if world.is_main else MEANS["process"](config, world.mesh)
 
 
 def main() -> None:
@@ -88,14 +95,18 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", default=["8/8", "4/16"], help="sequences a micro-batch / an update")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time; each takes what a run takes")
+    parser.add_argument("--processes", type=int, default=1, help="that share the model, by --shard full")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(one(arguments.one[0], json.loads(arguments.one[1])))
+        found = one(arguments.one[0], json.loads(arguments.one[1]))
+        if os.environ.get("RANK", "0") == "0":
+            print(found)
         return
-    threads = max(1, torch.get_num_threads() // arguments.jobs)
+    threads = max(1, torch.get_num_threads() // (arguments.jobs * arguments.processes))
     machine = f"{platform.machine()} CPU, {threads} threads a process; torch {torch.__version__}"
-    print(f"{arguments.dtype}, 256 tokens a sequence, {machine}\n")
+    shared = f", the first of {arguments.processes} processes" if arguments.processes > 1 else ""
+    print(f"{arguments.dtype}, 256 tokens a sequence, {machine}{shared}\n")
     print("| model | optimizer | updates | checkpointing | batch | plan MiB | allocator events | process grew by |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
 
@@ -106,7 +117,9 @@ def main() -> None:
             "model": model, "optim": row, "layerwise": mode == "layerwise", "dtype": arguments.dtype, "data": "sample",
             "activation_checkpointing": checkpointing == "yes", "batch_size": int(size), "total_batch_size": int(total),
         }  # fmt: skip
-        planned, events, process = (in_fresh_process(name, values, threads) for name in ("plan", "events", "process"))
+        planned, events, process = (
+            in_fresh_process(name, values, threads, arguments.processes) for name in ("plan", "events", "process")
+        )
         differences = [f"{x / 2**20:.0f} ({100 * (planned / x - 1):+.1f} %)" for x in (events, process)]
         return f"| {' | '.join(cell)} | {planned / 2**20:.0f} | {' | '.join(differences)} |"
 
