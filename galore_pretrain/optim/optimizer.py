@@ -228,6 +228,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if project and isinstance(rule, GaLore) and not rule.is_due(taken.step):
             taken.grad, taken.projected = rule.project(taken.grad, state, taken.step.shard), True
             place = self._low_step(p, taken.step)
+        elif project and waiting is None and taken.grad.untyped_storage().nbytes() > taken.grad.nbytes:
+            taken.grad = taken.grad.clone()  # FSDP2 reduces a layer's into one storage, which must not be kept for this
         if waiting is None:
             self._waiting[p] = taken
             return
