@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from galore_pretrain.build import device_of
-from galore_pretrain.config import RunConfig, processes
+from galore_pretrain.config import RunConfig, processes, processes_here
 from galore_pretrain.errors import InputError
 from galore_pretrain.memory import available_bytes
 from galore_pretrain.model import load_model_config
@@ -29,7 +29,7 @@ def budget_of(config: RunConfig) -> int:
         return config.memory_budget - OUTSIDE
     device = device_of(config)
     if device.type != "cuda":
-        return available_bytes(device) - OUTSIDE
+        return available_bytes(device) // processes_here() - OUTSIDE
     # What is free of a card is so after the driver and its libraries have taken theirs: only fragments are left.
     return min(torch.cuda.mem_get_info(device)[1] - OUTSIDE, available_bytes(device) - OUTSIDE // 4)
 
@@ -107,6 +107,11 @@ def choose(
     """
     architecture = load_model_config(config.model)
     candidates, static = _candidates(config, origins), static_bytes(config, architecture, mesh)
+    if not candidates:
+        raise InputError(
+            f"--clip-norm {config.clip_norm}: no way to run these updates knows it with {processes()} processes; "
+            "leave out --layerwise and --batch-size, or give as many processes as before"
+        )
     if upper_bound(candidates[0][0], architecture, static) <= budget:
         return *candidates[0], None
     plans: list[tuple[RunConfig, dict[str, str], Plan]] = []

@@ -108,7 +108,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], 
     try:
         world.from_main(lambda: _begin(aside))
         writer = HuggingFaceStorageWriter(str(aside), fqn_to_index_mapping=_files(tensors), save_distributed=several)
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=not several)
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=not several, process_group=world.group)
         world.from_main(lambda: _complete(aside, folder, state))
     except (OSError, CheckpointException, SafetensorError) as error:
         if world.is_main:

@@ -89,7 +89,10 @@ def plan(
     **values: Any,
 ) -> int:
     """Say what memory a run would take, or each process of one, with the same flags, without running it."""
-    os.environ["WORLD_SIZE"] = str(nodes * gpus_per_node)  # as torchrun would
+    os.environ |= {
+        "WORLD_SIZE": str(nodes * gpus_per_node),
+        "LOCAL_WORLD_SIZE": str(gpus_per_node),
+    }  # as torchrun would
     if paper:
         from galore_pretrain import paper as tables
 
@@ -111,7 +114,7 @@ def plan(
     available, source = budget.budget_of(configs[0][0]), budget.source_of(configs[0][0])
     found = []
     for config, origins in configs:
-        with dist.imagined(config, gpus_per_node) as mesh:
+        with dist.imagined(config) as mesh:
             found.append(budget.planned(config, origins, available, mesh))
     model = Path(configs[0][0].model).stem
     picture = picture or (Path(f"memory-{model}.png") if compare and not as_json else None)
@@ -357,8 +360,9 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         logging.getLogger("galore_pretrain").exception("with --debug:")
     with contextlib.suppress(OSError, ValueError):
-        # What a user gets wrong is found by all processes of a host, and said by one of them.
-        says = os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, (InputError, click.ClickException))
+        # What a user gets wrong is found by all processes of a host, and said by one of them; so is a run's own end.
+        alike = isinstance(error, (InputError, TrainingFailedError, click.ClickException))
+        says = os.environ.get("LOCAL_RANK", "0") == "0" or not alike
         if getattr(error, "is_told", says):
             click.echo(_tagged(f"Error: {message}"), err=True)
     return code

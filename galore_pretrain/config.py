@@ -33,6 +33,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """Of them, on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 RECIPE = "recipe"
 
 

@@ -181,6 +181,11 @@ class Batch:
     state: dict[str, Any]
 
     @property
+    def likeness(self) -> str:
+        """Alike for batches that are: where they end, and what of them is counted."""
+        return f"{self.state} {self.tokens} {self.label_tokens} {int(self.input_ids.sum())}"
+
+    @property
     def label_tokens(self) -> int:
         """Labels that are counted by the loss."""
         return int((self.labels != IGNORE).sum())

@@ -4,6 +4,7 @@ torch.distributed is imported where there are several processes, and nowhere els
 """
 
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,20 +14,26 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from galore_pretrain.config import RunConfig, processes
+from galore_pretrain.config import RunConfig, processes, processes_here
 from galore_pretrain.errors import InputError, TrainingFailedError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(hours=2)
+"""For what the main process does alone: a checkpoint's checksums, a hub that is away, a plan."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, of which this one has number ``rank``. ``mesh``: replicas × shards, or shards alone."""
+    """The processes of a run, of which this one has number ``rank``. ``mesh``: replicas × shards, or shards alone.
+
+    ``group`` is for what one process does while the others wait, however long; they still notice if it ends.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: Any = None
+    group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -65,11 +72,38 @@ class World:
                 told[0] = work()
             except Exception as error:
                 told[1] = error
-        distributed.broadcast_object_list(told, device=self.device)
+        distributed.broadcast_object_list(told, group=self.group)
         if told[1] is not None:
             told[1].is_told = self.is_main  # by the process that it happened in
             raise told[1]
         return told[0]  # type: ignore[no-any-return]
+
+    def together(self, work: Callable[[], T], alike: Callable[[T], str]) -> T:
+        """What ``work`` returns, which all do; what it raises in one is raised in all, and told once. So is an
+        InputError where what it returns is not ``alike``, that is where what they read differs."""
+        if self.size == 1:
+            return work()
+        result: list[T] = []
+        error: Exception | None = None
+        try:
+            result.append(work())
+        except Exception as raised:
+            error = raised
+        likeness = zlib.crc32(alike(result[0]).encode()) if result else 0
+        is_input = error is None or isinstance(error, InputError)
+        failed = 0 if error is None else self.size - self.rank
+        bad, worse, high, low = self.largest(failed, not is_input, likeness, -likeness)
+        if bad:
+            speaker = int(self.size - bad)  # the first that failed
+            if error is None or (worse and is_input):  # all must take the same way out
+                error = (TrainingFailedError if worse else InputError)(f"process {speaker} has failed")
+            error.is_told = self.rank == speaker or not is_input  # type: ignore[attr-defined]
+            raise error
+        if high != -low:
+            apart = InputError("the processes do not read the same text: give all hosts the same files")
+            apart.is_told = self.is_main  # type: ignore[attr-defined]
+            raise apart
+        return result[0]
 
 
 ALONE = World()
@@ -84,21 +118,23 @@ def joined(config: RunConfig) -> Iterator[World]:
         return
     from torch import distributed
 
-    rank, local, locally = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    kind = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    try:
+        rank, local = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK"))
+    except KeyError as error:
+        raise InputError(f"WORLD_SIZE is {size}, and there is no {error}: let torchrun start the processes") from error
+    kind = _kind(config)
     if config.device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {config.device}: each of {size} processes takes its own; use auto, cuda or cpu")
     if kind == "cuda":
-        if locally > torch.cuda.device_count():
-            raise InputError(
-                f"torchrun started {locally} processes here, and there are {torch.cuda.device_count()} GPUs"
-            )
+        if (there := torch.cuda.device_count()) < processes_here():
+            raise InputError(f"torchrun started {processes_here()} processes here, and there are {there} GPUs")
         torch.cuda.set_device(local)
-    backend = {"cuda": "nccl", "cpu": "gloo"}[kind]
+    timeout = timedelta(seconds=config.distributed_timeout)
     if is_new := not distributed.is_initialized():
-        _join(backend, timedelta(seconds=config.distributed_timeout))
+        _join({"cuda": "nccl", "cpu": "gloo"}[kind], timeout)
     try:
-        yield World(rank, size, torch.device(kind, local if kind == "cuda" else 0), _mesh(config, kind, locally))
+        mesh, group = _mesh(config, kind), distributed.new_group(backend="gloo", timeout=max(timeout, _PATIENCE))
+        yield World(rank, size, torch.device(kind, local if kind == "cuda" else 0), mesh, group)
     except RuntimeError as error:
         if not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
             raise
@@ -108,27 +144,31 @@ def joined(config: RunConfig) -> Iterator[World]:
         )
         lost.is_told = rank < 2  # type: ignore[attr-defined]  # by one, and by another where that is the one that ended
         raise lost from error
-    finally:
-        if is_new:
-            distributed.destroy_process_group()
+    if is_new:  # not after an error: it might wait for messages that never come
+        distributed.destroy_process_group()
 
 
-def _mesh(config: RunConfig, kind: str, on_a_host: int) -> Any:
+def _kind(config: RunConfig) -> str:
+    """Of the devices of all processes: cuda or cpu."""
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _mesh(config: RunConfig, kind: str) -> Any:
     """Replicas × shards, or shards alone."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    size = processes()
-    shards = {"full": size, "hybrid": on_a_host, "none": 1}[config.shard]
+    size, here = processes(), processes_here()
+    shards = {"full": size, "hybrid": here, "none": 1}[config.shard]
     if size % shards:
-        raise InputError(f"--shard hybrid: {size} processes are not a multiple of the {on_a_host} on this host")
+        raise InputError(f"--shard hybrid: {size} processes are not a multiple of the {here} on this host")
     if shards == size:
         return init_device_mesh(kind, (shards,), mesh_dim_names=("shards",))
     return init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicas", "shards"))
 
 
 @contextmanager
-def imagined(config: RunConfig, on_a_host: int) -> Iterator[Any]:
-    """The mesh of a run of so many processes as `processes` says, none of which exists: for its plan."""
+def imagined(config: RunConfig) -> Iterator[Any]:
+    """The mesh of a run of as many processes as the environment names, none of which exists: for its plan."""
     if processes() == 1:
         yield None
         return
@@ -137,7 +177,7 @@ def imagined(config: RunConfig, on_a_host: int) -> Iterator[Any]:
 
     distributed.init_process_group("fake", rank=0, world_size=processes(), store=FakeStore())
     try:
-        yield _mesh(config, "cuda" if config.device == "cuda" else "cpu", on_a_host)
+        yield _mesh(config, _kind(config))
     finally:
         distributed.destroy_process_group()
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from galore_pretrain.model import draw
 from galore_pretrain.optim.galore import is_projected
-from galore_pretrain.optim.shards import fill, local, whole
+from galore_pretrain.optim.shards import fill, is_shared, local, whole
 from galore_pretrain.optim.step import chunk_elements, mix, pieces
 
 if TYPE_CHECKING:
@@ -174,16 +174,16 @@ def dense_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
 
     Processes that share a model must all call this; those that do not ``keep`` the result only give their parts.
     """
-    state: dict[str, Tensor] = {}
-    factored = dict(layers(model))
-    for key, value in model.state_dict().items():
-        if key.rpartition(".")[0].removesuffix(".A").removesuffix(".B") in factored:
-            continue
-        found = whole(value)
-        state |= {key: found if found is value else found.cpu()} if keep else {}
-    for name, layer in factored.items():
-        found = layer.dense()
-        state |= {f"{name}.weight": found} if keep else {}
-        if layer.bias is not None:
-            state |= {f"{name}.bias": whole(layer.bias)} if keep else {}
+    state = dict(model.state_dict())
+    gathered: dict[int, Tensor] = {}  # embeddings that are tied to the head stay one tensor
+    for key, value in state.items():
+        if is_shared(value):
+            place = local(value).data_ptr()
+            if place not in gathered:
+                gathered[place] = whole(value).cpu() if keep else value.new_empty(0)
+            state[key] = gathered[place]
+    for name, layer in layers(model):
+        for part in ("A.weight", "B.weight"):
+            del state[f"{name}.{part}"]
+        state[f"{name}.weight"] = layer.dense()
     return state

@@ -74,6 +74,14 @@ def check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
         )
 
 
+def check_shared(output: Path) -> None:
+    """InputError where a process does not see the lock that the first one has just made."""
+    if not (output / ".lock").exists():
+        raise InputError(
+            f"--output {output}: the first process writes there, and it is not seen here; all hosts must share it"
+        )
+
+
 def write_config(output: Path, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
     """``config.json``: every resolved value with its origin, and what else the run depends on."""
     resolved = {name: {"value": value, "origin": origins[name]} for name, value in asdict(config).items()}

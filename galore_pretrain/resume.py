@@ -42,6 +42,9 @@ def going_on(
                 f"--output {output} holds a finished run without its checkpoints, which would be lost; give another"
             )
         return config, origins, None, False
+    saved_norm = found.state["config"].get("clip_norm")
+    if origins["clip_norm"] == CHOSEN and saved_norm is not None:  # another would be clipped, were it chosen anew
+        config, origins = replace(config, clip_norm=saved_norm), {**origins, "clip_norm": "as before"}
     before = as_before(config, origins, found)
     config, origins = before or (config, origins)
     if (differences := config.differences(found.state["config"])) and not config.resume_with_changes:
@@ -98,10 +101,10 @@ def as_before(config: RunConfig, origins: Mapping[str, str], found: Saved) -> tu
         return None
     if config.total_batch_size % (chosen["batch_size"] * processes()):  # another total batch, refused elsewhere
         return None
-    kept, origins = with_execution(config, origins, **chosen)
-    if origins["clip_norm"] == CHOSEN and saved.get("clip_norm") == "projected":  # which every way of updating knows
-        kept = replace(kept, clip_norm="projected")
-    return kept, origins
+    try:
+        return with_execution(config, origins, **chosen)
+    except InputError:  # so many micro-batches a process, layerwise, do not know the norm that was clipped
+        return None
 
 
 def check_inputs(config: RunConfig, found: Saved, inputs: Mapping[str, str]) -> None:

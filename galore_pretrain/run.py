@@ -29,7 +29,16 @@ from galore_pretrain.metrics import JsonLines, MetricLogger, Progress, Wandb
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.projector import has_fast_bf16
 from galore_pretrain.optim.shards import local
-from galore_pretrain.outputs import check_space, export, keep_rows, lock, log_config, write_config, write_summary
+from galore_pretrain.outputs import (
+    check_shared,
+    check_space,
+    export,
+    keep_rows,
+    lock,
+    log_config,
+    write_config,
+    write_summary,
+)
 from galore_pretrain.plan import Plan, measure, static_bytes
 from galore_pretrain.recipes import reference_batch
 from galore_pretrain.repro import describe_environment
@@ -49,13 +58,15 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         config, origins = world.from_main(lambda: (config, origins))  # its names hold the time
         output, schedule = Path(config.output), _schedule(config)
         world.from_main(lambda: held.enter_context(lock(output)))
+        world.together(lambda: check_shared(output), lambda found: "")
         config, origins, found, kept = world.from_main(lambda: going_on(config, origins, output))
         if found and world.from_main(lambda: is_finished(output, found, schedule)):
             log.info("%s is finished; give another --output to train anew", output)
             return 0
         revision = found.state.get("revision") if found else None
-        revision = world.from_main(lambda: open_inputs(config, revision).revision) if world.size > 1 else revision
-        inputs = open_inputs(config, revision)
+        if world.size > 1:  # all read what the first one finds
+            revision = world.from_main(lambda: open_inputs(config, revision).revision)
+        inputs = world.together(lambda: open_inputs(config, revision), lambda found: str(found.fingerprints()))
         if found:
             check_inputs(config, found, inputs.fingerprints())
         optimizer_for(config, model_for(config, inputs.model, "meta"))  # whether its options fit, at no cost
@@ -68,7 +79,9 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
-            raise TrainingFailedError(_out_of_memory(planned, config, inputs, world)) from error
+            failed = TrainingFailedError(_out_of_memory(planned, config, inputs, world))
+            failed.is_told = True  # type: ignore[attr-defined]  # which of several processes it happens in, nobody else knows
+            raise failed from error
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_ROOM:
                 raise
@@ -96,7 +109,7 @@ def _train(
     data = TrainingData(inputs.training, inputs.rows, config.total_batch_size, config.seed)
     state = TrainState()
     if found:
-        restore(found, model, optimizer, state, data)
+        world.together(lambda: restore(found, model, optimizer, state, data), lambda done: "")
     # Only now: what the folder holds may be of another method, and is refused then.
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device)}
     world.from_main(lambda: write_config(output, config, origins, environment))
@@ -149,7 +162,7 @@ def _train(
                 return 128 + (trainer.stop_signal or 0)
             reached = peaks.now()  # exporting is not training
             export(output / "model", model, inputs.tokenizer, world)
-            summary = _summary(state, model, optimizer, reached, seconds(), saver.stalled)
+            summary = _summary(state, model, optimizer, reached, seconds(), saver.stalled, world)
             world.from_main(
                 lambda: write_summary(
                     output, summary | {"planned_peak_bytes": _planned_peak(planned, config, inputs, world)}
@@ -277,15 +290,20 @@ def _summary(
     peaks: tuple[int, int],
     wall_seconds: float,
     stall_seconds: float,
+    world: World,
 ) -> dict[str, Any]:
+    """Bytes of weights and state are those of all processes; peaks those of the largest."""
+    sizes = sum(local(p).nbytes for p in model.parameters()), optimizer.state_bytes()
+    weights, states = (int(size) for size in world.sum(torch.tensor(sizes, dtype=torch.float64)))
+    allocator, process = (int(peak) for peak in world.largest(*peaks))
     return {
         "steps": state.step,
         "tokens_seen": state.tokens_seen,
         **state.evaluation,
-        "peak_memory_bytes": peaks[0],
-        "process_peak_bytes": peaks[1],
-        "weights_bytes": sum(local(p).nbytes for p in model.parameters()),
-        "optimizer_bytes": optimizer.state_bytes(),
+        "peak_memory_bytes": allocator,
+        "process_peak_bytes": process,
+        "weights_bytes": weights,
+        "optimizer_bytes": states,
         "wall_seconds": wall_seconds,
         "checkpoint_stall_seconds": stall_seconds,
     }

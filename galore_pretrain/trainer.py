@@ -222,7 +222,8 @@ class Trainer:
 
     def _timed_step(self, batches: "Iterator[Batch]") -> Metrics:
         started, tokens = time.perf_counter(), self.state.tokens_seen
-        metrics = self.train_step(self._leaving(lambda: next(batches)))
+        batch = self.world.together(lambda: self._leaving(lambda: next(batches)), lambda read: read.likeness)
+        metrics = self.train_step(batch)
         if self.state.skipped >= MAX_SKIPPED:
             kept = self.checkpoints.saved_step
             raise TrainingFailedError(

@@ -68,7 +68,7 @@ def in_fresh_process(means: str, values: dict[str, Any], threads: int, processes
         command[1:1] = launch
     # Large blocks go back to the system when they are freed: else the peak of the process is the allocator's habit.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
-    environment |= {"OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(processes)}
+    environment |= {"OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -77,7 +77,7 @@ def one(means: str, values: dict[str, Any]) -> int:
     config, _ = resolve(values, dict.fromkeys(values, "flag"))
     small = {"model": "llama_1m", "total_batch_size": processes(), "batch_size": 1, "rank": None, "max_length": 8}
     if means == "plan":
-        with imagined(config, processes()) as mesh:
+        with imagined(config) as mesh:
             return MEANS[means](config, mesh)
     with joined(config) as world:
         updates(resolve(values | small, {})[0], world.mesh)  # libraries load their kernels at first use

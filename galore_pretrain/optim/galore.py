@@ -127,7 +127,9 @@ class GaLore:
         if self.upcast:
             grad = grad.float()
         low = project(grad, left, right).contiguous() if self.published else project_fast(grad, left, right)
-        return low if shard is None or self.low_shard(state, shard) is not None else shard.sum(low)
+        if shard is None or self.low_shard(state, shard) is not None:
+            return low
+        return shard.sum(low.float()).to(low.dtype)
 
     def update_projected(self, low_grad: Tensor, state: State, step: Step) -> Direction:
         """The rest of an update, from what `project` returned, which is overwritten."""

@@ -120,7 +120,7 @@ class Blockwise8bit:
         operations (``always`` runs it there too), and small moments are dense.
         """
         names = ["exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"]
-        if not (grad.is_cuda or always) or names[2] not in state:
+        if not (grad.is_cuda or always) or names[2] not in state or not grad.numel():
             return None
         from bitsandbytes import functional
 

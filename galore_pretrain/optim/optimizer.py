@@ -16,7 +16,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.galore import GaLore, NewBases
 from galore_pretrain.optim.inplace import add, subtract
-from galore_pretrain.optim.portable import portable, put_blocks_together, take_blocks
+from galore_pretrain.optim.portable import portable, take_blocks
 from galore_pretrain.optim.rules import Adam, UpdateRule
 from galore_pretrain.optim.shards import Pool, local, shard_of
 from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, gradient_norm, mix, pieces
@@ -269,12 +269,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if waiting.projected and waiting.norm is None:
                     shard = waiting.step.shard and self._low_step(p, waiting.step).shard
             shared.append(shard is not None)
-        norms = torch.stack(found)
         if self._pool is None or not any(shared):
-            return norms
-        here = torch.tensor(shared, device=norms.device)
-        total = self._pool.sum(torch.where(here, norms.square(), 0.0)).sqrt_()
-        return torch.where(here, torch.where(total.isfinite(), total, 0.0), norms)
+            return torch.stack(found)
+        total = self._pool.sum(torch.stack([norm.square() for norm, part in zip(found, shared, strict=True) if part]))
+        roots = iter(torch.where(total.isfinite(), total, 0.0).sqrt_())
+        return torch.stack([next(roots) if part else norm for norm, part in zip(found, shared, strict=True)])
 
     @torch.no_grad()
     def agree(self, params: Iterable[Tensor]) -> None:
@@ -332,12 +331,11 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def saved_state(self, p: Tensor, *, load: bool = False) -> dict[str, Tensor]:
         """The tensors of the state of ``p`` as a checkpoint holds them (`portable`); to ``load`` into, or as they are.
-        All processes must call this for the same parameters."""
+        All processes must call this for the same parameters; what is put together of all has then one of them."""
         _, rule, state = self._of(p)
-        saved = portable(rule, state, p)
-        if not load:
-            put_blocks_together(rule, state, saved, p)
-        return saved
+        if load:
+            return portable(rule, state, p)
+        return portable(rule, state, p, blocks=self._pool is None or self._pool.me == 0)
 
     def take_saved(self, p: Tensor, saved: dict[str, Tensor]) -> None:
         """Take what was loaded into `saved_state`'s tensors."""

@@ -22,9 +22,14 @@ from galore_pretrain.optim.step import Step
 _READ = Step(count=0)
 
 
-def portable(rule: UpdateRule, state: State, p: Tensor) -> State:
-    """The state of ``p`` in that form. Live tensors, which may be loaded into; but for what is in blocks, which is new
-    and on the CPU: `take_blocks` takes it back."""
+@torch.no_grad()
+def portable(rule: UpdateRule, state: State, p: Tensor, *, blocks: bool | None = None) -> State:
+    """The state of ``p`` in that form: live tensors, which may be loaded into.
+
+    But for what is in blocks, which is new and on the CPU. To be loaded, it is empty, and `take_blocks` takes it back; to
+    be saved, it is filled with the values of all processes, which must all call this, in those where ``blocks`` is true,
+    and left out in the others.
+    """
     shard = shard_of(p)
     if shard is None:
         return state
@@ -34,16 +39,13 @@ def portable(rule: UpdateRule, state: State, p: Tensor) -> State:
             found[name] = value
         elif not _is_in_blocks(rule, state, name):
             found[name] = _distributed(value, place, p)
-    return found | _blocks_like(rule, state, p)
-
-
-@torch.no_grad()
-def put_blocks_together(rule: UpdateRule, state: State, saved: State, p: Tensor) -> None:
-    """Fill what `portable` made new with the values of all processes, which must all call this."""
-    for name, store, place in _in_blocks(rule, state, p):
+    empty = _blocks_like(rule, state, p) if blocks is not False else {}
+    for name, store, place in _in_blocks(rule, state, p) if blocks is not None else ():
         here = _values(rule, state, store, name, place)
-        values = whole(_distributed(here, _of_values(place, here), p)).cpu()
-        _write(store, saved, name, values)
+        values = whole(_distributed(here, _of_values(place, here), p))
+        if blocks:
+            _write(store, empty, name, values.cpu())
+    return found | empty
 
 
 @torch.no_grad()

@@ -58,6 +58,11 @@ class Shard:
         return total
 
 
+def is_shared(tensor: Tensor) -> bool:
+    """Whether other processes have a part in ``tensor``, or a copy of it."""
+    return hasattr(tensor, "device_mesh")
+
+
 def shard_of(tensor: Tensor) -> Shard | None:
     """Which part of ``tensor`` this process holds; None where it holds all."""
     mesh = getattr(tensor, "device_mesh", None)
@@ -72,7 +77,7 @@ def shard_of(tensor: Tensor) -> Shard | None:
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of ``tensor``, sharing its memory; itself where that is all."""
-    return tensor.detach().to_local() if hasattr(tensor, "device_mesh") else tensor.detach()  # type: ignore[attr-defined]
+    return tensor.detach().to_local() if is_shared(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -85,7 +90,7 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """All of ``tensor``, gathered from the processes, which must all ask for it."""
-    return tensor.detach().full_tensor() if hasattr(tensor, "device_mesh") else tensor.detach()  # type: ignore[attr-defined]
+    return tensor.detach().full_tensor() if is_shared(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 class Pool:
@@ -102,7 +107,7 @@ class Pool:
     @classmethod
     def of(cls, params: Sequence[Tensor]) -> "Pool | None":
         """Those that share ``params``; None where this process is alone."""
-        meshes = [p.device_mesh for p in params if hasattr(p, "device_mesh")]
+        meshes = [mesh for p in params if (mesh := getattr(p, "device_mesh", None)) is not None]
         return cls(meshes[0]) if meshes else None
 
     def sum(self, part: Tensor) -> Tensor:
