@@ -30,6 +30,8 @@ class _Root(click.Group):
             raise click.UsageError(f"no command {args[0]!r}; choose from {', '.join(self.commands)}")
         if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help", "--version")):
             args = ["train", *args]
+        if args[0] in self.commands and args[0] != "train" and "RANK" in os.environ:
+            raise InputError(f"{args[0]} is one process's work: start it without torchrun")
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -89,10 +91,8 @@ def plan(
     **values: Any,
 ) -> int:
     """Say what memory a run would take, or each process of one, with the same flags, without running it."""
-    os.environ |= {
-        "WORLD_SIZE": str(nodes * gpus_per_node),
-        "LOCAL_WORLD_SIZE": str(gpus_per_node),
-    }  # as torchrun would
+    if not paper:  # as torchrun would
+        os.environ |= {"WORLD_SIZE": str(nodes * gpus_per_node), "LOCAL_WORLD_SIZE": str(gpus_per_node)}
     if paper:
         from galore_pretrain import paper as tables
 

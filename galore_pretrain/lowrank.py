@@ -176,12 +176,12 @@ def dense_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """
     state = dict(model.state_dict())
     gathered: dict[int, Tensor] = {}  # embeddings that are tied to the head stay one tensor
-    for key, value in state.items():
-        if is_shared(value):
-            place = local(value).data_ptr()
-            if place not in gathered:
-                gathered[place] = whole(value).cpu() if keep else value.new_empty(0)
-            state[key] = gathered[place]
+    for key, p in model.named_parameters(remove_duplicate=False):
+        if is_shared(p):
+            if id(p) not in gathered:
+                found = whole(p)  # which all ask for
+                gathered[id(p)] = found.cpu() if keep else torch.empty(0)
+            state[key] = gathered[id(p)]
     for name, layer in layers(model):
         for part in ("A.weight", "B.weight"):
             del state[f"{name}.{part}"]

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.build import device_of, execution_for, model_for, optimizer_for, prepare
-from galore_pretrain.config import RunConfig
+from galore_pretrain.config import RunConfig, processes
 from galore_pretrain.execution import Execution
 from galore_pretrain.memory import Ledger
 from galore_pretrain.model import mean_loss
@@ -63,9 +63,10 @@ class Plan:
         """What a person reads; ``source`` says where the budget comes from."""
         config = self.config
         rank = f" of rank {config.rank}" if config.rank else ""
+        each = f", each of {processes()} processes (--shard {config.shard})" if processes() > 1 else ""
         lines = [
             f"{Path(config.model).stem} in {config.dtype}, {config.optim}{rank}, updates of "
-            f"{config.total_batch_size} × {config.max_length} tokens"
+            f"{config.total_batch_size} × {config.max_length} tokens{each}"
         ]
         lines += [f"{kind:<13}{size / 2**30:8.2f} GiB   {_MEANING[kind]}" for kind, size in self.parts.items()]
         lines.append(f"{'peak':<13}{self.peak_bytes / 2**30:8.2f} GiB   {self.place}")

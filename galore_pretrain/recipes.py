@@ -197,7 +197,7 @@ def _check(values: Mapping[str, Any]) -> None:
         nearest = min(divisors, key=lambda d: abs(d - size))
         raise InputError(
             f"--total-batch-size {total * processes()} is not a multiple of --batch-size {size}"
-            f"{f' × {processes()} processes' if processes() > 1 else ''}; the nearest divisor is {nearest}"
+            f"{f' × {processes()} processes' if processes() > 1 else ''}; the nearest --batch-size is {nearest}"
         )
     projected = "galore" in values["optim"]
     if values["layerwise"] and total != size * processes() and values["clip_norm"] == "full" and projected:

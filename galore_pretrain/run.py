@@ -105,13 +105,14 @@ def _train(
     model = model_for(config, inputs.model, device, fresh=found is None, mesh=world.mesh)
     optimizer = optimizer_for(config, prepare(config, model))
     execution = execution_for(config, optimizer)
-    _log_assignment(config, device, optimizer)
+    _log_assignment(config, device, optimizer, world)
     data = TrainingData(inputs.training, inputs.rows, config.total_batch_size, config.seed)
     state = TrainState()
     if found:
         world.together(lambda: restore(found, model, optimizer, state, data), lambda done: "")
     # Only now: what the folder holds may be of another method, and is refused then.
-    environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, **describe_environment(device)}
+    environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, "processes": world.size}
+    environment |= describe_environment(device)
     world.from_main(lambda: write_config(output, config, origins, environment))
     saved = found.state if found else {}
     own = found is not None and found.is_in(output / "checkpoints")
@@ -196,10 +197,12 @@ def _out_of_memory(planned: Plan | None, config: RunConfig, inputs: Inputs, worl
     return f"out of memory: {peak / 2**30:.2f} GiB was the peak so far{plan}; what helps: {ways_out(config, most=3)}"
 
 
-def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOptimizer) -> None:
+def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOptimizer, world: World) -> None:
     """What is trained, where, and what updates which tensors."""
     total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if world.size > 1:
+        where = f"{world.size} processes (--shard {config.shard}), each on {where}"
     log.info("%s: %.1fM weights in %s on %s", config.model, total / 1e6, config.dtype, where)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):
         log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")

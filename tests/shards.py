@@ -1,6 +1,7 @@
 """Updates of tensors that processes share, and of the same ones whole: for torchrun, see test_dist.py."""
 
 import itertools
+from math import inf
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from galore_pretrain.optim.registry import REGISTRY
 from galore_pretrain.optim.shards import whole
 
 ALIGNED = {"tall": (1024, 256), "wide": (256, 1024), "square": (512, 512), "head": (1024, 256), "norm": (512,)}
+FEW = {"tall": (5, 4), "wide": (4, 5), "square": (5, 5), "head": (5, 4), "norm": (5,)}  # the last of four has none
 UNEVEN = {"tall": (101, 30), "wide": (30, 101), "square": (34, 34), "head": (33, 20), "norm": (33,)}
 
 
@@ -51,12 +53,13 @@ def name_of(parameter: str) -> str:
     return parameter.removesuffix(".weight").rpartition(".")[2]
 
 
-def compare(row: str, shapes: Any, dtype: torch.dtype, mesh: DeviceMesh, steps: int, **options: Any) -> float:
-    """The largest difference of a weight after so many updates, over the largest weight."""
+def compare(row: str, shapes: Any, dtype: torch.dtype, mesh: DeviceMesh, order: float = inf, **options: Any) -> float:
+    """After seven updates: how far weights are apart, over the way that they have come (norms of that ``order``)."""
     models = [Model(shapes, dtype, m) for m in (None, mesh)]
+    before = [p.detach().clone() for p in models[0].parameters()]
     more = {"rank": 8, "update_proj_gap": 3} if "galore" in row else {}
     optimizers = [build_optimizer(m, row, lr=0.01, **{**more, **options}) for m in models]
-    for step, (model, optimizer) in itertools.product(range(1, steps + 1), zip(models, optimizers, strict=True)):
+    for step, (model, optimizer) in itertools.product(range(1, 8), zip(models, optimizers, strict=True)):
         for name, p in model.named_parameters():
             grad = random(tuple(p.shape), name, step).to(dtype)
             if step == 2 and name == "norm":  # one process alone has this element, and all must skip the tensor
@@ -65,7 +68,11 @@ def compare(row: str, shapes: Any, dtype: torch.dtype, mesh: DeviceMesh, steps: 
         optimizer.step()
     assert [o.take_faults().skipped for o in optimizers] == [1, 1], row
     alone, together = ([whole(p).float() for p in m.parameters()] for m in models)
-    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(alone, together, strict=True))
+    norms = [
+        [torch.linalg.vector_norm(x, order).item() for x in (a - b, a - c.float())]
+        for a, b, c in zip(alone, together, before, strict=True)
+    ]
+    return max(apart / way for apart, way in norms)
 
 
 def check_collectives(mesh: DeviceMesh) -> None:
@@ -89,12 +96,13 @@ def main() -> None:
     size = distributed.get_world_size()
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("shards",))
     for row in REGISTRY:
-        found = compare(row, ALIGNED, torch.float32, mesh, 7)
-        assert found < 2e-6, (row, found)
+        found = compare(row, ALIGNED, torch.float32, mesh)
+        assert found < 2e-4, (row, found)
         if row in ("adamw8bit", "galore_adamw8bit"):
             assert found == 0, (row, found)
-        found = compare(row, UNEVEN, torch.float32, mesh, 7)
-        assert found < (0.05 if "8bit" in row else 2e-5), (row, found)
+        for shapes in (UNEVEN, FEW):
+            found = compare(row, shapes, torch.float32, mesh)
+            assert found < (0.2 if "8bit" in row else 2e-4), (row, shapes, found)
     for numerics, proj_type, moments in (
         ("reference", "std", "keep"),
         ("sound", "full", "keep"),
@@ -102,13 +110,18 @@ def main() -> None:
     ):
         options = {"numerics": numerics, "proj_type": proj_type, "moments": moments}
         for row in ("galore_adamw", "galore_adafactor", "natural_galore"):
-            found = compare(row, UNEVEN, torch.float32, mesh, 7, **options)
-            assert found < 2e-5, (row, options, found)
-    found = compare("galore_adamw", ALIGNED, torch.bfloat16, mesh, 7)
-    assert found < 0.02, found
+            found = compare(row, UNEVEN, torch.float32, mesh, **options)
+            assert found < 2e-4, (row, options, found)
+    for row in ("adam", "galore_adamw"):
+        found = compare(row, UNEVEN, torch.float32, mesh, weight_decay=0.1)
+        assert found < 2e-4, (row, found)
+    rows = {name: shape for name, shape in ALIGNED.items() if name != "wide"}  # columns are rounded with other bits
+    assert compare("adamw", rows, torch.bfloat16, mesh) == 0
+    found = compare("galore_adamw", rows, torch.bfloat16, mesh, 2)
+    assert found < 0.1, found
     if size == 4:
         replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-        found = compare("galore_adamw8bit", ALIGNED, torch.float32, replicas, 7)
+        found = compare("galore_adamw8bit", ALIGNED, torch.float32, replicas)
         assert found == 0, found
     check_collectives(mesh)
     distributed.destroy_process_group()

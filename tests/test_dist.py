@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from galore_pretrain.optim.names import METHODS
 from runs import command, lines
@@ -117,25 +118,31 @@ ELASTIC = {
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_path: Path) -> None:
     """Saved by four, gone on with by four, two and one: the curve of one. With as many as before, bit for bit, unless
-    state is in blocks, which are put together and taken apart."""
+    state is in blocks, which are put together and taken apart. One layerwise micro-batch a process knows the full norm;
+    several do not, and are then run otherwise."""
 
     def words(row: str, output: Path, *more: str) -> list[str]:
-        return [*case(tiny_config, output, row, "--keep", "9", *more), "--save-every", "12", "--eval-every", "12"]
+        clipped = ["--grad-clip", "0.5"] if row == "galore_adamw" else []
+        return [
+            *case(tiny_config, output, row, "--keep", "9", *more, *clipped),
+            "--save-every",
+            "12",
+            "--eval-every",
+            "12",
+        ]
 
     modes = dict(zip(ELASTIC, itertools.cycle(("--layerwise", "--no-layerwise")), strict=False))
-    for processes in (1, 4):
-        run_all(
-            processes, {tmp_path / f"{r}-{processes}": words(r, tmp_path / f"{r}-{processes}") for r in modes}, tmp_path
-        )
+    run_all(1, {tmp_path / f"{row}-1": words(row, tmp_path / f"{row}-1") for row in modes}, tmp_path)
+    run_all(4, {tmp_path / f"{r}-4": words(r, tmp_path / f"{r}-4", mode) for r, mode in modes.items()}, tmp_path)
     for processes in (4, 2, 1):
         again = {}
-        for row, mode in modes.items():
+        for row in modes:
             folder = tmp_path / f"{row}-4-{processes}"
             shutil.copytree(tmp_path / f"{row}-4", folder)
             (folder / "summary.json").unlink()
             for later in ("step_00000024", "step_00000030"):
                 shutil.rmtree(folder / "checkpoints" / later)
-            again[folder] = words(row, folder, mode)
+            again[folder] = words(row, folder)
         run_all(processes, again, tmp_path)
         found = [
             compare(tmp_path / f"{row}-1", tmp_path / f"{row}-4-{processes}", bound) for row, bound in ELASTIC.items()
@@ -199,3 +206,58 @@ def test_a_signal_stops_all_after_the_same_update(tiny_config: str, tmp_path: Pa
     refused = torchrun(2, "-m", "galore_pretrain", *arguments, "--total-batch-size", "7")
     assert "Error: --total-batch-size 7 is not a multiple of the 2 processes; give 8" in refused.stderr
     assert refused.stderr.count("Error: --") == 1, refused.stderr
+
+
+@pytest.mark.slow
+def test_odd_shapes_and_tied_embeddings(tmp_path: Path) -> None:
+    """Columns that cannot be dealt out, rows that come out uneven; and one tensor under two names is exported once."""
+    model = tmp_path / "odd.json"
+    shape = {"hidden_size": 40, "intermediate_size": 97, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"vocab_size": 1026, "max_position_embeddings": 64}
+    model.write_text(json.dumps(shape | {"tie_word_embeddings": True}))
+    rows = ("galore_adamw", "galore_adafactor", "relora")
+    for processes in (1, 4):
+        cases = {tmp_path / f"{r}-{processes}": case(str(model), tmp_path / f"{r}-{processes}", r) for r in rows}
+        run_all(processes, cases, tmp_path)
+    assert not [what for r in rows if (what := compare(tmp_path / f"{r}-1", tmp_path / f"{r}-4", 2e-5))]
+    for row in rows:
+        ours, theirs = (load_file(tmp_path / f"{row}-{n}" / "model" / "model.safetensors") for n in (1, 4))
+        assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in theirs.items()}
+        assert "lm_head.weight" not in ours
+
+
+READING = """
+import os, sys
+from galore_pretrain import cli, data
+from galore_pretrain.errors import InputError
+stack, read = data.stack, []
+def reading(rows):
+    read.append(stack(rows))
+    if os.environ["RANK"] == "1" and len(read) == 6:
+        {}
+    return read[-1]
+data.stack = reading
+sys.argv = ["galore-pretrain", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("raise InputError('text.jsonl line 7 cannot be read')", "[process 1] Error: text.jsonl line 7 cannot be read"),
+        ("read[-1].input_ids[0, 0] += 1", "Error: the processes do not read the same text"),
+    ],
+)
+def test_what_one_process_finds_ends_all(what: str, told: str, tiny_config: str, tmp_path: Path) -> None:
+    """With a checkpoint, and at once."""
+    script = tmp_path / "reading.py"
+    script.write_text(READING.format(what))
+    words = ["--total-batch-size", "8", "--eval-every", "100", "--save-every", "100"]
+    ended = torchrun(2, str(script), *command(tiny_config, tmp_path / "run", *words)[3:])
+    assert ended.returncode == 1  # torchrun's own
+    assert [line for line in ended.stderr.splitlines() if "Error: " in line and "elastic" not in line] == [
+        next(line for line in ended.stderr.splitlines() if told in line)
+    ]
+    assert (tmp_path / "run" / "checkpoints" / "step_00000005").is_dir()

@@ -26,9 +26,9 @@ _READ = Step(count=0)
 def portable(rule: UpdateRule, state: State, p: Tensor, *, blocks: bool | None = None) -> State:
     """The state of ``p`` in that form: live tensors, which may be loaded into.
 
-    But for what is in blocks, which is new and on the CPU. To be loaded, it is empty, and `take_blocks` takes it back; to
-    be saved, it is filled with the values of all processes, which must all call this, in those where ``blocks`` is true,
-    and left out in the others.
+    But for what is in blocks, which is new and on the CPU. To be loaded, it is empty, and `take_blocks` takes it back.
+    To be saved, it is filled with the values of all processes, which must all call this, in those where ``blocks`` is
+    true, and left out in the others.
     """
     shard = shard_of(p)
     if shard is None:
