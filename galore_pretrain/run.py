@@ -28,7 +28,6 @@ from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes, ran_ou
 from galore_pretrain.metrics import JsonLines, MetricLogger, Progress, Wandb
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.projector import has_fast_bf16
-from galore_pretrain.optim.shards import local
 from galore_pretrain.outputs import (
     check_shared,
     check_space,
@@ -39,7 +38,7 @@ from galore_pretrain.outputs import (
     write_config,
     write_summary,
 )
-from galore_pretrain.plan import Plan, measure, static_bytes
+from galore_pretrain.plan import Plan, Static, measure, static_bytes
 from galore_pretrain.recipes import reference_batch
 from galore_pretrain.repro import describe_environment
 from galore_pretrain.resume import Saver, again, check_inputs, going_on, is_finished, restore
@@ -163,7 +162,7 @@ def _train(
                 return 128 + (trainer.stop_signal or 0)
             reached = peaks.now()  # exporting is not training
             export(output / "model", model, inputs.tokenizer, world)
-            summary = _summary(state, model, optimizer, reached, seconds(), saver.stalled, world)
+            summary = _summary(state, static_bytes(config, inputs.model), reached, seconds(), saver.stalled, world)
             world.from_main(
                 lambda: write_summary(
                     output, summary | {"planned_peak_bytes": _planned_peak(planned, config, inputs, world)}
@@ -288,16 +287,13 @@ class _Peaks:
 
 def _summary(
     state: TrainState,
-    model: torch.nn.Module,
-    optimizer: RuleOptimizer,
+    static: Static,
     peaks: tuple[int, int],
     wall_seconds: float,
     stall_seconds: float,
     world: World,
 ) -> dict[str, Any]:
-    """Bytes of weights and state are those of all processes; peaks those of the largest."""
-    sizes = sum(local(p).nbytes for p in model.parameters()), optimizer.state_bytes()
-    weights, states = (int(size) for size in world.sum(torch.tensor(sizes, dtype=torch.float64)))
+    """Bytes of weights and state are those of the method, whoever shares them; peaks those of the largest process."""
     allocator, process = (int(peak) for peak in world.largest(*peaks))
     return {
         "steps": state.step,
@@ -305,8 +301,8 @@ def _summary(
         **state.evaluation,
         "peak_memory_bytes": allocator,
         "process_peak_bytes": process,
-        "weights_bytes": weights,
-        "optimizer_bytes": states,
+        "weights_bytes": static.weights,
+        "optimizer_bytes": static.state,
         "wall_seconds": wall_seconds,
         "checkpoint_stall_seconds": stall_seconds,
     }

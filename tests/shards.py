@@ -91,6 +91,19 @@ def check_collectives(mesh: DeviceMesh) -> None:
     assert counts[0] == counts[3] == {"allreduce_": 1, **due}, counts
 
 
+def check_storage(mesh: DeviceMesh) -> None:
+    """What FSDP2 reduces for a layer lies in one storage, which must not be kept for the sake of a norm's part."""
+    model = Model({"tall": (64, 32), "norm": (64,)}, torch.float32, mesh)
+    optimizer = build_optimizer(model, "galore_adamw", lr=0.01, rank=8)
+    norm = model.norm
+    storage = torch.randn(1000)
+    norm.grad = DTensor.from_local(storage[: whole(norm).numel() // mesh.size()], mesh, [Shard(0)])  # type: ignore[assignment]
+    optimizer.gather(norm, project=True)  # type: ignore[arg-type]
+    waiting = optimizer.waiting(norm)  # type: ignore[arg-type]
+    assert waiting is not None
+    assert waiting.grad.untyped_storage().nbytes() == waiting.grad.nbytes
+
+
 def main() -> None:
     distributed.init_process_group("gloo")
     size = distributed.get_world_size()
@@ -124,6 +137,7 @@ def main() -> None:
         found = compare("galore_adamw8bit", ALIGNED, torch.float32, replicas)
         assert found == 0, found
     check_collectives(mesh)
+    check_storage(mesh)
     distributed.destroy_process_group()
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from galore_pretrain.errors import InputError
 from galore_pretrain.optim.names import METHODS
+from galore_pretrain.outputs import check_shared
 from runs import command, lines
 
 FULL = bool(os.environ.get("FULL"))
@@ -73,8 +75,12 @@ def compare(one: Path, other: Path, tolerance: float) -> str | None:
     apart = max(
         abs(a[key] - b[key]) for a, b in zip(ours, theirs, strict=True) for key in ("loss", "eval_loss") if key in a
     )
-    counts = [[(a["step"], a["tokens_seen"]) for a in run] for run in (ours, theirs)]
-    return None if apart < tolerance and counts[0] == counts[1] else f"{other.name}: {apart:.1e} (bound {tolerance:g})"
+    same = [
+        [(line["step"], line["tokens_seen"]) for line in run]
+        + [json.loads((folder / "summary.json").read_text())[f"{what}_bytes"] for what in ("weights", "optimizer")]
+        for run, folder in ((ours, one), (theirs, other))
+    ]
+    return None if apart < tolerance and same[0] == same[1] else f"{other.name}: {apart:.1e} (bound {tolerance:g})"
 
 
 @pytest.mark.slow
@@ -206,6 +212,18 @@ def test_a_signal_stops_all_after_the_same_update(tiny_config: str, tmp_path: Pa
     refused = torchrun(2, "-m", "galore_pretrain", *arguments, "--total-batch-size", "7")
     assert "Error: --total-batch-size 7 is not a multiple of the 2 processes; give 8" in refused.stderr
     assert refused.stderr.count("Error: --") == 1, refused.stderr
+
+
+def test_what_is_not_for_several_processes(tmp_path: Path) -> None:
+    """Each would do all of the work. And a folder that a process does not see is not one to save in."""
+    told = {**ENVIRONMENT, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    for words in (["sweep", "lr", "--model", "llama_1m"], ["plan", "--model", "llama_1m"], ["report", "runs"]):
+        command = [sys.executable, "-m", "galore_pretrain", *words]
+        refused = subprocess.run(command, capture_output=True, text=True, env=told, check=False)
+        assert refused.stderr == f"Error: {words[0]} is one process's work: start it without torchrun\n"
+        assert refused.returncode == 2
+    with pytest.raises(InputError, match="all hosts must share it"):
+        check_shared(tmp_path)
 
 
 @pytest.mark.slow
