@@ -19,7 +19,7 @@ from galore_pretrain.errors import InputError, TrainingFailedError
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)
-"""For what the main process does alone: a checkpoint's checksums, a hub that is away, a plan."""
+"""For what one process may wait for and the others not: a checkpoint's checksums, a hub that is away, a plan."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class World:
         InputError where what it returns is not ``alike``, that is where what they read differs."""
         if self.size == 1:
             return work()
+        from torch import distributed
+
         result: list[T] = []
         error: Exception | None = None
         try:
@@ -92,7 +94,9 @@ class World:
         likeness = zlib.crc32(alike(result[0]).encode()) if result else 0
         is_input = error is None or isinstance(error, InputError)
         failed = 0 if error is None else self.size - self.rank
-        bad, worse, high, low = self.largest(failed, not is_input, likeness, -likeness)
+        told = torch.tensor([failed, not is_input, likeness, -likeness], dtype=torch.float64)
+        distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self.group)  # text may have to be waited for
+        bad, worse, high, low = told.tolist()
         if bad:
             speaker = int(self.size - bad)  # the first that failed
             if error is None or (worse and is_input):  # all must take the same way out
