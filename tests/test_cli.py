@@ -358,7 +358,7 @@ ERRORS = [
     (["--model", "llama_60m", "--max-tokens", "lots"], "'lots' is not a count"),
     (["--model", "llama_61m"], "did you mean"),
     (["--model", "llama_60m", "--memory-budget", "24"], "write a unit, such as 24GiB"),
-    (["--model", "llama_60m", "--batch-size", "7"], "the nearest divisor is 8"),
+    (["--model", "llama_60m", "--batch-size", "7"], "the nearest --batch-size is 8"),
     (["--model", "llama_60m", "--optim", "adamw", "--grad-clip", "1", "--clip-norm", "projected"], "projects nothing"),
     (["plan", "--model", "llama_60m", "--picture", "a.png"], "only --compare draws"),
     (["--model", "llama_60m", "--data", "nowhere/at/all"], "no such file, folder or pattern"),
