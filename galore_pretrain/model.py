@@ -108,7 +108,7 @@ def _check_shape(values: dict[str, Any], source: str) -> None:
         raise InputError(
             f"{source}: heads are {head_dim} wide; rotary embeddings need an even width: change num_attention_heads"
         )
-    if heads % (groups := values.get("num_key_value_heads", heads) or 1) or groups < 1:
+    if (groups := values.get("num_key_value_heads", heads)) < 1 or heads % groups:
         raise InputError(
             f"{source}: num_key_value_heads {groups} does not divide num_attention_heads {heads}; choose a divisor"
         )
