@@ -299,7 +299,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if pool is None:
             return
         self._waiting |= {p: w for p in params if p not in self._waiting and (w := self._take(p, None)) is not None}
-        due = [p for p in params if (w := self._waiting.get(p)) and not w.projected and self._is_due(p, w.step)]
+        due = [p for p in params if (w := self._waiting.get(p)) and not w.projected and self.is_due(p)]
         for start in range(0, len(due), len(pool.ranks)):
             found: NewBases | None = None
             work = list(zip(due[start : start + len(pool.ranks)], pool.ranks, strict=False))
@@ -393,10 +393,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         _, rule, state = self._of(p)
         assert isinstance(rule, GaLore)
         return rule.low_step(state, step)
-
-    def _is_due(self, p: Tensor, step: Step) -> bool:
-        rule = self.rule_of(p)
-        return isinstance(rule, GaLore) and rule.is_due(step)
 
     def _next_step(self, p: Tensor) -> Step:
         group, overall = self._places[p]
