@@ -93,11 +93,12 @@ def prepare(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def optimizer_for(config: RunConfig, model: torch.nn.Module) -> RuleOptimizer:
-    """The optimizer of ``config.optim`` for ``model``, its state allocated; InputError where options do not fit it."""
+def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -> RuleOptimizer:
+    """The optimizer of ``config.optim`` for ``model``, its state allocated; InputError where options do not fit it. The
+    processes of ``mesh`` share it."""
     factors, row = split(config.optim)
     try:
-        return build_optimizer(
+        optimizer = build_optimizer(
             model,
             row,
             lr=config.lr,
@@ -119,6 +120,9 @@ def optimizer_for(config: RunConfig, model: torch.nn.Module) -> RuleOptimizer:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+    if mesh is not None and config.reduce == "projected":
+        optimizer.sum_over_replicas(mesh)
+    return optimizer
 
 
 def execution_for(config: RunConfig, optimizer: RuleOptimizer) -> Execution:
@@ -132,7 +136,8 @@ def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
 
     A matrix that GaLore projects from the left is cut into columns where they can be dealt out evenly, all else into
     rows: so projecting and projecting back need nothing of other processes. Gradients are summed, not averaged: the
-    loss is divided by the tokens of all.
+    loss is divided by the tokens of all. With ``--reduce projected``, each replica is shared out by itself, and knows
+    nothing of the others.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
@@ -143,7 +148,7 @@ def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
         if "galore" in config.optim and is_projected(name, module) and _by_columns(module, config, mesh.size(-1))
     }
     options: dict[str, Any] = {
-        "mesh": mesh,
+        "mesh": mesh["shards"] if config.reduce == "projected" else mesh,
         "shard_placement_fn": lambda p: Shard(1) if p in columns else Shard(0),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }

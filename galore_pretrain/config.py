@@ -91,6 +91,7 @@ def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
 CLIP_NORMS = ("full", "projected")
 BAD_DATA = ("raise", "skip")
 SHARDS = ("full", "hybrid", "none")
+REDUCE = ("full", "projected")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT = (
     "Method",
@@ -193,6 +194,13 @@ class RunConfig:
         "full",
         "Of several processes, which share a model out: all, those of a host, or none.",
         SHARDS,
+        MACHINE,
+        free=True,
+    )
+    reduce: str = _flag(
+        "full",
+        "What --layerwise replicas send each other of a gradient that is projected: all of it, or what is left of it.",
+        REDUCE,
         MACHINE,
         free=True,
     )

@@ -122,9 +122,11 @@ class Layerwise(_Updates):
         if self._micro_batches > 1 or self._grad_clip > 0 or waits:
             measured = self._grad_clip > 0 and self._micro_batches == 1 and not self._projected
             optimizer.gather(p, project=True, measure=measured)
-        if last and self._grad_clip > 0 and not waits:
+        if last and waits:
+            optimizer.start_sum(p)
+        elif last and self._grad_clip > 0:
             optimizer.settle(p)
-        elif last and not waits:
+        elif last:
             optimizer.update_param(p)
             p.grad = None
 

@@ -130,7 +130,7 @@ def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, e
     if mesh is not None:
         import torch.distributed._tools.fake_collectives  # noqa: F401  (what they return of fake tensors)
     model = model_for(config, architecture, "meta", mesh=mesh)
-    optimizer_for(config, model)  # fills caches that fake tensors cannot
+    optimizer_for(config, model, mesh)  # fills caches that fake tensors cannot
     ledger = Ledger()
     shortened = contextlib.nullcontext() if every_update else abridged()
     with FakeTensorMode(allow_non_fake_inputs=True), device_of(config), ledger, shortened:
@@ -138,7 +138,7 @@ def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, e
             model.to_empty(device=device_of(config))
             model.tie_weights()  # where the config says so: new storage has parted them
         with ledger.kind("moments"):
-            optimizer = optimizer_for(config, prepare(config, model))
+            optimizer = optimizer_for(config, prepare(config, model), mesh)
         for state in optimizer.state.values():
             for name, value in state.items():
                 if name.endswith("basis"):

@@ -125,7 +125,8 @@ def _fill_clip_norm(values: dict[str, Any], origins: dict[str, str]) -> None:
     elif values["clip_norm"] == "projected" and "galore" not in values["optim"]:
         raise InputError(f"--clip-norm projected: {values['optim']} projects nothing; leave it out")
     elif values["clip_norm"] is None:
-        low_rank_sums = values["layerwise"] and values["total_batch_size"] != values["batch_size"] * processes()
+        several = values["total_batch_size"] != values["batch_size"] * processes()
+        low_rank_sums = values["layerwise"] and (several or values["reduce"] == "projected")
         values["clip_norm"] = "projected" if low_rank_sums and "galore" in values["optim"] else "full"
         origins["clip_norm"] = CHOSEN
 
@@ -151,7 +152,7 @@ def _check_bound(name: str, flag: Flag, value: Any) -> None:
 
 
 def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """The row that ``--optim`` means; a name that says so also asks for layerwise updates."""
+    """The row that ``--optim`` means; a name that says so also asks for layerwise updates, as ``--reduce`` can."""
     name = values["optim"]
     try:
         values["optim"], layerwise = resolve_name(name)
@@ -163,6 +164,8 @@ def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
                 f"--optim {name} asks for --layerwise; leave out --no-layerwise, or name {values['optim']}"
             )
         values["layerwise"], origins["layerwise"] = True, f"optim {name}"
+    if values["reduce"] == "projected" and origins["layerwise"] == CHOSEN:
+        values["layerwise"], origins["layerwise"] = True, "reduce projected"
 
 
 def without_meaning(optim: str) -> dict[str, str]:
@@ -200,6 +203,8 @@ def _check(values: Mapping[str, Any]) -> None:
             f"{f' × {processes()} processes' if processes() > 1 else ''}; the nearest --batch-size is {nearest}"
         )
     projected = "galore" in values["optim"]
+    if values["reduce"] == "projected":
+        _check_reduce(values)
     if values["layerwise"] and total != size * processes() and values["clip_norm"] == "full" and projected:
         raise InputError(
             f"--clip-norm full: --layerwise updates of {total // (size * processes())} micro-batches keep low-rank "
@@ -223,6 +228,20 @@ def _check(values: Mapping[str, Any]) -> None:
         if not Path(values["data"]).exists() and not has_magic(values["data"]):
             raise InputError(f"--data {values['data']}: no such file, folder or pattern; choose c4, sample or a path")
         raise InputError(f"--tokenizer is missing: --data {values['data']} needs one; give t5, sample or a .model file")
+
+
+def _check_reduce(values: Mapping[str, Any]) -> None:
+    why = None
+    if "galore" not in values["optim"]:
+        why = f"{values['optim']} projects nothing"
+    elif not values["layerwise"]:
+        why = "only --layerwise projects a gradient before it is reduced; add that"
+    elif values["clip_norm"] == "full":
+        why = "no process knows the full norm then; use --clip-norm projected"
+    elif processes() > 1 and values["shard"] == "full":
+        why = "--shard full has no replicas; use --shard hybrid or none"
+    if why:
+        raise InputError(f"--reduce projected: {why}")
 
 
 def recipe(model: str, optim: str) -> dict[str, tuple[Any, str]]:

@@ -102,7 +102,7 @@ def _train(
     """Build the parts, join them, and let them run."""
     output, schedule, device = Path(config.output), _schedule(config), device_of(config)
     model = model_for(config, inputs.model, device, fresh=found is None, mesh=world.mesh)
-    optimizer = optimizer_for(config, prepare(config, model))
+    optimizer = optimizer_for(config, prepare(config, model), world.mesh)
     execution = execution_for(config, optimizer)
     _log_assignment(config, device, optimizer, world)
     data = TrainingData(inputs.training, inputs.rows, config.total_batch_size, config.seed)

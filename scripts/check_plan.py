@@ -35,7 +35,7 @@ from galore_pretrain.recipes import resolve
 
 def updates(config: RunConfig, mesh: Any) -> None:
     model = model_for(config, load_model_config(config.model), mesh=mesh)
-    optimizer = optimizer_for(config, prepare(config, model))
+    optimizer = optimizer_for(config, prepare(config, model), mesh)
     make_heaviest_updates(config, model, optimizer, execution_for(config, optimizer), config.micro_batches)
 
 

@@ -8,6 +8,8 @@ import itertools
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,7 +29,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TOLERANCES = {row: 1e-3 for row in METHODS if "8bit" in row} | {"natural_galore8bit": 1e-2}
 """Of rows whose state is in blocks of 256, which begin anew in each part. Natural GaLore's system of equations
 magnifies what its history is off by. (On the same gradients, shards.py asks for the same bits where blocks align.)"""
-WAYS = list(itertools.product(("--layerwise", "--no-layerwise"), ("full", "hybrid", "none")))
+WAYS = [(m, "--shard", s) for m, s in itertools.product(("--layerwise", "--no-layerwise"), ("full", "hybrid", "none"))]
+PROJECTED = ("--layerwise", "--shard", "none", "--reduce", "projected")
 
 
 def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -93,11 +96,12 @@ def test_curves_are_those_of_one_process(processes: int, tiny_config: str, tmp_p
     for i, row in enumerate(rows):
         alone[row] = tmp_path / row
         ways = WAYS if FULL else [WAYS[(i + processes // 2) % 6]]
+        ways = [*ways, PROJECTED] if "galore" in row and (FULL or i % 2 == 0) else ways
         shared |= {(row, *way): tmp_path / "-".join((row, *way)) for way in ways}
     run_all(1, {path: case(tiny_config, path, row) for row, path in alone.items()}, tmp_path)
     run_all(
         processes,
-        {path: case(tiny_config, path, row, mode, "--shard", shard) for (row, mode, shard), path in shared.items()},
+        {path: case(tiny_config, path, row, *way) for (row, *way), path in shared.items()},
         tmp_path,
     )
     found = [compare(alone[k[0]], path, TOLERANCES.get(k[0], 1e-5)) for k, path in shared.items()]
@@ -158,12 +162,13 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
         assert lines(tmp_path / f"{row}-4-4") == lines(tmp_path / f"{row}-4")
 
 
+FIRST = 'self.world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"'
 LOSING = """
 import os, signal, sys, time
 from galore_pretrain import cli, trainer
 step = trainer.Trainer.train_step
 def losing(self, batch):
-    if self.state.step == 6 and self.world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if self.state.step == 6 and {}:
         {}
     return step(self, batch)
 trainer.Trainer.train_step = losing
@@ -176,7 +181,7 @@ cli.main()
 def test_a_process_is_killed_and_torchrun_starts_all_again(tiny_config: str, tmp_path: Path) -> None:
     """They go on from the newest checkpoint, to the curve of a run that nothing disturbed."""
     script = tmp_path / "losing.py"
-    script.write_text(LOSING.format("os.kill(os.getpid(), signal.SIGKILL)"))
+    script.write_text(LOSING.format(FIRST, "os.kill(os.getpid(), signal.SIGKILL)"))
     words = ["--total-batch-size", "8", "--layerwise"]
     run_all(2, {tmp_path / "whole": command(tiny_config, tmp_path / "whole", *words)[3:]}, tmp_path)
     arguments = command(tiny_config, tmp_path / "lost", *words)[3:]
@@ -187,10 +192,48 @@ def test_a_process_is_killed_and_torchrun_starts_all_again(tiny_config: str, tmp
     assert lines(tmp_path / "lost") == lines(tmp_path / "whole")
 
 
+def agent(host: int, port: int, log: Path, *arguments: str) -> subprocess.Popen[str]:
+    """torchrun of two processes, as on one of two hosts; the first keeps the place where they meet."""
+    words = ["--nnodes", "2", "--nproc_per_node", "2", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    words += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", f"is_host={host == 1},keep_alive_interval=1", *arguments]
+    environment = {**ENVIRONMENT, "HOST": str(host), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as slurm.sh has it
+    with log.open("w") as stderr:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words], stderr=stderr, env=environment)
+
+
+@pytest.mark.slow
+def test_one_of_two_hosts_is_lost_and_comes_back(tiny_config: str, tmp_path: Path) -> None:
+    """Two agents that meet on loopback, 2 replicas × 2 shards; the second is killed with its processes in the middle of
+    an update, and started again. Both end, with the curve of one process."""
+    script, mark = tmp_path / "losing.py", tmp_path / "lost"
+    when = f'os.environ["HOST"] == "2" and not os.path.exists("{mark}")'
+    what = f'open("{mark}", "w").close(); os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)'
+    script.write_text(LOSING.format(when, what))
+    row = "galore_adamw"
+    run_all(1, {tmp_path / "one": case(tiny_config, tmp_path / "one", row, "--save-every", "4")}, tmp_path)
+    arguments = case(tiny_config, tmp_path / "two", row, "--save-every", "4", "--shard", "hybrid", *PROJECTED[3:])
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    logs = [tmp_path / f"{name}.log" for name in ("first", "second", "back")]
+    hosts = [agent(1 + (i > 0), port, log, str(script), *arguments) for i, log in enumerate(logs[:2])]
+    try:
+        lost = hosts[1].wait(300)
+        assert lost == -signal.SIGKILL, logs[1].read_text()
+        time.sleep(5)  # until the first knows, by three heartbeats that did not come
+        hosts.append(agent(2, port, logs[2], str(script), *arguments))
+        assert [host.wait(300) for host in (hosts[0], hosts[2])] == [0, 0], [log.read_text() for log in logs]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert "at update 4" in logs[0].read_text() + logs[2].read_text()
+    assert not compare(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_all(tiny_config: str, tmp_path: Path) -> None:
     script = tmp_path / "losing.py"
-    script.write_text(LOSING.format("time.sleep(30)"))
+    script.write_text(LOSING.format(FIRST, "time.sleep(30)"))
     started = time.monotonic()
     words = ["--total-batch-size", "8", "--distributed-timeout", "5"]
     done = torchrun(2, str(script), *command(tiny_config, tmp_path / "run", *words)[3:])
@@ -203,7 +246,7 @@ def test_a_process_that_hangs_ends_all(tiny_config: str, tmp_path: Path) -> None
 def test_a_signal_stops_all_after_the_same_update(tiny_config: str, tmp_path: Path) -> None:
     """Though one process alone gets it; what one says, all do."""
     script = tmp_path / "losing.py"
-    script.write_text(LOSING.format("os.kill(os.getpid(), signal.SIGTERM)"))
+    script.write_text(LOSING.format(FIRST, "os.kill(os.getpid(), signal.SIGTERM)"))
     arguments = command(tiny_config, tmp_path / "run", "--total-batch-size", "8")[3:]
     stopped = torchrun(2, str(script), *arguments)
     assert stopped.returncode == 1  # torchrun's own

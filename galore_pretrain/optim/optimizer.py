@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.galore import GaLore, NewBases
+from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.inplace import add, subtract
+from galore_pretrain.optim.pool import Pool, Waiting
 from galore_pretrain.optim.portable import portable, take_blocks
 from galore_pretrain.optim.rules import Adam, UpdateRule
-from galore_pretrain.optim.shards import Pool, local, shard_of
+from galore_pretrain.optim.shards import local, shard_of
 from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, gradient_norm, mix, pieces
 
 _GOLDEN = 0.6180339887498949
@@ -32,21 +33,6 @@ class Faults:
 
     skipped: int = 0
     failed_refreshes: int = 0
-
-
-@dataclass
-class Waiting:
-    """The sum of the gradients of an update so far: low-rank if ``projected``. ``finite``, a scalar: whether all of
-    them were, on all processes once that is ``agreed``. ``norm`` is that of the whole gradient, where it was measured
-    (of the part at hand)."""
-
-    grad: Tensor
-    step: Step
-    finite: Tensor
-    projected: bool = False
-    norm: Tensor | None = None
-    parts: int = 1
-    agreed: bool = False
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -181,17 +167,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         ``coefficient``, a scalar, is multiplied into the gradient: into the low-rank one where the rule projects, else
         into ``p.grad`` itself.
         """
-        if p not in self._waiting:
-            self._waiting |= {p: taken} if (taken := self._take(p, None)) else {}
-            self.agree([p])
-        waiting = self._waiting.pop(p, None)
-        if waiting is None or p.numel() == 0:
+        if not self._all_waiting([p]) or p.numel() == 0:
             return
+        self.agree([p])
+        waiting = self._waiting.pop(p)
         group, rule, tensors = self._of(p)
         self.state[p]["step"] += 1
         step = waiting.step.only_if(waiting.finite)
-        if isinstance(rule, GaLore) and not waiting.projected:
-            waiting.grad = rule.settle(waiting.grad, tensors, step)
+        waiting.settle()
         here = local(p)
         grad, weight = waiting.grad, _at_least_1d(here.contiguous())  # itself, if it is
         if coefficient is not None:
@@ -223,11 +206,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         p.grad = None
         if measure:
             taken.norm = gradient_norm(taken.grad)
-        _, rule, state = self._of(p)
-        place = taken.step.placed()
-        if project and isinstance(rule, GaLore) and not rule.is_due(taken.step):
-            taken.grad, taken.projected = rule.project(taken.grad, state, taken.step.shard), True
-            place = self._low_step(p, taken.step)
+        if project and isinstance(taken.rule, GaLore) and not taken.is_due:
+            taken.project()
         elif project and waiting is None and taken.grad.untyped_storage().nbytes() > taken.grad.nbytes:
             taken.grad = taken.grad.clone()  # FSDP2 reduces a layer's into one storage, which must not be kept for this
         if waiting is None:
@@ -235,7 +215,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             return
         waiting.parts += 1
         waiting.finite = waiting.finite & taken.finite
-        add(waiting.grad, taken.grad, place, f"sum {waiting.parts}")
+        add(waiting.grad, taken.grad, taken.place, f"sum {waiting.parts}")
 
     @torch.no_grad()
     def reset(self, params: Iterable[Tensor]) -> None:
@@ -248,11 +228,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def settle(self, p: Tensor) -> None:
         """Find the new basis of ``p``, if one is due, in what was gathered, and keep the low-rank gradient alone."""
-        _, rule, state = self._of(p)
-        waiting = self._waiting.get(p)
-        if waiting is not None and isinstance(rule, GaLore) and not waiting.projected:
-            step = waiting.step.only_if(waiting.finite)
-            waiting.grad, waiting.projected = rule.settle(waiting.grad, state, step), True
+        if (waiting := self._waiting.get(p)) is not None:
+            waiting.settle()
 
     def norms(self, params: Iterable[Tensor]) -> Tensor:
         """The norm of each gradient of ``params``, fp32 (number of parameters): of the one that was measured, of the
@@ -267,57 +244,43 @@ class RuleOptimizer(torch.optim.Optimizer):
                 norm = gradient_norm(waiting.grad) if waiting.norm is None else waiting.norm
                 found.append(torch.where(waiting.finite & norm.isfinite(), norm, 0.0))
                 if waiting.projected and waiting.norm is None:
-                    shard = waiting.step.shard and self._low_step(p, waiting.step).shard
+                    shard = waiting.step.shard and waiting.place.shard
             shared.append(shard is not None)
         if self._pool is None or not any(shared):
             return torch.stack(found)
-        total = self._pool.sum(torch.stack([norm.square() for norm, part in zip(found, shared, strict=True) if part]))
-        roots = iter(torch.where(total.isfinite(), total, 0.0).sqrt_())
+        roots = iter(self._pool.norms([norm for norm, part in zip(found, shared, strict=True) if part]))
         return torch.stack([next(roots) if part else norm for norm, part in zip(found, shared, strict=True)])
 
     @torch.no_grad()
+    def start_sum(self, p: Tensor) -> None:
+        """Where gradients are summed over replicas here (`sum_over_replicas`), begin with what was gathered for ``p``;
+        `agree` ends it."""
+        if self._pool is not None and (waiting := self._waiting.get(p)) is not None:
+            self._pool.start_sum(waiting)
+
+    @torch.no_grad()
     def agree(self, params: Iterable[Tensor]) -> None:
-        """Before `update_param`, where processes hold parts of ``params``: a gradient that is not finite on one of them
-        is so on all. One message."""
-        waiting = []
-        for p in params if self._pool is not None and self._pool.has_parts else ():
-            if p not in self._waiting and (taken := self._take(p, None)) is not None:
-                self._waiting[p] = taken
-            if (found := self._waiting.get(p)) is not None and not found.agreed:
-                waiting.append(found)
-        if not waiting or self._pool is None:
-            return
-        bad = self._pool.sum(torch.stack([~found.finite for found in waiting]).float())
-        for found, count in zip(waiting, bad, strict=True):
-            found.finite, found.agreed = count == 0, True
+        """Before `update_param`, where several processes make one update: `Pool.agree` on the gradients."""
+        if self._pool is not None and self._pool.may_differ:
+            self._pool.agree(self._all_waiting(params))
 
     @torch.no_grad()
     def renew(self, params: Iterable[Tensor]) -> None:
-        """Before `update_param`, where several processes make one update: the bases that are due, each found by one of
-        them in the whole gradient and sent to the others."""
-        pool = self._pool
-        if pool is None:
-            return
-        self._waiting |= {p: w for p in params if p not in self._waiting and (w := self._take(p, None)) is not None}
-        due = [p for p in params if (w := self._waiting.get(p)) and not w.projected and self.is_due(p)]
-        for start in range(0, len(due), len(pool.ranks)):
-            found: NewBases | None = None
-            work = list(zip(due[start : start + len(pool.ranks)], pool.ranks, strict=False))
-            wholes = [pool.gather(self._waiting[p].grad, self._waiting[p].step.shard, owner) for p, owner in work]
-            for (p, _), whole in zip(work, wholes, strict=True):
-                _, rule, state = self._of(p)
-                assert isinstance(rule, GaLore)
-                found = found if whole is None else rule.find(whole, state)
-            for p, owner in work:
-                _, rule, state = self._of(p)
-                assert isinstance(rule, GaLore)
-                waiting = self._waiting[p]
-                new = found if owner == pool.me and found is not None else rule.blank(state)
-                left, right = (part if part is None else part.float().contiguous() for part in new[:2])
-                better = new.found.float()
-                pool.send([part for part in (left, right, better) if part is not None], owner)
-                rule.adopt(NewBases(left, right, better > 0), state, waiting.step.only_if(waiting.finite))
-                waiting.grad, waiting.projected = rule.project(waiting.grad, state, waiting.step.shard), True
+        """Before `update_param`, where several processes make one update: the bases that are due, shared out."""
+        if self._pool is not None:
+            self._pool.renew(self._all_waiting(params))
+
+    def _all_waiting(self, params: Iterable[Tensor]) -> list[Waiting]:
+        """What was gathered for each, or else its gradient, where there is one."""
+        for p in params:
+            if p not in self._waiting and (taken := self._take(p, None)) is not None:
+                self._waiting[p] = taken
+        return [waiting for p in params if (waiting := self._waiting.get(p)) is not None]
+
+    def sum_over_replicas(self, mesh: Any) -> None:
+        """Gradients come summed over the shards of ``mesh`` (replicas × shards) alone: the rest is done here, of
+        projected ones where there are some."""
+        self._pool = Pool(mesh, sums_replicas=True)
 
     def discard(self, params: Iterable[Tensor] | None = None) -> None:
         """Drop the gradients of ``params``, gathered or not; of all by default."""
@@ -377,22 +340,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             return None
         if p.grad.layout != torch.strided:
             raise ValueError(f"a gradient is {p.grad.layout}; only dense ones are supported (Embedding(sparse=False))")
-        if waiting is not None:
-            step = waiting.step
-        else:
-            _, rule, state = self._of(p)
-            step = self._next_step(p)
-            if isinstance(rule, GaLore):
-                rule.start(state, step)
+        _, rule, state = self._of(p)
+        step = self._next_step(p) if waiting is None else waiting.step
+        if waiting is None and isinstance(rule, GaLore):
+            rule.start(state, step)
         # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
         grad = local(p.grad)
-        return Waiting(_at_least_1d(grad), step, torch.linalg.vector_norm(grad).isfinite())
-
-    def _low_step(self, p: Tensor, step: Step) -> Step:
-        """The update of the low-rank gradient of ``p``."""
-        _, rule, state = self._of(p)
-        assert isinstance(rule, GaLore)
-        return rule.low_step(state, step)
+        return Waiting(_at_least_1d(grad), step, torch.linalg.vector_norm(grad).isfinite(), rule, state)
 
     def _next_step(self, p: Tensor) -> Step:
         group, overall = self._places[p]

@@ -4,7 +4,6 @@ torch's FSDP2 shares them out (``fully_shard`` over a mesh of replicas × shards
 work on the part at hand. Nothing here imports torch.distributed before such a tensor exists.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -91,51 +90,3 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """All of ``tensor``, gathered from the processes, which must all ask for it."""
     return tensor.detach().full_tensor() if is_shared(tensor) else tensor.detach()  # type: ignore[attr-defined]
-
-
-class Pool:
-    """The processes that make one update together: those of the mesh that the parameters lie on."""
-
-    def __init__(self, mesh: Any) -> None:
-        from torch import distributed
-
-        self.ranks = range(mesh.size())
-        self.me, self._shards = distributed.get_rank(), mesh.size(-1)
-        self.has_parts = self._shards > 1
-        self._group = mesh.get_group(mesh.ndim - 1)
-
-    @classmethod
-    def of(cls, params: Sequence[Tensor]) -> "Pool | None":
-        """Those that share ``params``; None where this process is alone."""
-        meshes = [mesh for p in params if (mesh := getattr(p, "device_mesh", None)) is not None]
-        return cls(meshes[0]) if meshes else None
-
-    def sum(self, part: Tensor) -> Tensor:
-        """Summed over the processes that hold one whole model."""
-        from torch import distributed
-
-        distributed.all_reduce(part, group=self._group)
-        return part
-
-    def gather(self, part: Tensor, shard: Shard | None, owner: int) -> Tensor | None:
-        """On ``owner``, the whole tensor of which each process has a ``part``; None elsewhere."""
-        from torch import distributed
-
-        if shard is None:
-            return part if owner == self.me else None
-        if owner // self._shards != self.me // self._shards:  # another replica's
-            return None
-        shape = list(shard.shape)
-        shape[shard.dim] = shard.length
-        padded = part.new_zeros(shape)
-        padded.narrow(shard.dim, 0, part.shape[shard.dim]).copy_(part)
-        parts = [torch.empty_like(padded) for _ in range(shard.count)] if owner == self.me else None
-        distributed.gather(padded, parts, dst=owner, group=self._group)
-        return torch.cat(parts, shard.dim).narrow(shard.dim, 0, shard.shape[shard.dim]) if parts else None
-
-    def send(self, tensors: Sequence[Tensor], owner: int) -> None:
-        """``tensors``, in place, become on all what they are on ``owner``."""
-        from torch import distributed
-
-        for tensor in tensors:
-            distributed.broadcast(tensor, src=owner)
