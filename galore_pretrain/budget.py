@@ -53,6 +53,15 @@ def in_short(config: RunConfig) -> list[str]:
     ]
 
 
+def bars(rows: Sequence[str], plans: Sequence[Plan]) -> dict[str, dict[str, int]]:
+    """What a picture that compares ``rows`` shows, each by the name that its plan gives it."""
+    found: dict[str, dict[str, int]] = {}
+    for row, plan in zip(rows, plans, strict=True):
+        name = "\n".join((plan.config.optim, *in_short(plan.config)))
+        found[f"{row}\n{name}" if name in found else name] = plan.parts
+    return found
+
+
 def ways_out(config: RunConfig, most: int = 9) -> str:
     """What would take less than the updates of ``config`` do, in words, the best first."""
     total, size = config.total_batch_size, config.batch_size * processes()

@@ -15,7 +15,7 @@ import click
 from galore_pretrain import __version__
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.hub import check_hub
-from galore_pretrain.options import RunCommand, flags, resolved, with_run_options
+from galore_pretrain.options import RATE, RunCommand, flags, resolved, with_run_options
 from galore_pretrain.recipes import without_meaning
 from galore_pretrain.sources import open_source
 from galore_pretrain.sweep import KINDS, Sweep, entries, own_length
@@ -77,6 +77,9 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
 @click.option("--paper", is_flag=True, help="Print the paper's memory tables instead; needs no --model.")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Hosts that share the run.")
 @click.option("--gpus-per-node", type=click.IntRange(1), default=1, show_default=True, help="Processes on each.")
+@click.option("--flops", type=RATE, help="FLOP/s of a GPU at best, such as 400T: then a bound on tokens/s is printed.")
+@click.option("--link", type=RATE, help="Bytes/s between the GPUs of a host, each way, of each: 450G.")
+@click.option("--network", type=RATE, help="Bytes/s in and out of a host, all its cards together: 400G.")
 @click.pass_context
 def plan(
     ctx: click.Context,
@@ -88,20 +91,21 @@ def plan(
     paper: bool,
     nodes: int,
     gpus_per_node: int,
+    flops: float | None,
+    link: float | None,
+    network: float | None,
     **values: Any,
 ) -> int:
-    """Say what memory a run would take, or each process of one, with the same flags, without running it."""
-    if not paper:  # as torchrun would
-        os.environ |= {"WORLD_SIZE": str(nodes * gpus_per_node), "LOCAL_WORLD_SIZE": str(gpus_per_node)}
-    if paper:
-        from galore_pretrain import paper as tables
+    """Say what memory a run would take, or each process of one, with the same flags, without running it.
 
-        click.echo(
-            json.dumps({"paper": tables.by_the_papers_rule(), "exact": tables.exact()}, indent=2)
-            if as_json
-            else tables.report()
-        )
-        return 0
+    Of several processes, or with --flops, also what an update computes and sends, and what bounds its speed.
+    """
+    if paper:
+        return _print_paper(as_json)
+    os.environ |= {
+        "WORLD_SIZE": str(nodes * gpus_per_node),
+        "LOCAL_WORLD_SIZE": str(gpus_per_node),
+    }  # as torchrun would
     if picture and not compare:
         raise InputError(
             f"--picture {picture}: only --compare draws; give it rows, such as --compare adamw,galore_adamw"
@@ -109,34 +113,43 @@ def plan(
     rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
     configs = [resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
 
-    from galore_pretrain import budget, dist, pictures  # torch and transformers
+    from galore_pretrain import budget, dist, pictures, traffic  # torch and transformers
 
     available, source = budget.budget_of(configs[0][0]), budget.source_of(configs[0][0])
-    found = []
+    speeds = traffic.Speeds(flops, link, network)
+    found, updates = [], []
     for config, origins in configs:
         with dist.imagined(config) as mesh:
             found.append(budget.planned(config, origins, available, mesh))
-    model = Path(configs[0][0].model).stem
-    picture = picture or (Path(f"memory-{model}.png") if compare and not as_json else None)
-    if picture:
-        bars: dict[str, dict[str, int]] = {}
-        for row, plan in zip(rows, found, strict=True):
-            name = "\n".join((plan.config.optim, *budget.in_short(plan.config)))
-            bars[f"{row}\n{name}" if name in bars else name] = plan.parts
-        first = configs[0][0]
-        title = f"{model} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
-        pictures.draw_memory(picture, title, bars, available)
+            updates.append(traffic.count(found[-1].config, mesh) if mesh is not None or flops else None)
     if as_json:
-        answers = [plan.as_json(available) for plan in found]
+        answers = [
+            plan.as_json(available) | ({"update": update.as_json(speeds)} if update else {})
+            for plan, update in zip(found, updates, strict=True)
+        ]
         click.echo(json.dumps(dict(zip(rows, answers, strict=True)) if compare else answers[0], indent=2))
-    else:
-        for plan in found:
-            click.echo(plan.table(available, source))
-            if plan.peak_bytes > available:
-                click.echo(f"what helps: {budget.ways_out(plan.config)}")
-            click.echo("\n" if compare else "", nl=False)
-        if picture:
-            click.echo(f"drawn: {picture}")
+    for plan, update in zip(found, updates, strict=True) if not as_json else ():
+        click.echo(plan.table(available, source))
+        if plan.peak_bytes > available:
+            click.echo(f"what helps: {budget.ways_out(plan.config)}")
+        if update:
+            click.echo(update.table(speeds))
+        click.echo("\n" if compare else "", nl=False)
+    first = configs[0][0]
+    if picture or (compare and not as_json):
+        name = Path(first.model).stem
+        picture = picture or Path(f"memory-{name}.png")
+        title = f"{name} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
+        pictures.draw_memory(picture, title, budget.bars(rows, found), available)
+        click.echo(f"drawn: {picture}", err=as_json)
+    return 0
+
+
+def _print_paper(as_json: bool) -> int:
+    from galore_pretrain import paper
+
+    tables = {"paper": paper.by_the_papers_rule(), "exact": paper.exact()} if as_json else {}
+    click.echo(json.dumps(tables, indent=2) if as_json else paper.report())
     return 0
 
 

@@ -54,6 +54,14 @@ def parse_bytes(text: str) -> int:
     return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
 
 
+def parse_rate(text: str) -> float:
+    """``989T``, ``450GB``, ``12.5G``: so many a second; K, M, G, T and P (10³ to 10¹⁵)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)b?", text.strip().lower())
+    if not match or not float(match[1]):
+        raise ValueError(f"{text!r} is not a rate; write 989T, 450G or 12.5GB")
+    return float(match[1]) * 1000.0 ** " kmgtp".index(match[2] or " ")
+
+
 def parse_betas(text: str) -> tuple[float, float]:
     """``0.9,0.999``: Adam's two decay rates."""
     try:

@@ -9,7 +9,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from galore_pretrain.config import GROUPS, Flag, RunConfig, parse_betas, parse_bytes, parse_count, parse_tokens
+from galore_pretrain.config import (
+    GROUPS,
+    Flag,
+    RunConfig,
+    parse_betas,
+    parse_bytes,
+    parse_count,
+    parse_rate,
+    parse_tokens,
+)
 from galore_pretrain.errors import InputError
 from galore_pretrain.recipes import resolve
 
@@ -29,6 +38,7 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+RATE = _Parsed(parse_rate, "rate")
 _METAVARS: dict[Any, str] = {parse_count: "count", parse_tokens: "count", parse_betas: "pair", parse_bytes: "size"}
 
 

@@ -158,13 +158,18 @@ def make_heaviest_updates(
         for p, state in optimizer.state.items():  # as if all before it had been made
             state["step"] = count - 1
             optimizer.random_bits(p, count + 1000)  # what they were last read from is still there
-        for i in range(micro_batches):
-            rows = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
-            loss = mean_loss(model, rows, rows, rows.numel())
-            execution.begin(i, micro_batches)
-            loss.backward()
-            del loss
-        execution.complete()
+        make_update(config, model, execution, micro_batches)
+
+
+def make_update(config: RunConfig, model: LlamaForCausalLM, execution: Execution, micro_batches: int) -> None:
+    """One update of so many micro-batches, of no text."""
+    for i in range(micro_batches):
+        rows = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
+        loss = mean_loss(model, rows, rows, rows.numel())
+        execution.begin(i, micro_batches)
+        loss.backward()
+        del loss
+    execution.complete()
 
 
 def _watch(ledger: Ledger, model: LlamaForCausalLM, execution: Execution) -> None:

@@ -19,9 +19,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from galore_pretrain.dist import imagined
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim.names import METHODS
 from galore_pretrain.outputs import check_shared
+from galore_pretrain.traffic import count
+from messages import config_of
 from runs import command, lines
 
 FULL = bool(os.environ.get("FULL"))
@@ -116,6 +119,30 @@ def test_updates_of_parts_are_those_of_the_whole(processes: int) -> None:
     assert done.returncode == 0, done.stderr[-5000:]
 
 
+@pytest.mark.slow
+def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What four processes on two hosts send in an update, byte for byte; reducing projected gradients sends less."""
+    deeper = tmp_path / "deeper.json"  # than what the plan counts
+    deeper.write_text(json.dumps(json.loads(Path(tiny_config).read_text()) | {"num_hidden_layers": 3}))
+    rows = "galore_adamw8bit,galore_adafactor"
+    done = torchrun(4, str(Path(__file__).with_name("messages.py")), str(deeper), rows)
+    assert done.returncode == 0, done.stderr[-5000:]
+    sent = json.loads(done.stdout)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, real in sent.items():
+        row, shard, reduce = name.split()
+        config = config_of(str(deeper), row, shard, reduce)
+        with imagined(config) as mesh:
+            planned = count(config, mesh)
+        kinds = {f"{kind} {far}": size for (kind, far), size in planned.sent.items()}
+        for kind in real:
+            assert kinds[kind] == pytest.approx(real[kind], rel=0.01), (name, kind)  # a thousandth of a refresh is due
+        assert set(kinds) - set(real) <= {f"{k} {far}" for k in ("gather", "broadcast") for far in (True, False)}, name
+    full, projected = (sent[f"galore_adamw8bit none {reduce}"]["all-reduce True"] for reduce in ("full", "projected"))
+    assert projected < full / 3  # one reduction an update instead of three, and of matrices an eighth
+
+
 ELASTIC = {
     "galore_adamw": 1e-5,
     "adafactor": 1e-5,
@@ -195,10 +222,18 @@ def test_a_process_is_killed_and_torchrun_starts_all_again(tiny_config: str, tmp
 def agent(host: int, port: int, log: Path, *arguments: str) -> subprocess.Popen[str]:
     """torchrun of two processes, as on one of two hosts; the first keeps the place where they meet."""
     words = ["--nnodes", "2", "--nproc_per_node", "2", "--max-restarts", "3", "--rdzv-backend", "c10d"]
-    words += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", f"is_host={host == 1},keep_alive_interval=1", *arguments]
+    words += [
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+        "--rdzv-conf",
+        f"is_host={host == 1},keep_alive_interval=1",
+        *arguments,
+    ]
     environment = {**ENVIRONMENT, "HOST": str(host), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as slurm.sh has it
     with log.open("w") as stderr:
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words], stderr=stderr, env=environment)
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words, *arguments], stderr=stderr, env=environment
+        )
 
 
 @pytest.mark.slow

@@ -24,28 +24,38 @@ def chunk_elements(device: torch.device) -> int:
     return 1 << 18 if device.type == "cpu" else 1 << 21
 
 
-_abridged = False
+@dataclass
+class Abridgement:
+    """``alike``: how many pieces the present one stands for."""
+
+    alike: int = 1
+
+
+_abridgement: Abridgement | None = None
 
 
 @contextmanager
-def abridged() -> Iterator[None]:
-    """Meanwhile, `pieces` leaves out all but the first two and the last: what they hold is alike. For fake tensors, of
-    which only memory is asked; the values of real ones would be wrong."""
-    global _abridged  # noqa: PLW0603  (autograd's threads must see it, which they do not a context variable)
-    _abridged = True
+def abridged() -> Iterator[Abridgement]:
+    """Meanwhile, `pieces` leaves out all but the first two and the last: what they hold is alike. For fake tensors,
+    whose memory or work is asked; the values of real ones would be wrong."""
+    global _abridgement  # noqa: PLW0603  (autograd's threads must see it, which they do not a context variable)
+    _abridgement = Abridgement()
     try:
-        yield
+        yield _abridgement
     finally:
-        _abridged = False
+        _abridgement = None
 
 
 def pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of consecutive pieces of ``size``, the last of which may be smaller."""
     starts: Sequence[int] = range(0, total, size)
-    if _abridged and len(starts) > 3:
-        starts = (*starts[:2], starts[-1])
-    for start in starts:
+    left_out = len(starts) - 3 if _abridgement and len(starts) > 3 else 0
+    for i, start in enumerate((*starts[:2], starts[-1]) if left_out else starts):
+        if _abridgement:
+            _abridgement.alike = 1 + left_out * (i == 1)
         yield start, min(start + size, total)
+    if _abridgement:
+        _abridgement.alike = 1
 
 
 class RandomBits:
