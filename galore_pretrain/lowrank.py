@@ -44,10 +44,8 @@ class FactoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale
         if self.dropout and self.training:
-            low, scale = (
-                self.A(x.masked_fill(self.rows.dropped(self.name, x, self.dropout), 0)),
-                scale / (1 - self.dropout),
-            )
+            dropped, probability = self.rows.dropped(self.name, x, self.dropout)
+            low, scale = self.A(x.masked_fill(dropped, 0)), scale / (1 - probability)
         else:
             low = self.A(x)
         y = F.linear(low if scale == 1.0 else low * scale, self.B.weight, self.bias)
@@ -87,13 +85,16 @@ class Rows:
     update: int = 0
     first: int = 0
 
-    def dropped(self, name: str, x: Tensor, probability: float) -> Tensor:
-        """What is dropped of the input ``x`` (rows × tokens × features) of the layer ``name``: bool, shaped as it."""
-        drop = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        for i, row in enumerate(drop, self.first):
-            generator = torch.Generator(x.device).manual_seed(mix(self.seed, name, self.update, i))
-            row.bernoulli_(probability, generator=generator)
-        return drop
+    def dropped(self, name: str, x: Tensor, probability: float) -> tuple[Tensor, float]:
+        """What is dropped of the input ``x`` (rows × tokens × features) of the layer ``name``: bool, shaped as it. And
+        with which probability: 16 bits decide, which take a fifth of the time of torch's ``bernoulli_`` on a CPU."""
+        size = x[0].numel()
+        words = torch.empty(len(x), -(-size // 4), dtype=torch.int64, device=x.device)
+        generator = torch.Generator(x.device)
+        for i, row in enumerate(words, self.first):
+            row.random_(-(1 << 63), None, generator=generator.manual_seed(mix(self.seed, name, self.update, i)))
+        least = min(round(probability * 65536), 65535) - 32768
+        return (words.view(torch.int16)[:, :size] < least).view(x.shape), (least + 32768) / 65536
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from galore_pretrain.build import factors_of, model_for, optimizer_for
 from galore_pretrain.cli import cli
 from galore_pretrain.config import RunConfig
 from galore_pretrain.errors import InputError
-from galore_pretrain.lowrank import FactoredLinear, Factors, dense_state, layers
+from galore_pretrain.lowrank import FactoredLinear, Factors, Rows, dense_state, layers
 from galore_pretrain.model import load_model_config, mean_loss
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
@@ -246,3 +246,20 @@ def test_a_run_resumes_bitwise_and_exports_a_dense_model(
     for ours, theirs in zip(*lines, strict=True):
         assert {k: ours[k] for k in ("step", "loss", "lr")} == {k: theirs[k] for k in ("step", "loss", "lr")}
     assert lines[0][-1]["loss"] < lines[0][0]["loss"]
+
+
+def test_what_is_dropped_depends_on_the_row_alone() -> None:
+    """Not on the rows that it is computed with; as often as asked, each layer and update anew."""
+    x = torch.zeros(4, 50, 33)
+    rows = Rows(seed=3, update=7, first=8)
+    drop, probability = rows.dropped("q", x, 0.05)
+    assert probability == pytest.approx(0.05, abs=1e-5)
+    assert drop.float().mean().item() == pytest.approx(0.05, abs=0.01)
+    rows.first = 10
+    assert torch.equal(rows.dropped("q", x[:1], 0.05)[0][0], drop[2])
+    assert not torch.equal(drop[0], drop[1])
+    rows.first = 8
+    assert not torch.equal(rows.dropped("k", x, 0.05)[0], drop)
+    rows.update = 8
+    assert not torch.equal(rows.dropped("q", x, 0.05)[0], drop)
+    assert rows.dropped("q", x, 1 - 1e-9)[1] < 1  # what is kept can be scaled
