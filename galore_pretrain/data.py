@@ -7,7 +7,9 @@ ahead, a checkpoint holds the position of what was trained on.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -107,12 +109,31 @@ class Documents:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of token ids and the labels that follow them; ``real`` ids are not padding. ``after``: next position."""
+    """One row of token ids and the labels that follow them; ``real`` ids are not padding. ``after`` and ``offset``: the
+    document that comes next, and how many tokens of it were used. ``check``: of its text, where rows are shared out."""
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     real: int
     after: Position
+    offset: int = 0
+    check: int | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows ``first:stop`` of every ``of``: what one of several processes takes of an update's."""
+
+    first: int = 0
+    stop: int = 1
+    of: int = 1
+
+    def __contains__(self, number: int) -> bool:
+        return self.first <= number % self.of < self.stop
+
+
+ALL = Share()
+_Tokenized = list[tuple[Position, list[int]]]
 
 
 class TokenRows:
@@ -125,65 +146,93 @@ class TokenRows:
     def __init__(self, tokenizer: Tokenizer, layout: str, max_length: int) -> None:
         self._tokenizer, self._layout, self._max_length = tokenizer, layout, max_length
 
-    def __call__(self, documents: Iterable[tuple[Position, str, Position]]) -> Iterator[Row]:
-        tokenized = self._tokenize(documents)
-        return self._pad(tokenized) if self._layout == "pad" else self._pack(tokenized)
+    def __call__(self, documents: Iterable[tuple[Position, str, Position]], share: Share = ALL) -> Iterator[Row]:
+        """All rows, of which those outside of ``share`` may be empty: nobody has to tokenize what another does."""
+        groups = _in_groups(iter(documents), _TOKENIZE)
+        return self._pad(groups, share) if self._layout == "pad" else self._pack(self._tokenize(groups))
 
-    def _tokenize(
-        self, documents: Iterable[tuple[Position, str, Position]]
-    ) -> Iterator[tuple[Position, list[int], Position]]:
-        stream, empty = iter(documents), 0
-        while group := list(islice(stream, _TOKENIZE)):
+    def _tokenize(self, groups: Iterable[list[tuple[Position, str, Position]]]) -> Iterator[_Tokenized]:
+        empty = 0
+        for group in groups:
             ids = self._tokenizer.encode([text for _, text, _ in group])
-            for (here, _, after), tokens in zip(group, ids, strict=True):
-                if tokens:
-                    yield here, tokens, after
-            empty = 0 if any(ids) else empty + len(group)
-            if empty > _EMPTY:
-                raise InputError(f"--data: {empty} documents in a row hold no token at all")
+            yield [(here, tokens) for (here, _, _), tokens in zip(group, ids, strict=True) if tokens]
+            empty = _still_empty(empty, ids)
 
-    def _pad(self, documents: Iterable[tuple[Position, list[int], Position]]) -> Iterator[Row]:
-        length = self._max_length
-        for _, tokens, after in documents:
-            ids = [*tokens[: length - 1], self._tokenizer.eos_id]
-            input_ids = np.full(length, self._tokenizer.eos_id, np.int32)  # any id: nothing attends to padding
-            labels = np.full(length, IGNORE, np.int32)
-            input_ids[: len(ids)] = ids
-            labels[: len(ids) - 1] = ids[1:]
-            yield Row(input_ids, labels, len(ids), after)
+    def _pad(self, groups: Iterable[list[tuple[Position, str, Position]]], share: Share) -> Iterator[Row]:
+        """A document of white space alone is no row."""
+        length, eos, number, empty = self._max_length, self._tokenizer.eos_id, 0, 0
+        for group in groups:
+            kept = [(text, after) for _, text, after in group if text and not text.isspace()]
+            ids = self._tokenizer.encode([text for i, (text, _) in enumerate(kept, number) if i in share])
+            own = iter(ids)
+            for i, (text, after) in enumerate(kept, number):
+                check = None if share is ALL else zlib.crc32(text.encode())
+                if i not in share:
+                    yield Row(_NOTHING, _NOTHING, 0, after, check=check)
+                    continue
+                tokens = [*next(own)[: length - 1], eos]
+                input_ids = np.full(length, eos, np.int32)  # any id: nothing attends to padding
+                labels = np.full(length, IGNORE, np.int32)
+                input_ids[: len(tokens)] = tokens
+                labels[: len(tokens) - 1] = input_ids[1 : len(tokens)]
+                yield Row(input_ids, labels, len(tokens), after, check=check)
+            number += len(kept)
+            empty = _still_empty(empty, ids or kept)
 
-    def _pack(self, documents: Iterable[tuple[Position, list[int], Position]]) -> Iterator[Row]:
-        length = self._max_length
-        held: list[int] = []
-        starts: list[tuple[int, Position]] = []  # (index in held of a document's first token, its position)
-        for here, tokens, _ in documents:
-            starts.append((len(held) - here.offset, here))
-            held += [*tokens, self._tokenizer.eos_id][here.offset :]
-            used = 0
+    def _pack(self, groups: Iterable[_Tokenized]) -> Iterator[Row]:
+        length, eos = self._max_length, [self._tokenizer.eos_id]
+        held = _NOTHING
+        begins: list[int] = []  # where in held the first token of each document is, or would be
+        places: list[Position] = []
+        for group in groups:
+            parts, size = [held], len(held)
+            for here, tokens in group:
+                ids = np.array(tokens + eos, np.int32)[here.offset :]
+                begins.append(size - here.offset)
+                places.append(here)
+                parts.append(ids)
+                size += len(ids)
+            held, used, document = np.concatenate(parts), 0, 0
             while len(held) - used > length:
-                row = np.array(held[used : used + length + 1], np.int32)
+                row = held[used : used + length + 1]
                 used += length
-                while len(starts) > 1 and starts[1][0] <= used:
-                    starts.pop(0)
-                index, at = starts[0]
-                yield Row(row[:-1], row[1:], length, replace(at, offset=used - index))
+                document = bisect_right(begins, used, document) - 1
+                yield Row(row[:-1], row[1:], length, places[document], used - begins[document])
             held = held[used:]
-            starts = [(index - used, position) for index, position in starts]
+            begins, places = [begin - used for begin in begins[document:]], places[document:]
+
+
+_NOTHING = np.empty(0, np.int32)
+
+
+def _in_groups(documents: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while group := list(islice(documents, size)):
+        yield group
+
+
+def _still_empty(count: int, found: Sequence[Any]) -> int:
+    """Documents in a row without a token, after these; InputError where they are too many."""
+    count = 0 if any(found) else count + max(1, len(found))
+    if count > _EMPTY:
+        raise InputError(f"--data: {count} documents in a row hold no token at all")
+    return count
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One update's rows: ``input_ids`` and ``labels`` (sequences × length, int64), and the position after."""
+    """A process's rows of one update: ``input_ids`` and ``labels`` (sequences × length, int64), in which ``tokens`` are
+    not padding; and the position after the rows of all."""
 
     input_ids: Tensor
     labels: Tensor
     tokens: int
     state: dict[str, Any]
+    check: int = 0
 
     @property
     def likeness(self) -> str:
-        """Alike for batches that are: where they end, and what of them is counted."""
-        return f"{self.state} {self.tokens} {self.label_tokens} {int(self.input_ids.sum())}"
+        """Alike in processes that read the same text."""
+        return f"{self.state} {self.check}"
 
     @property
     def label_tokens(self) -> int:
@@ -192,10 +241,15 @@ class Batch:
 
 
 class TrainingData:
-    """An endless iterable of shuffled batches, starting at ``state`` if one was loaded."""
+    """An endless iterable of shuffled batches, starting at ``state`` if one was loaded. Process ``rank`` of ``size``
+    gets its part of an update's rows."""
 
-    def __init__(self, source: DocumentSource, rows: TokenRows, sequences: int, seed: int) -> None:
+    def __init__(
+        self, source: DocumentSource, rows: TokenRows, sequences: int, seed: int, rank: int = 0, size: int = 1
+    ) -> None:
         self._source, self._rows, self._sequences, self._seed = source, rows, sequences, seed
+        own = sequences // size
+        self._share = Share(rank * own, (rank + 1) * own, sequences) if size > 1 else ALL
         self._start = Position()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -203,13 +257,14 @@ class TrainingData:
         self._start = Position.of(state)
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = self._rows(_with_offset(Documents(self._source, self._seed, self._start), self._start.offset))
+        documents = _with_offset(Documents(self._source, self._seed, self._start), self._start.offset)
+        rows = self._rows(documents, self._share)
         if self._start != Position():
             started = time.monotonic()
             rows = chain([next(rows)], rows)
             log.info("the place in the text was found again in %.1f s", time.monotonic() - started)
         while True:
-            yield stack(list(islice(rows, self._sequences)))
+            yield stack(list(islice(rows, self._sequences)), self._share)
 
 
 def _with_offset(
@@ -221,13 +276,19 @@ def _with_offset(
         offset = 0
 
 
-def stack(rows: list[Row]) -> Batch:
-    """Rows as one batch of tensors."""
+def stack(rows: Sequence[Row], share: Share = ALL) -> Batch:
+    """Rows as one batch of tensors, of those in ``share``."""
+    own = [row for number, row in enumerate(rows) if number in share]
+    check = 0
+    for row in rows if share is not ALL else ():
+        known = row.input_ids.tobytes() if row.check is None else row.check.to_bytes(4, "little")
+        check = zlib.crc32(known, check)
     return Batch(
-        input_ids=torch.from_numpy(np.stack([row.input_ids for row in rows]).astype(np.int64)),
-        labels=torch.from_numpy(np.stack([row.labels for row in rows]).astype(np.int64)),
-        tokens=sum(row.real for row in rows),
-        state=rows[-1].after.state_dict(),
+        input_ids=torch.from_numpy(np.stack([row.input_ids for row in own]).astype(np.int64)),
+        labels=torch.from_numpy(np.stack([row.labels for row in own]).astype(np.int64)),
+        tokens=sum(row.real for row in own),
+        state=replace(rows[-1].after, offset=rows[-1].offset).state_dict(),
+        check=check,
     )
 
 

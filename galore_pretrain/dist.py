@@ -50,6 +50,26 @@ class World:
         distributed.all_reduce(total)
         return total.to(values.device)
 
+    def total(self, *values: int) -> tuple[int, ...]:
+        """Each summed over the processes: numbers of the host, which no device is asked for."""
+        if self.size == 1:
+            return values
+        from torch import distributed
+
+        found = torch.tensor(values, dtype=torch.int64)
+        distributed.all_reduce(found, group=self.group)
+        return tuple(found.tolist())
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """What all processes have, of the same shape on the host, one after another."""
+        if self.size == 1:
+            return tensor
+        from torch import distributed
+
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        distributed.all_gather(parts, tensor, group=self.group)
+        return torch.cat(parts)
+
     def largest(self, *values: float) -> tuple[float, ...]:
         """The largest of each over the processes."""
         if self.size == 1:

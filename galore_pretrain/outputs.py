@@ -145,15 +145,18 @@ def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenize
     os.replace(aside, folder)
 
 
-def keep_rows(output: Path, step: int, batch: Batch, loss: float) -> None:
-    """Keep the rows of an update that was skipped, for a look, in ``skipped/``; of the first twenty."""
+def keep_rows(output: Path, world: World, step: int, batch: Batch, loss: float) -> None:
+    """Keep the rows of an update that was skipped, those of all processes, for a look, in ``skipped/``; of the first
+    twenty."""
+    rows = {"input_ids": world.gathered(batch.input_ids), "labels": world.gathered(batch.labels)}
+    if not world.is_main:
+        return
     folder = output / "skipped"
     file = folder / f"update_{step:08d}.safetensors"
     try:
         folder.mkdir(exist_ok=True)
         if len(list(folder.iterdir())) >= _ROWS_KEPT:
             return
-        rows = {"input_ids": batch.input_ids, "labels": batch.labels}
         save_file(rows, file, metadata={"update": str(step), "loss": str(loss), "position": json.dumps(batch.state)})
     except (OSError, SafetensorError) as error:
         log.warning("the rows of update %d cannot be written to %s (%s)", step, file, error)

@@ -105,7 +105,9 @@ def _train(
     optimizer = optimizer_for(config, prepare(config, model), world.mesh)
     execution = execution_for(config, optimizer)
     _log_assignment(config, device, optimizer, world)
-    data = TrainingData(inputs.training, inputs.rows, config.total_batch_size, config.seed)
+    data = TrainingData(
+        inputs.training, inputs.rows, config.total_batch_size, config.seed, rank=world.rank, size=world.size
+    )
     state = TrainState()
     if found:
         world.together(lambda: restore(found, model, optimizer, state, data), lambda done: "")
@@ -141,7 +143,7 @@ def _train(
         after_update=partial(factors.after_update, model, optimizer) if factors else lambda step: None,
         evaluate=_evaluator(config, model, inputs, device, world),
         checkpoints=saver,
-        keep_rows=partial(keep_rows, output),
+        keep_rows=partial(keep_rows, output, world),
         loggers=loggers,
         state=state,
         batch_size=config.batch_size,

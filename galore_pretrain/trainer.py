@@ -163,16 +163,17 @@ class Trainer:
     def train_step(self, batch: "Batch") -> Metrics:
         """One update. The learning rate is written before backward, where layerwise updates already need it."""
         state = self.state
-        lr = self.schedule.lr_at(state.step, state.tokens_seen, batch.tokens)
+        tokens, label_tokens = self.world.total(batch.tokens, batch.label_tokens)
+        lr = self.schedule.lr_at(state.step, state.tokens_seen, tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        loss = self._forward_backward(batch)
+        loss = self._forward_backward(batch, label_tokens)
         finished = self.execution.finish() if self._is_sound(loss) else None
         state.skipped = 0 if finished and not finished.skipped else state.skipped + 1
-        if state.skipped and self.world.is_main:
+        if state.skipped:
             self.keep_rows(state.step + 1, batch, loss)
         state.step += 1
-        state.tokens_seen += batch.tokens
+        state.tokens_seen += tokens
         state.data = batch.state
         if not self._is_over():
             self.after_update(state.step)
@@ -186,21 +187,19 @@ class Trainer:
         counts = {"skipped_tensors": finished.skipped, "failed_refreshes": finished.failed_refreshes}
         return metrics | {name: count for name, count in counts.items() if count}
 
-    def _forward_backward(self, batch: "Batch") -> float:
-        """Gradients of the mean loss over the update's label tokens, whatever the micro-batch; returns that loss.
+    def _forward_backward(self, batch: "Batch", label_tokens: int) -> float:
+        """Gradients of the mean loss over the update's ``label_tokens``, whatever the micro-batch; returns that loss.
 
         The published code averages the means of micro-batches instead (``mean_of_means``). A non-finite loss, or one
         beyond ``max_loss``, ends the update before its backward pass and drops the gradients.
         """
-        label_tokens = max(1, batch.label_tokens)
-        world, rows = self.world, len(batch.input_ids) // self.world.size
-        own = slice(world.rank * rows, (world.rank + 1) * rows)
-        inputs, labels = batch.input_ids[own].split(self.batch_size), batch.labels[own].split(self.batch_size)
+        world, first = self.world, self.world.rank * len(batch.input_ids)
+        inputs, labels = batch.input_ids.split(self.batch_size), batch.labels.split(self.batch_size)
         total = 0.0
         for i, (input_ids, targets) in enumerate(zip(inputs, labels, strict=True)):
             parts = len(inputs) * world.size
-            divisor = max(1, int((targets >= 0).sum())) * parts if self.mean_of_means else label_tokens
-            self.at_rows(self.state.step, own.start + i * self.batch_size)
+            divisor = max(1, int((targets >= 0).sum())) * parts if self.mean_of_means else max(1, label_tokens)
+            self.at_rows(self.state.step, first + i * self.batch_size)
             loss = mean_loss(self.model, input_ids.to(self.device), targets.to(self.device), divisor)
             total += world.sum(loss.detach()).item()
             if not self._is_sound(total):
