@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from galore_pretrain.config import RunConfig
 from galore_pretrain.errors import InputError
 from galore_pretrain.execution import Execution, GlobalStep, Layerwise
-from galore_pretrain.lowrank import Factors
+from galore_pretrain.lowrank import Factors, layers
 from galore_pretrain.model import build_model, loss_methods
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
 from galore_pretrain.optim.galore import is_projected
@@ -91,6 +91,14 @@ def prepare(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model
+
+
+def compile_layers(model: LlamaForCausalLM) -> None:
+    """Have torch compile each decoder layer when it is first run: all share the code of one."""
+    for _, layer in layers(model):  # random numbers of their own stay outside
+        layer.rows.dropped = torch.compiler.disable(layer.rows.dropped)  # type: ignore[method-assign]
+    for decoder in model.model.layers:
+        decoder.compile()
 
 
 def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -> RuleOptimizer:

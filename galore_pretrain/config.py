@@ -215,6 +215,11 @@ class RunConfig:
     distributed_timeout: int = _flag(
         600, "Seconds that a process waits for the others before all end.", int, MACHINE, least=1, free=True
     )
+    compile: bool = _flag(False, "Compile the decoder layers (torch.compile).", bool, MACHINE, free=True)
+    profile: int | None = _flag(
+        None, "Say where the time of so many updates goes, in OUTPUT/profile.", int, MACHINE, least=1, free=True,
+        shown="off",
+    )  # fmt: skip
     seed: int = _flag(0, "Of weights, data order and rounding.", int, MACHINE, least=0)
 
     output: str = _flag(None, "Folder of the run.", str, OUTPUT, free=True, shown="runs/MODEL-OPTIM-TIME")

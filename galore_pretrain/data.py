@@ -5,13 +5,16 @@ lays them out in rows; `TrainingData` stacks rows. The position after a row trav
 ahead, a checkpoint holds the position of what was trained on.
 """
 
+import contextlib
 import logging
+import threading
 import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
+from queue import Full, Queue
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ IGNORE = -100
 BLOCK = 4096
 """Documents that are shuffled among themselves; a resumed run reads the block it stopped in again."""
 _TOKENIZE = 256  # documents a call to the tokenizer
+_AHEAD = 1 << 18  # tokens that are read before they are needed: those of a few calls to the tokenizer
 _EMPTY = 100_000  # documents in a row without a token, after which the data are refused rather than read for ever
 
 log = logging.getLogger(__name__)
@@ -163,19 +167,20 @@ class TokenRows:
         length, eos, number, empty = self._max_length, self._tokenizer.eos_id, 0, 0
         for group in groups:
             kept = [(text, after) for _, text, after in group if text and not text.isspace()]
-            ids = self._tokenizer.encode([text for i, (text, _) in enumerate(kept, number) if i in share])
-            own = iter(ids)
+            ids = self._tokenizer.encode([text for i, (text, _) in enumerate(kept, number) if i in share], length - 1)
+            input_ids = np.full((len(ids), length), eos, np.int32)  # any id: nothing attends to padding
+            labels = np.full((len(ids), length), IGNORE, np.int32)
+            own = 0
             for i, (text, after) in enumerate(kept, number):
                 check = None if share is ALL else zlib.crc32(text.encode())
                 if i not in share:
                     yield Row(_NOTHING, _NOTHING, 0, after, check=check)
                     continue
-                tokens = [*next(own)[: length - 1], eos]
-                input_ids = np.full(length, eos, np.int32)  # any id: nothing attends to padding
-                labels = np.full(length, IGNORE, np.int32)
-                input_ids[: len(tokens)] = tokens
-                labels[: len(tokens) - 1] = input_ids[1 : len(tokens)]
-                yield Row(input_ids, labels, len(tokens), after, check=check)
+                real = min(len(ids[own]), length - 1)
+                input_ids[own, :real] = ids[own][:real]
+                labels[own, :real] = input_ids[own, 1 : real + 1]
+                yield Row(input_ids[own], labels[own], real + 1, after, check=check)
+                own += 1
             number += len(kept)
             empty = _still_empty(empty, ids or kept)
 
@@ -229,6 +234,10 @@ class Batch:
     state: dict[str, Any]
     check: int = 0
 
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory."""
+        return replace(self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory())
+
     @property
     def likeness(self) -> str:
         """Alike in processes that read the same text."""
@@ -238,6 +247,42 @@ class Batch:
     def label_tokens(self) -> int:
         """Labels that are counted by the loss."""
         return int((self.labels != IGNORE).sum())
+
+
+def read_ahead(batches: Iterable[Batch], *, pin: bool) -> Iterator[Batch]:
+    """``batches``, read by a thread before they are asked for: as many as make up `_AHEAD` tokens, and two at least.
+
+    Tokenizing and decompressing leave the interpreter to others meanwhile. What goes wrong is raised where the batch
+    would have come. With ``pin``, tensors are where a GPU can copy them from while it computes.
+    """
+    ready: Queue[Batch | BaseException] = Queue(2)
+    is_over = threading.Event()
+
+    def put(found: Batch | BaseException) -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(Full):
+                ready.put(found, timeout=0.2)
+                break
+
+    def read() -> None:
+        try:
+            for batch in batches:
+                ready.maxsize = max(2, _AHEAD // batch.input_ids.numel())
+                put(batch.pinned() if pin else batch)
+                if is_over.is_set():
+                    return
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=read, daemon=True)  # it may wait for a hub that is away
+    thread.start()
+    try:
+        while not isinstance(found := ready.get(), BaseException):
+            yield found
+        raise found
+    finally:
+        is_over.set()
+        thread.join(timeout=1)
 
 
 class TrainingData:

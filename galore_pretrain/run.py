@@ -16,10 +16,18 @@ import torch
 from safetensors import SafetensorError
 
 from galore_pretrain.budget import fitted, ways_out
-from galore_pretrain.build import device_of, execution_for, factors_of, model_for, optimizer_for, prepare
+from galore_pretrain.build import (
+    compile_layers,
+    device_of,
+    execution_for,
+    factors_of,
+    model_for,
+    optimizer_for,
+    prepare,
+)
 from galore_pretrain.checkpoint import Saved
 from galore_pretrain.config import RunConfig
-from galore_pretrain.data import Row, TrainingData, validation_rows
+from galore_pretrain.data import Row, TrainingData, read_ahead, validation_rows
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.evaluate import Evaluation, evaluate
@@ -39,12 +47,13 @@ from galore_pretrain.outputs import (
     write_summary,
 )
 from galore_pretrain.plan import Plan, Static, measure, static_bytes
+from galore_pretrain.profile import Profile
 from galore_pretrain.recipes import reference_batch
 from galore_pretrain.repro import describe_environment
 from galore_pretrain.resume import Saver, again, check_inputs, going_on, is_finished, restore
 from galore_pretrain.schedule import Schedule
 from galore_pretrain.signals import on_stop
-from galore_pretrain.trainer import Trainer, TrainState
+from galore_pretrain.trainer import Trainer, TrainState, Unwatched, Watch
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 log = logging.getLogger(__name__)
@@ -103,6 +112,8 @@ def _train(
     output, schedule, device = Path(config.output), _schedule(config), device_of(config)
     model = model_for(config, inputs.model, device, fresh=found is None, mesh=world.mesh)
     optimizer = optimizer_for(config, prepare(config, model), world.mesh)
+    if config.compile:
+        compile_layers(model)
     execution = execution_for(config, optimizer)
     _log_assignment(config, device, optimizer, world)
     data = TrainingData(
@@ -134,9 +145,12 @@ def _train(
 
     saver = Saver(config, model, optimizer, state, extra, found, world)
     factors = factors_of(config)
+    watch: Watch = Unwatched()
+    if config.profile is not None and world.is_main:
+        watch = Profile(config.profile, output / "profile", device, optimizer)
     trainer = Trainer(
         model=model,
-        batches=data,
+        batches=read_ahead(data, pin=device.type == "cuda"),
         optimizer=optimizer,
         execution=execution,
         schedule=schedule,
@@ -154,6 +168,7 @@ def _train(
         device=device,
         world=world,
         at_rows=partial(factors.at_rows, model) if factors else lambda update, first: None,
+        watch=watch,
     )
     with on_stop(trainer.stop):
         try:
@@ -172,6 +187,8 @@ def _train(
             )
             return 0
         finally:
+            if said := watch.close():
+                log.info("%s", said)
             saver.wait()
             for logger in trainer.loggers:
                 logger.close()

@@ -7,6 +7,7 @@ wrapper.
 import hashlib
 import logging
 import shutil
+import threading
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.hub import T5, download, first_line, is_hub_id
 
 _PROBES = ["The quick brown fox, 1984: it's here.", "Zürich — naïve café", "a  b\n\nc\td"]
+_CHARACTERS = 6  # of a text that are tried for each token wanted: English has some 4.5 a token of T5's
 _MODEL_FILES = ("spiece.model", "tokenizer.model")
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,9 @@ class Tokenizer(Protocol):
     fingerprint: str
     """SHA-256 of the vocabulary, so that a run can tell that it goes on with the same one."""
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without a beginning or end marker; no text can produce a control token."""
+    def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
+        """Token ids of each text, without a beginning or end marker; no text can produce a control token. Where the
+        ``first`` so many of each are enough, later ones may be missing."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -60,11 +63,24 @@ class SentencePieceTokenizer:
         self.vocab_size = int(self._processor.get_piece_size())
         self.eos_id = int(self._processor.eos_id())
         self.fingerprint = _sha256(path)
+        self._is_by_words = not any(
+            "\u2581" in piece[1:] for piece in self._processor.id_to_piece(list(range(self.vocab_size)))
+        )
         if self.eos_id < 0:
             raise InputError(f"--tokenizer {path}: has no end-of-sequence piece (</s>), which separates documents")
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._processor.encode(texts)
+    def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
+        if first is None or not self._is_by_words:
+            return self._processor.encode(texts)  # type: ignore[no-any-return]
+        # No piece goes across a space: what stands before one has the same ids, whatever follows.
+        most = _CHARACTERS * first
+        cuts = [text.rfind(" ", 0, most) if len(text) > most else -1 for text in texts]
+        ids: list[list[int]] = self._processor.encode(
+            [text if cut < 0 else text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+        )
+        if short := [i for i, cut in enumerate(cuts) if cut >= 0 and len(ids[i]) < first]:
+            for i, whole in zip(short, self._processor.encode([texts[i] for i in short]), strict=True):
+                ids[i] = whole
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -116,7 +132,7 @@ class HuggingFaceTokenizer:
             raise InputError(f"--tokenizer {where}: has no fast tokenizer (tokenizer.json); give a .model file instead")
         if self._tokenizer.eos_token_id is None:
             raise InputError(f"--tokenizer {where}: has no end-of-sequence token, which separates documents")
-        self.name = name
+        self.name, self._lock = name, threading.Lock()
         self.eos_id = int(self._tokenizer.eos_token_id)
         control = set(self._tokenizer.all_special_ids) - {self._tokenizer.unk_token_id}
         self._control = frozenset(control)
@@ -126,8 +142,9 @@ class HuggingFaceTokenizer:
         if len(vocabulary) < 100:  # what transformers builds, silently, from a file it did not understand
             raise InputError(f"--tokenizer {where}: only {len(vocabulary)} tokens; is tokenizer.json missing?")
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
+        with self._lock:  # the library's own tokenizer is one thread's
+            encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [ids if self._control.isdisjoint(ids) else self._without_control(ids) for ids in encoded]
 
     def decode(self, ids: list[int]) -> str:

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -30,6 +31,35 @@ T = TypeVar("T")
 
 class _StopRequested(BaseException):
     """Raised by `Trainer.stop` where nothing is lost by it. ``except Exception`` must not take it."""
+
+
+class Watch(Protocol):
+    """Is told what an update is made of."""
+
+    def span(self, part: str) -> AbstractContextManager[None]:
+        """What is done inside is ``part`` of it."""
+        ...
+
+    def update_done(self) -> str | None:
+        """After each; what is to be said of them."""
+        ...
+
+    def close(self) -> str | None:
+        """After the last, whenever that is."""
+        ...
+
+
+class Unwatched:
+    """Nobody asks."""
+
+    def span(self, part: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def update_done(self) -> str | None:
+        return None
+
+    def close(self) -> str | None:
+        return None
 
 
 class Checkpoints(Protocol):
@@ -75,7 +105,7 @@ class Trainer:
     number of each update but the last, and may change the model. ``mean_of_means`` averages the loss as the published
     code does. ``keep_rows`` is handed the number, the rows and the loss of an update that was skipped, as one is whose
     loss is beyond ``max_loss``. The processes of ``world`` share the rows of an update; ``at_rows`` is told before each
-    forward pass of which update it is, and from which of its rows on.
+    forward pass of which update it is, and from which of its rows on; ``watch`` what the time is spent on.
     """
 
     model: Any
@@ -97,6 +127,7 @@ class Trainer:
     device: torch.device
     world: World = ALONE
     at_rows: Callable[[int, int], None] = lambda update, first: None
+    watch: Watch = field(default_factory=Unwatched)
     stop_signal: int | None = field(default=None, init=False)
     _may_leave: bool = field(default=False, init=False)
 
@@ -110,8 +141,11 @@ class Trainer:
                 self._advance(batches)
                 due = due or state.step % self.save_every == 0
                 if due and not state.skipped:  # a checkpoint among skipped updates would push out the last good one
-                    self.checkpoints.save()
+                    with self.watch.span("checkpoint"):
+                        self.checkpoints.save()
                     due = False
+                if said := self.watch.update_done():
+                    log.info("%s", said)
         except _StopRequested:
             pass
         except InputError:  # the text came to an end that it should not have
@@ -142,9 +176,11 @@ class Trainer:
             state.unlogged = self._timed_step(batches)
         metrics = state.unlogged
         if self._is_over() or state.step % self.eval_every == 0:
-            metrics = metrics | self._leaving(self._evaluate)
-        for logger in self.loggers:
-            logger.log(metrics, state.step)
+            with self.watch.span("evaluation"):
+                metrics = metrics | self._leaving(self._evaluate)
+        with self.watch.span("logging"):
+            for logger in self.loggers:
+                logger.log(metrics, state.step)
         state.unlogged = None
 
     def _leaving(self, work: Callable[[], T]) -> T:
@@ -168,7 +204,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         loss = self._forward_backward(batch, label_tokens)
-        finished = self.execution.finish() if self._is_sound(loss) else None
+        with self.watch.span("optimizer"):
+            finished = self.execution.finish() if self._is_sound(loss) else None
         state.skipped = 0 if finished and not finished.skipped else state.skipped + 1
         if state.skipped:
             self.keep_rows(state.step + 1, batch, loss)
@@ -200,8 +237,10 @@ class Trainer:
             parts = len(inputs) * world.size
             divisor = max(1, int((targets >= 0).sum())) * parts if self.mean_of_means else max(1, label_tokens)
             self.at_rows(self.state.step, first + i * self.batch_size)
-            loss = mean_loss(self.model, input_ids.to(self.device), targets.to(self.device), divisor)
-            total += world.sum(loss.detach()).item()
+            with self.watch.span("forward"):
+                ids, wanted = (part.to(self.device, non_blocking=True) for part in (input_ids, targets))
+                loss = mean_loss(self.model, ids, wanted, divisor)
+                total += world.sum(loss.detach()).item()
             if not self._is_sound(total):
                 log.log(
                     logging.WARNING if world.is_main else logging.DEBUG,
@@ -212,7 +251,8 @@ class Trainer:
                 self.execution.discard()
                 break
             self.execution.begin(i, len(inputs))
-            loss.backward()
+            with self.watch.span("backward"):
+                loss.backward()
             del loss  # and its graph, before the next one is made
         return total
 
@@ -221,7 +261,8 @@ class Trainer:
 
     def _timed_step(self, batches: "Iterator[Batch]") -> Metrics:
         started, tokens = time.perf_counter(), self.state.tokens_seen
-        batch = self.world.together(lambda: self._leaving(lambda: next(batches)), lambda read: read.likeness)
+        with self.watch.span("data"):
+            batch = self.world.together(lambda: self._leaving(lambda: next(batches)), lambda read: read.likeness)
         metrics = self.train_step(batch)
         if self.state.skipped >= MAX_SKIPPED:
             kept = self.checkpoints.saved_step

@@ -6,11 +6,12 @@ import io
 import json
 import lzma
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galore_pretrain.data import IGNORE, Documents, Position, TokenRows, TrainingData, validation_rows
+from galore_pretrain.data import (
+    IGNORE,
+    Batch,
+    Documents,
+    Position,
+    TokenRows,
+    TrainingData,
+    read_ahead,
+    validation_rows,
+)
 from galore_pretrain.errors import InputError
 from galore_pretrain.sources import BadData, LocalFiles, Tally, open_source
 
@@ -32,7 +42,7 @@ class Letters:
 
     name, vocab_size, eos_id, fingerprint = "letters", 130, 1, "-"
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
         return [[ord(c) for c in text] for text in texts]
 
     def save(self, folder: Path, model_max_length: int) -> None:
@@ -509,3 +519,66 @@ def test_batch_counts() -> None:
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert (batch.tokens, batch.label_tokens) == (8, 6)
     assert np.asarray(batch.labels)[batch.labels >= 0].size == 6
+
+
+# -- several processes, and reading ahead ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["pad", "pack"])
+def test_processes_share_the_rows_of_one(layout: str) -> None:
+    """Put together, their rows are those of one process; where a document is a row, nobody tokenizes another's."""
+    documents = ["".join("abcdefgh"[(i * j) % 8] for j in range(i % 23)) for i in range(60)] + [" \n", "  "]
+
+    class Counting(Letters):
+        asked = 0
+
+        def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
+            Counting.asked += len(texts)
+            return super().encode(texts)
+
+    def batches(rank: int, size: int) -> tuple[list[Batch], int]:
+        Counting.asked = 0
+        data = TrainingData(Lists([documents]), TokenRows(Counting(), layout, 6), 12, 3, rank=rank, size=size)
+        return list(islice(data, 4)), Counting.asked
+
+    whole, asked = batches(0, 1)
+    parts = [batches(rank, 4) for rank in range(4)]
+    for i, batch in enumerate(whole):
+        of_all = [found[i] for found, _ in parts]
+        assert torch.equal(torch.cat([part.input_ids for part in of_all]), batch.input_ids)
+        assert torch.equal(torch.cat([part.labels for part in of_all]), batch.labels)
+        assert sum(part.tokens for part in of_all) == batch.tokens
+        assert {part.likeness for part in of_all} == {of_all[0].likeness}
+        assert of_all[0].state == batch.state
+    assert sum(count for _, count in parts) <= asked + 4 if layout == "pad" else parts[0][1] == asked
+
+
+def test_what_is_read_ahead_comes_in_order_and_so_does_an_error() -> None:
+    def batches() -> Iterator[Batch]:
+        for i in range(5):
+            ids = torch.full((2, 4), i)
+            yield Batch(ids, ids, 8, {"taken": i})
+        raise InputError("line 7 cannot be read")
+
+    found = read_ahead(batches(), pin=False)
+    assert [next(found).state["taken"] for _ in range(5)] == list(range(5))
+    with pytest.raises(InputError, match="line 7"):
+        next(found)
+
+
+def test_reading_ahead_is_bounded_and_ends_with_its_reader() -> None:
+    read = []
+
+    def batches() -> Iterator[Batch]:
+        for i in count():
+            read.append(i)
+            ids = torch.zeros(2, 1 << 17, dtype=torch.int64)
+            yield Batch(ids, ids, 8, {"taken": i})
+
+    before = threading.active_count()
+    found = read_ahead(batches(), pin=False)
+    next(found)
+    time.sleep(0.5)
+    assert len(read) <= 4  # one taken, two waiting, one in the hand
+    found.close()
+    assert threading.active_count() == before

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from galore_pretrain.errors import InputError
@@ -75,3 +77,21 @@ def test_unfit_files(tmp_path: Path) -> None:
 def test_offline_names_the_way_on(name: str) -> None:
     with pytest.raises(InputError, match="--tokenizer sample, or with --tokenizer PATH"):
         load_tokenizer(name)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(st.sampled_from("the quick brown  \n\t.é\u0301\u200b12ß’ﬁ"), max_size=400), first=st.integers(1, 12)
+)
+def test_the_first_ids_of_a_text_need_not_all_of_it(sp_model: Path, text: str, first: int) -> None:
+    tokenizer = load_tokenizer(str(sp_model))
+    (whole,), (begun,) = tokenizer.encode([text]), tokenizer.encode([text], first)
+    assert begun[:first] == whole[:first]
+    assert len(begun) >= min(first, len(whole))
+
+
+def test_long_texts_are_not_tokenized_whole_where_their_beginning_is_enough() -> None:
+    tokenizer = load_tokenizer("sample")
+    ids = tokenizer.encode(["the state of the union " * 1000, "short", "x" * 5000], 20)
+    assert 20 <= len(ids[0]) < 200
+    assert ids[1:] == tokenizer.encode(["short", "x" * 5000])

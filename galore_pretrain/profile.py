@@ -1,0 +1,117 @@
+"""Where the time of an update goes: a table of its parts, and torch's trace of it."""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from galore_pretrain.optim.galore import GaLore
+from galore_pretrain.optim.pool import Pool
+
+if TYPE_CHECKING:
+    from galore_pretrain.optim import RuleOptimizer
+
+_WARM_UP = 2  # updates of a process that are not looked at: libraries load, allocators and caches fill
+_PARTS = ("data", "forward", "backward", "optimizer", "refresh", "logging", "evaluation", "checkpoint")
+_MEANING = {
+    "data": "waiting for text",
+    "backward": "without the updates inside it",
+    "optimizer": "projecting, moments, weights",
+    "refresh": "new bases",
+}
+
+
+class Profile:
+    """Times ``updates`` updates of a run after the first two, and writes ``folder``/table.txt and trace.json.gz.
+
+    `span` says what is being done: time inside another span counts for the inner one alone. On a GPU each span waits
+    for the device, so updates under the profiler are slower than others.
+    """
+
+    def __init__(self, updates: int, folder: Path, device: torch.device, optimizer: "RuleOptimizer") -> None:
+        self._updates, self._folder, self._device = updates, folder, device
+        self._done, self._since, self._seconds = -_WARM_UP, 0.0, 0.0
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._stack: list[str] = []
+        self._torch: Any = None
+        self._watch(optimizer)
+
+    def _watch(self, optimizer: "RuleOptimizer") -> None:
+        """Tell what is an update of a tensor, and what of it a new basis."""
+        for name in ("gather", "settle", "update_param", "agree"):
+            setattr(optimizer, name, self._inside("optimizer", getattr(optimizer, name)))
+        self._restore: list[tuple[Any, str, Any]] = [(GaLore, "find", GaLore.find), (Pool, "renew", Pool.renew)]
+        for owner, name, method in self._restore:
+            setattr(owner, name, self._inside("refresh", method))
+
+    def _inside(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.span(part):
+                return work(*args, **kwargs)
+
+        return timed
+
+    @contextmanager
+    def span(self, part: str) -> Iterator[None]:
+        """What is done inside is ``part`` of an update."""
+        self._switch()
+        self._stack.append(part)
+        with record_function(part) if self._torch else contextlib.nullcontext():
+            try:
+                yield
+            finally:
+                self._switch()
+                self._stack.pop()
+
+    def _switch(self) -> None:
+        if self._device.type == "cuda" and self._torch:
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._stack:
+            self._spent[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def update_done(self) -> str | None:
+        """After each update; the table, after the last of those that are looked at."""
+        self._done += 1
+        if self._done == 0 and self._updates:
+            activities = [ProfilerActivity.CPU]
+            activities += [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
+            self._torch = profile(activities=activities)
+            self._torch.__enter__()
+            self._spent.clear()
+            self._seconds = time.perf_counter()
+        return self.close() if self._done == self._updates else None
+
+    def close(self) -> str | None:
+        """Write what was seen, if that is not done; the table."""
+        for owner, name, method in self._restore:
+            setattr(owner, name, method)
+        if self._torch is None:
+            return None
+        self._seconds = time.perf_counter() - self._seconds
+        seen, self._torch = self._torch, None
+        seen.__exit__(None, None, None)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        seen.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        table = self._table(seen)
+        (self._folder / "table.txt").write_text(table + "\n")
+        return table
+
+    def _table(self, seen: Any) -> str:
+        updates = max(1, min(self._done, self._updates))
+        named = sum(self._spent.values())
+        spent = {**{part: self._spent[part] for part in _PARTS}, "other": max(0.0, self._seconds - named)}
+        lines = [f"{updates} updates, {1000 * self._seconds / updates:.1f} ms each"]
+        for part, seconds in spent.items():
+            share = f"{1000 * seconds / updates:9.1f} ms {100 * seconds / self._seconds:5.1f} %"
+            lines.append(f"{part:<11}{share}   {_MEANING.get(part, '')}".rstrip())
+        sort = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        heaviest = seen.key_averages().table(sort_by=sort, row_limit=10, max_name_column_width=48)
+        return "\n".join([*lines, "", f"the ten heaviest, by {sort}:", str(heaviest)])

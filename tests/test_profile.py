@@ -1,0 +1,83 @@
+"""--profile says where time goes, and --compile changes how fast: neither what is computed."""
+
+import gzip
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from galore_pretrain.build import compile_layers, factors_of, model_for, prepare
+from galore_pretrain.model import load_model_config, mean_loss
+from galore_pretrain.recipes import resolve
+from runs import command, lines, run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["--layerwise", "--no-layerwise"])
+def test_profile_says_where_the_time_of_updates_goes(mode: str, tiny_config: str, tmp_path: Path) -> None:
+    plain = run(tiny_config, tmp_path / "plain", mode)
+    done = run(tiny_config, tmp_path / "profiled", mode, "--profile", "7", "--refresh", "together")
+    same = run(tiny_config, tmp_path / "same", mode, "--refresh", "together")
+    assert [r.returncode for r in (plain, done, same)] == [0, 0, 0], done.stderr
+    assert lines(tmp_path / "profiled") == lines(tmp_path / "same")
+    table = (tmp_path / "profiled" / "profile" / "table.txt").read_text()
+    assert table.splitlines()[0] in done.stderr
+    head, _, heaviest = table.partition("the ten heaviest")
+    assert head.startswith("7 updates, ")
+    shares = {part: float(share) for part, share in re.findall(r"^(\w+) +[\d.]+ ms +([\d.]+) %", head, re.MULTILINE)}
+    assert set(shares) == {
+        "data", "forward", "backward", "optimizer", "refresh", "logging", "evaluation", "checkpoint", "other"
+    }  # fmt: skip
+    assert 99 < sum(shares.values()) < 101
+    assert all(shares[part] > 0 for part in ("forward", "backward", "optimizer", "refresh", "checkpoint"))
+    assert "aten::mm" in heaviest
+    with gzip.open(tmp_path / "profiled" / "profile" / "trace.json.gz") as file:
+        named = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"forward", "backward", "optimizer", "refresh"} <= named
+
+
+def test_a_run_that_ends_sooner_is_profiled_as_far_as_it_went(tiny_config: str, tmp_path: Path) -> None:
+    done = run(tiny_config, tmp_path / "run", "--profile", "100")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "profile" / "table.txt").read_text().startswith("10 updates, ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--optim", "galore_adamw", "--layerwise", "--activation-checkpointing"),
+        ("--optim", "lora", "--no-layerwise"),
+    ],
+)
+def test_compiled_layers_compute_the_same(flags: tuple[str, ...], tiny_config: str, tmp_path: Path) -> None:
+    runs = {}
+    for name, more in (("eager", ()), ("compiled", ("--compile",))):
+        words = command(tiny_config, tmp_path / name, *flags, "--batch-size", "2", *more)
+        if "lora" in flags:
+            del words[(i := words.index("--update-proj-gap")) : i + 2]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        runs[name] = [line["loss"] for line in lines(tmp_path / name)]
+    assert runs["compiled"] == pytest.approx(runs["eager"], rel=1e-4)
+
+
+def test_all_layers_run_as_the_code_of_one(tiny_config: str) -> None:
+    """Not one compilation a layer, nor one an update for what dropout is drawn from."""
+    config = resolve({"model": tiny_config, "optim": "lora", "rank": 4, "data": "sample", "steps": 10}, {})[0]
+    model = prepare(config, model_for(config, load_model_config(tiny_config)))
+    factors = factors_of(config)
+    assert factors is not None
+    counters["stats"].clear()
+    compile_layers(model)
+    rows = torch.zeros(2, 16, dtype=torch.long)
+    graphs = []
+    for update in range(3):
+        factors.at_rows(model, update, 0)
+        mean_loss(model, rows, rows, rows.numel()).backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[2], graphs
