@@ -1,6 +1,6 @@
 """Real updates of processes that torchrun started, and what they send: for test_dist.py. Prints JSON.
 
-    torchrun --nproc_per_node 4 tests/messages.py MODEL ROW,ROW
+    torchrun --nproc_per_node 4 tests/messages.py MODEL ROW,ROW RANK
 
 On the first process of each way to share the model; two processes are said to be a host. Nothing is due.
 """
@@ -22,24 +22,24 @@ from galore_pretrain.traffic import FLOPS, Counter
 WAYS = [*itertools.product(("full", "hybrid", "none"), ("full",)), ("hybrid", "projected"), ("none", "projected")]
 
 
-def config_of(model: str, row: str, shard: str, reduce: str) -> RunConfig:
+def config_of(model: str, row: str, shard: str, reduce: str, rank: int) -> RunConfig:
     given: dict[str, Any] = {"model": model, "optim": row, "shard": shard, "reduce": reduce, "layerwise": True}
     given |= {"batch_size": 1, "total_batch_size": 12, "max_length": 16, "steps": 10, "data": "sample"}
     given |= {"grad_clip": 0.0, "dtype": "bfloat16"}
     if "galore" in row:
-        given |= {"refresh": "together", "rank": 4, "update_proj_gap": 1000}
+        given |= {"refresh": "together", "rank": rank, "update_proj_gap": 1000}
     return resolve(given, dict.fromkeys(given, "flag"))[0]
 
 
 def main() -> None:
-    model, rows = sys.argv[1], sys.argv[2].split(",")
+    model, rows, rank = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     found = {}
-    with joined(config_of(model, rows[0], "full", "full")):
+    with joined(config_of(model, rows[0], "full", "full", rank)):
         for row, (shard, reduce) in itertools.product(rows, WAYS):
             if reduce == "projected" and "galore" not in row:
                 continue
-            config = config_of(model, row, shard, reduce)
+            config = config_of(model, row, shard, reduce, rank)
             with joined(config) as world:
                 model_ = model_for(config, load_model_config(model), mesh=world.mesh)
                 optimizer = optimizer_for(config, prepare(config, model_), world.mesh)

@@ -125,14 +125,14 @@ def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path, monkey
     deeper = tmp_path / "deeper.json"  # than what the plan counts
     deeper.write_text(json.dumps(json.loads(Path(tiny_config).read_text()) | {"num_hidden_layers": 3}))
     rows = "galore_adamw8bit,galore_adafactor"
-    done = torchrun(4, str(Path(__file__).with_name("messages.py")), str(deeper), rows)
+    done = torchrun(4, str(Path(__file__).with_name("messages.py")), str(deeper), rows, "4")
     assert done.returncode == 0, done.stderr[-5000:]
     sent = json.loads(done.stdout)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for name, real in sent.items():
         row, shard, reduce = name.split()
-        config = config_of(str(deeper), row, shard, reduce)
+        config = config_of(str(deeper), row, shard, reduce, 4)
         with imagined(config) as mesh:
             planned = count(config, mesh)
         kinds = {f"{kind} {far}": size for (kind, far), size in planned.sent.items()}
