@@ -51,13 +51,13 @@ class World:
         return total.to(values.device)
 
     def total(self, *values: int) -> tuple[int, ...]:
-        """Each summed over the processes: numbers of the host, which no device is asked for."""
+        """Each summed over the processes."""
         if self.size == 1:
             return values
         from torch import distributed
 
-        found = torch.tensor(values, dtype=torch.int64)
-        distributed.all_reduce(found, group=self.group)
+        found = torch.tensor(values, dtype=torch.int64, device=self.device)
+        distributed.all_reduce(found)
         return tuple(found.tolist())
 
     def gathered(self, tensor: Tensor) -> Tensor:

@@ -222,13 +222,7 @@ def test_a_process_is_killed_and_torchrun_starts_all_again(tiny_config: str, tmp
 def agent(host: int, port: int, log: Path, *arguments: str) -> subprocess.Popen[str]:
     """torchrun of two processes, as on one of two hosts; the first keeps the place where they meet."""
     words = ["--nnodes", "2", "--nproc_per_node", "2", "--max-restarts", "3", "--rdzv-backend", "c10d"]
-    words += [
-        "--rdzv-endpoint",
-        f"localhost:{port}",
-        "--rdzv-conf",
-        f"is_host={host == 1},keep_alive_interval=1",
-        *arguments,
-    ]
+    words += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", f"is_host={host == 1},keep_alive_interval=1"]
     environment = {**ENVIRONMENT, "HOST": str(host), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as slurm.sh has it
     with log.open("w") as stderr:
         return subprocess.Popen(
@@ -335,7 +329,7 @@ def reading(*given):
 data.stack = reading
 rows = data.TokenRows.__call__
 def other(self, documents, *share):
-    differs = {} and share and os.environ["RANK"] == "1"
+    differs = {} and bool(share) and os.environ["RANK"] == "1"
     changed = ((a, text + "!" * (differs and i == 45), b) for i, (a, text, b) in enumerate(documents))
     return rows(self, changed, *share)
 data.TokenRows.__call__ = other

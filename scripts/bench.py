@@ -1,0 +1,401 @@
+"""Every goal of speed beside its peer: one table of goal, peer, this project, ratio, and whether it is met.
+
+    make bench                                              # half an hour; prints Markdown
+    python scripts/bench.py --only step text --rounds 3     # a part of it
+    python scripts/bench.py --data corpus/ --tokenizer spiece.model      # other text than the sample's
+
+Candidates run in fresh processes, one after another, round after round, so that what else the machine does falls on
+all alike; figures are medians over the rounds, ratios those of medians. Peers: a Trainer of transformers, a loop by hand
+with torch's fused AdamW and this project's own loss, bitsandbytes' and torch's optimizers.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+MODEL, RANK, ROWS, LENGTH = "llama_60m", 128, 8, 256
+WARM_UP, UPDATES = 3, 8
+TOKENS = ROWS * LENGTH
+median = statistics.median
+
+
+# -- the training step: each in a process of its own --------------------------------------------------------------------
+
+
+def resident() -> int:
+    """Bytes that the process holds, less what its libraries have freed."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def batches(options: argparse.Namespace) -> Iterator[Any]:
+    from galore_pretrain.data import TokenRows, TrainingData
+    from galore_pretrain.sources import open_source
+    from galore_pretrain.tokenizer import load_tokenizer
+
+    rows = TokenRows(load_tokenizer(options.tokenizer), "pack", LENGTH)
+    return iter(TrainingData(open_source(options.data, "train"), rows, ROWS, 0))
+
+
+def ours(options: argparse.Namespace, *flags: str, optim: str = "galore_adamw", updates: int = UPDATES) -> Any:
+    """The real command line; what it waits for text is timed where it asks for it."""
+    from galore_pretrain import cli, run
+    from galore_pretrain.memory import process_peak_bytes
+
+    waited: list[float] = []
+    read_ahead = run.read_ahead  # type: ignore[attr-defined]
+
+    def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        source = read_ahead(*args, **kwargs)
+        while True:
+            started = time.perf_counter()
+            batch = next(source)
+            waited.append(time.perf_counter() - started)
+            yield batch
+
+    run.read_ahead = timed  # type: ignore[attr-defined]
+    output = Path(tempfile.mkdtemp()) / "run"
+    words = ["--model", MODEL, "--optim", optim, "--data", options.data, "--tokenizer", options.tokenizer]
+    words += ["--layout", "pack", "--steps", str(WARM_UP + updates), "--total-batch-size", str(ROWS)]
+    words += ["--batch-size", str(ROWS), "--eval-every", "10000", "--save-every", "10000", "--eval-tokens", "1000"]
+    words += ["--lr", "0.001", "--grad-clip", "0", "--wandb", "disabled", "--output", str(output), *flags]
+    words += ["--rank", str(RANK)] if "galore" in optim else []
+    before = resident()
+    cli.cli.main(words, standalone_mode=False)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    seconds = [TOKENS / line["tokens_per_second"] for line in lines]
+    # The run's peak before it exports its model: of the line before the last, which evaluates.
+    growth = min(process_peak_bytes(), lines[-2]["process_peak_bytes"]) - before
+    return {
+        "seconds": seconds,
+        "losses": [line["loss"] for line in lines],
+        "growth": growth,
+        "waited": sum(waited[WARM_UP:]) / sum(seconds[WARM_UP:]),
+    }
+
+
+def by_hand(options: argparse.Namespace) -> Any:
+    """A loop such as anybody writes: torch's fused AdamW, the chunked loss of this project."""
+    import torch
+
+    from galore_pretrain.memory import process_peak_bytes
+    from galore_pretrain.model import build_model, load_model_config, mean_loss
+
+    before = resident()
+    model = build_model(load_model_config(MODEL), dtype=torch.bfloat16, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, weight_decay=0.0)
+    seconds, losses = [], []
+    for batch in islice(batches(options), WARM_UP + UPDATES):
+        started = time.perf_counter()
+        loss = mean_loss(model, batch.input_ids, batch.labels, batch.label_tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds, "losses": losses, "growth": process_peak_bytes() - before}
+
+
+def trainer(options: argparse.Namespace, optim: str) -> Any:
+    """transformers' Trainer, with its own loss, on the same rows; weights in bf16 as here."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from galore_pretrain.memory import process_peak_bytes
+    from galore_pretrain.model import build_model, load_model_config
+
+    rows = [
+        {"input_ids": ids, "labels": ids}
+        for batch in islice(batches(options), WARM_UP + UPDATES)
+        for ids in batch.input_ids
+    ]
+    before = resident()
+    model = build_model(load_model_config(MODEL), dtype=torch.bfloat16, seed=0)
+    model.set_attn_implementation("sdpa")
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        started = 0.0
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    galore = {"optim_target_modules": ["attn", "mlp"], "optim_args": f"rank={RANK}, update_proj_gap=200, scale=0.25"}
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=ROWS, max_steps=WARM_UP + UPDATES, learning_rate=1e-3,
+        logging_steps=1, report_to=[], save_strategy="no", optim=optim, max_grad_norm=0.0, weight_decay=0.0,
+        use_cpu=not torch.cuda.is_available(), disable_tqdm=True, lr_scheduler_type="constant", seed=0,
+        **(galore if "galore" in optim else {}),
+    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
+    return {"seconds": seconds, "losses": losses, "growth": process_peak_bytes() - before}
+
+
+STEP: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "Trainer galore_adamw": lambda o: trainer(o, "galore_adamw"),
+    "Trainer adamw_torch_fused": lambda o: trainer(o, "adamw_torch_fused"),
+    "by hand": by_hand,
+    "galore_adamw": lambda o: ours(o, "--no-layerwise"),
+    "galore_adamw layerwise": lambda o: ours(o, "--layerwise"),
+    "galore_adamw8bit layerwise": lambda o: ours(o, "--layerwise", optim="galore_adamw8bit"),
+    "galore_adamw compile": lambda o: ours(o, "--no-layerwise", "--compile"),
+    "galore_adamw together": lambda o: ours(o, "--no-layerwise", "--refresh", "together"),
+    "galore_adamw staggered": lambda o: ours(o, "--no-layerwise", updates=20),
+}
+
+
+def in_fresh_process(name: str, options: argparse.Namespace, *, memory: bool = False) -> Any:
+    command = [sys.executable, __file__, "--one", name, "--data", options.data, "--tokenizer", options.tokenizer]
+    # For memory, large blocks go back to the system when they are freed: else the peak is the allocator's habit.
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"} if memory else {}
+    done = subprocess.run(command, env=os.environ | exact, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def step(options: argparse.Namespace, table: "Table") -> None:
+    found = defaultdict(list)
+    for _ in range(options.rounds):
+        for name in STEP:
+            found[name].append(in_fresh_process(name, options))
+    growth = {name: in_fresh_process(name, options, memory=True)["growth"] for name in STEP}
+
+    def steady(name: str) -> float:
+        return median(TOKENS / median(run["seconds"][WARM_UP:]) for run in found[name])
+
+    def from_the_first(name: str) -> float:
+        """Tokens/s of eight updates, the first of which renews all bases. What is loaded at first use is left out: the
+        process's first update of all is compared with its second, and a refresh of all is what `together` adds."""
+        return median(UPDATES * TOKENS / (sum(run["seconds"][WARM_UP:]) + _first(run)) for run in found[name])
+
+    def _first(run: Any) -> float:
+        return max(0.0, run["seconds"][0] - median(run["seconds"][WARM_UP:]))
+
+    peer, hand, own = (steady(name) for name in ("Trainer galore_adamw", "by hand", "galore_adamw"))
+    table.line("step, tokens/s, against Trainer galore_adamw", peer, own, ">= 1.25")
+    first = [from_the_first(name) for name in ("Trainer galore_adamw", "galore_adamw together")]
+    table.line("the same, with one refresh of all in 8 updates", *first, ">= 1.5")
+    table.line("the same with --compile", peer, steady("galore_adamw compile"), ">= 1.6")
+    table.line("step, tokens/s, against a loop by hand, fused AdamW", hand, own, ">= 0.97")
+    for name in ("galore_adamw layerwise", "galore_adamw8bit layerwise", "galore_adamw"):
+        table.line(f"memory, MiB, {name}, against Trainer galore_adamw", growth["Trainer galore_adamw"] / 2**20,
+                   growth[name] / 2**20, "<= 0.4")  # fmt: skip
+    losses = [median(sum(run["losses"][WARM_UP:]) / UPDATES for run in found[n]) for n in ("by hand", "galore_adamw")]
+    table.note(f"mean loss of updates {WARM_UP + 1} to {WARM_UP + UPDATES}: by hand (AdamW) {losses[0]:.3f}, galore_adamw {losses[1]:.3f}; " +
+               ", ".join(f"{n} {steady(n):.0f} tokens/s and {growth[n] / 2**20:.0f} MiB" for n in STEP))  # fmt: skip
+    updates = [
+        median(values) for values in zip(*(run["seconds"][1:] for run in found["galore_adamw staggered"]), strict=True)
+    ]
+    table.line(
+        "slowest update over the median, staggered, T 200, first 23", 1.0, max(updates) / median(updates), "<= 1.1"
+    )
+    waited = 100 * median(run["waited"] for run in found["galore_adamw"])
+    table.line("share of a step that waits for text, %", 1.0, waited, "<= 1")
+
+
+# -- the optimizer alone -------------------------------------------------------------------------------------------------
+
+
+def optimizer(options: argparse.Namespace, table: "Table") -> None:
+    import torch
+    from bench_optimizers import RANKS, _bitsandbytes, seconds, shapes
+
+    from galore_pretrain.optim import RuleOptimizer
+    from galore_pretrain.optim.registry import build_rules
+
+    warnings.simplefilter("ignore")
+    for size in ("60m", "130m"):
+        torch.manual_seed(0)
+        matrices, rest = (
+            [torch.randn(shape).mul_(0.02).bfloat16().requires_grad_() for shape in group] for group in shapes(size)
+        )
+        grads = {p: (torch.randn(p.shape) * 1e-3).bfloat16() for p in matrices + rest}
+
+        def own(row: str, rounding: str, *groups: Any, rank: int = RANKS[size]) -> RuleOptimizer:
+            more = {"rank": rank, "update_proj_gap": 10**6, "refresh": "together"} if "galore" in row else {}
+            rule, bare = build_rules(row, "sound", **more)
+            parts = [{"params": groups[0], "rule": rule}, {"params": groups[1], "rule": bare}]
+            return RuleOptimizer(parts, lr=1e-6, rounding=rounding)
+
+        built = {
+            "fused": torch.optim.AdamW(matrices + rest, lr=1e-6, fused=True),
+            "nearest": own("galore_adamw", "nearest", matrices, rest),
+            "stochastic": own("galore_adamw", "stochastic", matrices, rest),
+            "bitsandbytes": _bitsandbytes(matrices + rest),
+            "adamw8bit": own("adamw8bit", "stochastic", matrices, rest),
+            "galore_adamw8bit": own("galore_adamw8bit", "stochastic", matrices, rest),
+        }
+        times: dict[str, list[float]] = defaultdict(list)
+        for _ in range(2 + options.rounds):
+            for name, each in built.items():
+                times[name].append(1000 * seconds(each, grads, torch.device("cpu")))
+        ms = {name: median(values[2:]) for name, values in times.items()}
+        table.line(
+            f"{size}: galore_adamw's update, to nearest, ms, against fused AdamW", ms["fused"], ms["nearest"], "<= 1.3"
+        )
+        if size == "60m":
+            table.line("60m: what stochastic rounding adds, ms, against a step of 8 × 256", table.step_ms or float("nan"),
+                       ms["stochastic"] - ms["nearest"], "<= 0.1")  # fmt: skip
+        for row in ("adamw8bit", "galore_adamw8bit"):
+            table.line(
+                f"{size}: {row}'s update, ms, against bitsandbytes' AdamW8bit", ms["bitsandbytes"], ms[row], "<= 1"
+            )
+
+
+# -- text and start ------------------------------------------------------------------------------------------------------
+
+
+def text(options: argparse.Namespace, table: "Table") -> None:
+    """One thread; and a consumer that takes a million tokens a second, as a GPU would."""
+    from galore_pretrain.data import TokenRows, TrainingData, read_ahead
+    from galore_pretrain.sources import open_source
+    from galore_pretrain.tokenizer import load_tokenizer
+
+    tokenizer, source = load_tokenizer(options.tokenizer), open_source(options.data, "train")
+    for layout, goal in (("pack", ">= 1"), ("pad", "")):
+        rates = []
+        stream = iter(TrainingData(source, TokenRows(tokenizer, layout, LENGTH), 64, 0))
+        for _ in range(options.rounds):
+            started, tokens = time.perf_counter(), 0
+            while time.perf_counter() - started < 2:
+                tokens += next(stream).tokens
+            rates.append(tokens / (time.perf_counter() - started) / 1e6)
+        table.line(f"text, {layout}, million tokens/s of one core", 4.0, median(rates), goal)
+    for rows in (8, 512):
+        ahead = read_ahead(TrainingData(source, TokenRows(tokenizer, "pack", LENGTH), rows, 0), pin=False)
+        next(ahead)
+        time.sleep(0.5)
+        waited, began = 0.0, time.perf_counter()
+        while time.perf_counter() - began < 4:
+            started = time.perf_counter()
+            batch = next(ahead)
+            waited += time.perf_counter() - started
+            time.sleep(batch.tokens / 1e6)  # what a GPU would take, which leaves the interpreter alone
+        ahead.close()
+        table.line(
+            f"waiting at a million tokens/s, {rows} × {LENGTH} a step, %",
+            1.0,
+            100 * waited / (time.perf_counter() - began),
+            "<= 1",
+        )
+
+
+def start(options: argparse.Namespace, table: "Table") -> None:
+    helps, firsts = [], []
+    for _ in range(options.rounds):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "galore_pretrain", "--help"], capture_output=True, check=True)
+        helps.append(time.perf_counter() - began)
+        output = Path(tempfile.mkdtemp()) / "run"
+        words = [
+            "--model",
+            MODEL,
+            "--data",
+            options.data,
+            "--tokenizer",
+            options.tokenizer,
+            "--steps",
+            "2",
+            "--wandb",
+            "disabled",
+        ]
+        words += ["--total-batch-size", "1", "--eval-tokens", "1000", "--output", str(output), "--rank", str(RANK)]
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "galore_pretrain", *words], stderr=subprocess.DEVNULL)
+        while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").stat().st_size:
+            time.sleep(0.01)
+        firsts.append(time.perf_counter() - began)
+        process.wait()
+    table.line("start: from command to first update, s", 8.0, median(firsts), "<= 1")
+    table.line("start: --help, s", 0.4, median(helps), "<= 1")
+    code = "import sys; from galore_pretrain.cli import cli; cli.main(sys.argv[1:], standalone_mode=False); print(sorted({'wandb', 'datasets'} & set(sys.modules)))"
+    words = [sys.executable, "-c", code, "plan", "--model", MODEL, "--data", "sample"]
+    loaded = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    table.note(f"`plan` loads of wandb and datasets: {loaded}")
+
+
+# -- the table -----------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """Lines of goal, peer (or bound), this project, ratio, and whether the ratio is as wanted."""
+
+    step_ms: float | None = None
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        print("| goal | peer, or bound | here | ratio | wanted | met |\n|---|---|---|---|---|---|", flush=True)
+
+    def line(self, goal: str, peer: float, here: float, wanted: str) -> None:
+        ratio = here / peer
+        met = (
+            {">": ratio >= float(wanted[3:] or 0), "<": ratio <= float(wanted[3:] or 0)}[wanted[0]] if wanted else None
+        )
+        if goal.startswith("step, tokens/s") and self.step_ms is None:
+            self.step_ms = 1000 * TOKENS / here
+        words = {True: "yes", False: "**no**", None: ""}[met]
+        print(f"| {goal} | {peer:.4g} | {here:.4g} | {ratio:.3g} | {wanted} | {words} |", flush=True)
+
+    def note(self, words: str) -> None:
+        self.notes.append(words)
+
+
+PARTS = {"step": step, "optimizer": optimizer, "text": text, "start": start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data", default="sample")
+    parser.add_argument("--tokenizer", default="sample")
+    parser.add_argument("--one", choices=list(STEP), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        found = STEP[options.one](options)
+        print(json.dumps(found))
+        return
+    import torch
+
+    versions = ", ".join(
+        f"{p} {metadata.version(p)}" for p in ("torch", "transformers", "accelerate", "galore-torch", "bitsandbytes")
+    )
+    print(
+        f"{MODEL}, bf16, {ROWS} × {LENGTH} tokens, rank {RANK}; {platform.machine()} CPU, {torch.get_num_threads()} threads; {versions}"
+    )
+    print(f"{time.strftime('%Y-%m-%d')}, medians of {options.rounds} rounds\n")
+    table = Table()
+    for name in options.only:
+        PARTS[name](options, table)
+    print("\n" + "\n\n".join(table.notes))
+
+
+if __name__ == "__main__":
+    main()
