@@ -119,7 +119,7 @@ def choose(
     if not candidates:
         raise InputError(
             f"--clip-norm {config.clip_norm}: no way to run these updates knows it with {processes()} processes; "
-            "leave out --layerwise and --batch-size, or give as many processes as before"
+            "leave out --layerwise, --batch-size and --reduce, or give as many processes as before"
         )
     if upper_bound(candidates[0][0], architecture, static) <= budget:
         return *candidates[0], None

@@ -106,6 +106,8 @@ def plan(
         "WORLD_SIZE": str(nodes * gpus_per_node),
         "LOCAL_WORLD_SIZE": str(gpus_per_node),
     }  # as torchrun would
+    if (link or network) and nodes * gpus_per_node == 1:
+        raise InputError("--link and --network: one process sends nothing; give --gpus-per-node, or --nodes")
     if picture and not compare:
         raise InputError(
             f"--picture {picture}: only --compare draws; give it rows, such as --compare adamw,galore_adamw"
@@ -282,7 +284,9 @@ def generate(path: Path, prompt: str, tokens: int, temperature: float, top_p: fl
 
 def _cleared(row: str) -> dict[str, None]:
     """Of rows that are compared, each takes the flags that mean something to it; a rank is GaLore's alone."""
-    return dict.fromkeys(without_meaning(row)) if row else {}
+    if not row:
+        return {}
+    return dict.fromkeys([*without_meaning(row), *([] if "galore" in row else ["reduce"])])
 
 
 def _let_cuda_grow_segments() -> None:

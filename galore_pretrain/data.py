@@ -160,7 +160,7 @@ class TokenRows:
         for group in groups:
             ids = self._tokenizer.encode([text for _, text, _ in group])
             yield [(here, tokens) for (here, _, _), tokens in zip(group, ids, strict=True) if tokens]
-            empty = _still_empty(empty, ids)
+            empty = _still_empty(empty, len(group), ids)
 
     def _pad(self, groups: Iterable[list[tuple[Position, str, Position]]], share: Share) -> Iterator[Row]:
         """A document of white space alone is no row."""
@@ -182,7 +182,7 @@ class TokenRows:
                 yield Row(input_ids[own], labels[own], real + 1, after, check=check)
                 own += 1
             number += len(kept)
-            empty = _still_empty(empty, ids or kept)
+            empty = _still_empty(empty, len(group), ids or kept)
 
     def _pack(self, groups: Iterable[_Tokenized]) -> Iterator[Row]:
         length, eos = self._max_length, [self._tokenizer.eos_id]
@@ -215,9 +215,10 @@ def _in_groups(documents: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _still_empty(count: int, found: Sequence[Any]) -> int:
-    """Documents in a row without a token, after these; InputError where they are too many."""
-    count = 0 if any(found) else count + max(1, len(found))
+def _still_empty(count: int, more: int, found: Sequence[Any]) -> int:
+    """Documents in a row without a token, after so many ``more`` with what was ``found`` in them; InputError where they
+    are too many."""
+    count = 0 if any(found) else count + more
     if count > _EMPTY:
         raise InputError(f"--data: {count} documents in a row hold no token at all")
     return count

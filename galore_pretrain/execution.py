@@ -118,7 +118,7 @@ class Layerwise(_Updates):
 
     def _hook(self, p: Tensor) -> None:
         optimizer, last = self._optimizer, self._micro_batch == self._micro_batches - 1
-        waits = optimizer.is_shared and optimizer.is_projected(p)
+        waits = optimizer.waits_for_all(p)
         if self._micro_batches > 1 or self._grad_clip > 0 or waits:
             measured = self._grad_clip > 0 and self._micro_batches == 1 and not self._projected
             optimizer.gather(p, project=True, measure=measured)

@@ -1,22 +1,22 @@
 """Where the time of an update goes: a table of its parts, and torch's trace of it."""
 
 import contextlib
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from galore_pretrain.optim.galore import GaLore
+from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.pool import Pool
 
-if TYPE_CHECKING:
-    from galore_pretrain.optim import RuleOptimizer
-
+log = logging.getLogger(__name__)
 _WARM_UP = 2  # updates of a process that are not looked at: libraries load, allocators and caches fill
 _PARTS = ("data", "forward", "backward", "optimizer", "refresh", "logging", "evaluation", "checkpoint")
 _MEANING = {
@@ -34,21 +34,21 @@ class Profile:
     for the device, so updates under the profiler are slower than others.
     """
 
-    def __init__(self, updates: int, folder: Path, device: torch.device, optimizer: "RuleOptimizer") -> None:
+    def __init__(self, updates: int, folder: Path, device: torch.device) -> None:
         self._updates, self._folder, self._device = updates, folder, device
         self._done, self._since, self._seconds = -_WARM_UP, 0.0, 0.0
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._stack: list[str] = []
         self._torch: Any = None
-        self._watch(optimizer)
+        self._watched: list[tuple[Any, str, Any]] = []
 
-    def _watch(self, optimizer: "RuleOptimizer") -> None:
+    def _watch(self) -> None:
         """Tell what is an update of a tensor, and what of it a new basis."""
-        for name in ("gather", "settle", "update_param", "agree"):
-            setattr(optimizer, name, self._inside("optimizer", getattr(optimizer, name)))
-        self._restore: list[tuple[Any, str, Any]] = [(GaLore, "find", GaLore.find), (Pool, "renew", Pool.renew)]
-        for owner, name, method in self._restore:
-            setattr(owner, name, self._inside("refresh", method))
+        parts = dict.fromkeys(("gather", "settle", "update_param", "agree", "start_sum"), "optimizer")
+        methods = [(RuleOptimizer, name, part) for name, part in parts.items()]
+        for owner, name, part in (*methods, (GaLore, "find", "refresh"), (Pool, "renew", "refresh")):
+            self._watched.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, self._inside(part, getattr(owner, name)))
 
     def _inside(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -83,6 +83,7 @@ class Profile:
         if self._done == 0 and self._updates:
             activities = [ProfilerActivity.CPU]
             activities += [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
+            self._watch()
             self._torch = profile(activities=activities)
             self._torch.__enter__()
             self._spent.clear()
@@ -91,17 +92,25 @@ class Profile:
 
     def close(self) -> str | None:
         """Write what was seen, if that is not done; the table."""
-        for owner, name, method in self._restore:
+        for owner, name, method in self._watched:
             setattr(owner, name, method)
+        self._watched.clear()
         if self._torch is None:
-            return None
+            return (
+                None
+                if self._done >= 0
+                else f"--profile: the run ended with its first {_WARM_UP} updates, which do not count"
+            )
         self._seconds = time.perf_counter() - self._seconds
         seen, self._torch = self._torch, None
         seen.__exit__(None, None, None)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        seen.export_chrome_trace(str(self._folder / "trace.json.gz"))
         table = self._table(seen)
-        (self._folder / "table.txt").write_text(table + "\n")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / "table.txt").write_text(table + "\n")
+            seen.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        except (OSError, RuntimeError) as error:  # no reason to stop
+            log.warning("%s cannot be written (%s)", self._folder, error)
         return table
 
     def _table(self, seen: Any) -> str:

@@ -147,7 +147,7 @@ def _train(
     factors = factors_of(config)
     watch: Watch = Unwatched()
     if config.profile is not None and world.is_main:
-        watch = Profile(config.profile, output / "profile", device, optimizer)
+        watch = Profile(config.profile, output / "profile", device)
     trainer = Trainer(
         model=model,
         batches=read_ahead(data, pin=device.type == "cuda"),
@@ -187,9 +187,9 @@ def _train(
             )
             return 0
         finally:
+            saver.wait()
             if said := watch.close():
                 log.info("%s", said)
-            saver.wait()
             for logger in trainer.loggers:
                 logger.close()
 

@@ -143,6 +143,8 @@ class HuggingFaceTokenizer:
             raise InputError(f"--tokenizer {where}: only {len(vocabulary)} tokens; is tokenizer.json missing?")
 
     def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
+        if not texts:  # which the library does not take
+            return []
         with self._lock:  # the library's own tokenizer is one thread's
             encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [ids if self._control.isdisjoint(ids) else self._without_control(ids) for ids in encoded]

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from galore_pretrain.build import device_of, execution_for, model_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig, processes_here
 from galore_pretrain.model import load_model_config
+from galore_pretrain.optim.shards import local
 from galore_pretrain.optim.step import Abridgement, abridged
 from galore_pretrain.plan import make_update
 
@@ -84,37 +85,57 @@ def _where(between: bool) -> str:
 
 
 def count(config: RunConfig, mesh: Any = None) -> Traffic:
-    """The work and the messages of an update, a refresh's share of both included.
+    """The products and the messages of an update, and a refresh's share of messages. (A refresh's products are not
+    counted: decompositions have no formula, and every T updates they are few.)
 
     The real update is made on fake tensors, of models with one and two layers and with one and two micro-batches: all
     further ones add the same.
     """
     architecture = load_model_config(config.model)
     layers, parts = architecture.num_hidden_layers, config.micro_batches
-    gap = config.update_proj_gap
-    together = replace(config, refresh="together") if gap else config
 
-    def counted(layers: int, parts: int, *, due: bool = False) -> Counts:
+    def counted(layers: int, parts: int) -> Counts:
         smaller = copy.deepcopy(architecture)
         smaller.num_hidden_layers = layers
-        return _update(together, smaller, mesh, parts, due=due)
+        together = replace(config, refresh="together") if config.update_proj_gap else config
+        return _update(together, smaller, mesh, parts)
 
     first, layer = (counted(n, 1) for n in (1, 2))
     part, both = (counted(n, 2) for n in (1, 2)) if parts > 1 else (first, layer)
-    due = [counted(n, 1, due=True) for n in (1, 2)] if gap else []
-    total: dict[Any, float] = {}
-    for key in set().union(first, layer, part, both, *due):
+    total = _refresh(config, architecture, mesh)
+    for key in set().union(first, layer, part, both):
         a, b, c, d = (x[key] for x in (first, layer, part, both))
-        total[key] = a + (layers - 1) * (b - a) + (parts - 1) * (c - a) + (layers - 1) * (parts - 1) * (d - b - c + a)
-        if due and gap:
-            one, two = due[0][key] - a, due[1][key] - b
-            total[key] += (one + (layers - 1) * (two - one)) / gap
+        total[key] += a + (layers - 1) * (b - a) + (parts - 1) * (c - a) + (layers - 1) * (parts - 1) * (d - b - c + a)
     flops = total.pop(FLOPS)
     return Traffic(config, flops, {key: size for key, size in total.items() if size})
 
 
-def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int, *, due: bool) -> Counts:
-    """One update of so many micro-batches, with all bases ``due`` or none."""
+def _refresh(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
+    """Bytes of the bases, one in T updates, on average over the processes: each gradient goes to one process of one
+    replica, and what is found there, in fp32, and whether it is better, to all."""
+    found: Counts = defaultdict(float)
+    if mesh is None or not config.update_proj_gap:
+        return found
+    size, shards, here = mesh.size(), mesh.size(-1), processes_here()
+    optimizer = optimizer_for(config, model_for(config, architecture, "meta", mesh=mesh), mesh)
+    for p, state in optimizer.state.items():
+        if not optimizer.is_projected(p):
+            continue
+        bases = sum(4 * value.numel() for name, value in state.items() if name.endswith("basis"))
+        sent = bases + 4 * (size > 1)
+        inside = min(shards, here)
+        for name, between, bytes_ in (
+            ("broadcast", False, sent * (here > 1)),
+            ("broadcast", True, sent * (size > here)),
+            ("gather", False, local(p).nbytes * (inside - 1) / size),
+            ("gather", True, local(p).nbytes * (shards - inside) * here / size),
+        ):
+            found[name, between] += bytes_ / config.update_proj_gap
+    return found
+
+
+def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int) -> Counts:
+    """One update of so many micro-batches, in which no basis is due."""
     if mesh is not None:
         import_module("torch.distributed._tools.fake_collectives")  # what they return of fake tensors
     model = model_for(config, architecture, "meta", mesh=mesh)
@@ -125,7 +146,7 @@ def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int,
         optimizer = optimizer_for(config, prepare(config, model), mesh)
         execution = execution_for(config, optimizer)
         for state in optimizer.state.values():
-            state["step"] = 0 if due else 1
+            state["step"] = 1
         counter = Counter(abridgement)
         with counter:
             make_update(config, model, execution, parts)
@@ -145,7 +166,7 @@ class Counter(TorchDispatchMode):
         packet = func._overloadpacket
         if func.namespace == "c10d":
             self._message(packet.__name__, args)
-        elif (formula := flop_registry.get(_for_gpu(packet))) is not None:
+        elif (formula := flop_registry.get(_with_formula(packet))) is not None:
             self.found[FLOPS] += formula(*args, **(kwargs or {}), out_val=out) * self._abridgement.alike
         return out
 
@@ -158,13 +179,17 @@ class Counter(TorchDispatchMode):
         host = distributed.get_rank() // processes_here()
         size, here = len(ranks), sum(rank // processes_here() == host for rank in ranks)
         tensors = [x for part in args for x in (part if isinstance(part, list) else [part]) if isinstance(x, Tensor)]
-        largest, least = (pick(x.nbytes for x in tensors) for pick in (max, min))
+        largest = max(x.nbytes for x in tensors)
+        if name == "gather_":  # to one, who alone has lists for it
+            is_owner = bool(args[0] and args[0][0])
+            self.found["gather", False] += tensors[0].nbytes * (here - 1) * is_owner
+            self.found["gather", True] += tensors[0].nbytes * (size - here) * is_owner * processes_here()  # on average
+            return
         name, sent = {
             "_allgather_base_": ("all-gather", largest * (size - 1) / size),
             "_reduce_scatter_base_": ("reduce-scatter", largest * (size - 1) / size),
             "allreduce_": ("all-reduce", 2 * largest * (size - 1) / size),
             "broadcast_": ("broadcast", largest),
-            "gather_": ("gather", least * (size - 1) / size),
         }[name]
         if here < size:  # as many such groups as processes on a host that are not in this one
             self.found[name, True] += sent * processes_here() / here
@@ -172,7 +197,8 @@ class Counter(TorchDispatchMode):
             self.found[name, False] += sent
 
 
-def _for_gpu(packet: Any) -> Any:
-    """The attention of CPUs has no formula; a GPU's, of the same arguments, has."""
+def _with_formula(packet: Any) -> Any:
+    """The attention of CPUs has no formula, nor has what is done in place; a GPU's, of the same arguments, has."""
     name = packet.__name__
-    return getattr(torch.ops.aten, name.replace("_for_cpu", "")) if name.startswith(_ON_CPU) else packet
+    name = name.replace("_for_cpu", "") if name.startswith(_ON_CPU) else name.rstrip("_")
+    return getattr(torch.ops.aten, name, packet)

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 4 tests/messages.py MODEL ROW,ROW RANK
 
-On the first process of each way to share the model; two processes are said to be a host. Nothing is due.
+Of each way to share the model, on average over the processes, two of which are said to be a host: an update in which
+nothing is due, and what the one before, in which all bases are, sent for them.
 """
 
 import itertools
@@ -10,6 +11,8 @@ import json
 import os
 import sys
 from typing import Any
+
+from torch import distributed
 
 from galore_pretrain.build import execution_for, model_for, optimizer_for, prepare
 from galore_pretrain.config import RunConfig
@@ -44,11 +47,18 @@ def main() -> None:
                 model_ = model_for(config, load_model_config(model), mesh=world.mesh)
                 optimizer = optimizer_for(config, prepare(config, model_), world.mesh)
                 execution = execution_for(config, optimizer)
-                make_update(config, model_, execution, config.micro_batches)  # all bases are due
+                with Counter() as due:
+                    make_update(config, model_, execution, config.micro_batches)
                 with Counter() as counter:
                     make_update(config, model_, execution, config.micro_batches)
-            del counter.found[FLOPS]
-            found[f"{row} {shard} {reduce}"] = {f"{name} {far}": size for (name, far), size in counter.found.items()}
+            own = {key: size for key, size in due.found.items() if key[0] in ("gather", "broadcast")} | counter.found
+            everywhere: list[Any] = [None] * world.size
+            distributed.all_gather_object(everywhere, {key: size for key, size in own.items() if key != FLOPS})
+            found[f"{row} {shard} {reduce}"] = {
+                f"{name} {far}": mean
+                for name, far in sorted(set().union(*everywhere))
+                if (mean := sum(sent.get((name, far), 0.0) for sent in everywhere) / world.size)
+            }
         if world.is_main:
             print(json.dumps(found))
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from galore_pretrain.execution import Layerwise
 from galore_pretrain.optim import build_optimizer
 from galore_pretrain.optim.registry import REGISTRY
 from galore_pretrain.optim.shards import whole
@@ -104,6 +105,45 @@ def check_storage(mesh: DeviceMesh) -> None:
     assert waiting.grad.untyped_storage().nbytes() == waiting.grad.nbytes
 
 
+def check_sums_over_replicas(dtype: torch.dtype, clip: float, tolerance: float) -> None:
+    """Two layerwise micro-batches, whose low-rank gradients are summed over replicas here; one replica alone meets a
+    gradient that is not finite, in the first micro-batch of the third update."""
+    size, rank = distributed.get_world_size(), distributed.get_rank()
+    mesh = init_device_mesh("cpu", (size, 1), mesh_dim_names=("replicas", "shards"))
+    models = [Model(UNEVEN, dtype, m) for m in (None, mesh["shards"])]
+    before = [p.detach().clone() for p in models[0].parameters()]
+    optimizers = [build_optimizer(m, "galore_adamw", lr=0.01, rank=8, update_proj_gap=3) for m in models]
+    optimizers[1].sum_over_replicas(mesh)
+    runs = [Layerwise(o, clip, projected=True) for o in optimizers]
+    skipped = []
+    for step in range(1, 8):
+        for micro_batch in range(2):
+            for which, (model, execution) in enumerate(zip(models, runs, strict=True)):
+                execution.begin(micro_batch, 2)
+                loss = torch.zeros(())
+                for name, p in model.named_parameters():
+                    parts = [random(tuple(p.shape), name, 100 * r + 10 * micro_batch + step) for r in range(size)]
+                    if (step, micro_batch) == (3, 0) and "tall" in name:
+                        parts[1][0, 0] = torch.inf
+                    grad = (parts[rank] if which else sum(parts)).to(dtype)  # type: ignore[union-attr]
+                    loss = loss + _local(p).mul(grad).sum()
+                loss.backward()
+        skipped.append([execution.finish().skipped for execution in runs])
+    assert skipped == [[int(step == 3)] * 2 for step in range(1, 8)], skipped
+    alone, together = ([whole(p).float() for p in m.parameters()] for m in models)
+    everywhere: list[Any] = [None] * size
+    distributed.all_gather_object(everywhere, together)
+    assert all(torch.equal(a, b) for other in everywhere for a, b in zip(other, together, strict=True))
+    for a, b, c in zip(alone, together, before, strict=True):
+        apart = (a - b).norm() / (a - c.float()).norm()
+        assert apart < tolerance, (dtype, clip, apart)
+
+
+def _local(p: Tensor) -> Tensor:
+    """What a gradient of goes to ``p``."""
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
 def main() -> None:
     distributed.init_process_group("gloo")
     size = distributed.get_world_size()
@@ -136,6 +176,9 @@ def main() -> None:
         replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
         found = compare("galore_adamw8bit", ALIGNED, torch.float32, replicas)
         assert found == 0, found
+    for clip in (0.0, 0.5):
+        check_sums_over_replicas(torch.float32, clip, 1e-3)
+        check_sums_over_replicas(torch.bfloat16, clip, 0.2)  # other roundings
     check_collectives(mesh)
     check_storage(mesh)
     distributed.destroy_process_group()

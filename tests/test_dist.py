@@ -121,7 +121,7 @@ def test_updates_of_parts_are_those_of_the_whole(processes: int) -> None:
 
 @pytest.mark.slow
 def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What four processes on two hosts send in an update, byte for byte; reducing projected gradients sends less."""
+    """What four processes on two hosts send in an update, and for bases; reducing projected gradients sends less."""
     deeper = tmp_path / "deeper.json"  # than what the plan counts
     deeper.write_text(json.dumps(json.loads(Path(tiny_config).read_text()) | {"num_hidden_layers": 3}))
     rows = "galore_adamw8bit,galore_adafactor"
@@ -135,10 +135,11 @@ def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path, monkey
         config = config_of(str(deeper), row, shard, reduce, 4)
         with imagined(config) as mesh:
             planned = count(config, mesh)
-        kinds = {f"{kind} {far}": size for (kind, far), size in planned.sent.items()}
-        for kind in real:
-            assert kinds[kind] == pytest.approx(real[kind], rel=0.01), (name, kind)  # a thousandth of a refresh is due
-        assert set(kinds) - set(real) <= {f"{k} {far}" for k in ("gather", "broadcast") for far in (True, False)}, name
+        kinds = {
+            f"{kind} {far}": size * (1000 if kind in ("gather", "broadcast") else 1)  # T
+            for (kind, far), size in planned.sent.items()
+        }
+        assert kinds == pytest.approx(real, rel=1e-6), name
     full, projected = (sent[f"galore_adamw8bit none {reduce}"]["all-reduce True"] for reduce in ("full", "projected"))
     assert projected < full / 3  # one reduction an update instead of three, and of matrices an eighth
 

@@ -118,6 +118,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Whether some gradients are projected into a subspace."""
         return any(isinstance(rule, GaLore) for rule in self._rules)
 
+    def waits_for_all(self, p: Tensor) -> bool:
+        """Whether the gradient of ``p`` is not used before an update's last: where several processes make one, what is
+        projected, and where sums are on their way meanwhile, what is small and would have to wait for them."""
+        sums = self._pool is not None and self._pool.replica is not None
+        return self.is_shared and (self.is_projected(p) or (sums and p.ndim < 2))
+
     def is_projected(self, p: Tensor) -> bool:
         """Whether the gradient of ``p`` is."""
         return isinstance(self.rule_of(p), GaLore)
@@ -215,7 +221,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             return
         waiting.parts += 1
         waiting.finite = waiting.finite & taken.finite
-        add(waiting.grad, taken.grad, taken.place, f"sum {waiting.parts}")
+        whose = "" if self._pool is None or self._pool.replica is None else f" of replica {self._pool.replica}"
+        add(waiting.grad, taken.grad, taken.place, f"sum {waiting.parts}{whose}")
 
     @torch.no_grad()
     def reset(self, params: Iterable[Tensor]) -> None:
@@ -287,6 +294,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         for p in list(self._places) if params is None else params:
             self._waiting.pop(p, None)
             p.grad = None
+        if params is None and self._pool is not None:
+            self._pool.discard()
 
     def waiting(self, p: Tensor) -> Waiting | None:
         """What was gathered for the next update of ``p``."""

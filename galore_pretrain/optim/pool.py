@@ -1,6 +1,5 @@
 """Gradients on their way to an update, and what the processes that make it together tell each other of them first."""
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +61,8 @@ class Pool:
     """The processes that make one update together: those of ``mesh``, which is of replicas × shards, or shards alone.
 
     Gradients come summed over the shards; over the replicas too, unless ``sums_replicas``: then that is done here, in
-    fp32, of low-rank gradients where they are projected. Projection is linear, so the result is the same, and of a
-    matrix m × n of rank r it takes r/min(m, n) of the bytes.
+    fp32, of low-rank gradients where they are projected. Projection is linear, so the result is the same but for
+    roundings, and of a matrix m × n of rank r it takes r/min(m, n) of the bytes.
     """
 
     def __init__(self, mesh: Any, *, sums_replicas: bool = False) -> None:
@@ -73,7 +72,8 @@ class Pool:
         self.me, self._shards = distributed.get_rank(), mesh.size(-1)
         self._group = mesh.get_group(mesh.ndim - 1)
         self._replicas = mesh.get_group(0) if sums_replicas and mesh.ndim > 1 else None
-        self._underway: deque[tuple[Waiting, Tensor, Any]] = deque()
+        self.replica = mesh.get_local_rank(0) if self._replicas is not None else None
+        self._underway: dict[int, tuple[Waiting, Tensor, Any]] = {}  # by what they are of, the oldest first
 
     @classmethod
     def of(cls, params: Sequence[Tensor]) -> "Pool | None":
@@ -93,25 +93,32 @@ class Pool:
         from torch import distributed
 
         while len(self._underway) >= _UNDERWAY:
-            self._end_sum()
+            self._end_sum(next(iter(self._underway)))
         waiting.summed = True
         total = waiting.grad.float().contiguous()
         work = distributed.all_reduce(total, group=self._replicas, async_op=True)
-        self._underway.append((waiting, total, work))
+        self._underway[id(waiting)] = waiting, total, work
 
-    def _end_sum(self) -> None:
-        waiting, total, work = self._underway.popleft()
+    def _end_sum(self, key: int) -> None:
+        waiting, total, work = self._underway.pop(key)
         work.wait()
-        if total is not waiting.grad:
-            waiting.grad.copy_(total)
         waiting.finite = waiting.finite & torch.linalg.vector_norm(total).isfinite()
+        if total is not waiting.grad:
+            waiting.place.store(waiting.grad, total, "replicas")
+
+    def discard(self) -> None:
+        """Forget the sums that are on their way."""
+        for _, _, work in self._underway.values():
+            work.wait()
+        self._underway.clear()
 
     def agree(self, found: Sequence[Waiting]) -> None:
         """Sum what is not summed; a gradient that is not finite on one process is so on all. One message."""
         for waiting in found:
             self.start_sum(waiting)
-        while self._underway:
-            self._end_sum()
+        for waiting in found:
+            if id(waiting) in self._underway:
+                self._end_sum(id(waiting))
         asked = [waiting for waiting in found if not waiting.agreed] if self.may_differ else []
         if not asked:
             return

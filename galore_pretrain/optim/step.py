@@ -49,13 +49,15 @@ def abridged() -> Iterator[Abridgement]:
 def pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of consecutive pieces of ``size``, the last of which may be smaller."""
     starts: Sequence[int] = range(0, total, size)
-    left_out = len(starts) - 3 if _abridgement and len(starts) > 3 else 0
-    for i, start in enumerate((*starts[:2], starts[-1]) if left_out else starts):
-        if _abridgement:
-            _abridgement.alike = 1 + left_out * (i == 1)
+    if _abridgement is None or len(starts) <= 3:
+        for start in starts:
+            yield start, min(start + size, total)
+        return
+    outer = _abridgement.alike  # of a piece that is itself cut into these
+    for i, start in enumerate((*starts[:2], starts[-1])):
+        _abridgement.alike = outer * (len(starts) - 2 if i == 1 else 1)
         yield start, min(start + size, total)
-    if _abridgement:
-        _abridgement.alike = 1
+        _abridgement.alike = outer
 
 
 class RandomBits:
