@@ -40,7 +40,10 @@ def source_of(config: RunConfig) -> str:
     if config.memory_budget is not None:
         return f"--memory-budget {config.memory_budget / 2**30:.2f} GiB {less}"
     device = device_of(config)
-    return f"what {device} has" if device.type == "cuda" else f"what this machine has free now, {less}"
+    if device.type == "cuda":
+        return f"what {device} has"
+    share = f"1/{processes_here()} of " if processes_here() > 1 else ""
+    return f"{share}what this machine has free now, {less}"
 
 
 def in_short(config: RunConfig) -> list[str]:

@@ -106,8 +106,9 @@ def plan(
         "WORLD_SIZE": str(nodes * gpus_per_node),
         "LOCAL_WORLD_SIZE": str(gpus_per_node),
     }  # as torchrun would
-    if (link or network) and nodes * gpus_per_node == 1:
-        raise InputError("--link and --network: one process sends nothing; give --gpus-per-node, or --nodes")
+    if (link or network) and (nodes * gpus_per_node == 1 or not flops):
+        why = "bound nothing by themselves; give --flops" if nodes * gpus_per_node > 1 else "one process sends nothing"
+        raise InputError(f"--link and --network: {why}")
     if picture and not compare:
         raise InputError(
             f"--picture {picture}: only --compare draws; give it rows, such as --compare adamw,galore_adamw"
@@ -335,6 +336,8 @@ def main() -> None:
     if not logger.handlers:
         logger.addHandler(_TqdmHandler())
     warnings.showwarning = _show_warning
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of --profile, before torch reads it
     debug = "--debug" in sys.argv[1:]
     try:
         code = cli(standalone_mode=False)
@@ -345,7 +348,7 @@ def main() -> None:
     except TrainingFailedError as error:
         code = _fail(error, str(error), 1, debug)
     except (click.Abort, KeyboardInterrupt):
-        code = 130
+        code = _fail(click.Abort(), "interrupted; there was nothing to save", 130, debug=False)
     except Exception as error:
         if debug:
             raise

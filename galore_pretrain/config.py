@@ -57,9 +57,10 @@ def parse_bytes(text: str) -> int:
 def parse_rate(text: str) -> float:
     """``989T``, ``450GB``, ``12.5G``: so many a second; K, M, G, T and P (10³ to 10¹⁵)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)b?", text.strip().lower())
-    if not match or not float(match[1]):
-        raise ValueError(f"{text!r} is not a rate; write 989T, 450G or 12.5GB")
-    return float(match[1]) * 1000.0 ** " kmgtp".index(match[2] or " ")
+    rate = float(match[1]) * 1000.0 ** " kmgtp".index(match[2] or " ") if match else 0.0
+    if rate < 1e6:
+        raise ValueError(f"{text!r} is not a rate a second; write 989T, 450G or 12.5GB")
+    return rate
 
 
 def parse_betas(text: str) -> tuple[float, float]:
@@ -200,14 +201,14 @@ class RunConfig:
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N.", str, MACHINE, free=True)
     shard: str = _flag(
         "full",
-        "Of several processes, which share a model out: all, those of a host, or none.",
+        "Which processes share a model out: all (FSDP), those of a host (HSDP), or none (DDP).",
         SHARDS,
         MACHINE,
         free=True,
     )
     reduce: str = _flag(
         "full",
-        "What --layerwise replicas send each other of a gradient that is projected: all of it, or what is left of it.",
+        "What replicas (--shard hybrid, none) sum: gradients, or what --layerwise leaves of them.",
         REDUCE,
         MACHINE,
         free=True,

@@ -255,7 +255,7 @@ def _file(ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> None:
             optimizer.discard([p])
 
     def bits_filed(p: Tensor, count: int) -> RandomBits | None:
-        with ledger.kind("moments"):
+        with ledger.kind("temporaries"):
             return bits(p, count)
 
     optimizer.gather, optimizer.settle = gather_filed, settle_filed  # type: ignore[method-assign]

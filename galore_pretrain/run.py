@@ -221,6 +221,8 @@ def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOpti
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     if world.size > 1:
         where = f"{world.size} processes (--shard {config.shard}), each on {where}"
+    elif config.reduce == "projected":
+        log.warning("--reduce projected: one process sums with nobody; it makes the updates layerwise, and no more")
     log.info("%s: %.1fM weights in %s on %s", config.model, total / 1e6, config.dtype, where)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):
         log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")

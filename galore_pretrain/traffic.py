@@ -66,10 +66,13 @@ class Traffic:
 
     def table(self, speeds: Speeds) -> str:
         """What a person reads."""
-        lines = [f"an update: {self.flops / 1e12:.1f} TFLOP of each process"]
-        for (name, between), size in sorted(self.sent.items()):
-            what = "in and out of each host" if between else "through each process"
-            lines.append(f"{name:<15}{size / 2**30:9.3f} GiB   {_where(between)}, {what}")
+        lines = [f"an update: {self.flops / 1e12:.3g} TFLOP of each process"]
+        for between in (False, True):
+            if total := self.through(network=between):
+                what = "in and out of each host" if between else "through each process"
+                parts = {name: size for (name, far), size in self.sent.items() if far == between and size > total / 100}
+                of = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in sorted(parts.items()))
+                lines.append(f"{_where(between)} {total / 2**30:.3g} GiB {what} ({of})")
         if seconds := self.seconds_at_least(speeds):
             slowest = max(seconds, key=lambda name: seconds[name])
             each = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
