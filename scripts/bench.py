@@ -5,8 +5,8 @@
     python scripts/bench.py --data corpus/ --tokenizer spiece.model      # other text than the sample's
 
 Candidates run in fresh processes, one after another, round after round, so that what else the machine does falls on
-all alike; figures are medians over the rounds, ratios those of medians. Peers: a Trainer of transformers, a loop by hand
-with torch's fused AdamW and this project's own loss, bitsandbytes' and torch's optimizers.
+all alike; figures are medians over the rounds, ratios those of medians. Peers: a Trainer of transformers, a loop by
+hand with torch's fused AdamW and this project's own loss, bitsandbytes' and torch's optimizers.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TOKENS = ROWS * LENGTH
 median = statistics.median
 
 
-# -- the training step: each in a process of its own --------------------------------------------------------------------
+# -- the training step: each in a process of its own ------------------------------------------------------------------
 
 
 def resident() -> int:
@@ -76,7 +76,21 @@ def ours(options: argparse.Namespace, *flags: str, optim: str = "galore_adamw", 
     words = ["--model", MODEL, "--optim", optim, "--data", options.data, "--tokenizer", options.tokenizer]
     words += ["--layout", "pack", "--steps", str(WARM_UP + updates), "--total-batch-size", str(ROWS)]
     words += ["--batch-size", str(ROWS), "--eval-every", "10000", "--save-every", "10000", "--eval-tokens", "1000"]
-    words += ["--lr", "0.001", "--grad-clip", "0", "--wandb", "disabled", "--output", str(output), *flags]
+    words += [
+        "--lr",
+        "0.001",
+        "--min-lr-ratio",
+        "1",
+        "--warmup-steps",
+        "0",
+        "--grad-clip",
+        "0",
+        "--wandb",
+        "disabled",
+        "--output",
+        str(output),
+        *flags,
+    ]
     words += ["--rank", str(RANK)] if "galore" in optim else []
     before = resident()
     cli.cli.main(words, standalone_mode=False)
@@ -147,8 +161,9 @@ def trainer(options: argparse.Namespace, optim: str) -> Any:
 
     galore = {"optim_target_modules": ["attn", "mlp"], "optim_args": f"rank={RANK}, update_proj_gap=200, scale=0.25"}
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=ROWS, max_steps=WARM_UP + UPDATES, learning_rate=1e-3,
-        logging_steps=1, report_to=[], save_strategy="no", optim=optim, max_grad_norm=0.0, weight_decay=0.0,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=ROWS, max_steps=WARM_UP + UPDATES,
+        learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no", optim=optim, max_grad_norm=0.0,
+        weight_decay=0.0,
         use_cpu=not torch.cuda.is_available(), disable_tqdm=True, lr_scheduler_type="constant", seed=0,
         **(galore if "galore" in optim else {}),
     )  # fmt: skip
@@ -159,15 +174,15 @@ def trainer(options: argparse.Namespace, optim: str) -> Any:
 
 STEP: dict[str, Callable[[argparse.Namespace], Any]] = {
     "Trainer galore_adamw": lambda o: trainer(o, "galore_adamw"),
-    "Trainer adamw_torch_fused": lambda o: trainer(o, "adamw_torch_fused"),
     "by hand": by_hand,
     "galore_adamw": lambda o: ours(o, "--no-layerwise"),
-    "galore_adamw layerwise": lambda o: ours(o, "--layerwise"),
-    "galore_adamw8bit layerwise": lambda o: ours(o, "--layerwise", optim="galore_adamw8bit"),
-    "galore_adamw compile": lambda o: ours(o, "--no-layerwise", "--compile"),
-    "galore_adamw together": lambda o: ours(o, "--no-layerwise", "--refresh", "together"),
-    "galore_adamw staggered": lambda o: ours(o, "--no-layerwise", updates=20),
+    "galore_adamw, compiled": lambda o: ours(o, "--no-layerwise", "--compile"),
+    "galore_adamw, together": lambda o: ours(o, "--no-layerwise", "--refresh", "together"),
+    "galore_adamw, staggered": lambda o: ours(o, "--no-layerwise", updates=20),
+    "galore_adamw, layerwise": lambda o: ours(o, "--layerwise"),
+    "galore_adamw8bit, layerwise": lambda o: ours(o, "--layerwise", optim="galore_adamw8bit"),
 }
+LEAN = ("galore_adamw, layerwise", "galore_adamw8bit, layerwise")  # of which memory is asked, not time
 
 
 def in_fresh_process(name: str, options: argparse.Namespace, *, memory: bool = False) -> Any:
@@ -183,16 +198,17 @@ def in_fresh_process(name: str, options: argparse.Namespace, *, memory: bool = F
 def step(options: argparse.Namespace, table: "Table") -> None:
     found = defaultdict(list)
     for _ in range(options.rounds):
-        for name in STEP:
+        for name in (name for name in STEP if name not in LEAN):
             found[name].append(in_fresh_process(name, options))
-    growth = {name: in_fresh_process(name, options, memory=True)["growth"] for name in STEP}
+    memory = ("Trainer galore_adamw", "galore_adamw", *LEAN)
+    growth = {name: in_fresh_process(name, options, memory=True)["growth"] for name in memory}
 
     def steady(name: str) -> float:
         return median(TOKENS / median(run["seconds"][WARM_UP:]) for run in found[name])
 
     def from_the_first(name: str) -> float:
-        """Tokens/s of eight updates, the first of which renews all bases. What is loaded at first use is left out: the
-        process's first update of all is compared with its second, and a refresh of all is what `together` adds."""
+        """Tokens/s of eight updates and what a process's first, which renews all bases, takes longer: the first use of
+        libraries is in it too, for both."""
         return median(UPDATES * TOKENS / (sum(run["seconds"][WARM_UP:]) + _first(run)) for run in found[name])
 
     def _first(run: Any) -> float:
@@ -200,27 +216,27 @@ def step(options: argparse.Namespace, table: "Table") -> None:
 
     peer, hand, own = (steady(name) for name in ("Trainer galore_adamw", "by hand", "galore_adamw"))
     table.line("step, tokens/s, against Trainer galore_adamw", peer, own, ">= 1.25")
-    first = [from_the_first(name) for name in ("Trainer galore_adamw", "galore_adamw together")]
+    first = [from_the_first(name) for name in ("Trainer galore_adamw", "galore_adamw, together")]
     table.line("the same, with one refresh of all in 8 updates", *first, ">= 1.5")
-    table.line("the same with --compile", peer, steady("galore_adamw compile"), ">= 1.6")
+    table.line("the same with --compile", peer, steady("galore_adamw, compiled"), ">= 1.6")
     table.line("step, tokens/s, against a loop by hand, fused AdamW", hand, own, ">= 0.97")
-    for name in ("galore_adamw layerwise", "galore_adamw8bit layerwise", "galore_adamw"):
+    for name in memory[1:]:
         table.line(f"memory, MiB, {name}, against Trainer galore_adamw", growth["Trainer galore_adamw"] / 2**20,
                    growth[name] / 2**20, "<= 0.4")  # fmt: skip
-    losses = [median(sum(run["losses"][WARM_UP:]) / UPDATES for run in found[n]) for n in ("by hand", "galore_adamw")]
-    table.note(f"mean loss of updates {WARM_UP + 1} to {WARM_UP + UPDATES}: by hand (AdamW) {losses[0]:.3f}, galore_adamw {losses[1]:.3f}; " +
-               ", ".join(f"{n} {steady(n):.0f} tokens/s and {growth[n] / 2**20:.0f} MiB" for n in STEP))  # fmt: skip
+    low, high = WARM_UP + 1, WARM_UP + UPDATES
+    losses = {n: median(sum(run["losses"][WARM_UP:]) / UPDATES for run in found[n]) for n in found if "stag" not in n}
+    table.note(f"Mean loss of updates {low} to {high}: {', '.join(f'{n} {v:.3f}' for n, v in losses.items())}.")
+    table.note("Tokens/s: " + ", ".join(f"{n} {steady(n):.0f}" for n in found) + ". Memory is what a process grew by.")
     updates = [
-        median(values) for values in zip(*(run["seconds"][1:] for run in found["galore_adamw staggered"]), strict=True)
+        median(values) for values in zip(*(run["seconds"][1:] for run in found["galore_adamw, staggered"]), strict=True)
     ]
-    table.line(
-        "slowest update over the median, staggered, T 200, first 23", 1.0, max(updates) / median(updates), "<= 1.1"
-    )
+    slowest = max(updates) / median(updates)
+    table.line("slowest of 22 updates over the median, staggered, T = 200", 1.0, slowest, "<= 1.1")
     waited = 100 * median(run["waited"] for run in found["galore_adamw"])
     table.line("share of a step that waits for text, %", 1.0, waited, "<= 1")
 
 
-# -- the optimizer alone -------------------------------------------------------------------------------------------------
+# -- the optimizer alone ----------------------------------------------------------------------------------------------
 
 
 def optimizer(options: argparse.Namespace, table: "Table") -> None:
@@ -257,19 +273,18 @@ def optimizer(options: argparse.Namespace, table: "Table") -> None:
             for name, each in built.items():
                 times[name].append(1000 * seconds(each, grads, torch.device("cpu")))
         ms = {name: median(values[2:]) for name, values in times.items()}
-        table.line(
-            f"{size}: galore_adamw's update, to nearest, ms, against fused AdamW", ms["fused"], ms["nearest"], "<= 1.3"
-        )
+        goal = f"{size}: galore_adamw's update, to nearest, ms, against fused AdamW"
+        table.line(goal, ms["fused"], ms["nearest"], "<= 1.3")
         if size == "60m":
-            table.line("60m: what stochastic rounding adds, ms, against a step of 8 × 256", table.step_ms or float("nan"),
-                       ms["stochastic"] - ms["nearest"], "<= 0.1")  # fmt: skip
+            goal = "60m: what stochastic rounding adds, ms, against a step of 8 × 256"
+            table.line(goal, table.step_ms or float("nan"), ms["stochastic"] - ms["nearest"], "<= 0.1")
         for row in ("adamw8bit", "galore_adamw8bit"):
             table.line(
                 f"{size}: {row}'s update, ms, against bitsandbytes' AdamW8bit", ms["bitsandbytes"], ms[row], "<= 1"
             )
 
 
-# -- text and start ------------------------------------------------------------------------------------------------------
+# -- text and start ---------------------------------------------------------------------------------------------------
 
 
 def text(options: argparse.Namespace, table: "Table") -> None:
@@ -335,13 +350,14 @@ def start(options: argparse.Namespace, table: "Table") -> None:
         process.wait()
     table.line("start: from command to first update, s", 8.0, median(firsts), "<= 1")
     table.line("start: --help, s", 0.4, median(helps), "<= 1")
-    code = "import sys; from galore_pretrain.cli import cli; cli.main(sys.argv[1:], standalone_mode=False); print(sorted({'wandb', 'datasets'} & set(sys.modules)))"
+    code = "import sys; from galore_pretrain.cli import cli; cli.main(sys.argv[1:], standalone_mode=False); "
+    code += "print(sorted({'wandb', 'datasets'} & set(sys.modules)))"
     words = [sys.executable, "-c", code, "plan", "--model", MODEL, "--data", "sample"]
     loaded = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     table.note(f"`plan` loads of wandb and datasets: {loaded}")
 
 
-# -- the table -----------------------------------------------------------------------------------------------------------
+# -- the table --------------------------------------------------------------------------------------------------------
 
 
 class Table:
@@ -387,9 +403,8 @@ def main() -> None:
     versions = ", ".join(
         f"{p} {metadata.version(p)}" for p in ("torch", "transformers", "accelerate", "galore-torch", "bitsandbytes")
     )
-    print(
-        f"{MODEL}, bf16, {ROWS} × {LENGTH} tokens, rank {RANK}; {platform.machine()} CPU, {torch.get_num_threads()} threads; {versions}"
-    )
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{MODEL}, bf16, {ROWS} × {LENGTH} tokens, rank {RANK}; {machine}; {versions}")
     print(f"{time.strftime('%Y-%m-%d')}, medians of {options.rounds} rounds\n")
     table = Table()
     for name in options.only:

@@ -180,6 +180,8 @@ class Adam:
             fused = self.store.fused_adam(grad, state, step, self.betas, self.eps)
             if fused is not None:
                 return Direction(fused, factor=-1.0)
+        if step.ok is None and self.is_kernels(step, grad.dtype) and state["exp_avg"].dtype == grad.dtype:
+            return self._fused(state["exp_avg"], state["exp_avg_sq"], grad, step)  # in place
         m, v = self.store.read(state, "exp_avg", step), self.store.read(state, "exp_avg_sq", step)
         grad = grad.to(m.dtype)
         if self.formula == "torch" and isinstance(self.store, Dense) and m.dtype == torch.float32:
@@ -199,10 +201,10 @@ class Adam:
         if self.formula != "torch" or self.store != Dense() or self.scaled or self.decay == "after":
             return False
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        if weight.dtype == torch.float32:
+        if self.is_kernels(step, weight.dtype):
             self._kernel(weight, grad, m, v, step, step.lr, decay)
             return True
-        if weight.dtype != torch.bfloat16 or step.bits is None:
+        if weight.dtype != torch.bfloat16:
             return False
         kept = (weight, m, v)
         copies = torch.empty(4, weight.numel(), dtype=torch.float32, device=weight.device)
@@ -211,6 +213,12 @@ class Adam:
         self._kernel(copies[0], copies[3], copies[1], copies[2], step, step.lr, decay)
         step.store_together(kept, copies[:3])
         return True
+
+    def is_kernels(self, step: Step, dtype: torch.dtype) -> bool:
+        """Whether torch's kernel, given whole tensors of that dtype, does what this rule does: it computes in fp32, and
+        rounds what it writes to nearest."""
+        is_dense = self.formula == "torch" and self.store == Dense() and not self.scaled
+        return is_dense and (dtype == torch.float32 or (dtype == torch.bfloat16 and step.bits is None))
 
     def _kernel(self, weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, lr: float, decay: float) -> None:
         """Called directly: the way there through ``torch.optim`` takes longer than a chunk."""
