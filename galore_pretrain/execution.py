@@ -83,6 +83,7 @@ class _Updates(ABC):
 
     def discard(self) -> None:
         self._optimizer.discard()
+        self._optimizer.take_faults()  # of an update that is not made
 
 
 class GlobalStep(_Updates):

@@ -228,11 +228,13 @@ class Trainer:
         """Gradients of the mean loss over the update's ``label_tokens``, whatever the micro-batch; returns that loss.
 
         The published code averages the means of micro-batches instead (``mean_of_means``). A non-finite loss, or one
-        beyond ``max_loss``, ends the update before its backward pass and drops the gradients.
+        beyond ``max_loss``, ends the update before its backward pass and drops the gradients. Where looking at a loss
+        would wait for a GPU, and there is no bound, it is looked at once, at the end: what is not finite by then has
+        been skipped tensor by tensor.
         """
         world, first = self.world, self.world.rank * len(batch.input_ids)
         inputs, labels = batch.input_ids.split(self.batch_size), batch.labels.split(self.batch_size)
-        total = 0.0
+        sum_ = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, (input_ids, targets) in enumerate(zip(inputs, labels, strict=True)):
             parts = len(inputs) * world.size
             divisor = max(1, int((targets >= 0).sum())) * parts if self.mean_of_means else max(1, label_tokens)
@@ -240,21 +242,23 @@ class Trainer:
             with self.watch.span("forward"):
                 ids, wanted = (part.to(self.device, non_blocking=True) for part in (input_ids, targets))
                 loss = mean_loss(self.model, ids, wanted, divisor)
-                total += world.sum(loss.detach()).item()
-            if not self._is_sound(total):
-                log.log(
-                    logging.WARNING if world.is_main else logging.DEBUG,
-                    "the loss of update %d is %s: skipped",
-                    self.state.step + 1,
-                    total,
-                )
-                self.execution.discard()
+                sum_ += loss.detach()
+            if self._looks_at_each() and not self._is_sound(world.sum(sum_).item()):
                 break
             self.execution.begin(i, len(inputs))
             with self.watch.span("backward"):
                 loss.backward()
             del loss  # and its graph, before the next one is made
+        total = float(world.sum(sum_).item())
+        if not self._is_sound(total):
+            level = logging.WARNING if world.is_main else logging.DEBUG
+            log.log(level, "the loss of update %d is %s: skipped", self.state.step + 1, total)
+            self.execution.discard()
         return total
+
+    def _looks_at_each(self) -> bool:
+        """Whether the loss of each micro-batch is looked at before its backward pass."""
+        return self.device.type == "cpu" or math.isfinite(self.max_loss)
 
     def _is_sound(self, loss: float) -> bool:
         return math.isfinite(loss) and loss <= self.max_loss

@@ -11,10 +11,7 @@ hand with torch's fused AdamW and this project's own loss, bitsandbytes' and tor
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -38,14 +35,6 @@ median = statistics.median
 # -- the training step: each in a process of its own ------------------------------------------------------------------
 
 
-def resident() -> int:
-    """Bytes that the process holds, less what its libraries have freed."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def batches(options: argparse.Namespace) -> Iterator[Any]:
     from galore_pretrain.data import TokenRows, TrainingData
     from galore_pretrain.sources import open_source
@@ -55,10 +44,9 @@ def batches(options: argparse.Namespace) -> Iterator[Any]:
     return iter(TrainingData(open_source(options.data, "train"), rows, ROWS, 0))
 
 
-def ours(options: argparse.Namespace, *flags: str, optim: str = "galore_adamw", updates: int = UPDATES) -> Any:
+def ours(options: argparse.Namespace, *flags: str, optim: str = "galore_adamw") -> Any:
     """The real command line; what it waits for text is timed where it asks for it."""
     from galore_pretrain import cli, run
-    from galore_pretrain.memory import process_peak_bytes
 
     waited: list[float] = []
     read_ahead = run.read_ahead  # type: ignore[attr-defined]
@@ -74,7 +62,7 @@ def ours(options: argparse.Namespace, *flags: str, optim: str = "galore_adamw", 
     run.read_ahead = timed  # type: ignore[attr-defined]
     output = Path(tempfile.mkdtemp()) / "run"
     words = ["--model", MODEL, "--optim", optim, "--data", options.data, "--tokenizer", options.tokenizer]
-    words += ["--layout", "pack", "--steps", str(WARM_UP + updates), "--total-batch-size", str(ROWS)]
+    words += ["--layout", "pack", "--steps", str(WARM_UP + options.updates), "--total-batch-size", str(ROWS)]
     words += ["--batch-size", str(ROWS), "--eval-every", "10000", "--save-every", "10000", "--eval-tokens", "1000"]
     words += [
         "--lr",
@@ -92,16 +80,12 @@ def ours(options: argparse.Namespace, *flags: str, optim: str = "galore_adamw", 
         *flags,
     ]
     words += ["--rank", str(RANK)] if "galore" in optim else []
-    before = resident()
     cli.cli.main(words, standalone_mode=False)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     seconds = [TOKENS / line["tokens_per_second"] for line in lines]
-    # The run's peak before it exports its model: of the line before the last, which evaluates.
-    growth = min(process_peak_bytes(), lines[-2]["process_peak_bytes"]) - before
     return {
         "seconds": seconds,
         "losses": [line["loss"] for line in lines],
-        "growth": growth,
         "waited": sum(waited[WARM_UP:]) / sum(seconds[WARM_UP:]),
     }
 
@@ -110,14 +94,12 @@ def by_hand(options: argparse.Namespace) -> Any:
     """A loop such as anybody writes: torch's fused AdamW, the chunked loss of this project."""
     import torch
 
-    from galore_pretrain.memory import process_peak_bytes
     from galore_pretrain.model import build_model, load_model_config, mean_loss
 
-    before = resident()
     model = build_model(load_model_config(MODEL), dtype=torch.bfloat16, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, weight_decay=0.0)
     seconds, losses = [], []
-    for batch in islice(batches(options), WARM_UP + UPDATES):
+    for batch in islice(batches(options), WARM_UP + options.updates):
         started = time.perf_counter()
         loss = mean_loss(model, batch.input_ids, batch.labels, batch.label_tokens)
         loss.backward()
@@ -125,7 +107,7 @@ def by_hand(options: argparse.Namespace) -> Any:
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds, "losses": losses, "growth": process_peak_bytes() - before}
+    return {"seconds": seconds, "losses": losses}
 
 
 def trainer(options: argparse.Namespace, optim: str) -> Any:
@@ -133,15 +115,13 @@ def trainer(options: argparse.Namespace, optim: str) -> Any:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from galore_pretrain.memory import process_peak_bytes
     from galore_pretrain.model import build_model, load_model_config
 
     rows = [
         {"input_ids": ids, "labels": ids}
-        for batch in islice(batches(options), WARM_UP + UPDATES)
+        for batch in islice(batches(options), WARM_UP + options.updates)
         for ids in batch.input_ids
     ]
-    before = resident()
     model = build_model(load_model_config(MODEL), dtype=torch.bfloat16, seed=0)
     model.set_attn_implementation("sdpa")
     seconds: list[float] = []
@@ -161,7 +141,7 @@ def trainer(options: argparse.Namespace, optim: str) -> Any:
 
     galore = {"optim_target_modules": ["attn", "mlp"], "optim_args": f"rank={RANK}, update_proj_gap=200, scale=0.25"}
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=ROWS, max_steps=WARM_UP + UPDATES,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=ROWS, max_steps=WARM_UP + options.updates,
         learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no", optim=optim, max_grad_norm=0.0,
         weight_decay=0.0,
         use_cpu=not torch.cuda.is_available(), disable_tqdm=True, lr_scheduler_type="constant", seed=0,
@@ -169,7 +149,7 @@ def trainer(options: argparse.Namespace, optim: str) -> Any:
     )  # fmt: skip
     with contextlib.redirect_stdout(sys.stderr):
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
-    return {"seconds": seconds, "losses": losses, "growth": process_peak_bytes() - before}
+    return {"seconds": seconds, "losses": losses}
 
 
 STEP: dict[str, Callable[[argparse.Namespace], Any]] = {
@@ -178,7 +158,7 @@ STEP: dict[str, Callable[[argparse.Namespace], Any]] = {
     "galore_adamw": lambda o: ours(o, "--no-layerwise"),
     "galore_adamw, compiled": lambda o: ours(o, "--no-layerwise", "--compile"),
     "galore_adamw, together": lambda o: ours(o, "--no-layerwise", "--refresh", "together"),
-    "galore_adamw, staggered": lambda o: ours(o, "--no-layerwise", updates=20),
+    "galore_adamw, staggered": lambda o: ours(o, "--no-layerwise"),
     "galore_adamw, layerwise": lambda o: ours(o, "--layerwise"),
     "galore_adamw8bit, layerwise": lambda o: ours(o, "--layerwise", optim="galore_adamw8bit"),
 }
@@ -187,9 +167,8 @@ LEAN = ("galore_adamw, layerwise", "galore_adamw8bit, layerwise")  # of which me
 
 def in_fresh_process(name: str, options: argparse.Namespace, *, memory: bool = False) -> Any:
     command = [sys.executable, __file__, "--one", name, "--data", options.data, "--tokenizer", options.tokenizer]
-    # For memory, large blocks go back to the system when they are freed: else the peak is the allocator's habit.
-    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"} if memory else {}
-    done = subprocess.run(command, env=os.environ | exact, capture_output=True, text=True, check=False)
+    command += ["--updates", "20" if "staggered" in name else "1" if memory else str(UPDATES)]
+    done = subprocess.run(command + ["--memory"] * memory, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -200,8 +179,6 @@ def step(options: argparse.Namespace, table: "Table") -> None:
     for _ in range(options.rounds):
         for name in (name for name in STEP if name not in LEAN):
             found[name].append(in_fresh_process(name, options))
-    memory = ("Trainer galore_adamw", "galore_adamw", *LEAN)
-    growth = {name: in_fresh_process(name, options, memory=True)["growth"] for name in memory}
 
     def steady(name: str) -> float:
         return median(TOKENS / median(run["seconds"][WARM_UP:]) for run in found[name])
@@ -220,13 +197,10 @@ def step(options: argparse.Namespace, table: "Table") -> None:
     table.line("the same, with one refresh of all in 8 updates", *first, ">= 1.5")
     table.line("the same with --compile", peer, steady("galore_adamw, compiled"), ">= 1.6")
     table.line("step, tokens/s, against a loop by hand, fused AdamW", hand, own, ">= 0.97")
-    for name in memory[1:]:
-        table.line(f"memory, MiB, {name}, against Trainer galore_adamw", growth["Trainer galore_adamw"] / 2**20,
-                   growth[name] / 2**20, "<= 0.4")  # fmt: skip
     low, high = WARM_UP + 1, WARM_UP + UPDATES
     losses = {n: median(sum(run["losses"][WARM_UP:]) / UPDATES for run in found[n]) for n in found if "stag" not in n}
     table.note(f"Mean loss of updates {low} to {high}: {', '.join(f'{n} {v:.3f}' for n, v in losses.items())}.")
-    table.note("Tokens/s: " + ", ".join(f"{n} {steady(n):.0f}" for n in found) + ". Memory is what a process grew by.")
+    table.note("Tokens/s: " + ", ".join(f"{n} {steady(n):.0f}" for n in found) + ".")
     updates = [
         median(values) for values in zip(*(run["seconds"][1:] for run in found["galore_adamw, staggered"]), strict=True)
     ]
@@ -234,6 +208,14 @@ def step(options: argparse.Namespace, table: "Table") -> None:
     table.line("slowest of 22 updates over the median, staggered, T = 200", 1.0, slowest, "<= 1.1")
     waited = 100 * median(run["waited"] for run in found["galore_adamw"])
     table.line("share of a step that waits for text, %", 1.0, waited, "<= 1")
+
+
+def memory(options: argparse.Namespace, table: "Table") -> None:
+    """What torch's allocator gives out, from before there is a model to the end of four updates."""
+    names = ("Trainer galore_adamw", "galore_adamw", *LEAN)
+    peak = {name: in_fresh_process(name, options, memory=True)["peak"] / 2**20 for name in names}
+    for name in names[1:]:
+        table.line(f"memory, MiB, {name}, against Trainer galore_adamw", peak[names[0]], peak[name], "<= 0.4")
 
 
 # -- the optimizer alone ----------------------------------------------------------------------------------------------
@@ -357,6 +339,48 @@ def start(options: argparse.Namespace, table: "Table") -> None:
     table.note(f"`plan` loads of wandb and datasets: {loaded}")
 
 
+# -- two layers of 7B -------------------------------------------------------------------------------------------------
+
+
+def seven(options: argparse.Namespace, table: "Table") -> None:
+    """galore_adamw8bit, rank 1024; an update of 512 × 256 tokens by arithmetic from what a few take: forward and
+    backward for each, projecting once a micro-batch of 8 × 256, the rest of an update once, the bases once in 500."""
+    import torch
+    from bench_growth import measured, two_layers_of
+
+    from galore_pretrain.model import load_model_config
+    from galore_pretrain.recipes import resolve
+
+    given: dict[str, Any] = {"model": two_layers_of("llama_7b"), "optim": "galore_adamw8bit", "rank": 1024}
+    given |= {"data": "sample", "steps": 1000, "grad_clip": 0.0, "layerwise": False, "activation_checkpointing": False}
+    given |= {"refresh": "together", "batch_size": 4, "total_batch_size": 4}
+    config, _ = resolve(given, dict.fromkeys(given, "flag"))
+    shape, tokens = load_model_config(config.model), 4 * LENGTH
+    h, i, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    weights = layers * (4 * h * h + 3 * h * i) + h * shape.vocab_size
+    work = 6 * weights * tokens + 12 * layers * h * LENGTH * tokens
+    a, b = torch.randn(2048, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
+    peaks, passes, updates, bases = [], [], [], []
+    for _ in range(3):
+        for _ in range(3):
+            started = time.perf_counter()
+            a @ b
+            peaks.append(2 * 2048 * 4096 * 4096 / (time.perf_counter() - started))
+        found = measured(config, 3)
+        for values, value in zip((passes, updates, bases), found, strict=True):
+            values.append(value)
+    peak, fb, update, refresh = (median(values) for values in (peaks, passes, updates, bases))
+    table.line("7B, two layers: forward and backward, GFLOP/s, against the peak", peak / 1e9, work / fb / 1e9, ">= 0.6")
+    projecting = 2 * layers * (4 * h * h + 3 * h * i) * 1024 / peak  # of a micro-batch, at the peak
+    whole = 512 / 4 * fb
+    once = update + 63 * projecting + refresh / 500
+    table.line("7B: update, projecting and bases, s of a step of 512 × 256 of two layers", whole + once, once, "<= 0.3")
+    table.note(
+        f"7B, two layers, embeddings and head: forward and backward of 4 × 256 tokens {fb:.2f} s, "
+        f"an update {update:.2f} s, all 14 bases {refresh:.2f} s."
+    )
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -383,7 +407,7 @@ class Table:
         self.notes.append(words)
 
 
-PARTS = {"step": step, "optimizer": optimizer, "text": text, "start": start}
+PARTS = {"step": step, "memory": memory, "optimizer": optimizer, "text": text, "start": start, "seven": seven}
 
 
 def main() -> None:
@@ -393,10 +417,15 @@ def main() -> None:
     parser.add_argument("--data", default="sample")
     parser.add_argument("--tokenizer", default="sample")
     parser.add_argument("--one", choices=list(STEP), help=argparse.SUPPRESS)
+    parser.add_argument("--updates", type=int, default=UPDATES, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        found = STEP[options.one](options)
-        print(json.dumps(found))
+        from galore_pretrain.memory import allocated_peak
+
+        found: list[Any] = []
+        work = lambda: found.append(STEP[options.one](options))  # noqa: E731
+        print(json.dumps({"peak": allocated_peak(work)} if options.memory else work() or found[0]))
         return
     import torch
 

@@ -85,11 +85,14 @@ def break_losses(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) ->
     monkeypatch.setattr(module, "mean_loss", loss)
 
 
+@pytest.mark.parametrize("looks", [True, False])
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_loss_that_is_not_finite_skips_its_update(
-    layerwise: bool, build_tiny: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+    layerwise: bool, looks: bool, build_tiny: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No weight moves, training goes on, and no checkpoint is written while updates are being skipped."""
+    """No weight moves, training goes on, and no checkpoint is written while updates are being skipped; also where the
+    loss is not looked at before the backward pass, as on a GPU."""
+    monkeypatch.setattr(Trainer, "_looks_at_each", lambda self: looks)
     break_losses(monkeypatch, lambda call: call in (4, 5))
     model = build_tiny()
     trainer, lines, saved = build(model, 8, layerwise)
