@@ -160,9 +160,12 @@ STEP: dict[str, Callable[[argparse.Namespace], Any]] = {
     "galore_adamw, together": lambda o: ours(o, "--no-layerwise", "--refresh", "together"),
     "galore_adamw, staggered": lambda o: ours(o, "--no-layerwise"),
     "galore_adamw, layerwise": lambda o: ours(o, "--layerwise"),
-    "galore_adamw8bit, layerwise": lambda o: ours(o, "--layerwise", optim="galore_adamw8bit"),
+    "galore_adamw, checkpointed": lambda o: ours(o, "--layerwise", "--activation-checkpointing"),
+    "galore_adamw8bit, checkpointed": lambda o: ours(
+        o, "--layerwise", "--activation-checkpointing", optim="galore_adamw8bit"
+    ),
 }
-LEAN = ("galore_adamw, layerwise", "galore_adamw8bit, layerwise")  # of which memory is asked, not time
+LEAN = tuple(name for name in STEP if "layerwise" in name or "checkpointed" in name)  # of which memory is asked
 
 
 def in_fresh_process(name: str, options: argparse.Namespace, *, memory: bool = False) -> Any:
