@@ -99,10 +99,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of ",
-        end="",
-    )
+    print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, torch {torch.__version__};", end=" ")
     print(f"medians of {arguments.rounds}; 1 × 256 tokens, rank 128 and llama_60m where nothing else is said\n")
     print("| | | forward, backward: ms | GFLOP | GFLOP/s | update: ms | its share | all bases: ms | over T = 200 |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
