@@ -348,7 +348,7 @@ def main() -> None:
     except TrainingFailedError as error:
         code = _fail(error, str(error), 1, debug)
     except (click.Abort, KeyboardInterrupt):
-        code = _fail(click.Abort(), "interrupted; there was nothing to save", 130, debug=False)
+        code = _fail(click.ClickException("interrupted"), "interrupted", 130, debug=False)
     except Exception as error:
         if debug:
             raise

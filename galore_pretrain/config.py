@@ -216,7 +216,9 @@ class RunConfig:
     distributed_timeout: int = _flag(
         600, "Seconds that a process waits for the others before all end.", int, MACHINE, least=1, free=True
     )
-    compile: bool = _flag(False, "Compile the decoder layers (torch.compile).", bool, MACHINE, free=True)
+    compile: bool = _flag(
+        False, "Compile the decoder layers (torch.compile); planned as if they were not.", bool, MACHINE, free=True
+    )
     profile: int | None = _flag(
         None, "Say where the time of so many updates goes, in OUTPUT/profile.", int, MACHINE, least=1, free=True,
         shown="off",

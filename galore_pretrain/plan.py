@@ -2,8 +2,10 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,18 +129,9 @@ def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, e
     updated, three are (``every_update`` makes all). Allocations are counted, without what an allocator or a kernel of
     a library adds for itself.
     """
-    if mesh is not None:
-        import torch.distributed._tools.fake_collectives  # noqa: F401  (what they return of fake tensors)
-    model = model_for(config, architecture, "meta", mesh=mesh)
-    optimizer_for(config, model, mesh)  # fills caches that fake tensors cannot
     ledger = Ledger()
     shortened = contextlib.nullcontext() if every_update else abridged()
-    with FakeTensorMode(allow_non_fake_inputs=True), device_of(config), ledger, shortened:
-        with ledger.kind("weights"):
-            model.to_empty(device=device_of(config))
-            model.tie_weights()  # where the config says so: new storage has parted them
-        with ledger.kind("moments"):
-            optimizer = optimizer_for(config, prepare(config, model), mesh)
+    with shortened, faked(config, architecture, mesh, ledger) as (model, optimizer):
         for state in optimizer.state.values():
             for name, value in state.items():
                 if name.endswith("basis"):
@@ -148,6 +141,28 @@ def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, e
         _file(ledger, optimizer, each=every_update)
         make_heaviest_updates(config, model, optimizer, execution, min(config.micro_batches, 2))
     return Plan(config, ledger.peak, ledger.at_peak, ledger.place_of_peak)
+
+
+@contextmanager
+def faked(
+    config: RunConfig, architecture: LlamaConfig, mesh: Any = None, ledger: Ledger | None = None
+) -> Iterator[tuple[LlamaForCausalLM, "RuleOptimizer"]]:
+    """Meanwhile, tensors are fake: a run's model and optimizer of them, which ``ledger`` sees being made."""
+    if mesh is not None:
+        import_module("torch.distributed._tools.fake_collectives")  # what they return of fake tensors
+    model = model_for(config, architecture, "meta", mesh=mesh)
+    optimizer_for(config, model, mesh)  # fills caches that fake tensors cannot
+
+    def kind(name: str) -> AbstractContextManager[None]:
+        return ledger.kind(name) if ledger else contextlib.nullcontext()
+
+    with FakeTensorMode(allow_non_fake_inputs=True), device_of(config), ledger or contextlib.nullcontext():
+        with kind("weights"):
+            model.to_empty(device=device_of(config))
+            model.tie_weights()  # where the config says so: new storage has parted them
+        with kind("moments"):
+            optimizer = optimizer_for(config, prepare(config, model), mesh)
+        yield model, optimizer
 
 
 def make_heaviest_updates(

@@ -80,7 +80,7 @@ class Profile:
     def update_done(self) -> str | None:
         """After each update; the table, after the last of those that are looked at."""
         self._done += 1
-        if self._done == 0 and self._updates:
+        if self._done == 0:
             activities = [ProfilerActivity.CPU]
             activities += [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
             self._watch()
@@ -95,15 +95,14 @@ class Profile:
         for owner, name, method in self._watched:
             setattr(owner, name, method)
         self._watched.clear()
-        if self._torch is None:
-            return (
-                None
-                if self._done >= 0
-                else f"--profile: the run ended with its first {_WARM_UP} updates, which do not count"
-            )
-        self._seconds = time.perf_counter() - self._seconds
         seen, self._torch = self._torch, None
-        seen.__exit__(None, None, None)
+        if seen is not None:
+            seen.__exit__(None, None, None)
+        if self._done <= 0:
+            return f"--profile: the run ended with its first {_WARM_UP} updates, which do not count"
+        if seen is None:
+            return None
+        self._seconds = time.perf_counter() - self._seconds
         table = self._table(seen)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +113,7 @@ class Profile:
         return table
 
     def _table(self, seen: Any) -> str:
-        updates = max(1, min(self._done, self._updates))
+        updates = min(self._done, self._updates)
         named = sum(self._spent.values())
         spent = {**{part: self._spent[part] for part in _PARTS}, "other": max(0.0, self._seconds - named)}
         lines = [f"{updates} updates, {1000 * self._seconds / updates:.1f} ms each"]

@@ -130,23 +130,11 @@ def _train(
     own = found is not None and found.is_in(output / "checkpoints")
     loggers: list[MetricLogger] = []
     world.from_main(lambda: loggers.extend(_loggers(config, output, state, saved if own else {})))
-    peaks = _Peaks(device, saved.get("peaks", (0, 0)))
-
-    def seconds() -> float:
-        return float(saved.get("wall_seconds", 0.0)) + time.monotonic() - started
-
-    def extra() -> dict[str, Any]:
-        """What a checkpoint holds of the run around the training."""
-        lines, _, wandb = loggers  # the main process's, which alone is asked
-        assert isinstance(lines, JsonLines)
-        assert isinstance(wandb, Wandb)
-        known = {"metrics_bytes": lines.sync(), "wandb_id": wandb.run_id, "peaks": peaks.now()}
-        return known | {"wall_seconds": seconds(), "inputs": inputs.fingerprints(), "revision": inputs.revision}
-
-    saver = Saver(config, model, optimizer, state, extra, found, world)
+    around = _Around(device, inputs, loggers, saved, started)
+    saver = Saver(config, model, optimizer, state, around.to_save, found, world)
     factors = factors_of(config)
     watch: Watch = Unwatched()
-    if config.profile is not None and world.is_main:
+    if config.profile and world.is_main:
         watch = Profile(config.profile, output / "profile", device)
     trainer = Trainer(
         model=model,
@@ -177,9 +165,11 @@ def _train(
             if not is_over:
                 log.info("stopped after update %d; %s goes on there", state.step, again(config))
                 return 128 + (trainer.stop_signal or 0)
-            reached = peaks.now()  # exporting is not training
+            reached = around.peaks()  # exporting is not training
             export(output / "model", model, inputs.tokenizer, world)
-            summary = _summary(state, static_bytes(config, inputs.model), reached, seconds(), saver.stalled, world)
+            summary = _summary(
+                state, static_bytes(config, inputs.model), reached, around.seconds(), saver.stalled, world
+            )
             world.from_main(
                 lambda: write_summary(
                     output, summary | {"planned_peak_bytes": _planned_peak(planned, config, inputs, world)}
@@ -294,16 +284,36 @@ def _loggers(
     return lines, progress, wandb
 
 
-class _Peaks:
-    """The largest memory peaks of a run, over all the processes that it took."""
+class _Around:
+    """What there is of a run around its training, over all the starts that it took: its time, its memory's peaks, and
+    what a checkpoint holds of it beside. ``loggers`` are the main process's, which alone is asked `to_save`."""
 
-    def __init__(self, device: torch.device, before: Sequence[int]) -> None:
-        self._device, self._before = device, before
+    def __init__(
+        self,
+        device: torch.device,
+        inputs: Inputs,
+        loggers: Sequence[MetricLogger],
+        saved: Mapping[str, Any],
+        started: float,
+    ) -> None:
+        self._device, self._inputs, self._loggers, self._started = device, inputs, loggers, started
+        self._peaks, self._seconds = saved.get("peaks", (0, 0)), float(saved.get("wall_seconds", 0.0))
 
-    def now(self) -> tuple[int, int]:
-        """(of the device's allocator, of the process)"""
-        allocator, process = self._before
+    def peaks(self) -> tuple[int, int]:
+        """Bytes: (of the device's allocator, of the process)"""
+        allocator, process = self._peaks
         return max(allocator, peak_memory_bytes(self._device)), max(process, process_peak_bytes())
+
+    def seconds(self) -> float:
+        return self._seconds + time.monotonic() - self._started
+
+    def to_save(self) -> dict[str, Any]:
+        lines, _, wandb = self._loggers
+        assert isinstance(lines, JsonLines)
+        assert isinstance(wandb, Wandb)
+        known = {"metrics_bytes": lines.sync(), "wandb_id": wandb.run_id, "peaks": self.peaks()}
+        inputs = {"inputs": self._inputs.fingerprints(), "revision": self._inputs.revision}
+        return known | inputs | {"wall_seconds": self.seconds()}
 
 
 def _summary(

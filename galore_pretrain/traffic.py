@@ -4,22 +4,20 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig
 
-from galore_pretrain.build import device_of, execution_for, model_for, optimizer_for, prepare
+from galore_pretrain.build import execution_for, model_for, optimizer_for
 from galore_pretrain.config import RunConfig, processes_here
 from galore_pretrain.model import load_model_config
 from galore_pretrain.optim.shards import local
 from galore_pretrain.optim.step import Abridgement, abridged
-from galore_pretrain.plan import make_update
+from galore_pretrain.plan import faked, make_update
 
 Counts = dict[Any, float]
 FLOPS = "flops"
@@ -139,14 +137,7 @@ def _refresh(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
 
 def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int) -> Counts:
     """One update of so many micro-batches, in which no basis is due."""
-    if mesh is not None:
-        import_module("torch.distributed._tools.fake_collectives")  # what they return of fake tensors
-    model = model_for(config, architecture, "meta", mesh=mesh)
-    optimizer_for(config, model, mesh)  # fills caches that fake tensors cannot
-    with FakeTensorMode(allow_non_fake_inputs=True), device_of(config), abridged() as abridgement:
-        model.to_empty(device=device_of(config))
-        model.tie_weights()
-        optimizer = optimizer_for(config, prepare(config, model), mesh)
+    with abridged() as abridgement, faked(config, architecture, mesh) as (model, optimizer):
         execution = execution_for(config, optimizer)
         for state in optimizer.state.values():
             state["step"] = 1

@@ -234,7 +234,7 @@ class Trainer:
         """
         world, first = self.world, self.world.rank * len(batch.input_ids)
         inputs, labels = batch.input_ids.split(self.batch_size), batch.labels.split(self.batch_size)
-        sum_ = torch.zeros((), dtype=torch.float64, device=self.device)
+        sum_, total = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
         for i, (input_ids, targets) in enumerate(zip(inputs, labels, strict=True)):
             parts = len(inputs) * world.size
             divisor = max(1, int((targets >= 0).sum())) * parts if self.mean_of_means else max(1, label_tokens)
@@ -243,13 +243,14 @@ class Trainer:
                 ids, wanted = (part.to(self.device, non_blocking=True) for part in (input_ids, targets))
                 loss = mean_loss(self.model, ids, wanted, divisor)
                 sum_ += loss.detach()
-            if self._looks_at_each() and not self._is_sound(world.sum(sum_).item()):
+            if self._looks_at_each() and not self._is_sound(total := world.sum(sum_).item()):
                 break
             self.execution.begin(i, len(inputs))
             with self.watch.span("backward"):
                 loss.backward()
             del loss  # and its graph, before the next one is made
-        total = float(world.sum(sum_).item())
+        if not self._looks_at_each():
+            total = world.sum(sum_).item()
         if not self._is_sound(total):
             level = logging.WARNING if world.is_main else logging.DEBUG
             log.log(level, "the loss of update %d is %s: skipped", self.state.step + 1, total)

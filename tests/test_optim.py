@@ -570,3 +570,33 @@ def test_parameters_that_rest_do_not_cost_new_random_bits(monkeypatch: pytest.Mo
         optimizer.state[p]["step"] = 3 * i
     train(optimizer, params, 20)
     assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("row", ["adam", "adamw", "galore_adamw"])
+def test_whole_bf16_tensors_are_rounded_as_fp32_copies_of_them(row: str) -> None:
+    """To nearest, torch's kernel works on the tensors themselves: the bits of fp32 copies that are rounded afterwards."""
+    p = torch.nn.Parameter(torch.randn(700, 500).bfloat16())  # more than a piece
+    options: dict[str, Any] = {"rank": 8, "update_proj_gap": 100} if "galore" in row else {}
+    rule, _ = build_rules(row, "sound", **options)
+    optimizer = RuleOptimizer([{"params": [p], "rule": rule}], lr=0.01, weight_decay=0.1, rounding="nearest")
+    inner = rule.inner if isinstance(rule, GaLore) else rule
+    assert isinstance(inner, Adam)
+    for step in range(1, 6):
+        weight, state = p.detach().float(), {k: v.clone() for k, v in optimizer.state[p].items() if k != "step"}
+        p.grad = torch.randn(700, 500).bfloat16()
+        grad = p.grad.clone()
+        optimizer.step()
+        now = optimizer.state[p]
+        if isinstance(rule, GaLore):
+            grad = rule.project(grad, now)
+            weight = torch.zeros_like(grad, dtype=torch.float32)
+        m, v = state["exp_avg"].float(), state["exp_avg_sq"].float()
+        kernel = torch._fused_adam_ if inner.decay == "l2" else torch._fused_adamw_
+        kernel(
+            [weight], [grad.float()], [m], [v], [], [torch.tensor(float(step))], lr=0.01, beta1=0.9, beta2=0.999,
+            eps=1e-8, weight_decay=0.0 if isinstance(rule, GaLore) else 0.1, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        assert torch.equal(now["exp_avg"], m.bfloat16())
+        assert torch.equal(now["exp_avg_sq"], v.bfloat16())
+        if not isinstance(rule, GaLore):
+            assert torch.equal(p, weight.bfloat16())

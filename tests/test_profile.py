@@ -45,6 +45,13 @@ def test_a_run_that_ends_sooner_is_profiled_as_far_as_it_went(tiny_config: str, 
     assert (tmp_path / "run" / "profile" / "table.txt").read_text().startswith("10 updates, ")
 
 
+def test_a_run_of_warm_up_alone_says_that_nothing_was_seen(tiny_config: str, tmp_path: Path) -> None:
+    done = run(tiny_config, tmp_path / "run", "--profile", "100", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert "--profile: the run ended with its first 2 updates, which do not count" in done.stderr
+    assert not (tmp_path / "run" / "profile").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",

@@ -198,7 +198,7 @@ class Adam:
 
         In bf16 it works on fp32 copies, whose results are rounded together.
         """
-        if self.formula != "torch" or self.store != Dense() or self.scaled or self.decay == "after":
+        if not self._is_plain:
             return False
         m, v = state["exp_avg"], state["exp_avg_sq"]
         if self.is_kernels(step, weight.dtype):
@@ -217,8 +217,12 @@ class Adam:
     def is_kernels(self, step: Step, dtype: torch.dtype) -> bool:
         """Whether torch's kernel, given whole tensors of that dtype, does what this rule does: it computes in fp32, and
         rounds what it writes to nearest."""
-        is_dense = self.formula == "torch" and self.store == Dense() and not self.scaled
-        return is_dense and (dtype == torch.float32 or (dtype == torch.bfloat16 and step.bits is None))
+        return self._is_plain and (dtype == torch.float32 or (dtype == torch.bfloat16 and step.bits is None))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether it is what torch's kernel knows, but for how results are rounded."""
+        return self.formula == "torch" and self.store == Dense() and not self.scaled and self.decay != "after"
 
     def _kernel(self, weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, lr: float, decay: float) -> None:
         """Called directly: the way there through ``torch.optim`` takes longer than a chunk."""
