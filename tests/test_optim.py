@@ -574,7 +574,7 @@ def test_parameters_that_rest_do_not_cost_new_random_bits(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("row", ["adam", "adamw", "galore_adamw"])
 def test_whole_bf16_tensors_are_rounded_as_fp32_copies_of_them(row: str) -> None:
-    """To nearest, torch's kernel works on the tensors themselves: the bits of fp32 copies that are rounded afterwards."""
+    """To nearest, torch's kernel works on tensors themselves: with the bits of fp32 copies rounded afterwards."""
     p = torch.nn.Parameter(torch.randn(700, 500).bfloat16())  # more than a piece
     options: dict[str, Any] = {"rank": 8, "update_proj_gap": 100} if "galore" in row else {}
     rule, _ = build_rules(row, "sound", **options)
