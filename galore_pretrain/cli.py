@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
+from click.core import ParameterSource
 
 from galore_pretrain import __version__
 from galore_pretrain.errors import InputError, TrainingFailedError
@@ -101,6 +102,12 @@ def plan(
     Of several processes, or with --flops, also what an update computes and sends, and what bounds its speed.
     """
     if paper:
+        given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
+        others = [p.opts[-1] for p in given if p.name not in ("paper", "as_json", "debug")]
+        if others:
+            raise InputError(
+                f"--paper prints the paper's own tables, whatever {', '.join(others)} may say; leave it out"
+            )
         return _print_paper(as_json)
     os.environ |= {
         "WORLD_SIZE": str(nodes * gpus_per_node),

@@ -104,12 +104,13 @@ def read(folder: Path) -> Result:
 
 
 def find(paths: Sequence[Path]) -> list[Result]:
-    """The runs that ``paths`` name: folders of runs, or folders that hold such (a sweep's)."""
+    """The runs that ``paths`` name: folders of runs, or folders that hold such (a sweep's). Reports are passed over."""
     folders: list[Path] = []
     for path in paths:
         inside = sorted(f.parent for f in path.glob("*/metrics.jsonl") if b"\n" in f.read_bytes())
-        folders += [path] if (path / "metrics.jsonl").exists() else inside or [path]  # which `read` then refuses
-    return [read(folder) for folder in dict.fromkeys(folders)]
+        others = [] if (path / "report.md").exists() else [path]  # which `read` then refuses
+        folders += [path] if (path / "metrics.jsonl").exists() else inside or others
+    return [read(folder) for folder in dict.fromkeys(folders or paths)]
 
 
 def compare(results: Sequence[Result]) -> list[Comparison]:

@@ -64,21 +64,8 @@ def ours(options: argparse.Namespace, *flags: str, optim: str = "galore_adamw") 
     words = ["--model", MODEL, "--optim", optim, "--data", options.data, "--tokenizer", options.tokenizer]
     words += ["--layout", "pack", "--steps", str(WARM_UP + options.updates), "--total-batch-size", str(ROWS)]
     words += ["--batch-size", str(ROWS), "--eval-every", "10000", "--save-every", "10000", "--eval-tokens", "1000"]
-    words += [
-        "--lr",
-        "0.001",
-        "--min-lr-ratio",
-        "1",
-        "--warmup-steps",
-        "0",
-        "--grad-clip",
-        "0",
-        "--wandb",
-        "disabled",
-        "--output",
-        str(output),
-        *flags,
-    ]
+    words += ["--lr", "0.001", "--min-lr-ratio", "1", "--warmup-steps", "0", "--grad-clip", "0"]
+    words += ["--wandb", "disabled", "--output", str(output), *flags]
     words += ["--rank", str(RANK)] if "galore" in optim else []
     cli.cli.main(words, standalone_mode=False)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -264,9 +251,8 @@ def optimizer(options: argparse.Namespace, table: "Table") -> None:
             goal = "60m: what stochastic rounding adds, ms, against a step of 8 × 256"
             table.line(goal, table.step_ms or float("nan"), ms["stochastic"] - ms["nearest"], "<= 0.1")
         for row in ("adamw8bit", "galore_adamw8bit"):
-            table.line(
-                f"{size}: {row}'s update, ms, against bitsandbytes' AdamW8bit", ms["bitsandbytes"], ms[row], "<= 1"
-            )
+            goal = f"{size}: {row}'s update, ms, against bitsandbytes' AdamW8bit"
+            table.line(goal, ms["bitsandbytes"], ms[row], "<= 1")
 
 
 # -- text and start ---------------------------------------------------------------------------------------------------
@@ -299,12 +285,8 @@ def text(options: argparse.Namespace, table: "Table") -> None:
             waited += time.perf_counter() - started
             time.sleep(batch.tokens / 1e6)  # what a GPU would take, which leaves the interpreter alone
         ahead.close()
-        table.line(
-            f"waiting at a million tokens/s, {rows} × {LENGTH} a step, %",
-            1.0,
-            100 * waited / (time.perf_counter() - began),
-            "<= 1",
-        )
+        share = waited / (time.perf_counter() - began)
+        table.line(f"waiting at a million tokens/s, {rows} × {LENGTH} a step, %", 1.0, 100 * share, "<= 1")
 
 
 def start(options: argparse.Namespace, table: "Table") -> None:
@@ -314,18 +296,8 @@ def start(options: argparse.Namespace, table: "Table") -> None:
         subprocess.run([sys.executable, "-m", "galore_pretrain", "--help"], capture_output=True, check=True)
         helps.append(time.perf_counter() - began)
         output = Path(tempfile.mkdtemp()) / "run"
-        words = [
-            "--model",
-            MODEL,
-            "--data",
-            options.data,
-            "--tokenizer",
-            options.tokenizer,
-            "--steps",
-            "2",
-            "--wandb",
-            "disabled",
-        ]
+        words = ["--model", MODEL, "--data", options.data, "--tokenizer", options.tokenizer, "--steps", "2"]
+        words += ["--wandb", "disabled"]
         words += ["--total-batch-size", "1", "--eval-tokens", "1000", "--output", str(output), "--rank", str(RANK)]
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-m", "galore_pretrain", *words], stderr=subprocess.DEVNULL)
@@ -370,8 +342,9 @@ def seven(options: argparse.Namespace, table: "Table") -> None:
             a @ b
             peaks.append(2 * 2048 * 4096 * 4096 / (time.perf_counter() - started))
         found = measured(config, 3)
-        for values, value in zip((passes, updates, bases), found, strict=True):
-            values.append(value)
+        passes.append(found.passes)
+        updates.append(found.update)
+        bases.append(found.bases)
     peak, fb, update, refresh = (median(values) for values in (peaks, passes, updates, bases))
     table.line("7B, two layers: forward and backward, GFLOP/s, against the peak", peak / 1e9, work / fb / 1e9, ">= 0.6")
     projecting = 2 * layers * (4 * h * h + 3 * h * i) * 1024 / peak  # of a micro-batch, at the peak
@@ -398,9 +371,8 @@ class Table:
 
     def line(self, goal: str, peer: float, here: float, wanted: str) -> None:
         ratio = here / peer
-        met = (
-            {">": ratio >= float(wanted[3:] or 0), "<": ratio <= float(wanted[3:] or 0)}[wanted[0]] if wanted else None
-        )
+        bound = float(wanted[3:] or 0)
+        met = {">": ratio >= bound, "<": ratio <= bound}.get(wanted[:1])
         if goal.startswith("step, tokens/s") and self.step_ms is None:
             self.step_ms = 1000 * TOKENS / here
         words = {True: "yes", False: "**no**", None: ""}[met]

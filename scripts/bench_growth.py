@@ -2,17 +2,19 @@
 
     python scripts/bench_growth.py --picture docs/benchmarks/growth.png      # a quarter of an hour
 
-Each update is galore_adamw's, bf16, after backward, of the real parts of a run; medians. `products` is the arithmetic
-that `plan` counts; what grows faster than it does is not the arithmetic's. 7B: two of its layers, and its embeddings.
+Each update is galore_adamw's, bf16, after backward, of the real parts of a run; medians, and for T the mean of updates
+with and without new bases. GFLOP is the arithmetic of it that `plan` counts, bases apart: where GFLOP/s fall, something
+grows faster than the arithmetic. 7B: two of its layers, and its embeddings.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,10 +33,13 @@ def cells() -> list[tuple[str, str, dict[str, Any]]]:
     """(what grows, its value, options)"""
     found = [("model", name.removeprefix("llama_"), {"model": name}) for name in MODELS]
     found.append(("model", "7b, 2 layers", {"model": two_layers_of("llama_7b"), "rank": 1024}))
-    sixty = {"model": "llama_60m"}
-    found += [("length", str(n), sixty | {"max_length": n}) for n in (128, 256, 512, 1024)]
-    found += [("batch", str(n), sixty | {"batch_size": n}) for n in (1, 2, 4, 8, 16)]
-    found += [("rank", str(n), sixty | {"rank": n}) for n in (16, 64, 128, 256, 512)]
+    for kind, option, values in (
+        ("length", "max_length", (128, 256, 512, 1024)),
+        ("batch", "batch_size", (1, 2, 4, 8, 16)),
+        ("rank", "rank", (16, 64, 128, 256, 512)),
+        ("T", "update_proj_gap", (1, 4, 16, 64)),
+    ):
+        found += [(kind, str(value), {"model": "llama_60m", option: value}) for value in values]
     return found
 
 
@@ -44,30 +49,44 @@ def two_layers_of(model: str) -> str:
     return str(path)
 
 
-def measured(config: RunConfig, rounds: int) -> tuple[float, float, float]:
-    """Seconds of forward and backward, of an update without new bases, and of what all new bases add."""
+class Times(NamedTuple):
+    """Seconds of forward and backward, of an update (without new bases, if they are apart), and of all new bases."""
+
+    passes: float
+    update: float
+    bases: float | None
+    weights: int
+
+
+def timed(config: RunConfig, updates: int) -> tuple[list[float], list[float], int]:
+    """Seconds of forward and backward, and of what follows, of so many updates; and the number of weights."""
     model = model_for(config, load_model_config(config.model))
-    optimizer = optimizer_for(config, prepare(config, model))
-    execution = execution_for(config, optimizer)
-    vocabulary, shape = model.config.vocab_size, (config.batch_size, config.max_length + 1)
-    passes, updates = [], []
-    for _ in range(rounds + 2):
-        ids = torch.randint(vocabulary, shape)
+    execution = execution_for(config, optimizer_for(config, prepare(config, model)))
+    passes, rest = [], []
+    for _ in range(updates):
+        ids = torch.randint(model.config.vocab_size, (config.batch_size, config.max_length + 1))
         started = time.perf_counter()
         execution.begin(0, 1)
         mean_loss(model, ids[:, :-1], ids[:, 1:], ids[:, 1:].numel()).backward()
         middle = time.perf_counter()
         execution.finish()
         passes.append(middle - started)
-        updates.append(time.perf_counter() - middle)
-    steady = statistics.median(updates[2:])
-    for state in optimizer.state.values():
-        state["step"] = int(config.update_proj_gap or 1)  # the next one renews all
-    ids = torch.randint(vocabulary, shape)
-    mean_loss(model, ids[:, :-1], ids[:, 1:], ids[:, 1:].numel()).backward()
-    started = time.perf_counter()
-    execution.finish()
-    return statistics.median(passes[2:]), steady, max(0.0, time.perf_counter() - started - steady)
+        rest.append(time.perf_counter() - middle)
+    return passes, rest, sum(p.numel() for p in model.parameters())
+
+
+def measured(config: RunConfig, rounds: int) -> Times:
+    """Medians; new bases are those of the last update."""
+    passes, updates, weights = timed(replace(config, update_proj_gap=rounds + 2), rounds + 3)
+    steady = median(updates[2:-1])
+    return Times(median(passes[2:]), steady, max(0.0, updates[-1] - steady), weights)
+
+
+def averaged(config: RunConfig) -> Times:
+    """The mean over T updates, or some times as many."""
+    gap = int(config.update_proj_gap or 1)
+    passes, updates, weights = timed(config, 1 + gap * max(1, 16 // gap))
+    return Times(median(passes[1:]), sum(updates[1:]) / len(updates[1:]), None, weights)
 
 
 def draw(path: Path, found: list[tuple[str, str, float, float, float]]) -> None:
@@ -85,7 +104,7 @@ def draw(path: Path, found: list[tuple[str, str, float, float, float]]) -> None:
         scale = passes[0] / products[0]
         axis.plot(values, [scale * p for p in products], ":", color="gray", label="the arithmetic, from the first on")
         axis.set_yscale("log")
-        axis.set_xlabel({"model": "model", "length": "tokens a row", "batch": "rows", "rank": "rank"}[kind])
+        axis.set_xlabel({"length": "tokens a row", "batch": "rows", "T": "updates a basis (T)"}.get(kind, kind))
         axis.tick_params(axis="x", rotation=30)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("seconds")
@@ -101,20 +120,21 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, torch {torch.__version__};", end=" ")
     print(f"medians of {arguments.rounds}; 1 × 256 tokens, rank 128 and llama_60m where nothing else is said\n")
-    print("| | | forward, backward: ms | GFLOP | GFLOP/s | update: ms | its share | all bases: ms | over T = 200 |")
+    print("| | | GFLOP | forward, backward: ms | update: ms | GFLOP/s | update: share | ns a weight | all bases: ms |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     found = []
     for kind, value, options in cells():
         given = BASE | options
         given["total_batch_size"] = given["batch_size"]
         config, _ = resolve(given, dict.fromkeys(given, "flag"))
-        passes, update, bases = measured(config, arguments.rounds)
-        products = count(config).flops
-        found.append((kind, value, passes, update, products))
-        share = update / (passes + update)
-        cells_ = [kind, value, f"{1000 * passes:.0f}", f"{products / 1e9:.0f}"]
-        cells_ += [f"{products / (passes + update) / 1e9:.0f}", f"{1000 * update:.0f}", f"{100 * share:.0f} %"]
-        print(f"| {' | '.join([*cells_, f'{1000 * bases:.0f}', f'{1000 * bases / 200:.1f}'])} |", flush=True)
+        times = averaged(config) if kind == "T" else measured(config, arguments.rounds)
+        flops, seconds = count(config).flops, times.passes + times.update
+        found.append((kind, value, times.passes, times.update, flops))
+        words = [kind, value, f"{flops / 1e9:.0f}", f"{1000 * times.passes:.0f}", f"{1000 * times.update:.0f}"]
+        words += [f"{flops / seconds / 1e9:.0f}", f"{100 * times.update / seconds:.0f} %"]
+        words += [f"{1e9 * times.update / times.weights:.1f}"]
+        words += ["" if times.bases is None else f"{1000 * times.bases:.0f}"]
+        print(f"| {' | '.join(words)} |", flush=True)
     if arguments.picture:
         draw(arguments.picture, found)
 

@@ -361,6 +361,7 @@ ERRORS = [
     (["--model", "llama_60m", "--batch-size", "7"], "the nearest --batch-size is 8"),
     (["--model", "llama_60m", "--optim", "adamw", "--grad-clip", "1", "--clip-norm", "projected"], "projects nothing"),
     (["plan", "--model", "llama_60m", "--picture", "a.png"], "only --compare draws"),
+    (["plan", "--paper", "--model", "llama_60m"], "whatever --model may say"),
     (["--model", "llama_60m", "--data", "nowhere/at/all"], "no such file, folder or pattern"),
     (["--model", "llama_60m", "--optim", "sgd", "--eps", "1e-8"], "only rows of Adam's"),
     (["--model", "llama_60m", "--optim", "relora", "--relora-every", "2", "--relora-warmup", "3"], "never recover"),

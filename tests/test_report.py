@@ -203,6 +203,9 @@ def test_the_command_writes_markdown_html_and_pictures(tmp_path: Path) -> None:
     )
     answer = json.loads(CliRunner().invoke(cli, ["report", *folders, "--json"], catch_exceptions=False).stdout)
     assert answer[0]["methods"]["lora"]["eval_loss"] == 3.0
+    assert len(find([*map(Path, folders), output])) == 2  # as a shell writes it: sweeps/table2/*
+    with pytest.raises(InputError, match="no run"):
+        find([output])
 
 
 def test_the_papers_rule_for_any_model(tmp_path: Path) -> None:
