@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint pytest dist golden chaos fuzz bench bench-7b clean
+.PHONY: demo test lint pytest dist golden chaos fuzz bench growth bench-7b clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,12 +37,15 @@ chaos: $(VENV)/.installed           ## kill runs a hundred times; they must end 
 fuzz: $(VENV)/.installed            ## 500 random command lines, as many model configs and run JSONs
 	FUZZ=500 $(BIN)/pytest tests/test_fuzz.py
 
-bench: $(VENV)/.installed           ## every goal of speed beside its peer: half an hour, of a machine that does nothing else
+bench: $(VENV)/.installed           ## every goal of speed beside its peer: an hour, of a machine that does nothing else
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[sample,dev,bench]'
-	$(BIN)/python scripts/bench.py
-	$(BIN)/python scripts/bench_growth.py
+	$(BIN)/python scripts/bench.py $(BENCH)
+
+growth: $(VENV)/.installed          ## how the time of an update grows with model, length, batch, rank and T: half an hour
+	$(BIN)/python scripts/bench_growth.py --picture docs/benchmarks/growth.png
 
 bench-7b: $(VENV)/.installed        ## real updates of llama_7b: an hour, 20 GB of memory, 55 GB of disk
+	rm -rf runs/bench-7b
 	$(BIN)/python scripts/bench_7b.py runs/bench-7b
 
 clean:

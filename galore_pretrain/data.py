@@ -256,10 +256,10 @@ def read_ahead(batches: Iterable[Batch], *, pin: bool) -> Iterator[Batch]:
     Tokenizing and decompressing leave the interpreter to others meanwhile. What goes wrong is raised where the batch
     would have come. With ``pin``, tensors are where a GPU can copy them from while it computes.
     """
-    ready: Queue[Batch | BaseException] = Queue(2)
+    ready: Queue[Batch | BaseException | None] = Queue(2)  # None: there are no more
     is_over = threading.Event()
 
-    def put(found: Batch | BaseException) -> None:
+    def put(found: Batch | BaseException | None) -> None:
         while not is_over.is_set():
             with contextlib.suppress(Full):
                 ready.put(found, timeout=0.2)
@@ -272,15 +272,17 @@ def read_ahead(batches: Iterable[Batch], *, pin: bool) -> Iterator[Batch]:
                 put(batch.pinned() if pin else batch)
                 if is_over.is_set():
                     return
+            put(None)
         except BaseException as error:
             put(error)
 
     thread = threading.Thread(target=read, daemon=True)  # it may wait for a hub that is away
     thread.start()
     try:
-        while not isinstance(found := ready.get(), BaseException):
+        while (found := ready.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
             yield found
-        raise found
     finally:
         is_over.set()
         thread.join(timeout=1)

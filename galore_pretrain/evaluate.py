@@ -45,18 +45,19 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    found = torch.zeros(2, len(rows), dtype=torch.float64)  # of each row: the sum of its losses, how many they are
+    # Of each row: the sum of its losses, how many they are. On the device, which is then waited for but once.
+    found = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
     for start in range(0, len(rows), batch_size * world.size):
         first = start + world.rank * batch_size
         own = rows[first : first + batch_size]
         batch = stack(own or rows[:1])  # a process that has no more takes part all the same: it holds weights
-        losses = token_losses(model, batch.input_ids.to(device), batch.labels.to(device))
+        labels = batch.labels.to(device)
+        losses = token_losses(model, batch.input_ids.to(device), labels)
         if own:
-            found[0, first : first + len(own)] = losses.double().sum(1).cpu()
-            found[1, first : first + len(own)] = (batch.labels >= 0).sum(1)
+            found[:, first : first + len(own)] = torch.stack([losses.double(), (labels >= 0).double()]).sum(2)
     model.train(was_training)
 
-    row_sums, row_counts = world.sum(found)
+    row_sums, row_counts = world.sum(found).cpu()
     loss = float(row_sums.sum() / row_counts.sum())
     means = [
         s.sum() / c.sum()

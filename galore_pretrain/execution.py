@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The norm of all gradients before clipping, where one was computed; the tensors whose update was skipped because
-    their gradient was not finite; the bases that could not be renewed."""
+class Outcome:
+    """What came of an update: the norm of all gradients before clipping, where one was computed; the tensors that were
+    skipped because their gradient was not finite; the bases that could not be renewed."""
 
     grad_norm: float | None = None
     skipped: int = 0
@@ -31,8 +31,8 @@ class Execution(Protocol):
         """Make the updates that are still to be made. Waits for no device."""
         ...
 
-    def finish(self) -> Finished:
-        """Complete the update, and say what came of it. Waits for the device, once."""
+    def outcome(self) -> Outcome:
+        """What came of the update that was completed. Waits for the device."""
         ...
 
     def discard(self) -> None:
@@ -76,10 +76,9 @@ class _Updates(ABC):
         for p in self._params:
             self._optimizer.settle(p)
 
-    def finish(self) -> Finished:
-        self.complete()
+    def outcome(self) -> Outcome:
         faults = self._optimizer.take_faults()
-        return Finished(None if self._norm is None else float(self._norm), faults.skipped, faults.failed_refreshes)
+        return Outcome(None if self._norm is None else float(self._norm), faults.skipped, faults.failed_refreshes)
 
     def discard(self) -> None:
         self._optimizer.discard()

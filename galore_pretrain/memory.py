@@ -36,6 +36,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def process_peak_bytes() -> int:
     """The largest resident set of this process so far."""
+    with contextlib.suppress(OSError, KeyError):  # Linux: what getrusage tells there may be that of the parent
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

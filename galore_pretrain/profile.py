@@ -97,12 +97,12 @@ class Profile:
         self._watched.clear()
         seen, self._torch = self._torch, None
         if seen is not None:
+            self._seconds = time.perf_counter() - self._seconds
             seen.__exit__(None, None, None)
         if self._done <= 0:
             return f"--profile: the run ended with its first {_WARM_UP} updates, which do not count"
         if seen is None:
             return None
-        self._seconds = time.perf_counter() - self._seconds
         table = self._table(seen)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

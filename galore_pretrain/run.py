@@ -178,8 +178,6 @@ def _train(
             return 0
         finally:
             saver.wait()
-            if said := watch.close():
-                log.info("%s", said)
             for logger in trainer.loggers:
                 logger.close()
 

@@ -53,7 +53,8 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            # One thread: by default each call starts as many as the host has cores, in every process of a run.
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path), num_threads=1)
         except (RuntimeError, OSError) as error:
             raise InputError(
                 f"--tokenizer {path}: not a SentencePiece model; give a .model file or a folder"

@@ -136,7 +136,9 @@ def _refresh(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
 
 
 def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int) -> Counts:
-    """One update of so many micro-batches, in which no basis is due."""
+    """One update of so many micro-batches, in which no basis is due, even where one is at each."""
+    if config.update_proj_gap:
+        config = replace(config, update_proj_gap=max(3, config.update_proj_gap))
     with abridged() as abridgement, faked(config, architecture, mesh) as (model, optimizer):
         execution = execution_for(config, optimizer)
         for state in optimizer.state.values():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
@@ -134,25 +135,31 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end of the schedule, or until `stop` is called; whether it is the end."""
         self.model.train()
-        state, batches = self.state, iter(self.batches)
-        due = False
         try:
-            while state.unlogged is not None or not (self._is_over() or self._is_asked_to_stop()):
-                self._advance(batches)
-                due = due or state.step % self.save_every == 0
-                if due and not state.skipped:  # a checkpoint among skipped updates would push out the last good one
-                    with self.watch.span("checkpoint"):
-                        self.checkpoints.save()
-                    due = False
-                if said := self.watch.update_done():
-                    log.info("%s", said)
+            self._run()
         except _StopRequested:
             pass
         except InputError:  # the text came to an end that it should not have
             self.checkpoints.save()
             raise
+        finally:
+            if said := self.watch.close():
+                log.info("%s", said)
         self.checkpoints.save()
-        return self._is_over() and state.unlogged is None
+        return self._is_over() and self.state.unlogged is None
+
+    def _run(self) -> None:
+        state, batches = self.state, iter(self.batches)
+        due = False
+        while state.unlogged is not None or not (self._is_over() or self._is_asked_to_stop()):
+            self._advance(batches)
+            due = due or state.step % self.save_every == 0
+            if due and not state.skipped:  # a checkpoint among skipped updates would push out the last good one
+                with self.watch.span("checkpoint"):
+                    self.checkpoints.save()
+                due = False
+            if said := self.watch.update_done():
+                log.info("%s", said)
 
     def stop(self, number: int) -> None:
         """For a signal's handler: the update in progress is completed and saved, and `fit` returns. Neither text that
@@ -203,10 +210,19 @@ class Trainer:
         lr = self.schedule.lr_at(state.step, state.tokens_seen, tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        loss = self._forward_backward(batch, label_tokens)
+        total, goes_on = self._forward_backward(batch, label_tokens)
         with self.watch.span("optimizer"):
-            finished = self.execution.finish() if self._is_sound(loss) else None
-        state.skipped = 0 if finished and not finished.skipped else state.skipped + 1
+            if goes_on:
+                self.execution.complete()
+            else:
+                self.execution.discard()
+            loss = total.item()  # here a GPU is waited for: it has got all the work of the update
+            outcome = self.execution.outcome() if goes_on else None
+        is_sound = self._is_sound(loss)
+        state.skipped = 0 if is_sound and outcome and not outcome.skipped else state.skipped + 1
+        if not is_sound:
+            level = logging.WARNING if self.world.is_main else logging.DEBUG
+            log.log(level, "the loss of update %d is %s: skipped", state.step + 1, loss)
         if state.skipped:
             self.keep_rows(state.step + 1, batch, loss)
         state.step += 1
@@ -215,26 +231,26 @@ class Trainer:
         if not self._is_over():
             self.after_update(state.step)
         metrics: Metrics = {"loss": loss, "lr": lr, "tokens_seen": state.tokens_seen}
-        if finished is None:
+        if outcome is None or not is_sound:
             return metrics
-        if finished.skipped and self.world.is_main:
-            log.warning("update %d: %d gradients were not finite, their tensors skipped", state.step, finished.skipped)
-        if finished.grad_norm is not None:
-            metrics["grad_norm"] = finished.grad_norm
-        counts = {"skipped_tensors": finished.skipped, "failed_refreshes": finished.failed_refreshes}
+        if outcome.skipped and self.world.is_main:
+            log.warning("update %d: %d gradients were not finite, their tensors skipped", state.step, outcome.skipped)
+        if outcome.grad_norm is not None:
+            metrics["grad_norm"] = outcome.grad_norm
+        counts = {"skipped_tensors": outcome.skipped, "failed_refreshes": outcome.failed_refreshes}
         return metrics | {name: count for name, count in counts.items() if count}
 
-    def _forward_backward(self, batch: "Batch", label_tokens: int) -> float:
-        """Gradients of the mean loss over the update's ``label_tokens``, whatever the micro-batch; returns that loss.
+    def _forward_backward(self, batch: "Batch", label_tokens: int) -> tuple[Tensor, bool]:
+        """Gradients of the mean loss over the update's ``label_tokens``, whatever the micro-batch; that loss, a scalar
+        in fp64 on the device, and whether the update goes on.
 
         The published code averages the means of micro-batches instead (``mean_of_means``). A non-finite loss, or one
-        beyond ``max_loss``, ends the update before its backward pass and drops the gradients. Where looking at a loss
-        would wait for a GPU, and there is no bound, it is looked at once, at the end: what is not finite by then has
-        been skipped tensor by tensor.
+        beyond ``max_loss``, ends the update before its backward pass. Where looking at a loss would wait for a GPU, and
+        there is no bound, that is done when the update is made: what is not finite is skipped tensor by tensor.
         """
         world, first = self.world, self.world.rank * len(batch.input_ids)
         inputs, labels = batch.input_ids.split(self.batch_size), batch.labels.split(self.batch_size)
-        sum_, total = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
+        total = sum_ = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, (input_ids, targets) in enumerate(zip(inputs, labels, strict=True)):
             parts = len(inputs) * world.size
             divisor = max(1, int((targets >= 0).sum())) * parts if self.mean_of_means else max(1, label_tokens)
@@ -243,19 +259,13 @@ class Trainer:
                 ids, wanted = (part.to(self.device, non_blocking=True) for part in (input_ids, targets))
                 loss = mean_loss(self.model, ids, wanted, divisor)
                 sum_ += loss.detach()
-            if self._looks_at_each() and not self._is_sound(total := world.sum(sum_).item()):
-                break
+            if self._looks_at_each() and not self._is_sound((total := world.sum(sum_)).item()):
+                return total, False
             self.execution.begin(i, len(inputs))
             with self.watch.span("backward"):
                 loss.backward()
             del loss  # and its graph, before the next one is made
-        if not self._looks_at_each():
-            total = world.sum(sum_).item()
-        if not self._is_sound(total):
-            level = logging.WARNING if world.is_main else logging.DEBUG
-            log.log(level, "the loss of update %d is %s: skipped", self.state.step + 1, total)
-            self.execution.discard()
-        return total
+        return total if self._looks_at_each() else world.sum(sum_), True
 
     def _looks_at_each(self) -> bool:
         """Whether the loss of each micro-batch is looked at before its backward pass."""

@@ -111,8 +111,9 @@ def main() -> None:
     print(f"{memory:.1f} GiB of memory; {', '.join(versions)}\n")
     print("| update | lr | bases renewed | loss of its sequence | loss of the fixed one | s | process peak GiB |")
     print("|---|---|---|---|---|---|---|")
-    for row, due in zip(after, bases_due(len(after)), strict=True):
-        seconds = RUN["max_length"] / row["tokens_per_second"]
+    seen = [0, *(row["tokens_seen"] for row in after[:-1])]
+    for row, before_it, due in zip(after, seen, bases_due(len(after)), strict=True):
+        seconds = (row["tokens_seen"] - before_it) / row["tokens_per_second"]
         print(f"| {row['step']} | {row['lr']:.2g} | {due} | {row['loss']:.4f} | {row['eval_loss']:.4f}", end=" ")
         print(f"| {seconds:.0f} | {row['process_peak_bytes'] / 2**30:.2f} |")
     peaks = {name: summary[f"{name}_bytes"] / 2**30 for name in ("planned_peak", "process_peak")}

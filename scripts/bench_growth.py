@@ -69,7 +69,7 @@ def timed(config: RunConfig, updates: int) -> tuple[list[float], list[float], in
         execution.begin(0, 1)
         mean_loss(model, ids[:, :-1], ids[:, 1:], ids[:, 1:].numel()).backward()
         middle = time.perf_counter()
-        execution.finish()
+        execution.complete()
         passes.append(middle - started)
         rest.append(time.perf_counter() - middle)
     return passes, rest, sum(p.numel() for p in model.parameters())
@@ -80,6 +80,24 @@ def measured(config: RunConfig, rounds: int) -> Times:
     passes, updates, weights = timed(replace(config, update_proj_gap=rounds + 2), rounds + 3)
     steady = median(updates[2:-1])
     return Times(median(passes[2:]), steady, max(0.0, updates[-1] - steady), weights)
+
+
+def gathering(config: RunConfig, rounds: int) -> float:
+    """Seconds in which layerwise updates add the gradients of one more micro-batch to their sums: the median."""
+    model = model_for(config, load_model_config(config.model))
+    optimizer = optimizer_for(config, prepare(config, model))
+    params = list(optimizer.state)
+    seconds = []
+    for i in range(rounds + 2):  # the first has new bases, the second begins a sum
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        started = time.perf_counter()
+        for p in params:
+            optimizer.gather(p, project=True)
+            if i == 0:
+                optimizer.update_param(p)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[2:])
 
 
 def averaged(config: RunConfig) -> Times:

@@ -128,7 +128,9 @@ def check_sums_over_replicas(dtype: torch.dtype, clip: float, tolerance: float) 
                     grad = (parts[rank] if which else sum(parts)).to(dtype)  # type: ignore[union-attr]
                     loss = loss + _local(p).mul(grad).sum()
                 loss.backward()
-        skipped.append([execution.finish().skipped for execution in runs])
+        for execution in runs:
+            execution.complete()
+        skipped.append([execution.outcome().skipped for execution in runs])
     assert skipped == [[int(step == 3)] * 2 for step in range(1, 8)], skipped
     alone, together = ([whole(p).float() for p in m.parameters()] for m in models)
     everywhere: list[Any] = [None] * size

@@ -566,6 +566,11 @@ def test_what_is_read_ahead_comes_in_order_and_so_does_an_error() -> None:
         next(found)
 
 
+def test_what_is_read_ahead_may_end() -> None:
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    assert len(list(read_ahead([Batch(ids, ids, 8, {})] * 3, pin=False))) == 3
+
+
 def test_reading_ahead_is_bounded_and_ends_with_its_reader() -> None:
     read = []
 

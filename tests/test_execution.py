@@ -25,7 +25,7 @@ def train(model: LlamaForCausalLM, row: str, layerwise: bool, numerics: str, ste
         loss = mean_loss(model, ids[:, :-1], ids[:, 1:], 64)
         losses.append(loss.item())
         loss.backward()  # type: ignore[no-untyped-call]
-        execution.finish()
+        execution.complete()
         assert all(p.grad is None for p in model.parameters())
     return losses
 
@@ -56,7 +56,9 @@ def test_clipping_scales_all_gradients(build_tiny: Callable[..., LlamaForCausalL
     before = [p.detach().clone() for p in model.parameters()]
     ids = torch.arange(66).view(2, 33)
     mean_loss(model, ids[:, :-1], ids[:, 1:], 64).backward()  # type: ignore[no-untyped-call]
-    norm = GlobalStep(optimizer, grad_clip=0.01).finish().grad_norm
+    execution = GlobalStep(optimizer, grad_clip=0.01)
+    execution.complete()
+    norm = execution.outcome().grad_norm
     assert norm is not None
     assert norm > 0.01
     moved = torch.stack([(p - q).norm() for p, q in zip(model.parameters(), before, strict=True)]).norm()
@@ -68,7 +70,9 @@ def test_the_norm_of_bf16_gradients_is_computed_in_fp32() -> None:
     optimizer = RuleOptimizer([{"params": [p], "rule": SGD()}], lr=0.0)
     p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = p.grad.double().norm().item()
-    norm = GlobalStep(optimizer, grad_clip=1.0).finish().grad_norm
+    execution = GlobalStep(optimizer, grad_clip=1.0)
+    execution.complete()
+    norm = execution.outcome().grad_norm
     assert norm is not None
     assert norm == pytest.approx(exact, rel=1e-5)
 
@@ -82,6 +86,6 @@ def test_frozen_matrices_stay(row: str, build_tiny: Callable[..., LlamaForCausal
     ids = torch.arange(66).view(2, 33)
     for _ in range(3):
         mean_loss(model, ids[:, :-1], ids[:, 1:], 64).backward()  # type: ignore[no-untyped-call]
-        GlobalStep(optimizer, 0.0).finish()
+        GlobalStep(optimizer, 0.0).complete()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == ("proj" in name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from galore_pretrain.execution import Finished, GlobalStep, Layerwise
+from galore_pretrain.execution import GlobalStep, Layerwise, Outcome
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.names import ROWS
 from galore_pretrain.optim.registry import build_rules, rounding_of
@@ -26,7 +26,7 @@ def run(
     layerwise: bool = False,
     bad: dict[int, tuple[int, float]],
     clip: float = 0.0,
-) -> tuple[list[Tensor], RuleOptimizer, list[Finished]]:
+) -> tuple[list[Tensor], RuleOptimizer, list[Outcome]]:
     """Eight updates; ``bad`` maps an update to (tensor, the value of one element of its gradient)."""
     rule, bare = build_rules(row, numerics, **({"rank": 64, "update_proj_gap": 3} if "galore" in row else {}))
     params = parameters(SHAPES, dtype)
@@ -40,7 +40,8 @@ def run(
         if i in bad:
             grads[bad[i][0]].view(-1)[7] = bad[i][1]
         torch.autograd.backward(params, grads)
-        finished.append(execution.finish())
+        execution.complete()
+        finished.append(execution.outcome())
     return params, optimizer, finished
 
 

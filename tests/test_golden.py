@@ -39,7 +39,7 @@ def losses(row: str, numerics: str) -> list[float]:
             group["lr"] = schedule.lr_at(step)
         loss = mean_loss(model, batch.input_ids, batch.labels, batch.label_tokens)
         loss.backward()
-        GlobalStep(optimizer, grad_clip=0.0).finish()
+        GlobalStep(optimizer, grad_clip=0.0).complete()
         values.append(loss.item())
     return values
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.execution import Execution, Finished, GlobalStep, Layerwise
+from galore_pretrain.execution import Execution, GlobalStep, Layerwise, Outcome
 from galore_pretrain.model import mean_loss
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
 from galore_pretrain.optim.names import MOMENTS, PROJ_TYPES, REFRESHES, ROWS
@@ -33,13 +33,14 @@ def parameters(optimizer: RuleOptimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def update(execution: Execution, params: list[Tensor], number: int, micro_batches: int) -> Finished:
+def update(execution: Execution, params: list[Tensor], number: int, micro_batches: int) -> Outcome:
     for i in range(micro_batches):
         generator = torch.Generator().manual_seed(1000 * number + i)
         grads = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
         execution.begin(i, micro_batches)
         torch.autograd.backward(params, grads)
-    return execution.finish()
+    execution.complete()
+    return execution.outcome()
 
 
 @settings(deadline=None, max_examples=120)
@@ -103,7 +104,8 @@ def test_sums_in_bf16_keep_what_rounding_to_nearest_loses(row: str, mode: Any) -
     for i in range(256):
         execution.begin(i, 256)
         torch.autograd.backward(params, [torch.full_like(p, 1.0 if i == 0 else 2.0**-10) for p in params])
-    norm = execution.finish().grad_norm
+    execution.complete()
+    norm = execution.outcome().grad_norm
     unprojected = [p for p in params if "galore" not in row or p.shape in SHAPES[PROJECTED:] or min(p.shape) <= 48]
     if len(unprojected) == len(params):
         assert norm == pytest.approx(1.249 * sum(p.numel() for p in params) ** 0.5, rel=0.01)
@@ -125,7 +127,7 @@ def test_what_is_summed_low_rank_takes_less() -> None:
         shapes.append([tuple(optimizer._waiting[p].grad.shape) for p in params])
         execution.begin(1, 2)
         torch.autograd.backward(params, [torch.ones_like(p) for p in params])
-        execution.finish()
+        execution.complete()
     low = [(8, 80), (80, 8), (64, 8), (40,), (100, 24)]
     due = {0: (0, 2), 2: (1,)}  # update -> matrices whose first refresh it brings: phases 0, 0.62 and 0.24 of T/10 = 4
     expected = [[SHAPES[i] if i in due.get(number, ()) else low[i] for i in range(5)] for number in range(5)]
@@ -154,7 +156,8 @@ def test_one_bad_micro_batch_skips_its_tensor(row: str, clip: float, mode: Any) 
             grads[1][5, 5] = torch.nan
         execution.begin(i, 3)
         torch.autograd.backward(params, grads)
-    finished = execution.finish()
+    execution.complete()
+    finished = execution.outcome()
     assert finished.skipped == 1
     assert finished.grad_norm is None or finished.grad_norm > 1
     assert [torch.equal(a, b) for a, b in zip(params, before, strict=True)] == [False, True, False, False, False]
@@ -211,7 +214,7 @@ def test_losses_of_a_model_are_those_of_global(
                     total += loss.item()
                     execution.begin(i, len(parts))
                     loss.backward()  # type: ignore[no-untyped-call]
-                execution.finish()
+                execution.complete()
                 losses.append(total)
             saved = optimizer.state_dict()
         return losses

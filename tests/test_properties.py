@@ -57,7 +57,7 @@ def test_layerwise_is_global_whatever_the_tensor(
         execution = Layerwise(optimizer) if layerwise else GlobalStep(optimizer, 0.0)
         for grads in gradients(params, 6):
             sum((q.float() * g.float() * scale).sum() for q, g in zip(params, grads, strict=True)).backward()  # type: ignore[union-attr]
-            execution.finish()
+            execution.complete()
         results.append(params)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

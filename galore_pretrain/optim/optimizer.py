@@ -187,7 +187,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             grad.mul_(coefficient)
         if rule.elementwise:
             flat, grad, placed = weight.view(-1), grad.reshape(-1), step.placed()
-            in_place = isinstance(rule, Adam) and rule.is_kernels(step, flat.dtype)
+            in_place = isinstance(rule, Adam) and rule.kernel_suffices(step, flat.dtype)
             for start, stop in pieces(flat.numel(), max(1, flat.numel()) if in_place else chunk_elements(p.device)):
                 views = rule.narrow(tensors, start, stop)
                 self._update(flat[start:stop], grad[start:stop], views, rule, group, placed.at(start))

@@ -180,7 +180,7 @@ class Adam:
             fused = self.store.fused_adam(grad, state, step, self.betas, self.eps)
             if fused is not None:
                 return Direction(fused, factor=-1.0)
-        if step.ok is None and self.is_kernels(step, grad.dtype) and state["exp_avg"].dtype == grad.dtype:
+        if step.ok is None and self.kernel_suffices(step, grad.dtype) and state["exp_avg"].dtype == grad.dtype:
             return self._fused(state["exp_avg"], state["exp_avg_sq"], grad, step)  # in place
         m, v = self.store.read(state, "exp_avg", step), self.store.read(state, "exp_avg_sq", step)
         grad = grad.to(m.dtype)
@@ -201,7 +201,7 @@ class Adam:
         if not self._is_plain:
             return False
         m, v = state["exp_avg"], state["exp_avg_sq"]
-        if self.is_kernels(step, weight.dtype):
+        if self.kernel_suffices(step, weight.dtype):
             self._kernel(weight, grad, m, v, step, step.lr, decay)
             return True
         if weight.dtype != torch.bfloat16:
@@ -214,7 +214,7 @@ class Adam:
         step.store_together(kept, copies[:3])
         return True
 
-    def is_kernels(self, step: Step, dtype: torch.dtype) -> bool:
+    def kernel_suffices(self, step: Step, dtype: torch.dtype) -> bool:
         """Whether torch's kernel, given whole tensors of that dtype, does what this rule does: it computes in fp32, and
         rounds what it writes to nearest."""
         return self._is_plain and (dtype == torch.float32 or (dtype == torch.bfloat16 and step.bits is None))
