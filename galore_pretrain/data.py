@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from queue import Full, Queue
@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.sources import NOTHING_READ, DocumentSource, Tally
-from galore_pretrain.tokenizer import Tokenizer
+from galore_pretrain.tokenizer import Ids, Tokenizer
 
 IGNORE = -100
 BLOCK = 4096
@@ -116,8 +115,8 @@ class Row:
     """One row of token ids and the labels that follow them; ``real`` ids are not padding. ``after`` and ``offset``: the
     document that comes next, and how many tokens of it were used. ``check``: of its text, where rows are shared out."""
 
-    input_ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
+    input_ids: Ids
+    labels: Ids
     real: int
     after: Position
     offset: int = 0
@@ -137,7 +136,7 @@ class Share:
 
 
 ALL = Share()
-_Tokenized = list[tuple[Position, list[int]]]
+_Tokenized = list[tuple[Position, Ids]]
 
 
 class TokenRows:
@@ -159,7 +158,7 @@ class TokenRows:
         empty = 0
         for group in groups:
             ids = self._tokenizer.encode([text for _, text, _ in group])
-            yield [(here, tokens) for (here, _, _), tokens in zip(group, ids, strict=True) if tokens]
+            yield [(here, tokens) for (here, _, _), tokens in zip(group, ids, strict=True) if len(tokens)]
             empty = _still_empty(empty, len(group), ids)
 
     def _pad(self, groups: Iterable[list[tuple[Position, str, Position]]], share: Share) -> Iterator[Row]:
@@ -185,18 +184,17 @@ class TokenRows:
             empty = _still_empty(empty, len(group), ids or kept)
 
     def _pack(self, groups: Iterable[_Tokenized]) -> Iterator[Row]:
-        length, eos = self._max_length, [self._tokenizer.eos_id]
+        length, end = self._max_length, np.array([self._tokenizer.eos_id], np.int32)
         held = _NOTHING
         begins: list[int] = []  # where in held the first token of each document is, or would be
         places: list[Position] = []
         for group in groups:
             parts, size = [held], len(held)
             for here, tokens in group:
-                ids = np.array(tokens + eos, np.int32)[here.offset :]
                 begins.append(size - here.offset)
                 places.append(here)
-                parts.append(ids)
-                size += len(ids)
+                parts += (tokens[here.offset :], end)
+                size += len(tokens) - here.offset + 1
             held, used, document = np.concatenate(parts), 0, 0
             while len(held) - used > length:
                 row = held[used : used + length + 1]
@@ -215,10 +213,10 @@ def _in_groups(documents: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _still_empty(count: int, more: int, found: Sequence[Any]) -> int:
+def _still_empty(count: int, more: int, found: Sequence[Sized]) -> int:
     """Documents in a row without a token, after so many ``more`` with what was ``found`` in them; InputError where they
     are too many."""
-    count = 0 if any(found) else count + more
+    count = 0 if any(map(len, found)) else count + more
     if count > _EMPTY:
         raise InputError(f"--data: {count} documents in a row hold no token at all")
     return count
@@ -320,7 +318,7 @@ def _with_offset(
 ) -> Iterator[tuple[Position, str, Position]]:
     """Tell the first document how much of it was used before the run stopped."""
     for here, text, after in documents:
-        yield replace(here, offset=offset), text, after
+        yield (replace(here, offset=offset) if offset else here), text, after
         offset = 0
 
 

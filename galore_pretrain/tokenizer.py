@@ -12,9 +12,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from galore_pretrain.errors import InputError
 from galore_pretrain.hub import T5, download, first_line, is_hub_id
 
+Ids = NDArray[np.int32]
 _PROBES = ["The quick brown fox, 1984: it's here.", "Zürich — naïve café", "a  b\n\nc\td"]
 _CHARACTERS = 6  # of a text that are tried for each token wanted: English has some 4.5 a token of T5's
 _MODEL_FILES = ("spiece.model", "tokenizer.model")
@@ -32,7 +36,7 @@ class Tokenizer(Protocol):
     fingerprint: str
     """SHA-256 of the vocabulary, so that a run can tell that it goes on with the same one."""
 
-    def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
+    def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
         """Token ids of each text, without a beginning or end marker; no text can produce a control token. Where the
         ``first`` so many of each are enough, later ones may be missing."""
         ...
@@ -70,19 +74,20 @@ class SentencePieceTokenizer:
         if self.eos_id < 0:
             raise InputError(f"--tokenizer {path}: has no end-of-sequence piece (</s>), which separates documents")
 
-    def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
+    def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
         if first is None or not self._is_by_words:
-            return self._processor.encode(texts)  # type: ignore[no-any-return]
+            return self._encode(texts)
         # No piece goes across a space: what stands before one has the same ids, whatever follows.
         most = _CHARACTERS * first
         cuts = [text.rfind(" ", 0, most) if len(text) > most else -1 for text in texts]
-        ids: list[list[int]] = self._processor.encode(
-            [text if cut < 0 else text[:cut] for text, cut in zip(texts, cuts, strict=True)]
-        )
+        ids = self._encode([text if cut < 0 else text[:cut] for text, cut in zip(texts, cuts, strict=True)])
         if short := [i for i, cut in enumerate(cuts) if cut >= 0 and len(ids[i]) < first]:
-            for i, whole in zip(short, self._processor.encode([texts[i] for i in short]), strict=True):
+            for i, whole in zip(short, self._encode([texts[i] for i in short]), strict=True):
                 ids[i] = whole
         return ids
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        return self._processor.encode(texts, return_type="numpy")  # type: ignore[no-any-return]
 
     def decode(self, ids: list[int]) -> str:
         return str(self._processor.decode([i for i in ids if not self._processor.is_control(i)]))
@@ -101,7 +106,8 @@ class SentencePieceTokenizer:
             except Exception as error:  # whatever a class raises at a model that is not its own
                 log.debug("%s does not take %s: %s", loader.__name__, self._path, error)
                 ids = []
-            if ids[:2] == (expected := self.encode(_PROBES))[:2]:
+            expected = [known.tolist() for known in self.encode(_PROBES)]
+            if ids[:2] == expected[:2]:
                 if ids != expected:
                     log.warning("transformers' form of %s treats runs of white space differently", self._path)
                 backend, special = converted.backend_tokenizer, converted.special_tokens_map
@@ -143,12 +149,13 @@ class HuggingFaceTokenizer:
         if len(vocabulary) < 100:  # what transformers builds, silently, from a file it did not understand
             raise InputError(f"--tokenizer {where}: only {len(vocabulary)} tokens; is tokenizer.json missing?")
 
-    def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
+    def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
         if not texts:  # which the library does not take
             return []
         with self._lock:  # the library's own tokenizer is one thread's
             encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return [ids if self._control.isdisjoint(ids) else self._without_control(ids) for ids in encoded]
+        kept = (ids if self._control.isdisjoint(ids) else self._without_control(ids) for ids in encoded)
+        return [np.array(ids, np.int32) for ids in kept]
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -92,7 +92,7 @@ def perplexity(trained: Trained, device: torch.device) -> Evaluation:
 def continue_text(trained: Trained, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int) -> str:
     """``prompt`` and up to ``tokens`` tokens that the model sets behind it; ``temperature`` 0 takes the likeliest."""
     model, tokenizer = trained.model, trained.tokenizer
-    ids = tokenizer.encode([prompt])[0] or [tokenizer.eos_id]  # what ends a document stands before the next
+    ids = tokenizer.encode([prompt])[0].tolist() or [tokenizer.eos_id]  # what ends a document stands before the next
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
         raise InputError(

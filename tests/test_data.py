@@ -35,6 +35,7 @@ from galore_pretrain.data import (
 )
 from galore_pretrain.errors import InputError
 from galore_pretrain.sources import BadData, LocalFiles, Tally, open_source
+from galore_pretrain.tokenizer import Ids
 
 
 class Letters:
@@ -42,8 +43,8 @@ class Letters:
 
     name, vocab_size, eos_id, fingerprint = "letters", 130, 1, "-"
 
-    def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
-        return [[ord(c) for c in text] for text in texts]
+    def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
+        return [np.array([ord(c) for c in text], np.int32) for text in texts]
 
     def save(self, folder: Path, model_max_length: int) -> None:
         raise AssertionError
@@ -532,7 +533,7 @@ def test_processes_share_the_rows_of_one(layout: str) -> None:
     class Counting(Letters):
         asked = 0
 
-        def encode(self, texts: list[str], first: int | None = None) -> list[list[int]]:
+        def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
             Counting.asked += len(texts)
             return super().encode(texts)
 
