@@ -34,6 +34,7 @@ TOLERANCES = {row: 1e-3 for row in METHODS if "8bit" in row} | {"natural_galore8
 magnifies what its history is off by. (On the same gradients, shards.py asks for the same bits where blocks align.)"""
 WAYS = [(m, "--shard", s) for m, s in itertools.product(("--layerwise", "--no-layerwise"), ("full", "hybrid", "none"))]
 PROJECTED = ("--layerwise", "--shard", "none", "--reduce", "projected")
+COMPILED = ("--layerwise", "--compile")
 
 
 def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -100,6 +101,7 @@ def test_curves_are_those_of_one_process(processes: int, tiny_config: str, tmp_p
         alone[row] = tmp_path / row
         ways = WAYS if FULL else [WAYS[(i + processes // 2) % 6]]
         ways = [*ways, PROJECTED] if "galore" in row and (FULL or i % 2 == 0) else ways
+        ways = [*ways, COMPILED] if row == "galore_adamw" and processes == 2 else ways
         shared |= {(row, *way): tmp_path / "-".join((row, *way)) for way in ways}
     run_all(1, {path: case(tiny_config, path, row) for row, path in alone.items()}, tmp_path)
     run_all(
