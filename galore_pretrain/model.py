@@ -20,6 +20,7 @@ from galore_pretrain.config import find_model
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim.projector import product
 from galore_pretrain.optim.shards import fill, local, shard_of
+from galore_pretrain.optim.step import chunk_elements, pieces
 
 _POSITIVE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -247,25 +248,25 @@ def _gradient_block(tokens: int, weight: Tensor) -> int:
 
 
 def _logits_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(Σ cross-entropy, its gradient × ``scale`` by the logits in the weight's dtype: tokens × vocabulary)."""
+    """(Σ cross-entropy, its gradient × ``scale`` by the logits in the weight's dtype: tokens × vocabulary).
 
-    def of_chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        counted = y >= 0
-        log_p = F.log_softmax((h @ weight.T).float(), dim=-1)
-        index = y.clamp(min=0)[:, None]
-        loss = -(log_p.gather(1, index)[:, 0] * counted).sum()
-        grad = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
-        return loss, grad.mul_((counted * scale)[:, None])
-
-    if len(hidden) <= _HEAD_CHUNK:
-        loss, grad = of_chunk(hidden, labels)
-        return loss, grad.to(weight.dtype)
+    The gradient takes the place of the logits, some rows at a time: on a CPU, of what its cache holds.
+    """
     total, whole = hidden.new_zeros((), dtype=torch.float32), hidden.new_empty(len(hidden), len(weight))
-    for start, (h, y) in zip(range(0, len(hidden), _HEAD_CHUNK), _chunks(hidden, labels), strict=True):
-        loss, grad = of_chunk(h, y)
-        total += loss
-        whole[start : start + len(h)] = grad
-        del grad
+    rows = max(1, chunk_elements(hidden.device) // len(weight)) if hidden.device.type == "cpu" else _HEAD_CHUNK
+    for start, stop in pieces(len(hidden), _HEAD_CHUNK):
+        chunk, targets = whole[start:stop], labels[start:stop]
+        torch.mm(hidden[start:stop], weight.T, out=chunk)
+        losses = []
+        for first, last in pieces(len(chunk), rows):
+            logits, y = chunk[first:last], targets[first:last]
+            counted, index = y >= 0, y.clamp(min=0)[:, None]
+            log_p = F.log_softmax(logits.float(), dim=-1)
+            losses.append(log_p.gather(1, index)[:, 0] * counted)
+            grad = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
+            logits.copy_(grad.mul_((counted * scale)[:, None]))
+            del log_p, grad
+        total -= torch.cat(losses).sum()
     return total, whole
 
 
