@@ -114,7 +114,11 @@ def plan(
         "LOCAL_WORLD_SIZE": str(gpus_per_node),
     }  # as torchrun would
     if (link or network) and (nodes * gpus_per_node == 1 or not flops):
-        why = "bound nothing by themselves; give --flops" if nodes * gpus_per_node > 1 else "one process sends nothing"
+        why = (
+            "bound nothing by themselves; give --flops"
+            if nodes * gpus_per_node > 1
+            else "one process sends nothing; give --gpus-per-node or --nodes"
+        )
         raise InputError(f"--link and --network: {why}")
     if picture and not compare:
         raise InputError(

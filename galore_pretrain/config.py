@@ -217,11 +217,15 @@ class RunConfig:
         600, "Seconds that a process waits for the others before all end.", int, MACHINE, least=1, free=True
     )
     compile: bool = _flag(
-        False, "Compile the decoder layers (torch.compile); planned as if they were not.", bool, MACHINE, free=True
+        False,
+        "Compile the decoder layers: takes a C++ compiler and a minute. Planned as if not.",
+        bool,
+        MACHINE,
+        free=True,
     )
     profile: int | None = _flag(
-        None, "Say where the time of so many updates goes, in OUTPUT/profile.", int, MACHINE, least=1, free=True,
-        shown="off",
+        None, "Say, in OUTPUT/profile, where the time of so many updates goes, after the first two.", int, MACHINE,
+        least=1, free=True, shown="off",
     )  # fmt: skip
     seed: int = _flag(0, "Of weights, data order and rounding.", int, MACHINE, least=0)
 

@@ -24,6 +24,8 @@ _MEANING = {
     "backward": "without the updates inside it",
     "optimizer": "projecting, moments, weights",
     "refresh": "new bases",
+    "evaluation": "between updates",
+    "checkpoint": "between updates",
 }
 
 
@@ -116,10 +118,13 @@ class Profile:
         updates = min(self._done, self._updates)
         named = sum(self._spent.values())
         spent = {**{part: self._spent[part] for part in _PARTS}, "other": max(0.0, self._seconds - named)}
-        lines = [f"{updates} updates, {1000 * self._seconds / updates:.1f} ms each"]
+        apart = spent["evaluation"] + spent["checkpoint"]
+        lines = [
+            f"{updates} updates, {1000 * (self._seconds - apart) / updates:.1f} ms each without what is between them"
+        ]
         for part, seconds in spent.items():
             share = f"{1000 * seconds / updates:9.1f} ms {100 * seconds / self._seconds:5.1f} %"
             lines.append(f"{part:<11}{share}   {_MEANING.get(part, '')}".rstrip())
         sort = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         heaviest = seen.key_averages().table(sort_by=sort, row_limit=10, max_name_column_width=48)
-        return "\n".join([*lines, "", f"the ten heaviest, by {sort}:", str(heaviest)])
+        return "\n".join([*lines, "", "the ten heaviest operations, by their own time:", str(heaviest)])

@@ -1,6 +1,6 @@
 """Every goal of speed beside its peer: one table of goal, peer, this project, ratio, and whether it is met.
 
-    make bench                                              # half an hour; prints Markdown
+    make bench                                              # an hour; prints Markdown
     make bench BENCH='--only step text --rounds 3'          # a part of it
     make bench BENCH='--data corpus/ --tokenizer spiece.model'      # other text than the sample's
 
@@ -326,7 +326,7 @@ def start(options: argparse.Namespace, table: "Table") -> None:
     code += "print(sorted({'wandb', 'datasets'} & set(sys.modules)))"
     words = [sys.executable, "-c", code, "plan", "--model", MODEL, "--data", "sample"]
     loaded = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    table.note(f"`plan` loads of wandb and datasets: {loaded}")
+    table.note(f"Of wandb and datasets, `plan` loads {loaded}.")
 
 
 # -- two layers of 7B -------------------------------------------------------------------------------------------------
@@ -401,10 +401,11 @@ PARTS = {"step": step, "memory": memory, "optimizer": optimizer, "text": text, "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", default="sample")
-    parser.add_argument("--tokenizer", default="sample")
+    words = "parts of the table; seven: two layers of llama_7b"
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help=words)
+    parser.add_argument("--rounds", type=int, choices=range(1, 100), default=5, metavar="N", help="5 by default")
+    parser.add_argument("--data", default="sample", help="as of galore-pretrain: sample by default")
+    parser.add_argument("--tokenizer", default="sample", help="as of galore-pretrain: sample by default")
     parser.add_argument("--one", choices=list(STEP), help=argparse.SUPPRESS)
     parser.add_argument("--updates", type=int, default=UPDATES, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
@@ -420,12 +421,24 @@ def main() -> None:
         return
     import torch
 
+    from galore_pretrain.errors import InputError
+    from galore_pretrain.sources import open_source
+    from galore_pretrain.tokenizer import load_tokenizer
+
+    try:
+        open_source(options.data, "train")
+        load_tokenizer(options.tokenizer)
+    except InputError as error:
+        sys.exit(f"Error: {error}")
     versions = ", ".join(
         f"{p} {metadata.version(p)}" for p in ("torch", "transformers", "accelerate", "galore-torch", "bitsandbytes")
     )
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{MODEL}, bf16, {ROWS} × {LENGTH} tokens, rank {RANK}; {machine}; {versions}")
-    print(f"{time.strftime('%Y-%m-%d')}, medians of {options.rounds} rounds\n")
+    text = f"{Path(options.data).name}, tokenizer {Path(options.tokenizer).name}"
+    print(
+        f"{time.strftime('%Y-%m-%d')}, medians of {options.rounds}; text: {text}. `wanted`: of the ratio, here / peer\n"
+    )
     table = Table()
     for name in options.only:
         PARTS[name](options, table)

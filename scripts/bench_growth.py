@@ -1,6 +1,6 @@
 """How the time of an update grows: with the model, the length, the batch, the rank and T; a table and a plot.
 
-    python scripts/bench_growth.py --picture docs/benchmarks/growth.png      # a quarter of an hour
+    python scripts/bench_growth.py --picture docs/benchmarks/growth.png      # half an hour
 
 Each update is galore_adamw's, bf16, after backward, of the real parts of a run; medians, and for T the mean of updates
 with and without new bases. GFLOP is the arithmetic of it that `plan` counts, bases apart: where GFLOP/s fall, something

@@ -6,7 +6,8 @@
 All candidates update the same weights from the same random gradients, one step each in turn, so that what else the
 machine does falls on all alike. `refresh` is what a step costs more in which every basis is renewed, against the one
 before, in which none is. `extra` is the largest sum of memory allocated and not yet freed inside a step, without and
-with a refresh. Ratios are to the published code of the same method, or to torch's AdamW.
+with a refresh. Ratios are to the published code of the same method, or to torch's AdamW. torchao is a candidate where
+it is installed: no extra does that, since transformers then warns at every import.
 """
 
 import argparse
