@@ -76,10 +76,10 @@ def timed(config: RunConfig, updates: int) -> tuple[list[float], list[float], in
 
 
 def measured(config: RunConfig, rounds: int) -> Times:
-    """Medians; new bases are those of the last update."""
-    passes, updates, weights = timed(replace(config, update_proj_gap=rounds + 2), rounds + 3)
-    steady = median(updates[2:-1])
-    return Times(median(passes[2:]), steady, max(0.0, updates[-1] - steady), weights)
+    """Medians: of every three updates, the first renews all bases."""
+    passes, updates, weights = timed(replace(config, update_proj_gap=3), 1 + 3 * rounds)
+    steady = median(updates[i] for i in range(1, len(updates)) if i % 3)
+    return Times(median(passes[1:]), steady, max(0.0, median(updates[3::3]) - steady), weights)
 
 
 def gathering(config: RunConfig, rounds: int) -> float:
@@ -114,20 +114,22 @@ def draw(path: Path, found: list[tuple[str, str, float, float, float]]) -> None:
     from matplotlib import pyplot as plt
 
     kinds = list(dict.fromkeys(kind for kind, *_ in found))
-    figure, axes = plt.subplots(1, len(kinds), figsize=(13, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(13, 3.8), sharey=True)
     for axis, kind in zip(axes, kinds, strict=True):
         values, passes, updates, products = zip(*(row[1:] for row in found if row[0] == kind), strict=True)
         axis.plot(values, passes, "o-", label="forward and backward")
         axis.plot(values, updates, "s-", label="update")
-        scale = passes[0] / products[0]
-        axis.plot(values, [scale * p for p in products], ":", color="gray", label="the arithmetic, from the first on")
+        both = [a + b for a, b in zip(passes, updates, strict=True)]
+        axis.plot(values, both, "-", color="black", label="both")
+        scaled = [both[0] / products[0] * p for p in products]
+        axis.plot(values, scaled, ":", color="black", label="both, if they grew as the arithmetic")
         axis.set_yscale("log")
         axis.set_xlabel({"length": "tokens a row", "batch": "rows", "T": "updates a basis (T)"}.get(kind, kind))
         axis.tick_params(axis="x", rotation=30)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("seconds")
-    axes[-1].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
     figure.savefig(path, dpi=110)
 
 
@@ -136,8 +138,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, torch {torch.__version__};", end=" ")
-    print(f"medians of {arguments.rounds}; 1 × 256 tokens, rank 128 and llama_60m where nothing else is said\n")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of",
+        end=" ",
+    )
+    print(f"{2 * arguments.rounds} updates and {arguments.rounds} renewals of all bases.", end=" ")
+    print("1 × 256 tokens, rank 128, llama_60m where nothing else is said\n")
     print("| | | GFLOP | forward, backward: ms | update: ms | GFLOP/s | update: share | ns a weight | all bases: ms |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     found = []
