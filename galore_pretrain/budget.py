@@ -19,29 +19,43 @@ from galore_pretrain.recipes import CHOSEN, micro_batches, with_execution
 log = logging.getLogger(__name__)
 
 OUTSIDE = 10**9
-"""Bytes that tensors do not get: of a card, the driver's, its libraries' and the allocator's fragments; of a machine,
-the program's own, its text and what saving takes."""
+"""Bytes of a machine's memory that tensors do not get: the program's own, its text and what saving takes."""
+OUTSIDE_CARD = 1_600_000_000
+"""Bytes of all that a card shows which tensors do not get: CUDA's context and loaded kernels (0.5 GiB), workspaces and
+fragments (0.3 GiB), and a desktop (0.5 GiB) with some room."""
+OUTSIDE_FREE = 700_000_000
+"""Bytes of what is free on a card once CUDA's context exists which tensors do not get: kernels that are loaded later
+(0.25 GiB), workspaces and fragments (0.3 GiB)."""
 
 
 def budget_of(config: RunConfig) -> int:
-    """Bytes that tensors may take: of ``--memory-budget``, or of what the device has free now."""
+    """Bytes that tensors may take: of ``--memory-budget``, or of what the device has free now.
+
+    A GPU gives no more than it shows and has free, whatever ``--memory-budget`` says.
+    """
+    device = device_of(config)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        asked = total if config.memory_budget is None else config.memory_budget
+        return min(min(asked, total) - OUTSIDE_CARD, free - OUTSIDE_FREE)
     if config.memory_budget is not None:
         return config.memory_budget - OUTSIDE
-    device = device_of(config)
-    if device.type != "cuda":
-        return available_bytes(device) // processes_here() - OUTSIDE
-    # What is free of a card is so after the driver and its libraries have taken theirs: only fragments are left.
-    return min(torch.cuda.mem_get_info(device)[1] - OUTSIDE, available_bytes(device) - OUTSIDE // 4)
+    return available_bytes(device) // processes_here() - OUTSIDE
 
 
 def source_of(config: RunConfig) -> str:
     """Where `budget_of` comes from, in words."""
-    less = f"less {OUTSIDE / 2**30:.2f} for what is no tensor"
+    device, asked = device_of(config), ""
     if config.memory_budget is not None:
-        return f"--memory-budget {config.memory_budget / 2**30:.2f} GiB {less}"
-    device = device_of(config)
+        asked = f"--memory-budget {config.memory_budget / 2**30:.2f} GiB"
     if device.type == "cuda":
-        return f"what {device} has"
+        free, total = torch.cuda.mem_get_info(device)
+        shown = f"{device} shows {total / 2**30:.2f} GiB and has {free / 2**30:.2f} free"
+        rest = f"less {OUTSIDE_CARD / 2**30:.2f} and {OUTSIDE_FREE / 2**30:.2f} for what is no tensor"
+        return ", ".join(part for part in (asked, shown, rest) if part)
+    less = f"less {OUTSIDE / 2**30:.2f} for what is no tensor"
+    if asked:
+        return f"{asked} {less}"
     share = f"1/{processes_here()} of " if processes_here() > 1 else ""
     return f"{share}what this machine has free now, {less}"
 
@@ -147,9 +161,9 @@ def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[Run
     found = []
     for layerwise in options("layerwise", (False, True)):
         for checkpointing in options("activation_checkpointing", (False, True)):
-            # One micro-batch an update keeps no sums. The published code's loss depends on the micro-batch.
-            every = dict.fromkeys((*micro_batches(config.total_batch_size), config.total_batch_size // processes()))
-            for size in options("batch_size", list(every) if config.numerics == "sound" else [config.batch_size]):
+            # The published code's loss depends on the micro-batch.
+            sizes = _sizes(config) if config.numerics == "sound" else [config.batch_size]
+            for size in options("batch_size", sizes):
                 with contextlib.suppress(InputError):  # a clip norm that this way does not know
                     found.append(
                         with_execution(
@@ -163,15 +177,34 @@ def _candidates(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[Run
     return sorted(found, key=lambda pair: (pair[0].clip_norm == "projected", *_cost(pair[0])))
 
 
+def _sizes(config: RunConfig) -> list[int]:
+    """Rows of a micro-batch that may be chosen, each once. One micro-batch an update keeps no sums."""
+    rows = config.total_batch_size // processes()
+    if device_of(config).type == "cuda":
+        powers = [1 << i for i in range(10) if rows % (1 << i) == 0]
+        return powers if rows > 512 else list(dict.fromkeys((*powers, rows)))
+    return list(dict.fromkeys((*micro_batches(config.total_batch_size), rows)))
+
+
 def _cost(config: RunConfig) -> tuple[float, bool, int]:
     """Products with each weight per token, in units of 2mn; at equal cost, the plainer first."""
     tokens = config.batch_size * config.max_length
     several = config.micro_batches > 1
     projected = config.rank if "galore" in config.optim else None
     projecting = (projected or 0) / tokens if config.layerwise and several else 0.0
+    cost = 3 + config.activation_checkpointing + projecting + _small_or_large(config, tokens)
+    return cost, config.layerwise, -config.batch_size
+
+
+def _small_or_large(config: RunConfig, tokens: int) -> float:
+    """What a micro-batch of so many tokens costs beside its products, in the units of `_cost`."""
+    if device_of(config).type == "cuda":
+        # A micro-batch takes about a thousand launches whatever its size, behind which a GPU waits; from some 16 Ki
+        # tokens on, it no longer does.
+        return 1024 / min(tokens, 1 << 14)
     few = 256 / min(tokens, 8 * config.max_length)  # a matrix product of few rows is slower
     many = 0.25 if config.batch_size > 8 else 0.0  # so are activations that no cache holds; how much, is a guess
-    return 3 + config.activation_checkpointing + projecting + few + many, config.layerwise, -config.batch_size
+    return few + many
 
 
 def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) -> int:

@@ -154,11 +154,12 @@ def joined(config: RunConfig) -> Iterator[World]:
             raise InputError(f"torchrun started {processes_here()} processes here, and there are {there} GPUs")
         torch.cuda.set_device(local)
     timeout = timedelta(seconds=config.distributed_timeout)
+    device = torch.device(kind, local if kind == "cuda" else 0)
     if is_new := not distributed.is_initialized():
-        _join({"cuda": "nccl", "cpu": "gloo"}[kind], timeout)
+        _join({"cuda": "nccl", "cpu": "gloo"}[kind], timeout, device)
     try:
         mesh, group = _mesh(config, kind), distributed.new_group(backend="gloo", timeout=max(timeout, _PATIENCE))
-        yield World(rank, size, torch.device(kind, local if kind == "cuda" else 0), mesh, group)
+        yield World(rank, size, device, mesh, group)
     except RuntimeError as error:
         if not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
             raise
@@ -206,7 +207,7 @@ def imagined(config: RunConfig) -> Iterator[Any]:
         distributed.destroy_process_group()
 
 
-def _join(backend: str, timeout: timedelta) -> None:
+def _join(backend: str, timeout: timedelta, device: torch.device) -> None:
     """As ``init_process_group`` by itself, but that processes which torchrun starts once more on a host do not find the
     addresses of those before them: torch 2.13 gives both one store (of eight such starts, three hung or failed).
 
@@ -218,4 +219,6 @@ def _join(backend: str, timeout: timedelta) -> None:
     store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    # NCCL that knows its GPU makes its communicators here, so that what is wrong with them is told here.
+    gpu = device if device.type == "cuda" else None
+    distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=gpu)

@@ -26,6 +26,8 @@ from galore_pretrain.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 _ROWS_KEPT = 20
+_SHARD_SIZE = "1GB"
+"""Size of an exported model's files. It bounds the host memory that exporting from a GPU takes."""
 
 
 @contextmanager
@@ -133,7 +135,8 @@ def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenize
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(aside, state_dict=state)
+    # A shard's tensors are copied to the host together, and let go before the next shard's.
+    model.save_pretrained(aside, state_dict=state, max_shard_size=_SHARD_SIZE)
     tokenizer.save(aside, model_max_length=model.config.max_position_embeddings)
     config = json.loads((aside / "config.json").read_text())
     _write_json(aside / "config.json", config | {"use_cache": True})  # training has no use for a cache, generation has

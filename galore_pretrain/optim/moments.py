@@ -1,9 +1,11 @@
 """How a moment is kept between two updates: one axis of a method, independent of the rule that uses it."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -101,7 +103,9 @@ class Blockwise8bit:
             return
         from bitsandbytes import functional
 
-        quantized, how = functional.quantize_blockwise(value, code=_code(name, state[name]), blocksize=_BLOCK)
+        code = _code(name, state[name])
+        with ordered_on_default_stream(value.device):
+            quantized, how = functional.quantize_blockwise(value, code=code, blocksize=_BLOCK)
         step.store(state[name], quantized)
         step.store(state[f"{name}_absmax"], how.absmax)
 
@@ -126,27 +130,55 @@ class Blockwise8bit:
 
         parts = [step.working_copy(state[name]) for name in names]
         scratch = torch.zeros_like(grad, dtype=torch.float32)
-        functional.optimizer_update_8bit_blockwise(
-            "adam",
-            g=grad.float(),
-            p=scratch,
-            state1=parts[0],
-            state2=parts[1],
-            beta1=betas[0],
-            beta2=betas[1],
-            beta3=0.0,
-            alpha=0.0,
-            eps=eps,
-            step=step.count,
-            lr=1.0,
-            qmap1=_code("exp_avg", grad),
-            qmap2=_code("exp_avg_sq", grad),
-            absmax1=parts[2],
-            absmax2=parts[3],
-        )
+        grad, codes = grad.float(), (_code("exp_avg", grad), _code("exp_avg_sq", grad))
+        with ordered_on_default_stream(grad.device):
+            functional.optimizer_update_8bit_blockwise(
+                "adam",
+                g=grad,
+                p=scratch,
+                state1=parts[0],
+                state2=parts[1],
+                beta1=betas[0],
+                beta2=betas[1],
+                beta3=0.0,
+                alpha=0.0,
+                eps=eps,
+                step=step.count,
+                lr=1.0,
+                qmap1=codes[0],
+                qmap2=codes[1],
+                absmax1=parts[2],
+                absmax2=parts[3],
+            )
         for name, part in zip(names, parts, strict=True):
             step.store(state[name], part)
         return scratch
+
+
+@contextmanager
+def ordered_on_default_stream(device: torch.device) -> Iterator[None]:
+    """Runs CUDA's default stream behind the current stream, and the current stream behind what is launched meanwhile.
+
+    bitsandbytes' `quantize_blockwise` and `optimizer_update_8bit_blockwise` take no stream and launch on the default
+    one (its csrc/ops.cu), which torch's other streams do not wait for. FSDP2 calls the hooks of layerwise updates on a
+    stream of its own. Without both waits, moments are computed from gradients that are not there yet, in silence.
+    """
+    streams = current_and_default_stream(device)
+    if streams is None:
+        yield
+        return
+    current, default = streams
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)
+
+
+def current_and_default_stream(device: torch.device) -> tuple[Any, Any] | None:
+    """The current and the default CUDA stream of ``device``; None where they are one, or there are none."""
+    if device.type != "cuda":
+        return None
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    return None if current == default else (current, default)
 
 
 @cache
