@@ -1,8 +1,9 @@
 """When updates run: all of them after backward, or each inside it. Both call ``optimizer.update_param``."""
 
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -48,8 +49,16 @@ class _Updates(ABC):
         self._micro_batch, self._micro_batches = 0, 1
         self._norm: Tensor | None = None
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in self._params:
-            p.register_post_accumulate_grad_hook(self._hook)
+        # A tensor's hooks are nothing that Python's collector sees through: one that held this object, and so all
+        # parameters, would keep a model in memory for good.
+        method = weakref.WeakMethod(self._hook)
+
+        def hook(p: Tensor) -> None:
+            if (alive := method()) is not None:
+                alive(p)
+
+        handles = [p.register_post_accumulate_grad_hook(hook) for p in self._params]
+        weakref.finalize(self, _remove, handles)
 
     @abstractmethod
     def _hook(self, p: Tensor) -> None:
@@ -83,6 +92,12 @@ class _Updates(ABC):
     def discard(self) -> None:
         self._optimizer.discard()
         self._optimizer.take_faults()  # of an update that is not made
+
+
+def _remove(handles: list[Any]) -> None:
+    """Take hooks off their tensors."""
+    for handle in handles:
+        handle.remove()
 
 
 class GlobalStep(_Updates):

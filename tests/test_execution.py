@@ -1,5 +1,7 @@
 """Layerwise and global execution of the same update, and the accumulation of micro-batches."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -89,3 +91,24 @@ def test_frozen_matrices_stay(row: str, build_tiny: Callable[..., LlamaForCausal
         GlobalStep(optimizer, 0.0).complete()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == ("proj" in name)
+
+
+@pytest.mark.parametrize("mode", [GlobalStep, Layerwise])
+def test_a_model_ends_with_its_execution(mode: Any, build_tiny: Callable[..., LlamaForCausalLM]) -> None:
+    """Its hooks hold nothing: several runs in one process would keep all their models otherwise."""
+    model = build_tiny()
+    optimizer = build_optimizer(model, "adamw", lr=0.1)
+    execution = mode(optimizer)
+    ids = torch.randint(0, 1024, (2, 33))
+    mean_loss(model, ids[:, :-1], ids[:, 1:], 64).backward()
+    execution.complete()
+    weight = weakref.ref(model.lm_head.weight)
+    before = model.lm_head.weight.detach().clone()
+    del execution
+    gc.collect()
+    mean_loss(model, ids[:, :-1], ids[:, 1:], 64).backward()
+    assert torch.equal(before, model.lm_head.weight)
+    assert not model.lm_head.weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    del model, optimizer
+    gc.collect()
+    assert weight() is None

@@ -210,7 +210,10 @@ def _kernel_agrees_with_the_rule(device: str) -> None:
             patch.setattr(Blockwise8bit, "fused_adam", lambda *args, **kwargs: None)
             composed = rule.update(g, states[1], Step(count))
         assert fused is not None
-        assert torch.allclose(-fused, composed.left * composed.factor, rtol=1e-5, atol=1e-6)
+        expected = composed.left * composed.factor
+        # A GPU's kernel rounds some bytes to the neighbour, which the directions to come show.
+        bound = 1e-6 if device == "cpu" else 1e-2
+        assert (fused + expected).norm() <= bound * expected.norm()
     for name, value in states[0].items():
         different = (value != states[1][name]).float().mean()
         assert different <= 0.01, name  # a kernel may order its sums otherwise, and round a byte otherwise
