@@ -200,7 +200,7 @@ def _small_or_large(config: RunConfig, tokens: int) -> float:
     """What a micro-batch of so many tokens costs beside its products, in the units of `_cost`."""
     if device_of(config).type == "cuda":
         # A micro-batch takes about a thousand launches whatever its size, and a GPU waits for them. Measured on an
-        # H200 (docs/benchmarks/gpu.md): llama_60m gains up to 64 Ki tokens, which was the most that was tried.
+        # H200 (docs/benchmarks/gpu.md): llama_60m gains up to 128 Ki tokens, the most that was tried.
         return 1024 / tokens
     few = 256 / min(tokens, 8 * config.max_length)  # a matrix product of few rows is slower
     many = 0.25 if config.batch_size > 8 else 0.0  # so are activations that no cache holds; how much, is a guess
