@@ -7,15 +7,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from galore_pretrain.model import build_model, load_model_config
+    from galore_pretrain.model.llama import build_model
+    from galore_pretrain.model.llama_config import load_model_config
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "build_model", "load_model_config"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("build_model", "load_model_config"):
-        from galore_pretrain import model
+    if name == "build_model":
+        from galore_pretrain.model.llama import build_model
 
-        return getattr(model, name)
+        return build_model
+    if name == "load_model_config":
+        from galore_pretrain.model.llama_config import load_model_config
+
+        return load_model_config
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,13 +14,13 @@ import click
 from click.core import ParameterSource
 
 from galore_pretrain import __version__
+from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
+from galore_pretrain.config.resolve import without_meaning
 from galore_pretrain.errors import InputError, TrainingFailedError
-from galore_pretrain.hub import check_hub
-from galore_pretrain.options import RATE, RunCommand, flags, resolved, with_run_options
-from galore_pretrain.recipes import without_meaning
-from galore_pretrain.sources import open_source
-from galore_pretrain.sweep import KINDS, Sweep, entries, own_length
-from galore_pretrain.tokenizer import find_tokenizer
+from galore_pretrain.study.sweep import KINDS, Sweep, entries, own_length
+from galore_pretrain.text.hub import check_hub
+from galore_pretrain.text.sources import open_source
+from galore_pretrain.text.tokenizer import find_tokenizer
 
 
 class _Root(click.Group):
@@ -127,7 +127,9 @@ def plan(
     rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
     configs = [resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
 
-    from galore_pretrain import budget, dist, pictures, traffic  # torch and transformers
+    from galore_pretrain import dist
+    from galore_pretrain.planning import budget, traffic  # torch and transformers
+    from galore_pretrain.study import pictures
 
     available, source = budget.budget_of(configs[0][0]), budget.source_of(configs[0][0])
     speeds = traffic.Speeds(flops, link, network)
@@ -160,7 +162,7 @@ def plan(
 
 
 def _print_paper(as_json: bool) -> int:
-    from galore_pretrain import paper
+    from galore_pretrain.study import paper
 
     tables = {"paper": paper.by_the_papers_rule(), "exact": paper.exact()} if as_json else {}
     click.echo(json.dumps(tables, indent=2) if as_json else paper.report())
@@ -230,7 +232,7 @@ def report(runs: tuple[Path, ...], output: Path, as_json: bool) -> int:
 
 
 def _report(runs: Sequence[Path], output: Path, *, as_json: bool = False) -> str:
-    from galore_pretrain import report, results
+    from galore_pretrain.study import report, results
 
     comparisons = results.compare(results.find(runs))
     if as_json:
@@ -248,7 +250,8 @@ _TEXT = ("data", "eval_data", "bad_data", "tokenizer", "layout", "max_length", "
 def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     """Perplexity of a checkpoint, a run or a Hugging Face folder, on the run's own validation text or on another."""
     given = {name: value for name, value in values.items() if value is not None}
-    from galore_pretrain import build, trained
+    from galore_pretrain.rundir import loaded as trained
+    from galore_pretrain.train import build
 
     loaded = trained.load(path, given, where := build.device_named(device))
     config = loaded.config
@@ -269,10 +272,12 @@ def export(path: Path, folder: Path) -> int:
     """Write a checkpoint (or a run's newest) as a plain Hugging Face folder, with dense matrices and its tokenizer."""
     if folder.exists():
         raise InputError(f"{folder} exists; name a new folder")
-    from galore_pretrain import build, outputs, trained
+    from galore_pretrain.rundir import loaded as trained
+    from galore_pretrain.rundir.export import export as write_model
+    from galore_pretrain.train import build
 
     loaded = trained.load(path, {}, build.device_named("cpu"))
-    outputs.export(folder, loaded.model, loaded.tokenizer)
+    write_model(folder, loaded.model, loaded.tokenizer)
     click.echo(f"written: {folder}")
     return 0
 
@@ -287,7 +292,8 @@ def export(path: Path, folder: Path) -> int:
 @click.option("--device", default="auto", show_default=True)
 def generate(path: Path, prompt: str, tokens: int, temperature: float, top_p: float, seed: int, device: str) -> int:
     """Continue PROMPT with the model of a checkpoint, a run or a Hugging Face folder."""
-    from galore_pretrain import build, trained
+    from galore_pretrain.rundir import loaded as trained
+    from galore_pretrain.train import build
 
     loaded = trained.load(path, {}, build.device_named(device))
     click.echo(trained.continue_text(loaded, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed))
@@ -368,7 +374,7 @@ def main() -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    from galore_pretrain.metrics import Wandb
+    from galore_pretrain.train.metrics import Wandb
 
     if Wandb.is_stuck:  # what it has registered to be called now would wait for it
         logging.shutdown()

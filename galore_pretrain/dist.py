@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from galore_pretrain.config import RunConfig, processes, processes_here
+from galore_pretrain.config.options import RunConfig, processes, processes_here
 from galore_pretrain.errors import InputError, TrainingFailedError
 
 T = TypeVar("T")

@@ -15,8 +15,31 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from galore_pretrain.budget import fitted, ways_out
-from galore_pretrain.build import (
+from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.recipes import reference_batch
+from galore_pretrain.dist import World, joined
+from galore_pretrain.errors import TrainingFailedError
+from galore_pretrain.meters import peak_memory_bytes, process_peak_bytes, ran_out
+from galore_pretrain.optim import RuleOptimizer
+from galore_pretrain.planning.budget import fitted, ways_out
+from galore_pretrain.planning.plan import Plan, Static, measure, static_bytes
+from galore_pretrain.rundir.checkpoint import Saved
+from galore_pretrain.rundir.directory import (
+    check_shared,
+    check_space,
+    keep_rows,
+    lock,
+    log_config,
+    write_config,
+    write_summary,
+)
+from galore_pretrain.rundir.environment import describe_environment
+from galore_pretrain.rundir.export import export
+from galore_pretrain.rundir.resume import Saver, again, check_inputs, going_on, is_finished, restore
+from galore_pretrain.signals import on_stop
+from galore_pretrain.tensors.products import has_fast_bf16
+from galore_pretrain.text.batches import Row, TrainingData, read_ahead, validation_rows
+from galore_pretrain.train.build import (
     compile_layers,
     device_of,
     execution_for,
@@ -25,35 +48,12 @@ from galore_pretrain.build import (
     optimizer_for,
     prepare,
 )
-from galore_pretrain.checkpoint import Saved
-from galore_pretrain.config import RunConfig
-from galore_pretrain.data import Row, TrainingData, read_ahead, validation_rows
-from galore_pretrain.dist import World, joined
-from galore_pretrain.errors import TrainingFailedError
-from galore_pretrain.evaluate import Evaluation, evaluate
-from galore_pretrain.inputs import Inputs, open_inputs
-from galore_pretrain.memory import peak_memory_bytes, process_peak_bytes, ran_out
-from galore_pretrain.metrics import JsonLines, MetricLogger, Progress, Wandb
-from galore_pretrain.optim import RuleOptimizer
-from galore_pretrain.optim.projector import has_fast_bf16
-from galore_pretrain.outputs import (
-    check_shared,
-    check_space,
-    export,
-    keep_rows,
-    lock,
-    log_config,
-    write_config,
-    write_summary,
-)
-from galore_pretrain.plan import Plan, Static, measure, static_bytes
-from galore_pretrain.profile import Profile
-from galore_pretrain.recipes import reference_batch
-from galore_pretrain.repro import describe_environment
-from galore_pretrain.resume import Saver, again, check_inputs, going_on, is_finished, restore
-from galore_pretrain.schedule import Schedule
-from galore_pretrain.signals import on_stop
-from galore_pretrain.trainer import Trainer, TrainState, Unwatched, Watch
+from galore_pretrain.train.evaluate import Evaluation, evaluate
+from galore_pretrain.train.inputs import Inputs, open_inputs
+from galore_pretrain.train.metrics import JsonLines, MetricLogger, Progress, Wandb
+from galore_pretrain.train.profile import Profile
+from galore_pretrain.train.schedule import Schedule
+from galore_pretrain.train.trainer import Trainer, TrainState, Unwatched, Watch
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 log = logging.getLogger(__name__)

@@ -39,9 +39,9 @@ median = statistics.median
 
 
 def batches(options: argparse.Namespace) -> Iterator[Any]:
-    from galore_pretrain.data import TokenRows, TrainingData
-    from galore_pretrain.sources import open_source
-    from galore_pretrain.tokenizer import load_tokenizer
+    from galore_pretrain.text.batches import TokenRows, TrainingData
+    from galore_pretrain.text.sources import open_source
+    from galore_pretrain.text.tokenizer import load_tokenizer
 
     rows = TokenRows(load_tokenizer(options.tokenizer), "pack", LENGTH)
     return iter(TrainingData(open_source(options.data, "train"), rows, ROWS, 0))
@@ -84,7 +84,9 @@ def by_hand(options: argparse.Namespace) -> Any:
     """A loop such as anybody writes: torch's fused AdamW, the chunked loss of this project."""
     import torch
 
-    from galore_pretrain.model import build_model, load_model_config, mean_loss
+    from galore_pretrain.model.head import mean_loss
+    from galore_pretrain.model.llama import build_model
+    from galore_pretrain.model.llama_config import load_model_config
 
     model = build_model(load_model_config(MODEL), dtype=torch.bfloat16, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, weight_decay=0.0)
@@ -105,7 +107,8 @@ def trainer(options: argparse.Namespace, optim: str) -> Any:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from galore_pretrain.model import build_model, load_model_config
+    from galore_pretrain.model.llama import build_model
+    from galore_pretrain.model.llama_config import load_model_config
 
     rows = [
         {"input_ids": ids, "labels": ids}
@@ -220,7 +223,7 @@ def optimizer(options: argparse.Namespace, table: "Table") -> None:
     from bench_optimizers import RANKS, _bitsandbytes, seconds, shapes
 
     from galore_pretrain.optim import RuleOptimizer
-    from galore_pretrain.optim.registry import build_rules
+    from galore_pretrain.optim.build import build_rules
 
     warnings.simplefilter("ignore")
     for size in ("60m", "130m"):
@@ -264,9 +267,9 @@ def optimizer(options: argparse.Namespace, table: "Table") -> None:
 
 def text(options: argparse.Namespace, table: "Table") -> None:
     """One thread; and a consumer that takes a million tokens a second, as a GPU would."""
-    from galore_pretrain.data import TokenRows, TrainingData, read_ahead
-    from galore_pretrain.sources import open_source
-    from galore_pretrain.tokenizer import load_tokenizer
+    from galore_pretrain.text.batches import TokenRows, TrainingData, read_ahead
+    from galore_pretrain.text.sources import open_source
+    from galore_pretrain.text.tokenizer import load_tokenizer
 
     tokenizer, source = load_tokenizer(options.tokenizer), open_source(options.data, "train")
     for layout, goal in (("pack", ">= 1"), ("pad", "")):
@@ -339,8 +342,8 @@ def seven(options: argparse.Namespace, table: "Table") -> None:
     import torch
     from bench_growth import gathering, measured, two_layers_of
 
-    from galore_pretrain.model import load_model_config
-    from galore_pretrain.recipes import resolve
+    from galore_pretrain.config.resolve import resolve
+    from galore_pretrain.model.llama_config import load_model_config
 
     given: dict[str, Any] = {"model": two_layers_of("llama_7b"), "optim": "galore_adamw8bit", "rank": 1024}
     given |= {"data": "sample", "steps": 1000, "grad_clip": 0.0, "layerwise": False, "activation_checkpointing": False}
@@ -413,7 +416,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.one:
-        from galore_pretrain.memory import allocated_peak
+        from galore_pretrain.planning.ledger import allocated_peak
 
         found: list[Any] = []
         work = lambda: found.append(STEP[options.one](options))  # noqa: E731
@@ -422,8 +425,8 @@ def main() -> None:
     import torch
 
     from galore_pretrain.errors import InputError
-    from galore_pretrain.sources import open_source
-    from galore_pretrain.tokenizer import load_tokenizer
+    from galore_pretrain.text.sources import open_source
+    from galore_pretrain.text.tokenizer import load_tokenizer
 
     try:
         open_source(options.data, "train")

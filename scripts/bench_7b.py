@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from galore_pretrain import load_model_config
-from galore_pretrain.build import model_for, optimizer_for
-from galore_pretrain.optim.projector import has_fast_bf16
-from galore_pretrain.recipes import resolve
+from galore_pretrain.config.resolve import resolve
+from galore_pretrain.tensors.products import has_fast_bf16
+from galore_pretrain.train.build import model_for, optimizer_for
 
 RUN: dict[str, Any] = {
     "model": "llama_7b",

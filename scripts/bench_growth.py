@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from galore_pretrain.build import execution_for, model_for, optimizer_for, prepare
-from galore_pretrain.config import RunConfig, find_model
-from galore_pretrain.model import load_model_config, mean_loss
-from galore_pretrain.recipes import resolve
-from galore_pretrain.traffic import count
+from galore_pretrain.config.options import RunConfig, find_model
+from galore_pretrain.config.resolve import resolve
+from galore_pretrain.model.head import mean_loss
+from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.planning.traffic import count
+from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
 
 BASE: dict[str, Any] = {"optim": "galore_adamw", "data": "sample", "steps": 1000, "grad_clip": 0.0, "layerwise": False}
 BASE |= {"activation_checkpointing": False, "refresh": "together", "max_length": 256, "batch_size": 1, "rank": 128}

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from galore_pretrain import load_model_config
-from galore_pretrain.memory import allocated_peak
 from galore_pretrain.optim import RuleOptimizer
-from galore_pretrain.optim.names import ROWS
-from galore_pretrain.optim.registry import build_rules, rounding_of
+from galore_pretrain.optim.build import build_rules, rounding_of
+from galore_pretrain.optim.methods import ROWS
+from galore_pretrain.planning.ledger import allocated_peak
 
 NEVER = 1_000_000  # updates between refreshes
 RANKS = {"60m": 128, "130m": 256, "7b": 1024}

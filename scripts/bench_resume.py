@@ -12,9 +12,9 @@ import random
 import time
 from pathlib import Path
 
-from galore_pretrain.data import Documents, Position, TokenRows, TrainingData
-from galore_pretrain.sources import open_source
-from galore_pretrain.tokenizer import load_tokenizer
+from galore_pretrain.text.batches import Documents, Position, TokenRows, TrainingData
+from galore_pretrain.text.sources import open_source
+from galore_pretrain.text.tokenizer import load_tokenizer
 
 SHARD, SHARDS, PLACE = 356_317, 4, 1_000_000
 

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
-from galore_pretrain.build import execution_for, model_for, optimizer_for, prepare
-from galore_pretrain.config import RunConfig, processes
+from galore_pretrain.config.options import RunConfig, processes
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.dist import imagined, joined
-from galore_pretrain.memory import allocated_peak, process_peak_bytes
-from galore_pretrain.model import load_model_config
-from galore_pretrain.plan import make_heaviest_updates, measure
-from galore_pretrain.recipes import resolve
+from galore_pretrain.meters import process_peak_bytes
+from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.planning.ledger import allocated_peak
+from galore_pretrain.planning.plan import make_heaviest_updates, measure
+from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
 
 
 def updates(config: RunConfig, mesh: Any) -> None:

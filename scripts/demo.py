@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from galore_pretrain.data import IGNORE, Documents, Position, TokenRows, validation_rows
-from galore_pretrain.sources import open_source
-from galore_pretrain.tokenizer import load_tokenizer
+from galore_pretrain.text.batches import IGNORE, Documents, Position, TokenRows, validation_rows
+from galore_pretrain.text.sources import open_source
+from galore_pretrain.text.tokenizer import load_tokenizer
 
 OUTPUT = Path("runs/demo")
 STEPS, EVAL_TOKENS = 600, 50_000

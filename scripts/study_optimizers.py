@@ -15,8 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from galore_pretrain.results import Result, paired, read
-from galore_pretrain.sweep import Entry, Sweep
+from galore_pretrain.study.results import Result, paired, read
+from galore_pretrain.study.sweep import Entry, Sweep
 
 SEEDS = (0, 1, 2)
 SHARED = {

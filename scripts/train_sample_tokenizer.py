@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from galore_pretrain.sources import sample_source
+from galore_pretrain.text.sources import sample_source
 
 TARGET = Path(__file__).resolve().parent.parent / "galore_pretrain" / "tokenizers" / "sample"
 

@@ -36,10 +36,12 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import TINY  # which also keeps hub, wandb and threads away
-from galore_pretrain import checkpoint, cli, evaluate, metrics, outputs, resume, run, trainer
+from galore_pretrain import cli, run
 from galore_pretrain.optim import RuleOptimizer
-from galore_pretrain.optim.names import METHODS
-from galore_pretrain.sources import open_source
+from galore_pretrain.optim.methods import METHODS
+from galore_pretrain.rundir import checkpoint, directory, resume
+from galore_pretrain.text.sources import open_source
+from galore_pretrain.train import evaluate, metrics, trainer
 from runs import MEASURED
 
 COMMON = (
@@ -61,7 +63,7 @@ PLACES: dict[str, list[tuple[Any, str]]] = {
     "before or after a line of metrics": [(metrics.JsonLines, "log"), (metrics.JsonLines, "sync")],
     "between two updates": [(trainer.Trainer, "_advance")],
     "while going on": [(run, "restore"), (checkpoint, "opened")],
-    "at the end": [(outputs, "_write_json"), (run, "export")],
+    "at the end": [(directory, "write_json"), (run, "export")],
 }
 """Functions, a call of which kills the process: before it does anything, or when it is done."""
 ANYWHERE, IN_BACKGROUND = "at a random moment", "saving in the background"

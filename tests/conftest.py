@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.model import build_model, load_model_config
+from galore_pretrain.model.llama import build_model
+from galore_pretrain.model.llama_config import load_model_config
 from runs import run
 
 TINY = {

@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import distributed
 
-from galore_pretrain.build import execution_for, model_for, optimizer_for, prepare
-from galore_pretrain.config import RunConfig
+from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.dist import joined
-from galore_pretrain.model import load_model_config
-from galore_pretrain.plan import make_update
-from galore_pretrain.recipes import resolve
-from galore_pretrain.traffic import FLOPS, Counter
+from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.planning.plan import make_update
+from galore_pretrain.planning.traffic import FLOPS, Counter
+from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
 
 WAYS = [*itertools.product(("full", "hybrid", "none"), ("full",)), ("hybrid", "projected"), ("none", "projected")]
 

@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from galore_pretrain.execution import Layerwise
 from galore_pretrain.optim import build_optimizer
-from galore_pretrain.optim.registry import REGISTRY
-from galore_pretrain.optim.shards import whole
+from galore_pretrain.optim.build import REGISTRY
+from galore_pretrain.tensors.shards import whole
+from galore_pretrain.train.execution import Layerwise
 
 ALIGNED = {"tall": (1024, 256), "wide": (256, 1024), "square": (512, 512), "head": (1024, 256), "norm": (512,)}
 FEW = {"tall": (5, 4), "wide": (4, 5), "square": (5, 5), "head": (5, 4), "norm": (5,)}  # the last of four has none

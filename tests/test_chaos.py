@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from galore_pretrain.optim.names import METHODS
+from galore_pretrain.optim.methods import METHODS
 
 
 def chaos(folder: Path, *arguments: str) -> Any:

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from galore_pretrain import checkpoint
-from galore_pretrain.checkpoint import DamagedError
 from galore_pretrain.errors import InputError
-from galore_pretrain.memory import ran_out
+from galore_pretrain.meters import ran_out
 from galore_pretrain.optim import REGISTRY, build_optimizer
+from galore_pretrain.rundir import checkpoint
+from galore_pretrain.rundir.checkpoint import DamagedError
 
 STATE: dict[str, Any] = {"config": {}, "trainer": {}, "counts": {}}
 
@@ -56,7 +56,7 @@ def test_tensors_come_back_bitwise_in_their_dtypes(
 
 
 def test_large_state_is_split_over_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("galore_pretrain.checkpoint._FILE_BYTES", 100)
+    monkeypatch.setattr("galore_pretrain.rundir.checkpoint._FILE_BYTES", 100)
     tensors = {f"model.{i}": torch.full((20,), float(i)) for i in range(5)}
     checkpoint.save(tmp_path / "step_00000001", tensors, STATE)
     assert len(list((tmp_path / "step_00000001").glob("*.safetensors"))) == 5
@@ -136,7 +136,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 2):
         tensors = {f"model.{i}": torch.randn(40, generator=torch.Generator().manual_seed(i)) for i in range(6)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("galore_pretrain.checkpoint._FILE_BYTES", 400)
+            patch.setattr("galore_pretrain.rundir.checkpoint._FILE_BYTES", 400)
             checkpoint.save(checkpoint.folder_of(root, step), tensors, STATE | {"step": step})
     return root
 
@@ -307,8 +307,8 @@ def test_what_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     script = """
 import resource, sys, torch
 from pathlib import Path
-from galore_pretrain import checkpoint
-from galore_pretrain.checkpoint import DamagedError
+from galore_pretrain.rundir import checkpoint
+from galore_pretrain.rundir.checkpoint import DamagedError
 root = Path(sys.argv[1])
 checkpoint.save(root / "step_00000001", {"a": torch.ones(10)}, dict(config={}, trainer={}, counts={}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))

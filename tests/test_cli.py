@@ -15,15 +15,15 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from galore_pretrain import checkpoint
 from galore_pretrain.cli import cli
-from galore_pretrain.config import RunConfig, parse_count
+from galore_pretrain.config.flags import RunCommand, with_run_options
+from galore_pretrain.config.flags import flags as flags_of_a_run
+from galore_pretrain.config.flags import resolved as resolve_options
+from galore_pretrain.config.options import RunConfig, parse_count
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
-from galore_pretrain.options import RunCommand, with_run_options
-from galore_pretrain.options import flags as flags_of_a_run
-from galore_pretrain.options import resolved as resolve_options
-from galore_pretrain.outputs import lock
-from galore_pretrain.recipes import resolve
+from galore_pretrain.rundir import checkpoint
+from galore_pretrain.rundir.directory import lock
 from runs import MEASURED, command, lines, run
 
 KEYS = {"step", "loss", "lr", "tokens_seen"} | MEASURED

@@ -10,13 +10,15 @@ from bitsandbytes import functional
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from galore_pretrain import budget, build, outputs
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.optim import moments
+from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.moments import Blockwise8bit
-from galore_pretrain.optim.rules import Adam
-from galore_pretrain.optim.step import Step
-from galore_pretrain.recipes import resolve
-from galore_pretrain.tokenizer import load_tokenizer
+from galore_pretrain.optim.update import Step
+from galore_pretrain.planning import budget
+from galore_pretrain.rundir import export
+from galore_pretrain.text.tokenizer import load_tokenizer
+from galore_pretrain.train import build
 
 GIB = 2**30
 
@@ -126,10 +128,10 @@ def test_a_model_is_exported_in_shards(
     tmp_path: Path, build_tiny: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard's tensors are in host memory together; the published limit of 50 GB means all of 7B."""
-    assert outputs._SHARD_SIZE == "1GB"
-    monkeypatch.setattr(outputs, "_SHARD_SIZE", "50KB")
+    assert export._SHARD_SIZE == "1GB"
+    monkeypatch.setattr(export, "_SHARD_SIZE", "50KB")
     model = build_tiny()
-    outputs.export(tmp_path / "model", model, load_tokenizer("sample"))
+    export.export(tmp_path / "model", model, load_tokenizer("sample"))
     files = sorted((tmp_path / "model").glob("*.safetensors"))
     assert len(files) > 1
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}

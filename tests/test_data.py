@@ -23,7 +23,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galore_pretrain.data import (
+from galore_pretrain.errors import InputError
+from galore_pretrain.text.batches import (
     IGNORE,
     Batch,
     Documents,
@@ -33,9 +34,8 @@ from galore_pretrain.data import (
     read_ahead,
     validation_rows,
 )
-from galore_pretrain.errors import InputError
-from galore_pretrain.sources import BadData, LocalFiles, Tally, open_source
-from galore_pretrain.tokenizer import Ids
+from galore_pretrain.text.sources import BadData, LocalFiles, Tally, open_source
+from galore_pretrain.text.tokenizer import Ids
 
 
 class Letters:
@@ -348,7 +348,7 @@ def test_no_memory_is_no_fault_of_the_text(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_resumed_run_has_the_counts_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an undisturbed run passes, one that was stopped anywhere passes."""
-    monkeypatch.setattr("galore_pretrain.data.BLOCK", 100)
+    monkeypatch.setattr("galore_pretrain.text.batches.BLOCK", 100)
     lines = lines_of(SOUND)
     lines[2000:2000] = [b"{"] * 20
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
@@ -408,7 +408,7 @@ def test_refused_paths(tmp_path: Path) -> None:
 
 
 def test_each_epoch_is_a_new_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("galore_pretrain.data.BLOCK", 8)
+    monkeypatch.setattr("galore_pretrain.text.batches.BLOCK", 8)
     shards = [[f"{s}.{i}" for i in range(5 + s)] for s in range(4)]
     total = sum(map(len, shards))
     texts = [text for _, text, _ in islice(Documents(Lists(shards), 0, Position()), 2 * total)]
@@ -426,7 +426,7 @@ def test_each_epoch_is_a_new_permutation(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_documents_resume_anywhere(shards: list[list[str]], block: int, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("galore_pretrain.data.BLOCK", block)
+        patch.setattr("galore_pretrain.text.batches.BLOCK", block)
         source = Lists(shards)
         total = sum(map(len, shards))
         if total == 0:
@@ -453,7 +453,7 @@ def test_batches_resume_anywhere(
 ) -> None:
     documents = [*documents, "abcabc"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("galore_pretrain.data.BLOCK", 7)
+        patch.setattr("galore_pretrain.text.batches.BLOCK", 7)
 
         def stream() -> TrainingData:
             return TrainingData(Lists([documents, documents[:2]]), TokenRows(Letters(), layout, length), sequences, 3)
@@ -509,7 +509,7 @@ def test_validation_stops_at_its_tokens_and_says_when_there_is_none() -> None:
 def test_documents_without_tokens_are_refused_rather_than_read_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("galore_pretrain.data._EMPTY", 1000)
+    monkeypatch.setattr("galore_pretrain.text.batches._EMPTY", 1000)
     with pytest.raises(InputError, match="hold no token"):
         next(iter(TrainingData(Lists([[""] * 10]), TokenRows(Letters(), "pad", 6), 1, 0)))
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from galore_pretrain.dist import imagined
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim.names import METHODS
-from galore_pretrain.outputs import check_shared
-from galore_pretrain.traffic import count
+from galore_pretrain.optim.methods import METHODS
+from galore_pretrain.planning.traffic import count
+from galore_pretrain.rundir.directory import check_shared
 from messages import config_of
 from runs import command, lines
 
@@ -195,7 +195,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
 FIRST = 'self.world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"'
 LOSING = """
 import os, signal, sys, time
-from galore_pretrain import cli, trainer
+from galore_pretrain import cli
+from galore_pretrain.train import trainer
 step = trainer.Trainer.train_step
 def losing(self, batch):
     if self.state.step == 6 and {}:
@@ -321,21 +322,22 @@ def test_odd_shapes_and_tied_embeddings(tmp_path: Path) -> None:
 
 READING = """
 import os, sys
-from galore_pretrain import cli, data
+from galore_pretrain import cli
+from galore_pretrain.text import batches
 from galore_pretrain.errors import InputError
-stack, read = data.stack, []
+stack, read = batches.stack, []
 def reading(*given):
     read.append(stack(*given))
     if os.environ["RANK"] == "1" and len(read) == 6:
         {}
     return read[-1]
-data.stack = reading
-rows = data.TokenRows.__call__
+batches.stack = reading
+rows = batches.TokenRows.__call__
 def other(self, documents, *share):
     differs = {} and bool(share) and os.environ["RANK"] == "1"
     changed = ((a, text + "!" * (differs and i == 45), b) for i, (a, text, b) in enumerate(documents))
     return rows(self, changed, *share)
-data.TokenRows.__call__ = other
+batches.TokenRows.__call__ = other
 sys.argv = ["galore-pretrain", *sys.argv[1:]]
 cli.main()
 """

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from galore_pretrain.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
+from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.galore import is_projected
 from galore_pretrain.optim.optimizer import RuleOptimizer
-from galore_pretrain.optim.rules import Adam
 from prescribed import gradients, parameters, train
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")

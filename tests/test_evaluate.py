@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.data import TokenRows, validation_rows
-from galore_pretrain.evaluate import evaluate
-from galore_pretrain.model import token_losses
-from galore_pretrain.sources import open_source
-from galore_pretrain.tokenizer import load_tokenizer
+from galore_pretrain.model.head import token_losses
+from galore_pretrain.text.batches import TokenRows, validation_rows
+from galore_pretrain.text.sources import open_source
+from galore_pretrain.text.tokenizer import load_tokenizer
+from galore_pretrain.train.evaluate import evaluate
 
 
 def test_both_conventions(build_tiny: Callable[..., LlamaForCausalLM]) -> None:

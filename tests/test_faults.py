@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from galore_pretrain.execution import GlobalStep, Layerwise, Outcome
 from galore_pretrain.optim import RuleOptimizer
-from galore_pretrain.optim.names import ROWS
-from galore_pretrain.optim.registry import build_rules, rounding_of
+from galore_pretrain.optim.build import build_rules, rounding_of
+from galore_pretrain.optim.methods import ROWS
+from galore_pretrain.train.execution import GlobalStep, Layerwise, Outcome
 from prescribed import gradients, parameters
 
 SHAPES: list[tuple[int, ...]] = [(96, 80), (80, 96), (40,)]
@@ -101,7 +101,7 @@ def test_both_executions_and_every_device_skip_alike(
     bad = {0: (0, torch.nan), 3: (1, torch.inf), 4: (2, torch.nan)}
     plain, _, finished = run(row, numerics, dtype, bad=bad)
     layerwise, _, finished_layerwise = run(row, numerics, dtype, bad=bad, layerwise=True)
-    monkeypatch.setattr("galore_pretrain.optim.step.known_true", lambda condition: False)
+    monkeypatch.setattr("galore_pretrain.optim.update.known_true", lambda condition: False)
     unseen, _, finished_unseen = run(row, numerics, dtype, bad=bad)
     assert [f.skipped for f in finished] == [1, 0, 0, 1, 1, 0, 0, 0]
     assert finished == finished_layerwise == finished_unseen

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from conftest import TINY
 from galore_pretrain import cli
-from galore_pretrain.optim.names import METHODS
+from galore_pretrain.optim.methods import METHODS
 
 ROOT = str(Path(__file__).parents[1])
 HOSTILE = [

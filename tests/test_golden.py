@@ -10,14 +10,15 @@ import torch
 from transformers import LlamaConfig
 
 from conftest import TINY
-from galore_pretrain.data import TokenRows, TrainingData
-from galore_pretrain.execution import GlobalStep
-from galore_pretrain.model import build_model, mean_loss
+from galore_pretrain.model.head import mean_loss
+from galore_pretrain.model.llama import build_model
 from galore_pretrain.optim import REGISTRY, build_optimizer
-from galore_pretrain.optim.names import NUMERICS
-from galore_pretrain.schedule import Schedule
-from galore_pretrain.sources import open_source
-from galore_pretrain.tokenizer import load_tokenizer
+from galore_pretrain.optim.methods import NUMERICS
+from galore_pretrain.text.batches import TokenRows, TrainingData
+from galore_pretrain.text.sources import open_source
+from galore_pretrain.text.tokenizer import load_tokenizer
+from galore_pretrain.train.execution import GlobalStep
+from galore_pretrain.train.schedule import Schedule
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20

@@ -116,7 +116,7 @@ def test_trains_on_c4_with_the_tokenizer_of_t5(hub: FakeHub, tmp_path: Path) -> 
 
 READ_EVERYTHING = """
 import json
-from galore_pretrain.sources import HubDataset
+from galore_pretrain.text.sources import HubDataset
 
 train, validation = (HubDataset("allenai/c4", "en", split) for split in ("train", "validation"))
 whole = [[list(source.read(i, 0)) for i in range(len(source.shards))] for source in (train, validation)]
@@ -137,21 +137,21 @@ def test_reads_every_document_of_a_split_from_any_position(hub: FakeHub, tmp_pat
 RESUME = """
 import json
 from itertools import islice
-from galore_pretrain import data
-from galore_pretrain.sources import HubDataset
+from galore_pretrain.text import batches
+from galore_pretrain.text.sources import HubDataset
 
-data.BLOCK = 128
+batches.BLOCK = 128
 source = HubDataset("allenai/c4", "en", "train")
 
 
 def documents(position, count):
-    found = islice(data.Documents(source, 7, position), count)
+    found = islice(batches.Documents(source, 7, position), count)
     return [[text, after.state_dict()] for _, text, after in found]
 
 
-whole = documents(data.Position(), 1200)
+whole = documents(batches.Position(), 1200)
 stops = (100, 128, 500, 900, 1100)
-print(json.dumps([whole, {k: documents(data.Position.of(whole[k - 1][1]), 1200 - k) for k in stops}]))
+print(json.dumps([whole, {k: documents(batches.Position.of(whole[k - 1][1]), 1200 - k) for k in stops}]))
 """
 
 
@@ -169,8 +169,8 @@ def test_resumed_documents_are_the_rest_of_the_uninterrupted_ones(hub: FakeHub, 
 READ_LARGE = """
 import json, logging, zlib
 from huggingface_hub.utils import http_backoff
-from galore_pretrain import sources
-from galore_pretrain.sources import HubDataset
+from galore_pretrain.text import sources
+from galore_pretrain.text.sources import HubDataset
 
 http_backoff.__kwdefaults__["max_retries"] = 0
 sources._LONGEST = 0.5
@@ -209,10 +209,12 @@ def test_goes_on_at_the_same_document_when_the_hub_fails(fault: Fault, tmp_path:
 IMPATIENT = """
 import os, signal, sys
 from huggingface_hub.utils import http_backoff
-from galore_pretrain import cli, data, run, sources, trainer
+from galore_pretrain import cli, run
+from galore_pretrain.text import batches, sources
+from galore_pretrain.train import trainer
 
 http_backoff.__kwdefaults__["max_retries"] = 0
-data.BLOCK, sources._PATIENCE, sources._LONGEST = 64, 2, 0.5
+batches.BLOCK, sources._PATIENCE, sources._LONGEST = 64, 2, 0.5
 run._planned_peak = lambda *_: None  # half the time of so small a run
 advance = trainer.Trainer._advance
 def deadly(self, batches):
@@ -290,9 +292,9 @@ def test_bad_documents_of_the_hub_are_named_or_left_out(hub: FakeHub, tmp_path: 
     (tmp_path / "hub" / C4 / "en" / "c4-train.00002.json.gz").write_bytes(b"<html>not found</html>")
     script = """
 import json
-from galore_pretrain import sources
+from galore_pretrain.text import sources
 from galore_pretrain.errors import InputError
-from galore_pretrain.sources import BadData, HubDataset
+from galore_pretrain.text.sources import BadData, HubDataset
 
 sources._LONGEST = 0.05
 
@@ -314,8 +316,8 @@ def test_an_outage_that_ends_in_a_cut_stream_is_no_bad_document(hub: FakeHub, tm
     """Failures of the connection, then a page of HTML under the shard's name, then the shard."""
     script = """
 import gzip, json
-from galore_pretrain import sources
-from galore_pretrain.sources import HubDataset
+from galore_pretrain.text import sources
+from galore_pretrain.text.sources import HubDataset
 
 sources._LONGEST = 0.05
 source, faults = HubDataset("allenai/c4", "en", "train"), [ConnectionError("reset")] * 8

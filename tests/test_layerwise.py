@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.execution import Execution, GlobalStep, Layerwise, Outcome
-from galore_pretrain.model import mean_loss
+from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
-from galore_pretrain.optim.names import MOMENTS, PROJ_TYPES, REFRESHES, ROWS
-from galore_pretrain.optim.registry import build_rules, rounding_of
+from galore_pretrain.optim.build import build_rules, rounding_of
+from galore_pretrain.optim.methods import MOMENTS, PROJ_TYPES, REFRESHES, ROWS
+from galore_pretrain.train.execution import Execution, GlobalStep, Layerwise, Outcome
 
 SHAPES: list[tuple[int, ...]] = [(48, 80), (80, 48), (64, 64), (40,), (100, 24)]
 PROJECTED = 3  # the first of them are

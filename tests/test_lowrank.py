@@ -14,18 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from galore_pretrain.build import factors_of, model_for, optimizer_for
 from galore_pretrain.cli import cli
-from galore_pretrain.config import RunConfig
+from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
-from galore_pretrain.lowrank import FactoredLinear, Factors, Rows, dense_state, layers
-from galore_pretrain.model import load_model_config, mean_loss
+from galore_pretrain.model.head import mean_loss
+from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.model.lowrank import FactoredLinear, Factors, Rows, dense_state, layers
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
+from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
-from galore_pretrain.optim.rules import SGD, Adam
-from galore_pretrain.plan import static_bytes
-from galore_pretrain.recipes import resolve
-from galore_pretrain.schedule import Schedule
+from galore_pretrain.optim.sgd import SGD
+from galore_pretrain.planning.plan import static_bytes
+from galore_pretrain.train.build import factors_of, model_for, optimizer_for
+from galore_pretrain.train.schedule import Schedule
 
 IDS = torch.arange(40).view(2, 20)
 

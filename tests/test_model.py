@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.config import shipped_models
+from galore_pretrain.config.options import shipped_models
 from galore_pretrain.errors import InputError
-from galore_pretrain.model import build_model, load_model_config, mean_loss, token_losses
+from galore_pretrain.model.head import mean_loss, token_losses
+from galore_pretrain.model.llama import build_model
+from galore_pretrain.model.llama_config import load_model_config
 
 PUBLISHED = {
     "llama_1m": 1_053_824, "llama_9m": 8_995_968, "llama_20m": 19_548_416, "llama_35m": 35_197_824,
@@ -89,7 +91,7 @@ def test_loss_and_gradients_are_transformers_own(
     dtype: torch.dtype, build_tiny: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks included: 3 × 40 tokens in chunks of 32, ignored labels among them."""
-    monkeypatch.setattr("galore_pretrain.model._HEAD_CHUNK", 32)
+    monkeypatch.setattr("galore_pretrain.model.head._HEAD_CHUNK", 32)
     model, theirs = build_tiny(dtype=dtype), build_tiny(dtype=dtype)
     ids = torch.randint(0, 1024, (3, 41), generator=torch.Generator().manual_seed(0))
     inputs, labels = ids[:, :-1], ids[:, 1:].clone()

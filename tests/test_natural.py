@@ -7,8 +7,8 @@ from torch import Tensor
 from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
 from galore_pretrain.optim.natural import Natural
-from galore_pretrain.optim.rules import SGD
-from galore_pretrain.optim.step import Step
+from galore_pretrain.optim.sgd import SGD
+from galore_pretrain.optim.update import Step
 
 
 def oracle(history: list[Tensor], damping: float) -> Tensor:

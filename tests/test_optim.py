@@ -15,14 +15,17 @@ from torch import Tensor
 from transformers import Adafactor as TransformersAdafactor
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.optim import REGISTRY, GaLore, RuleOptimizer, build_optimizer, projector
+from galore_pretrain.optim import REGISTRY, GaLore, RuleOptimizer, build_optimizer
 from galore_pretrain.optim.adafactor import Adafactor
+from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.build import build_rules
+from galore_pretrain.optim.methods import PROJ_TYPES, ROWS, resolve_name
 from galore_pretrain.optim.moments import Blockwise8bit
-from galore_pretrain.optim.names import PROJ_TYPES, ROWS, resolve_name
 from galore_pretrain.optim.projector import BASES, project, random_basis, sides
-from galore_pretrain.optim.registry import build_rules
-from galore_pretrain.optim.rules import SGD, Adam
-from galore_pretrain.optim.step import POOL, RandomBits, Step, round_stochastic
+from galore_pretrain.optim.sgd import SGD
+from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors import products
+from galore_pretrain.tensors.rounding import POOL, RandomBits, round_stochastic
 from prescribed import gradients, parameters, train
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
@@ -297,13 +300,13 @@ def test_bases_capture_the_leading_subspace(basis: str) -> None:
 @pytest.mark.parametrize("fast", [False, True])
 def test_bf16_products_by_blocks(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through fp32 where a CPU has no bf16 instructions; a sum over blocks stays in it."""
-    monkeypatch.setattr(projector, "has_fast_bf16", lambda device: fast)
-    monkeypatch.setattr(projector, "chunk_elements", lambda device: 64)
+    monkeypatch.setattr(products, "has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr(products, "chunk_elements", lambda device: 64)
     generator = torch.Generator().manual_seed(0)
     wide, thin = torch.randn(70, 50, generator=generator).bfloat16(), torch.randn(70, 8, generator=generator)
     for found, exact, tolerance in (
-        (projector.product(wide.T, thin), wide.T.double() @ thin.double(), 6e-3 if fast else 2e-3),
-        (projector.product_of_transposed(wide, thin), wide.T.double() @ thin.double(), 6e-3 if fast else 1e-6),
+        (products.product(wide.T, thin), wide.T.double() @ thin.double(), 6e-3 if fast else 2e-3),
+        (products.product_of_transposed(wide, thin), wide.T.double() @ thin.double(), 6e-3 if fast else 1e-6),
     ):
         assert (found.double() - exact).norm() <= tolerance * exact.norm()
 

@@ -10,20 +10,23 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from galore_pretrain import paper
-from galore_pretrain.budget import OUTSIDE, budget_of, choose, lower_bound, upper_bound, ways_out
-from galore_pretrain.build import execution_for, model_for, optimizer_for, prepare
 from galore_pretrain.cli import cli
-from galore_pretrain.config import RunConfig, parse_bytes
+from galore_pretrain.config.options import RunConfig, parse_bytes
+from galore_pretrain.config.resolve import CHOSEN, resolve
 from galore_pretrain.errors import InputError
-from galore_pretrain.memory import KINDS, Ledger, allocated_peak, available_bytes
-from galore_pretrain.model import build_model, load_model_config
+from galore_pretrain.meters import available_bytes
+from galore_pretrain.model.llama import build_model
+from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.galore import GaLore
-from galore_pretrain.optim.names import METHODS, split
-from galore_pretrain.optim.rules import Adam
-from galore_pretrain.optim.step import Step, abridged, pieces
-from galore_pretrain.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
-from galore_pretrain.recipes import CHOSEN, resolve
+from galore_pretrain.optim.methods import METHODS, split
+from galore_pretrain.optim.update import Step
+from galore_pretrain.planning.budget import OUTSIDE, budget_of, choose, lower_bound, upper_bound, ways_out
+from galore_pretrain.planning.ledger import KINDS, Ledger, allocated_peak
+from galore_pretrain.planning.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
+from galore_pretrain.study import paper
+from galore_pretrain.tensors.chunks import abridged, pieces
+from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
 
 
 @pytest.fixture(scope="module")

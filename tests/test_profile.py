@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from galore_pretrain.build import compile_layers, factors_of, model_for, prepare
-from galore_pretrain.model import load_model_config, mean_loss
-from galore_pretrain.recipes import resolve
+from galore_pretrain.config.resolve import resolve
+from galore_pretrain.model.head import mean_loss
+from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.train.build import compile_layers, factors_of, model_for, prepare
 from runs import command, lines, run
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim import GaLore, RuleOptimizer
-from galore_pretrain.optim.names import ROWS
+from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.build import build_rules
+from galore_pretrain.optim.methods import ROWS
 from galore_pretrain.optim.projector import BASES, random_basis
-from galore_pretrain.optim.registry import build_rules
-from galore_pretrain.optim.rules import SGD, Adam
-from galore_pretrain.optim.step import Step
+from galore_pretrain.optim.sgd import SGD
+from galore_pretrain.optim.update import Step
 from prescribed import parameters, train
 
 

@@ -25,17 +25,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from galore_pretrain import checkpoint, metrics, outputs, resume
-from galore_pretrain.config import RunConfig
+from galore_pretrain.config.options import RunConfig
 from galore_pretrain.errors import TrainingFailedError
-from galore_pretrain.metrics import JsonLines, Wandb
 from galore_pretrain.optim import build_optimizer
-from galore_pretrain.trainer import TrainState
+from galore_pretrain.rundir import checkpoint, directory, resume
+from galore_pretrain.train import metrics
+from galore_pretrain.train.metrics import JsonLines, Wandb
+from galore_pretrain.train.trainer import TrainState
 from runs import command, lines, run
 
 AFTER_IMPORTS = """
 import os, resource, signal, sys, time
-from galore_pretrain import checkpoint, cli, memory, resume, run, trainer
+from galore_pretrain.rundir import checkpoint, resume
+from galore_pretrain import cli, meters as memory, run
+from galore_pretrain.train import trainer
 {}
 sys.argv = ["galore-pretrain", *sys.argv[1:]]
 cli.main()
@@ -156,13 +159,13 @@ def test_a_disk_without_room_is_told_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=39_000_000_000))
-    outputs.check_space(tmp_path, 9_000_000_000, kept=2)
+    directory.check_space(tmp_path, 9_000_000_000, kept=2)
     assert not caplog.records
-    outputs.check_space(tmp_path, 10_000_000_000, kept=2)
+    directory.check_space(tmp_path, 10_000_000_000, kept=2)
     assert "39.0 GB are free, and 3 more checkpoints of 10.0 GB and the model may take 40.0 GB" in caplog.text
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     caplog.clear()
-    outputs.check_space(tmp_path, 10_000_000_000, kept=2)
+    directory.check_space(tmp_path, 10_000_000_000, kept=2)
     assert not caplog.records
 
 
@@ -503,7 +506,7 @@ def test_a_stopped_wandb_service_does_not_keep_the_process(tiny_config: str, fin
     """The real one, offline; left alone, its clean-up waits for the service when Python exits, without limit."""
     stop = """
 import subprocess
-from galore_pretrain import metrics
+from galore_pretrain.train import metrics
 metrics._FINISH = 1.0
 log = run.JsonLines.log
 def stopping(self, values, step):

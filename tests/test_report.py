@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from galore_pretrain import paper
 from galore_pretrain.cli import cli
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
-from galore_pretrain.recipes import resolve
-from galore_pretrain.report import as_json, differences, ranking, write
-from galore_pretrain.results import compare, find, over_seeds, paired, read, thinned, told_apart
+from galore_pretrain.study import paper
+from galore_pretrain.study.report import as_json, differences, ranking, write
+from galore_pretrain.study.results import compare, find, over_seeds, paired, read, thinned, told_apart
 
 
 def make_run(folder: Path, loss: float, *, updates: int = 20, done: int = 20, **given: Any) -> Path:

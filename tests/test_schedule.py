@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galore_pretrain.schedule import Schedule
+from galore_pretrain.train.schedule import Schedule
 
 
 def test_sound_schedule_starts_above_zero_and_ends_at_the_floor() -> None:

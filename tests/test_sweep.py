@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from galore_pretrain.cli import cli
 from galore_pretrain.errors import InputError
-from galore_pretrain.sweep import GRID, Entry, Planned, Sweep, entries
+from galore_pretrain.study.sweep import GRID, Entry, Planned, Sweep, entries
 
 
 def short(model: str, output: Path, *more: str) -> list[str]:

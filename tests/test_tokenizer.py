@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from galore_pretrain.errors import InputError
-from galore_pretrain.tokenizer import Tokenizer, load_tokenizer
+from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = ["Fellow-citizens of the Senate: hello!", "a  b\n\nc", "", "naïve “quotes”"]
 

@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from galore_pretrain import trained
 from galore_pretrain.cli import cli
 from galore_pretrain.errors import InputError
+from galore_pretrain.rundir import loaded as trained
 
 
 def invoke(*arguments: object) -> str:

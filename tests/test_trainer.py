@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from galore_pretrain import trainer as module
-from galore_pretrain.data import Batch
 from galore_pretrain.errors import InputError, TrainingFailedError
-from galore_pretrain.evaluate import Evaluation
-from galore_pretrain.execution import GlobalStep, Layerwise
-from galore_pretrain.model import mean_loss
+from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import build_optimizer
-from galore_pretrain.schedule import Schedule
-from galore_pretrain.trainer import MAX_SKIPPED, Trainer, TrainState
+from galore_pretrain.text.batches import Batch
+from galore_pretrain.train import trainer as module
+from galore_pretrain.train.evaluate import Evaluation
+from galore_pretrain.train.execution import GlobalStep, Layerwise
+from galore_pretrain.train.schedule import Schedule
+from galore_pretrain.train.trainer import MAX_SKIPPED, Trainer, TrainState
 from runs import MEASURED
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, distributed
 
 from galore_pretrain import cli, run
-from galore_pretrain.config import processes
-from galore_pretrain.optim.shards import local
+from galore_pretrain.config.options import processes
+from galore_pretrain.tensors.shards import local
 
 optimizers: list[Any] = []
 optimizer_for, export = run.optimizer_for, run.export

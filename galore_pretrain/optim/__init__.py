@@ -2,19 +2,57 @@
 
 optimizer = build_optimizer(model, "galore_adamw", lr=0.01, rank=128)
 
-Names are resolved on first use, so that asking for a row's name does not load torch.
+What other rooms of the package use of this one is named here, and nothing else of it is theirs. Names are resolved on
+first use, so that asking for a row's name does not load torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from galore_pretrain.optim.build import REGISTRY, build_optimizer
     from galore_pretrain.optim.dropin import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
-    from galore_pretrain.optim.galore import GaLore
+    from galore_pretrain.optim.galore import GaLore, is_projected
+    from galore_pretrain.optim.methods import (
+        BASIS_NAMES,
+        METHODS,
+        MOMENTS,
+        NUMERICS,
+        PROJ_TYPES,
+        REFRESHES,
+        resolve_name,
+        split,
+    )
     from galore_pretrain.optim.optimizer import Faults, RuleOptimizer
-    from galore_pretrain.optim.registry import REGISTRY, build_optimizer
+    from galore_pretrain.optim.projector import sides
+    from galore_pretrain.optim.sharing import Pool
 
+_NAMES = {  # file: what of it is named here
+    "build": ("REGISTRY", "build_optimizer"),
+    "dropin": ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "NaturalGaLoreAdamW"),
+    "galore": ("GaLore", "is_projected"),
+    "methods": (
+        "BASIS_NAMES",
+        "METHODS",
+        "MOMENTS",
+        "NUMERICS",
+        "PROJ_TYPES",
+        "REFRESHES",
+        "resolve_name",
+        "split",
+    ),
+    "optimizer": ("Faults", "RuleOptimizer"),
+    "projector": ("sides",),
+    "sharing": ("Pool",),
+}
+_HOMES = {name: file for file, names in _NAMES.items() for name in names}
 __all__ = [
+    "BASIS_NAMES",
+    "METHODS",
+    "MOMENTS",
+    "NUMERICS",
+    "PROJ_TYPES",
+    "REFRESHES",
     "REGISTRY",
     "Faults",
     "GaLore",
@@ -22,14 +60,17 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "NaturalGaLoreAdamW",
+    "Pool",
     "RuleOptimizer",
     "build_optimizer",
+    "is_projected",
+    "resolve_name",
+    "sides",
+    "split",
 ]
-_HOMES = {"REGISTRY": "registry", "build_optimizer": "registry", "GaLore": "galore"}
-_HOMES |= {"RuleOptimizer": "optimizer", "Faults": "optimizer"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'dropin')}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, TypedDict, Unpack
 
 from torch import Tensor
 
+from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.optimizer import RuleOptimizer
-from galore_pretrain.optim.registry import build_rules, rounding_of
-from galore_pretrain.optim.rules import UpdateRule
+from galore_pretrain.optim.rule import UpdateRule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _OF_GROUP = ("rank", "update_proj_gap", "scale", "proj_type")

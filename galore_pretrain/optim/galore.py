@@ -8,12 +8,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from galore_pretrain.optim.methods import BASIS_NAMES, MOMENTS, REFRESHES
 from galore_pretrain.optim.moments import State
-from galore_pretrain.optim.names import BASIS_NAMES, MOMENTS, REFRESHES
 from galore_pretrain.optim.projector import BASES, BasisFn, Side, project, project_fast, random_basis, sides
-from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
-from galore_pretrain.optim.shards import Shard
-from galore_pretrain.optim.step import Step, gradient_norm, known_true
+from galore_pretrain.optim.rule import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
+from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors.shards import Shard
+from galore_pretrain.tensors.values import gradient_norm, known_true
 
 _SIDES: dict[str, Side] = {"left_basis": "left", "right_basis": "right"}
 

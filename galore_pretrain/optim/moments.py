@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.shards import Shard
-from galore_pretrain.optim.step import Step
+from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors.shards import Shard
 
 State = dict[str, Tensor]
 _BLOCK = 256  # elements that share a scale: bitsandbytes' own block, and the only one its optimizers know

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
-from galore_pretrain.optim.rules import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
-from galore_pretrain.optim.shards import Shard
-from galore_pretrain.optim.step import Step, chunk_elements, pieces
+from galore_pretrain.optim.rule import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
+from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.shards import Shard
 
 _BLOCK = 256  # a slot of the history is padded to whole blocks of an 8-bit store
 

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.checkpointing import portable, take_blocks
 from galore_pretrain.optim.galore import GaLore
-from galore_pretrain.optim.inplace import add, subtract
-from galore_pretrain.optim.pool import Pool, Waiting
-from galore_pretrain.optim.portable import portable, take_blocks
-from galore_pretrain.optim.rules import Adam, UpdateRule
-from galore_pretrain.optim.shards import local, shard_of
-from galore_pretrain.optim.step import RandomBits, Step, chunk_elements, gradient_norm, mix, pieces
+from galore_pretrain.optim.rule import UpdateRule
+from galore_pretrain.optim.sharing import Pool, Waiting
+from galore_pretrain.optim.update import Step
+from galore_pretrain.optim.weights import add, subtract
+from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.rounding import RandomBits, mix
+from galore_pretrain.tensors.shards import local, shard_of
+from galore_pretrain.tensors.values import gradient_norm
 
 _GOLDEN = 0.6180339887498949
 _UPDATES_A_POOL, _POOLS = 64, 2
@@ -74,7 +78,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         its ``settings`` are there as text, by which `load_state_dict` knows another one."""
         group = {**self.defaults, **param_group}
         if "rule" not in group:
-            raise ValueError("a parameter group has no rule; build_rules of optim.registry makes those of a row")
+            raise ValueError("a parameter group has no rule; build_rules of optim.build makes those of a row")
         rule: UpdateRule = group.pop("rule")
         group["settings"] = _settings(rule)
         for name in ("lr", "weight_decay"):

@@ -1,0 +1,295 @@
+"""Every option of a run, once: its flag, default, help and check. No torch in here: ``--help`` must be quick.
+
+defaults < recipe < run JSON < flags. `RunConfig`'s fields are the flags; `resolve` fills in what the recipe of the
+model and optimizer says and checks what depends on two fields.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from decimal import Decimal
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from galore_pretrain.errors import InputError
+from galore_pretrain.optim import BASIS_NAMES, METHODS, MOMENTS, NUMERICS, PROJ_TYPES, REFRESHES
+
+
+def parse_count(text: str) -> int:
+    """``10M``, ``1.1B``, ``20000``: a whole number of at least 1, with K, M or B (10³, 10⁶, 10⁹) behind it."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB]?)", text.strip())
+    number = Decimal(match[1]) * 1000 ** " kmb".index(match[2].lower() or " ") if match else Decimal(0)
+    if number < 1 or number != int(number):
+        raise ValueError(f"{text!r} is not a count; write 20000, 500K, 10M or 1.1B")
+    return int(number)
+
+
+def processes() -> int:
+    """Of a run: as many as torchrun has started, or as ``plan`` is asked about."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_here() -> int:
+    """Of them, on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+RECIPE = "recipe"
+
+
+def parse_tokens(text: str) -> int | str:
+    """A count, or the word ``recipe``: as many as the paper's table names."""
+    return RECIPE if text.strip() == RECIPE else parse_count(text)
+
+
+def parse_bytes(text: str) -> int:
+    """``24GB`` (10⁹), ``24GiB`` (2³⁰) or a number of bytes: a size of memory; K, M, G and T."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b)?", text.strip().lower())
+    if not match:
+        raise ValueError(f"{text!r} is not a size of memory; write 24GiB, 24GB or 24000MB")
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+
+
+def parse_rate(text: str) -> float:
+    """``989T``, ``450GB``, ``12.5G``: so many a second; K, M, G, T and P (10³ to 10¹⁵)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)b?", text.strip().lower())
+    rate = float(match[1]) * 1000.0 ** " kmgtp".index(match[2] or " ") if match else 0.0
+    if rate < 1e6:
+        raise ValueError(f"{text!r} is not a rate a second; write 989T, 450G or 12.5GB")
+    return rate
+
+
+def parse_betas(text: str) -> tuple[float, float]:
+    """``0.9,0.999``: Adam's two decay rates."""
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        first = second = -1.0
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise ValueError(f"{text!r} is not a pair of numbers in [0, 1); write 0.9,0.999")
+    return first, second
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What the command line needs of a field. ``kind``: a type, the choices, or a parser of strings.
+
+    Numbers are at ``least``, or ``above``, a bound. ``shown`` stands for the default in the help. A ``free`` flag may
+    change when a run is resumed: it does not change what is computed.
+    """
+
+    help: str
+    kind: type | tuple[str, ...] | Callable[[str], Any]
+    group: str
+    least: float | None = None
+    above: float | None = None
+    shown: str = "recipe"
+    free: bool = False
+
+
+def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
+    if default is not None and "shown" not in more:
+        more["shown"] = {True: "on", False: "off"}[default] if kind is bool else str(default)
+    return field(default=default, metadata={"flag": Flag(help, kind, group, **more)})
+
+
+CLIP_NORMS = ("full", "projected")
+BAD_DATA = ("raise", "skip")
+SHARDS = ("full", "hybrid", "none")
+REDUCE = ("full", "projected")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT = (
+    "Method",
+    "Batch",
+    "Text",
+    "Length and learning rate",
+    "Machine",
+    "Output",
+)
+GROUPS = (METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT)
+_TENTH = "a tenth, at most 1000"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run, one field a flag. After `resolve`, a field is None only where its type says so: not in use."""
+
+    model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", str, METHOD, shown="required")
+    optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}.", str, METHOD)
+    rank: int | None = _flag(None, "Rank r: of GaLore's subspace, or of the factors.", int, METHOD, least=1)
+    update_proj_gap: int | None = _flag(None, "GaLore: updates T between two bases.", int, METHOD, least=1)
+    galore_scale: float | None = _flag(None, "GaLore: factor α on projected updates.", float, METHOD, above=0)
+    proj_type: str | None = _flag(None, "GaLore: side that is projected.", PROJ_TYPES, METHOD, shown="std")
+    basis: str | None = _flag(None, "GaLore: how a basis is found.", BASIS_NAMES, METHOD, shown="randomized")
+    refresh: str | None = _flag(None, "GaLore: renew bases at once or in turn.", REFRESHES, METHOD, shown="staggered")
+    moments: str | None = _flag(None, "GaLore: moments when a basis is renewed.", MOMENTS, METHOD, shown="keep")
+    natural_history: int | None = _flag(None, "Natural GaLore: past gradients s.", int, METHOD, least=1, shown="20")
+    natural_damping: float | None = _flag(None, "Natural GaLore: damping λ.", float, METHOD, above=0, shown="0.001")
+    lora_alpha: float | None = _flag(None, "LoRA, ReLoRA: α; BA counts α/r.", float, METHOD, above=0, shown="32")
+    lora_dropout: float | None = _flag(None, "LoRA, ReLoRA: dropout before A.", float, METHOD, least=0, shown="0.05")
+    relora_every: int | None = _flag(
+        None, "ReLoRA: updates between two merges.", int, METHOD, least=1, shown="a fifth of the run"
+    )
+    relora_warmup: int | None = _flag(
+        None, "ReLoRA: updates of warm-up after a merge.", int, METHOD, least=0, shown="a tenth of that, at most 100"
+    )
+    matrix_lr_scale: float = _flag(
+        1.0, "Factor on the matrices' learning rate; 0 freezes them.", float, METHOD, least=0
+    )
+    numerics: str = _flag("sound", "Sound, or the published code's choices.", NUMERICS, METHOD)
+    weight_decay: float = _flag(None, "Weight decay.", float, METHOD, least=0)
+    betas: tuple[float, float] | None = _flag(
+        None, "Adam's β, as 0.9,0.999; the first is sgd's and adafactor's momentum.", parse_betas, METHOD, shown="row"
+    )
+    eps: float | None = _flag(None, "Adam's ε.", float, METHOD, above=0, shown="row")
+
+    layerwise: bool = _flag(
+        False, "Update inside backward; no full set of gradients exists.", bool, BATCH, free=True,
+        shown="chosen from the budget",
+    )  # fmt: skip
+    activation_checkpointing: bool = _flag(
+        False, "Recompute activations in backward.", bool, BATCH, free=True,
+        shown="chosen from the budget",
+    )  # fmt: skip
+    batch_size: int = _flag(
+        None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="from the budget, up to 8"
+    )
+    total_batch_size: int = _flag(None, "Sequences an update.", int, BATCH, least=1)
+    memory_budget: int | None = _flag(
+        None, "Of the card, as 24GiB: what the three above are chosen for.", parse_bytes, BATCH, free=True, above=10**9,
+        shown="what the device can give",
+    )  # fmt: skip
+    grad_clip: float = _flag(None, "Largest gradient norm; 0 is off.", float, BATCH, least=0)
+    clip_norm: str | None = _flag(
+        None, "Norm that is clipped: of gradients, or of projected ones.", CLIP_NORMS, BATCH,
+        shown="full, or projected where only that is known",
+    )  # fmt: skip
+
+    data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", str, TEXT)
+    eval_data: str | None = _flag(None, "Validation text, not a part of --data.", str, TEXT, shown="from --data")
+    tokenizer: str = _flag(
+        None, "t5, sample, a .model file, a folder or a hub id.", str, TEXT, shown="t5 for c4, sample for sample"
+    )
+    bad_data: str = _flag(
+        "raise", "Documents that cannot be read: stop, or leave them out, up to 1 in 100.", BAD_DATA, TEXT, free=True
+    )
+    layout: str = _flag("pad", "One document a row, or documents packed.", ("pad", "pack"), TEXT)
+    max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)
+
+    steps: int | None = _flag(None, "Updates.", int, LENGTH, least=1)
+    max_tokens: int | None = _flag(
+        None, "Real tokens, instead of --steps: 1.1B, or recipe: as many as the paper's table names.", parse_tokens,
+        LENGTH, shown="off",
+    )  # fmt: skip
+    warmup_steps: int | None = _flag(None, "Updates of linear warm-up.", int, LENGTH, least=0, shown="a tenth")
+    lr: float = _flag(None, "Peak learning rate.", float, LENGTH, above=0)
+    min_lr_ratio: float = _flag(
+        None, "Last learning rate over the peak.", float, LENGTH, least=0, shown="0.1 for cosine, 0 for linear"
+    )
+    scheduler: str = _flag("cosine", "Decay after warm-up.", ("cosine", "linear"), LENGTH)
+    max_loss: float | None = _flag(
+        None, "Skip updates whose loss is larger; ten in a row end the run.", float, LENGTH, above=0, shown="off"
+    )
+    eval_every: int = _flag(None, "Updates between evaluations.", int, LENGTH, least=1, free=True, shown=_TENTH)
+    eval_tokens: int = _flag(10_000_000, "Validation tokens an evaluation.", parse_count, LENGTH, shown="10M")
+
+    dtype: str = _flag("bfloat16", "Of weights, gradients and moments.", ("bfloat16", "float32"), MACHINE)
+    device: str = _flag("auto", "auto, cpu, cuda or cuda:N.", str, MACHINE, free=True)
+    shard: str = _flag(
+        "full",
+        "Which processes share a model out: all (FSDP), those of a host (HSDP), or none (DDP).",
+        SHARDS,
+        MACHINE,
+        free=True,
+    )
+    reduce: str = _flag(
+        "full",
+        "What replicas (--shard hybrid, none) sum: gradients, or what --layerwise leaves of them.",
+        REDUCE,
+        MACHINE,
+        free=True,
+    )
+    distributed_timeout: int = _flag(
+        600, "Seconds that a process waits for the others before all end.", int, MACHINE, least=1, free=True
+    )
+    compile: bool = _flag(
+        False,
+        "Compile the decoder layers: takes a C++ compiler and a minute. Planned as if not.",
+        bool,
+        MACHINE,
+        free=True,
+    )
+    profile: int | None = _flag(
+        None, "Say, in OUTPUT/profile, where the time of so many updates goes, after the first two.", int, MACHINE,
+        least=1, free=True, shown="off",
+    )  # fmt: skip
+    seed: int = _flag(0, "Of weights, data order and rounding.", int, MACHINE, least=0)
+
+    output: str = _flag(None, "Folder of the run.", str, OUTPUT, free=True, shown="runs/MODEL-OPTIM-TIME")
+    resume: str = _flag("auto", "auto (go on in --output), never, or a checkpoint.", str, OUTPUT, free=True)
+    resume_with_changes: bool = _flag(
+        False, "Resume although options differ that change the computation.", bool, OUTPUT, free=True
+    )
+    save_every: int = _flag(None, "Updates between checkpoints.", int, OUTPUT, least=1, free=True, shown=_TENTH)
+    keep: int = _flag(2, "Checkpoints kept.", int, OUTPUT, least=1, free=True)
+    keep_every: int | None = _flag(
+        None,
+        "Of checkpoints at multiples of so many updates, all are kept.",
+        int,
+        OUTPUT,
+        least=1,
+        free=True,
+        shown="off",
+    )
+    wandb: str = _flag("auto", "auto is online with a key, else offline.", WANDB_MODES, OUTPUT, free=True)
+    wandb_project: str = _flag("galore-pretrain", "wandb project.", str, OUTPUT, free=True)
+    name: str | None = _flag(None, "wandb name of the run.", str, OUTPUT, free=True, shown="name of the folder")
+    tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="none")
+
+    @property
+    def micro_batches(self) -> int:
+        """Of an update, in each process."""
+        return self.total_batch_size // (self.batch_size * processes())
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """Where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
+        changed = [
+            (f.name, getattr(self, f.name))
+            for f in fields(self)
+            if f.name in saved and not self._is_free(f) and _plain(getattr(self, f.name)) != _plain(saved[f.name])
+        ]
+        given = [(name, value) for name, value in changed if value is not None] or changed  # not what follows from them
+        return [f"--{name.replace('_', '-')} {value} (was {saved[name]})" for name, value in given]
+
+    def _is_free(self, f: Field[Any]) -> bool:
+        """The mean of micro-batch means, which reference numerics take, depends on the micro-batch."""
+        flag: Flag = f.metadata["flag"]
+        return flag.free and not (f.name == "batch_size" and self.numerics == "reference")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def shipped_models() -> list[str]:
+    """Names of the models whose configs are in the package."""
+    folder = resources.files("galore_pretrain") / "configs"
+    return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.startswith("llama_"))
+
+
+def find_model(name_or_path: str) -> Traversable:
+    """The JSON file that ``--model`` means."""
+    names = shipped_models()
+    if name_or_path in names:
+        return resources.files("galore_pretrain") / "configs" / f"{name_or_path}.json"
+    if (Path(name_or_path) / "config.json").is_file():
+        return Path(name_or_path) / "config.json"
+    if not Path(name_or_path).is_file():
+        near = difflib.get_close_matches(name_or_path, names, n=2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise InputError(f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(names)}")
+    return Path(name_or_path)

@@ -1,0 +1,1 @@
+"""The LLaMA model: its configuration, its layers, its head."""

@@ -1,0 +1,76 @@
+"""transformers' ``LlamaForCausalLM`` from a JSON config: built on ``meta``, materialized once, in the run's dtype."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from galore_pretrain.tensors.shards import fill, local, shard_of
+
+_INIT_BLOCK = 1 << 22  # elements drawn at a time: 16 MiB of fp32, whatever the size of a matrix
+
+
+def build_model(
+    config: LlamaConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    change: Callable[[LlamaForCausalLM], None] | None = None,
+    fresh: bool = True,
+) -> LlamaForCausalLM:
+    """The model with fresh weights: matrices from N(0, ``initializer_range``), norms 1, biases 0. If not ``fresh``,
+    with whatever its memory held, for others to be loaded.
+
+    Weights are allocated once, on ``device`` and in ``dtype``. Each is drawn on the CPU from its own stream, named by
+    ``seed`` and the parameter's name, so the same seed gives the same weights on every device and however they are
+    sharded. ``change`` may put other modules in, before there is memory for any.
+    """
+    with torch.device("meta"):
+        model = without_masks(LlamaForCausalLM(config).to(dtype))
+        if change is not None:
+            change(model)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device)
+    model.tie_weights()  # where the config says so: new storage has parted them
+    with torch.device(device):
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is computed, and stays in fp32
+    for name, parameter in model.named_parameters() if fresh else ():
+        draw(name, parameter, config.initializer_range, seed)
+    return model
+
+
+def without_masks(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """``model``, attending causally without a mask, which ours never needs: padding stands at the end.
+
+    With the implementation named ``sdpa``, transformers looks at the positions of each batch for documents packed
+    together, for which it would wait for the device, and makes a mask of fake tensors.
+    """
+    AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+    model.set_attn_implementation("causal_sdpa")
+    return model
+
+
+@torch.no_grad()
+def draw(name: str, parameter: Tensor, std: float, seed: int) -> None:
+    """Fill ``parameter`` with the fresh weights of that ``name``."""
+    if shard_of(parameter) is not None:
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        draw(name, whole, std, seed)
+        fill(parameter, whole)
+        return
+    parameter = local(parameter)
+    if parameter.ndim < 2:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return
+    digest = hashlib.blake2b(f"{seed}.{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    flat = parameter.view(-1)
+    for start in range(0, flat.numel(), _INIT_BLOCK):
+        block = flat[start : start + _INIT_BLOCK]
+        block.copy_(torch.empty(block.shape).normal_(0.0, std, generator=generator))

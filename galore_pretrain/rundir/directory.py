@@ -1,0 +1,143 @@
+"""A run's folder: its lock, its room, and what it leaves there beside metrics and checkpoints."""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from galore_pretrain.config.options import RunConfig
+from galore_pretrain.dist import World
+from galore_pretrain.errors import InputError
+from galore_pretrain.rundir.checkpoint import present, sync
+from galore_pretrain.text.batches import Batch
+
+log = logging.getLogger(__name__)
+_ROWS_KEPT = 20
+
+
+@contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Keep other runs out of ``output``, made if need be, until the end, or until the process ends in any way.
+
+    Where nothing was written, the folder is left as it was.
+    """
+    try:
+        is_new = not output.exists()
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+    except (OSError, ValueError) as error:  # a ValueError where no file can have such a name
+        why = getattr(error, "strerror", None) or error
+        shown = str(output).encode(errors="backslashreplace").decode()
+        raise InputError(f"--output {shown} cannot be written ({why}); give another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:
+                raise BlockingIOError("another run has just left")
+        except BlockingIOError as error:
+            raise InputError(
+                f"--output {output}: another run is writing there; wait for it, or give another"
+            ) from error
+        except OSError as error:  # a file system without locks
+            log.warning("--output %s cannot be locked (%s): take care that no other run writes there", output, error)
+        try:
+            yield
+        finally:
+            if [f.name for f in output.iterdir()] == [".lock"]:
+                (output / ".lock").unlink()
+                if is_new:
+                    output.rmdir()
+
+
+def check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
+    """A warning where the disk has no room for as many more checkpoints as there will be at once, one of them being
+    written, and for the exported model."""
+    more, free = max(1, kept + 1 - present(output / "checkpoints")), shutil.disk_usage(output).free
+    if (needed := checkpoint_bytes * (more + 1)) > free:
+        log.warning(
+            "--output %s: %.1f GB are free, and %d more checkpoints of %.1f GB and the model may take %.1f GB; make "
+            "room, or give a smaller --keep",
+            *(output, free / 1e9, more, checkpoint_bytes / 1e9, needed / 1e9),
+        )
+
+
+def check_shared(output: Path) -> None:
+    """InputError where a process does not see the lock that the first one has just made."""
+    if not (output / ".lock").exists():
+        raise InputError(
+            f"--output {output}: the first process writes there, and it is not seen here; all hosts must share it"
+        )
+
+
+def write_config(output: Path, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
+    """``config.json``: every resolved value with its origin, and what else the run depends on."""
+    resolved = {name: {"value": value, "origin": origins[name]} for name, value in asdict(config).items()}
+    write_json(output / "config.json", {"config": resolved, **environment})
+
+
+def log_config(config: RunConfig, origins: Mapping[str, str]) -> None:
+    """The values that are not defaults, origin by origin."""
+    by_origin: dict[str, list[str]] = {}
+    for name, value in asdict(config).items():
+        if value is not None and origins[name] != "default":
+            by_origin.setdefault(origins[name], []).append(f"{name} {value}")
+    for origin, settings in by_origin.items():
+        log.info("%s  (%s)", " · ".join(settings), origin)
+
+
+def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
+    """``summary.json``: how the run ended. Also the last three log lines."""
+    write_json(output / "summary.json", summary)
+    steps, tokens, seconds = summary["steps"], summary["tokens_seen"], summary["wall_seconds"]
+    log.info("done: %d updates, %s tokens in %.0f s; %s", steps, f"{tokens:,}", seconds, output)
+    planned, peak, process = (summary[f"{name}_bytes"] for name in ("planned_peak", "peak_memory", "process_peak"))
+    parts = [] if planned is None else [f"{planned / 2**30:.2f} GiB of tensors planned"]
+    if peak != process:  # a CPU's allocator does not tell
+        parts.append(f"{peak / 2**30:.2f} GiB of tensors on the device")
+    parts.append(f"{process / 2**30:.2f} GiB of the process, its program and libraries included")
+    log.info("peak memory: %s", ", ".join(parts))
+    log.info("validation perplexity %.4g over %s tokens", summary["eval_perplexity"], f"{summary['eval_tokens']:,}")
+
+
+def read_summary(output: Path) -> dict[str, Any]:
+    """What `write_summary` wrote; empty where there is none."""
+    try:
+        summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary
+
+
+def keep_rows(output: Path, world: World, step: int, batch: Batch, loss: float) -> None:
+    """Keep the rows of an update that was skipped, those of all processes, for a look, in ``skipped/``; of the first
+    twenty."""
+    rows = {"input_ids": world.gathered(batch.input_ids), "labels": world.gathered(batch.labels)}
+    if not world.is_main:
+        return
+    folder = output / "skipped"
+    file = folder / f"update_{step:08d}.safetensors"
+    try:
+        folder.mkdir(exist_ok=True)
+        if len(list(folder.iterdir())) >= _ROWS_KEPT:
+            return
+        save_file(rows, file, metadata={"update": str(step), "loss": str(loss), "position": json.dumps(batch.state)})
+    except (OSError, SafetensorError) as error:
+        log.warning("the rows of update %d cannot be written to %s (%s)", step, file, error)
+        return
+    log.warning("the rows of update %d are in %s", step, file)
+
+
+def write_json(path: Path, value: Any) -> None:
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    sync(aside)
+    os.replace(aside, path)

@@ -1,0 +1,45 @@
+"""A run's model as a plain Hugging Face folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor
+
+from galore_pretrain.dist import ALONE, World
+from galore_pretrain.model.lowrank import dense_state
+from galore_pretrain.rundir.checkpoint import sync
+from galore_pretrain.rundir.directory import write_json
+from galore_pretrain.text.tokenizer import Tokenizer
+
+_SHARD_SIZE = "1GB"
+"""Size of an exported model's files. It bounds the host memory that exporting from a GPU takes."""
+
+
+def export(folder: Path, model: Any, tokenizer: Tokenizer, world: World = ALONE) -> None:
+    """A plain Hugging Face folder of model and tokenizer, written aside and then named: by one process, to which the
+    others give their parts."""
+    state = dense_state(model, keep=world.is_main)
+    world.from_main(lambda: _write_model(folder, model, state, tokenizer))
+
+
+def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    transformers.utils.logging.disable_progress_bar()
+    # A shard's tensors are copied to the host together, and let go before the next shard's.
+    model.save_pretrained(aside, state_dict=state, max_shard_size=_SHARD_SIZE)
+    tokenizer.save(aside, model_max_length=model.config.max_position_embeddings)
+    config = json.loads((aside / "config.json").read_text())
+    write_json(aside / "config.json", config | {"use_cache": True})  # training has no use for a cache, generation has
+    for file in aside.glob("*.safetensors"):
+        file.chmod((aside / "config.json").stat().st_mode)  # safetensors makes them private to the user
+    for file in aside.iterdir():
+        sync(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)

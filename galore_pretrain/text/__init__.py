@@ -1,0 +1,1 @@
+"""From files and hubs to batches of tokens."""

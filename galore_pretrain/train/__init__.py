@@ -1,0 +1,1 @@
+"""A training run's parts: loop, execution, schedule, evaluation, metrics."""
