@@ -135,7 +135,7 @@ def _train(
     factors = factors_of(config)
     watch: Watch = Unwatched()
     if config.profile and world.is_main:
-        watch = Profile(config.profile, output / "profile", device)
+        watch = Profile(config.profile, output / "profile", device, optimizer)
     trainer = Trainer(
         model=model,
         batches=read_ahead(data, pin=device.type == "cuda"),

@@ -94,7 +94,7 @@ def gathering(config: RunConfig, rounds: int) -> float:
             p.grad = torch.full_like(p, 1e-3)
         started = time.perf_counter()
         for p in params:
-            optimizer.gather(p, project=True)
+            optimizer.pending.accumulate(p, compress=True)
             if i == 0:
                 optimizer.update_param(p)
         seconds.append(time.perf_counter() - started)

@@ -84,8 +84,7 @@ FOR_GALORE: list[dict[str, Any]] = [
     {"clip_norm": "projected"},
     {"clip_norm": "full"},
 ]
-SHARDS = [{"shard": "full"}, {"shard": "none"}, {"shard": "none", "reduce": "projected"}]
-"""How two processes share a training, in turn; the last is for layerwise GaLore alone."""
+FULL, NONE, PROJECTED = {"shard": "full"}, {"shard": "none"}, {"shard": "none", "reduce": "projected"}
 Way = tuple[str, str, bool, int, int]
 """How a cell is trained: dtype, numerics, whether layerwise, micro-batches, whether clipped."""
 WAYS: list[Way] = list(itertools.product(("float32", "bfloat16"), NUMERICS, (False, True), (1, 2), (0, 1)))
@@ -128,7 +127,7 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """Cells come row by row; a quarter of them comes once more, for two processes."""
+    """Cells come row by row; a quarter of them comes again, for two processes."""
     for r, row in enumerate(METHODS):
         again: list[tuple[Way, dict[str, Any]]] = []
         for i, way in enumerate(WAYS):
@@ -143,8 +142,9 @@ def cells() -> Iterator[Cell]:
             if (i + r) % 4 == 0 and "bad" not in more:  # no hook of a weight sees what FSDP2 reduces
                 again.append((way, more))
         for turn, (way, more) in enumerate(sorted(again, key=lambda pair: pair[0][2]), r):
-            shards = SHARDS if "galore" in row and way[2] else SHARDS[:2]
-            yield Cell(row, way, more, shards[turn % len(shards)])
+            yield Cell(row, way, more, (FULL, NONE)[turn % 2])
+            if "galore" in row and way[2]:
+                yield Cell(row, way, more, PROJECTED)
 
 
 def batch(update: int, config: RunConfig, world: World) -> Batch:
@@ -172,27 +172,16 @@ def train(cell: Cell, config: RunConfig, world: World) -> tuple[str, str]:
     factors = factors_of(config)
     if "bad" in cell.more:
         spoil(model, cell.more["bad"])
+    schedule = Schedule(**{f.name: getattr(config, f.name) for f in fields(Schedule)})
     trainer = Trainer(
-        model=model,
-        batches=(),
-        optimizer=optimizer,
-        execution=execution_for(config, optimizer),
-        schedule=Schedule(**{f.name: getattr(config, f.name) for f in fields(Schedule)}),
+        model=model, batches=(), optimizer=optimizer, execution=execution_for(config, optimizer), schedule=schedule,
         after_update=partial(factors.after_update, model, optimizer) if factors else lambda step: None,
-        evaluate=None,
-        checkpoints=None,
-        keep_rows=lambda *skipped: None,
-        loggers=(),
-        state=TrainState(),
-        batch_size=config.batch_size,
-        eval_every=config.eval_every,
-        save_every=config.save_every,
-        mean_of_means=config.numerics == "reference",
-        max_loss=config.max_loss or math.inf,
-        device=torch.device(config.device),
-        world=world,
+        evaluate=None, checkpoints=None, keep_rows=lambda *skipped: None, loggers=(), state=TrainState(),
+        batch_size=config.batch_size, eval_every=config.eval_every, save_every=config.save_every,
+        mean_of_means=config.numerics == "reference", max_loss=config.max_loss or math.inf,
+        device=torch.device(config.device), world=world,
         at_rows=partial(factors.at_rows, model) if factors else lambda update, first: None,
-    )
+    )  # fmt: skip
     reports = [trainer.train_step(batch(update, config, world)) for update in range(config.steps)]
     seen = ("loss", "lr", "grad_norm", "skipped_tensors", "failed_refreshes")
     weights: list[Any] = [report.get(name) for report in reports for name in seen]
@@ -281,17 +270,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the lines there")
     parser.add_argument("--only", default="", help="cells with this in their names")
-    parser.add_argument("--processes", choices=("1", "2", "both"), default="both", help="cells of so many alone")
+    parser.add_argument("--processes", choices=("1", "2", "both"), default="both", help="cells of so many")
     parser.add_argument("--compare", type=Path, help="a file of --out; of it, the cells that were asked for count")
     arguments = parser.parse_args()
+
+    def is_wanted(name: str) -> bool:
+        count = "2" if "processes=2" in name else "1"
+        return arguments.only in name and arguments.processes in (count, "both")
+
     settle_down()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model, architecture in MODELS.items():
             (folder / f"{model}.json").write_text(json.dumps(architecture))
-        chosen = [cell for cell in cells() if arguments.only in cell.name]
-        alone = [cell for cell in chosen if not cell.sharing and arguments.processes != "2"]
-        shared = [cell for cell in chosen if cell.sharing and arguments.processes != "1"]
+        chosen = [cell for cell in cells() if is_wanted(cell.name)]
+        alone, shared = ([cell for cell in chosen if bool(cell.sharing) == two] for two in (False, True))
         pair = multiprocessing.spawn(one_of_two, (shared, folder), nprocs=2 if shared else 0, join=False, daemon=True)
         lines = fingerprint(alone, folder)
         while not pair.join():
@@ -301,9 +294,8 @@ def main() -> None:
     if arguments.out:
         arguments.out.write_text("".join(f"{cell} -> {line}\n" for cell, line in lines.items()))
     if arguments.compare:
-        asked = {cell.name for cell in (*alone, *shared)}
         parts = [line.partition(" -> ") for line in arguments.compare.read_text().splitlines()]
-        sys.exit(compare(lines, {cell: line for cell, _, line in parts if cell in asked}))
+        sys.exit(compare(lines, {cell: line for cell, _, line in parts if is_wanted(cell)}))
 
 
 if __name__ == "__main__":

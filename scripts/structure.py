@@ -235,7 +235,7 @@ def gradient_ways(package: Path, sources: list[Source]) -> Iterator[Row]:
 
     from galore_pretrain.optim import RuleOptimizer
     from galore_pretrain.optim.build import build_rules
-    from galore_pretrain.train.execution import GlobalStep, Layerwise
+    from galore_pretrain.optim.execution import GlobalStep, Layerwise
 
     def calls_of(mode: Any, micro_batches: int, clip: float, dtype: torch.dtype) -> list[Any]:
         weight = torch.randn(48, 80).to(dtype).requires_grad_()

@@ -4,16 +4,18 @@ import itertools
 from math import inf
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from galore_pretrain.optim import build_optimizer
+from galore_pretrain.optim import GaLore, RuleOptimizer, build_optimizer
 from galore_pretrain.optim.build import REGISTRY
+from galore_pretrain.optim.execution import Layerwise
 from galore_pretrain.tensors.shards import whole
-from galore_pretrain.train.execution import Layerwise
+from own_rules import GaLoreAndRest, NewtonSchulz, RowNorms, SignOfAverage
 
 ALIGNED = {"tall": (1024, 256), "wide": (256, 1024), "square": (512, 512), "head": (1024, 256), "norm": (512,)}
 FEW = {"tall": (5, 4), "wide": (4, 5), "square": (5, 5), "head": (5, 4), "norm": (5,)}  # the last of four has none
@@ -99,10 +101,43 @@ def check_storage(mesh: DeviceMesh) -> None:
     norm = model.norm
     storage = torch.randn(1000)
     norm.grad = DTensor.from_local(storage[: whole(norm).numel() // mesh.size()], mesh, [Shard(0)])  # type: ignore[assignment]
-    optimizer.gather(norm, project=True)  # type: ignore[arg-type]
-    waiting = optimizer.waiting(norm)  # type: ignore[arg-type]
+    optimizer.pending.accumulate(norm, compress=True)  # type: ignore[arg-type]
+    waiting = optimizer.pending.get(norm)  # type: ignore[arg-type]
     assert waiting is not None
     assert waiting.grad.untyped_storage().nbytes() == waiting.grad.nbytes
+
+
+def check_own_rules(mesh: DeviceMesh) -> None:
+    """Rules from a file of one's own come to what one process comes to, bit for bit, tensors cut by rows and columns;
+    what cannot be shared out is refused. A column of parts is summed in no other order, so nothing else is allowed."""
+    for rule, shapes, dtype in itertools.product(
+        (SignOfAverage(), RowNorms(), NewtonSchulz()), (ALIGNED, UNEVEN, FEW), (torch.float32, torch.bfloat16)
+    ):
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+        if dtype == torch.bfloat16:
+            del matrices["wide"]  # columns are rounded with other bits
+        models = [Model(matrices, dtype, m) for m in (None, mesh)]
+        runs = [
+            RuleOptimizer([{"params": list(m.parameters()), "rule": rule}], lr=0.01, weight_decay=0.1) for m in models
+        ]
+        executions = [Layerwise(optimizer) for optimizer in runs]
+        for step, part in itertools.product(range(1, 6), range(2)):
+            for model, execution in zip(models, executions, strict=True):
+                execution.begin(part, 2)
+                loss = torch.zeros(())
+                for name, p in model.named_parameters():
+                    grad = random(tuple(p.shape), name, 10 * part + step).to(dtype)
+                    grad = shared(grad, name_of(name), mesh).to_local() if isinstance(p, DTensor) else grad
+                    loss = loss + _local(p).mul(grad).sum()
+                loss.backward()
+                if part:
+                    execution.complete()
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(p, whole(q)), (rule, tuple(p.shape), dtype)
+    model = Model({"tall": (64, 32)}, torch.float32, mesh)
+    for refused, words in ((GaLoreAndRest(), "renews bases"), (GaLore(NewtonSchulz(), rank=8), "low-rank gradient")):
+        with pytest.raises(ValueError, match=words):
+            RuleOptimizer([{"params": list(model.parameters()), "rule": refused}])
 
 
 def check_sums_over_replicas(dtype: torch.dtype, clip: float, tolerance: float) -> None:
@@ -181,6 +216,7 @@ def main() -> None:
     for clip in (0.0, 0.5):
         check_sums_over_replicas(torch.float32, clip, 1e-3)
         check_sums_over_replicas(torch.bfloat16, clip, 0.2)  # other roundings
+    check_own_rules(mesh)
     check_collectives(mesh)
     check_storage(mesh)
     distributed.destroy_process_group()

@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM
 
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import REGISTRY, build_optimizer
+from galore_pretrain.optim.execution import GlobalStep, Layerwise
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.sgd import SGD
-from galore_pretrain.train.execution import GlobalStep, Layerwise
 
 
 def train(model: LlamaForCausalLM, row: str, layerwise: bool, numerics: str, steps: int = 20) -> list[float]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.build import build_rules, rounding_of
+from galore_pretrain.optim.execution import GlobalStep, Layerwise, Outcome
 from galore_pretrain.optim.methods import ROWS
-from galore_pretrain.train.execution import GlobalStep, Layerwise, Outcome
 from prescribed import gradients, parameters
 
 SHAPES: list[tuple[int, ...]] = [(96, 80), (80, 96), (40,)]

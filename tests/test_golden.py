@@ -13,11 +13,11 @@ from conftest import TINY
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.optim import REGISTRY, build_optimizer
+from galore_pretrain.optim.execution import GlobalStep
 from galore_pretrain.optim.methods import NUMERICS
 from galore_pretrain.text.batches import TokenRows, TrainingData
 from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import load_tokenizer
-from galore_pretrain.train.execution import GlobalStep
 from galore_pretrain.train.schedule import Schedule
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
 from galore_pretrain.optim.build import build_rules, rounding_of
+from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome
 from galore_pretrain.optim.methods import MOMENTS, PROJ_TYPES, REFRESHES, ROWS
-from galore_pretrain.train.execution import Execution, GlobalStep, Layerwise, Outcome
 
 SHAPES: list[tuple[int, ...]] = [(48, 80), (80, 48), (64, 64), (40,), (100, 24)]
 PROJECTED = 3  # the first of them are
@@ -124,7 +124,7 @@ def test_what_is_summed_low_rank_takes_less() -> None:
         execution.begin(0, 2)
         torch.autograd.backward(params, [torch.ones_like(p) for p in params])
         assert all(p.grad is None for p in params)
-        shapes.append([tuple(optimizer._waiting[p].grad.shape) for p in params])
+        shapes.append([tuple(optimizer.pending.get(p).grad.shape) for p in params])
         execution.begin(1, 2)
         torch.autograd.backward(params, [torch.ones_like(p) for p in params])
         execution.complete()

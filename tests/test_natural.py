@@ -85,7 +85,7 @@ def test_a_history_ends_with_its_basis(moments: str, store: Dense) -> None:
     )
     state = rule.init(grads[0])
     for count, grad in enumerate(grads, 1):
-        direction = rule.update(grad, state, Step(count))
+        direction = rule.full_update(grad, state, Step(count))
         if count == 5:
             low = grad @ state["right_basis"].T
             tolerance = 1e-4 if store == Dense() else 0.1

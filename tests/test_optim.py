@@ -599,7 +599,7 @@ def test_whole_bf16_tensors_are_rounded_as_fp32_copies_of_them(row: str) -> None
         optimizer.step()
         now = optimizer.state[p]
         if isinstance(rule, GaLore):
-            grad = rule.project(grad, now)
+            grad = rule.compress(grad, now, Step(step))
             weight = torch.zeros_like(grad, dtype=torch.float32)
         m, v = state["exp_avg"].float(), state["exp_avg_sq"].float()
         kernel = torch._fused_adam_ if inner.decay == "l2" else torch._fused_adamw_

@@ -216,8 +216,8 @@ def test_an_enormous_gap_is_no_obstacle(small: str) -> None:
     for gap, refresh in ((7, "together"), (7, "staggered"), (40, "staggered"), (1, "staggered")):
         rule = GaLore(Adam(), update_proj_gap=gap, refresh=refresh)
         for phase, count in itertools.product((0.0, 0.3, 0.99), range(1, 60)):
-            due = rule.next_due(Step(count, phase=phase))
-            later = [rule.is_due(Step(c, phase=phase)) for c in range(count, due + 1)]
+            due = rule.next_refresh(Step(count, phase=phase))
+            later = [rule.next_refresh(Step(c, phase=phase)) == c for c in range(count, due + 1)]
             assert later == [False] * (due - count) + [True]
             assert due - count < max(gap, 5)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.build import build_rules, rounding_of
+from galore_pretrain.optim.execution import GlobalStep, Layerwise
 from galore_pretrain.optim.methods import BASIS_NAMES, MOMENTS, PROJ_TYPES, REFRESHES, ROWS
 from galore_pretrain.optim.projector import BASES, random_basis
-from galore_pretrain.train.execution import GlobalStep, Layerwise
 from prescribed import gradients
 
 CASES = {

@@ -18,10 +18,10 @@ from transformers import LlamaForCausalLM
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import build_optimizer
+from galore_pretrain.optim.execution import GlobalStep, Layerwise
 from galore_pretrain.text.batches import Batch
 from galore_pretrain.train import trainer as module
 from galore_pretrain.train.evaluate import Evaluation
-from galore_pretrain.train.execution import GlobalStep, Layerwise
 from galore_pretrain.train.schedule import Schedule
 from galore_pretrain.train.trainer import MAX_SKIPPED, Trainer, TrainState
 from runs import MEASURED

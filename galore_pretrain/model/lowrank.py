@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from galore_pretrain.model.llama import draw
 from galore_pretrain.optim import is_projected
 from galore_pretrain.tensors.chunks import chunk_elements, pieces
-from galore_pretrain.tensors.rounding import mix
+from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import fill, is_shared, local, whole
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Rows:
         words = torch.empty(len(x), -(-size // 4), dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
         for i, row in enumerate(words, self.first):
-            row.random_(-(1 << 63), None, generator=generator.manual_seed(mix(self.seed, name, self.update, i)))
+            row.random_(-(1 << 63), None, generator=generator.manual_seed(derive_seed(self.seed, name, self.update, i)))
         least = min(round(probability * 65536), 65535) - 32768
         return (words.view(torch.int16)[:, :size] < least).view(x.shape), (least + 32768) / 65536
 
@@ -159,7 +159,7 @@ class Factors:
 
     def _begin(self, name: str, layer: FactoredLinear, step: int) -> None:
         bound = 1 / math.sqrt(layer.A.in_features)
-        generator = torch.Generator().manual_seed(mix(self.seed, name, step))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, name, step))
         fill(layer.A.weight, torch.empty(layer.A.weight.shape).uniform_(-bound, bound, generator=generator))
         local(layer.B.weight).zero_()
 

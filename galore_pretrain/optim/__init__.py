@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from galore_pretrain.optim.build import REGISTRY, build_optimizer
     from galore_pretrain.optim.dropin import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
+    from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome
     from galore_pretrain.optim.galore import GaLore, is_projected
     from galore_pretrain.optim.methods import (
         BASIS_NAMES,
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
         resolve_name,
         split,
     )
-    from galore_pretrain.optim.optimizer import Faults, RuleOptimizer
+    from galore_pretrain.optim.optimizer import Observer, RuleOptimizer
     from galore_pretrain.optim.projector import sides
-    from galore_pretrain.optim.sharing import Pool
+    from galore_pretrain.optim.rule import Direction, Layout, Scope, UpdateRule
+    from galore_pretrain.optim.update import Skips, Step
 
 _NAMES = {  # file: what of it is named here
     "build": ("REGISTRY", "build_optimizer"),
@@ -41,9 +43,11 @@ _NAMES = {  # file: what of it is named here
         "resolve_name",
         "split",
     ),
-    "optimizer": ("Faults", "RuleOptimizer"),
+    "execution": ("Execution", "GlobalStep", "Layerwise", "Outcome"),
+    "optimizer": ("Observer", "RuleOptimizer"),
     "projector": ("sides",),
-    "sharing": ("Pool",),
+    "rule": ("Direction", "Layout", "Scope", "UpdateRule"),
+    "update": ("Skips", "Step"),
 }
 _HOMES = {name: file for file, names in _NAMES.items() for name in names}
 __all__ = [
@@ -54,14 +58,23 @@ __all__ = [
     "PROJ_TYPES",
     "REFRESHES",
     "REGISTRY",
-    "Faults",
+    "Direction",
+    "Execution",
     "GaLore",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
+    "GlobalStep",
+    "Layerwise",
+    "Layout",
     "NaturalGaLoreAdamW",
-    "Pool",
+    "Observer",
+    "Outcome",
     "RuleOptimizer",
+    "Scope",
+    "Skips",
+    "Step",
+    "UpdateRule",
     "build_optimizer",
     "is_projected",
     "resolve_name",

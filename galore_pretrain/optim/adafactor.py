@@ -1,22 +1,23 @@
 """Adafactor: a matrix's second moment as one number a row and one a column."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
-from galore_pretrain.optim.rule import BasisChange, Decay, Direction
+from galore_pretrain.optim.rule import BasisChange, Direction, Layout, Scope, UpdateRule
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, pieces
 from galore_pretrain.tensors.shards import Shard
 
 
 @dataclass(frozen=True)
-class Adafactor:
+class Adafactor(UpdateRule):
     """Adafactor (arXiv 1804.04235, Algorithm 4) without relative step sizes.
 
     A matrix keeps row and column means of its squared gradient, in fp32 (m + n numbers); other shapes the full
@@ -31,12 +32,18 @@ class Adafactor:
     clip_threshold: float = 1.0
     published: bool = False
     store: MomentStore = field(default_factory=Dense)
-    decay: ClassVar[Decay] = "before"
-    elementwise: ClassVar[bool] = False
+    layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType({"row": Layout.OF_ROWS, "column": Layout.OF_COLUMNS})
 
     def __post_init__(self) -> None:
         if not (self.beta1 is None or 0 <= self.beta1 < 1) or not self.clip_threshold > 0:
             raise ValueError(f"beta1 {self.beta1} must be in [0, 1), clip_threshold {self.clip_threshold} positive")
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.PARTS
+
+    def stores(self) -> Mapping[str, MomentStore]:
+        return {} if self.beta1 is None else {"exp_avg": self.store}
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         if like.ndim == 2:
@@ -125,9 +132,6 @@ class Adafactor:
             update = average.mul_(self.beta1).add_(update, alpha=1 - self.beta1).clone()
             self.store.write(state, "exp_avg", average, step)
         return Direction(update, scaled=True)
-
-    def narrow(self, state: State, start: int, stop: int) -> State:
-        raise TypeError("Adafactor's row and column means need the whole tensor")
 
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
         """Row and column means are second moments along the side that the basis spans."""

@@ -1,19 +1,20 @@
 """Adam and AdamW as an update rule."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.moments import Blockwise8bit, Dense, MomentStore, State
-from galore_pretrain.optim.rule import BasisChange, Decay, Direction
+from galore_pretrain.optim.moments import Dense, MomentStore, State
+from galore_pretrain.optim.rule import BasisChange, Decay, Direction, Scope, UpdateRule
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.shards import Shard
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(UpdateRule):
     """Adam (arXiv 1412.6980, Algorithm 1): direction m̂ / (√v̂ + ε), both moments bias-corrected.
 
     ``formula="torch"`` adds ε to the corrected √v̂; ``"transformers"`` to the uncorrected √v, as the published GaLore
@@ -27,25 +28,29 @@ class Adam:
     decay: Decay = "before"
     scaled: bool = False
     store: MomentStore = field(default_factory=Dense)
-    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas) or not self.eps >= 0:
             raise ValueError(f"betas {self.betas} must be in [0, 1), and eps {self.eps} not negative")
 
+    @property
+    def scope(self) -> Scope:
+        return Scope.ELEMENTS
+
+    def stores(self) -> Mapping[str, MomentStore]:
+        return {"exp_avg": self.store, "exp_avg_sq": self.store}
+
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         return self.store.zeros("exp_avg", like, shard) | self.store.zeros("exp_avg_sq", like, shard)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
-        if isinstance(self.store, Blockwise8bit) and not self.scaled:
-            fused = self.store.fused_adam(grad, state, step, self.betas, self.eps)
-            if fused is not None:
-                return Direction(fused, factor=-1.0)
+        if not self.scaled and (fused := self.store.fused_adam(grad, state, step, self.betas, self.eps)) is not None:
+            return Direction(fused, factor=-1.0)
         if step.ok is None and self.kernel_suffices(step, grad.dtype) and state["exp_avg"].dtype == grad.dtype:
             return self._fused(state["exp_avg"], state["exp_avg_sq"], grad, step)  # in place
         m, v = self.store.read(state, "exp_avg", step), self.store.read(state, "exp_avg_sq", step)
         grad = grad.to(m.dtype)
-        if self.formula == "torch" and isinstance(self.store, Dense) and m.dtype == torch.float32:
+        if self.formula == "torch" and self.store.is_dense and m.dtype == torch.float32:
             direction = self._fused(m, v, grad, step)
         else:
             direction = self._composed(m, v, grad, step)
@@ -74,6 +79,9 @@ class Adam:
         self._kernel(copies[0], copies[3], copies[1], copies[2], step, step.lr, decay)
         step.store_together(kept, copies[:3])
         return True
+
+    def needs_chunks(self, step: Step, dtype: torch.dtype) -> bool:
+        return not self.kernel_suffices(step, dtype)
 
     def kernel_suffices(self, step: Step, dtype: torch.dtype) -> bool:
         """Whether torch's kernel, given whole tensors of that dtype, does what this rule does: it computes in fp32, and
@@ -113,9 +121,6 @@ class Adam:
         if self.scaled:
             return Direction(torch.zeros_like(m).addcdiv_(m, denominator, value=step.lr * factor), scaled=True)
         return Direction(m / denominator, factor=factor)
-
-    def narrow(self, state: State, start: int, stop: int) -> State:
-        return self.store.narrow(state, "exp_avg", start, stop) | self.store.narrow(state, "exp_avg_sq", start, stop)
 
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
         """Mean and variance are transformed each in its way, as in LDAdam (arXiv 2410.16103, §3.2)."""

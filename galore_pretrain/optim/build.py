@@ -125,7 +125,7 @@ def build_optimizer(
         {"params": [(n, p) for n, p in trained if n in matrices], "rule": rule, "lr_scale": matrix_lr_scale},
         {"params": [(n, p) for n, p in trained if n not in matrices], "rule": bare, "lr_scale": 1.0},
     ]
-    if not groups[0]["params"] and isinstance(rule, GaLore):
+    if not groups[0]["params"] and rule.projects:
         raise ValueError(
             f"{row} found no matrix to project: no trained torch.nn.Linear of the model has attn or mlp in its name; "
             "put the matrices of your choice into a group with a rank, as GaLoreAdamW takes it"

@@ -2,16 +2,27 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from galore_pretrain.optim.methods import BASIS_NAMES, MOMENTS, REFRESHES
-from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.moments import MomentStore, State
 from galore_pretrain.optim.projector import BASES, BasisFn, Side, project, project_fast, random_basis, sides
-from galore_pretrain.optim.rule import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
+from galore_pretrain.optim.rule import (
+    BasisChange,
+    Decay,
+    Direction,
+    Layout,
+    NewBases,
+    Scope,
+    UpdateRule,
+    update_in_chunks,
+)
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.shards import Shard
 from galore_pretrain.tensors.values import gradient_norm, known_true
@@ -19,16 +30,8 @@ from galore_pretrain.tensors.values import gradient_norm, known_true
 _SIDES: dict[str, Side] = {"left_basis": "left", "right_basis": "right"}
 
 
-class NewBases(NamedTuple):
-    """The bases that a gradient has, in fp32; ``found``, a scalar: whether they are better than those in use."""
-
-    left: Tensor | None
-    right: Tensor | None
-    found: Tensor
-
-
 @dataclass(frozen=True)
-class GaLore:
+class GaLore(UpdateRule):
     """Project the gradient, update in the subspace with ``inner``, project back × ``scale`` (the paper's α).
 
     The basis is renewed from the current gradient every ``update_proj_gap`` (T) updates. ``refresh="together"`` renews
@@ -53,7 +56,9 @@ class GaLore:
     published: bool = False
     upcast: bool = False
 
-    elementwise: ClassVar[bool] = False
+    layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType(
+        {"left_basis": Layout.EVERYWHERE, "right_basis": Layout.EVERYWHERE}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.basis, str) and self.basis not in BASES:
@@ -71,6 +76,33 @@ class GaLore:
     @property
     def decay(self) -> Decay:
         return self.inner.decay
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.PARTS
+
+    @property
+    def projects(self) -> bool:
+        return True
+
+    def stores(self) -> Mapping[str, MomentStore]:
+        return self.inner.stores()
+
+    def layout(self, name: str, state: State, shard: Shard) -> Shard | None:
+        """Return where a state tensor lies: bases everywhere, the inner rule's where the low-rank gradient lies."""
+        if name in self.layouts:
+            return None
+        low = self.low_shard(state, shard)
+        return None if low is None else self.inner.layout(name, state, low)
+
+    def has_slots(self, name: str) -> bool:
+        return self.inner.has_slots(name)
+
+    def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.inner.moment_values(state, name, shape)
+
+    def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
+        self.inner.set_moment_values(state, name, values)
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         if like.ndim != 2:
@@ -90,16 +122,18 @@ class GaLore:
         state = {"left_basis": self._basis_zeros(like, m, r)} if left else {}
         state |= {"right_basis": self._basis_zeros(like, r, n)} if right else {}
         low = like.new_empty(r if left else like.shape[0], r if right else like.shape[1])
-        return state | self.inner.init(low, shard and shard.low_rank(left, right, r))
+        low_shard = None if shard is None else shard.low_rank(left, right, r)
+        if low_shard is not None and not self.inner.scope.allows(low_shard):
+            raise ValueError(
+                f"{type(self.inner).__name__} needs the whole low-rank gradient (scope {self.inner.scope.name}), of "
+                "which each process has a part here: use --shard none, or one process"
+            )
+        return state | self.inner.init(low, low_shard)
 
     def _basis_zeros(self, like: Tensor, rows: int, columns: int) -> Tensor:
         """As ``published``, a basis lies column by column, as LAPACK leaves it: on some processors a product has other
         last bits if its factor lies otherwise."""
         return like.new_zeros(columns, rows).T if self.published else like.new_zeros(rows, columns)
-
-    def update(self, grad: Tensor, state: State, step: Step) -> Direction:
-        self.start(state, step)
-        return self.update_projected(self.settle(grad, state, step), state, step)
 
     def start(self, state: State, step: Step) -> None:
         """Before the first update, every matrix gets a random orthonormal basis, which depends on its seed alone."""
@@ -109,21 +143,14 @@ class GaLore:
             if (basis := state.get(name)) is not None:
                 basis.copy_(random_basis((basis.shape[0], basis.shape[1]), side, step.seed, basis.device))
 
-    def settle(self, grad: Tensor, state: State, step: Step) -> Tensor:
-        """The low-rank gradient of an update, in a new basis if one is due."""
-        if self.is_due(step):
-            if step.shard is not None:
-                raise ValueError("a new basis needs the whole gradient: let the optimizer `renew` those that are due")
-            self.adopt(self.find(grad, state), state, step)
-        return self.project(grad, state, step.shard)
+    def compress(self, grad: Tensor, state: State, step: Step) -> Tensor:
+        """Return the low-rank gradient in the basis in use, contiguous.
 
-    def project(self, grad: Tensor, state: State, shard: Shard | None = None) -> Tensor:
-        """The low-rank gradient in the basis in use, contiguous: linear in ``grad``, so that the parts of a sum can be
-        projected one by one, and a factor applied afterwards.
-
-        Of a ``shard`` no process needs another's, unless the side that is projected is shared out; then all have the
-        whole of it.
+        It is linear in ``grad``, so the parts of a sum can be projected one by one, and a factor applied afterwards.
+        Of a part of the gradient no process needs another's, unless the side that is projected is shared out. Then all
+        have the whole of it.
         """
+        shard = step.shard
         left, right = self._parts(state, shard)
         if self.upcast:
             grad = grad.float()
@@ -132,13 +159,13 @@ class GaLore:
             return low
         return shard.sum(low.float()).to(low.dtype)
 
-    def update_projected(self, low_grad: Tensor, state: State, step: Step) -> Direction:
-        """The rest of an update, from what `project` returned, which is overwritten."""
+    def update(self, grad: Tensor, state: State, step: Step) -> Direction:
+        """Advance the inner rule by the low-rank gradient and project its direction back, in factors."""
         left, right = self._parts(state, step.shard)
         if self.moments == "reset":
             step = replace(step, count=self._age(step))
-        dtype = low_grad.dtype
-        low = update_in_chunks(self.inner, low_grad, state, self.low_step(state, step))
+        dtype = grad.dtype
+        low = update_in_chunks(self.inner, grad, self._inner_state(state), self.compressed_step(state, step))
         narrow = low.whole().to(dtype)
         if left is not None:
             tall, wide = (left, narrow) if right is None else (left @ narrow, right)
@@ -149,9 +176,6 @@ class GaLore:
             return Direction((tall @ wide).mul_(self.scale), factor=low.factor, scaled=low.scaled)
         return Direction(tall, wide, self.scale * low.factor, scaled=low.scaled)
 
-    def narrow(self, state: State, start: int, stop: int) -> State:
-        raise TypeError("GaLore projects the whole matrix")
-
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
         raise TypeError("GaLore has a basis of its own; it is not run inside another")
 
@@ -159,12 +183,8 @@ class GaLore:
         """Updates before the one that brings the first refresh."""
         return 0 if self.refresh == "together" else int(step.phase * max(1, self.update_proj_gap // 10))
 
-    def is_due(self, step: Step) -> bool:
-        """Whether this update begins with a new basis, found in its own gradient."""
-        return self.next_due(step) == step.count
-
-    def next_due(self, step: Step) -> int:
-        """The number of the first update, from this one on, that begins with a new basis."""
+    def next_refresh(self, step: Step) -> int:
+        """Return the number of the first update, from this one on, that begins with a new basis."""
         since = step.count - 1 - self._first_refresh(step)
         return step.count + (-since if since < 0 else -since % self.update_proj_gap)
 
@@ -173,8 +193,8 @@ class GaLore:
         since = step.count - 1 - self._first_refresh(step)
         return step.count if since < 0 else since % self.update_proj_gap + 1
 
-    def find(self, grad: Tensor, state: State) -> NewBases:
-        """New bases from the whole gradient."""
+    def find_bases(self, grad: Tensor, state: State) -> NewBases:
+        """Return new bases from the whole gradient."""
         if self.upcast:
             grad = grad.float()
         find = BASES[self.basis] if isinstance(self.basis, str) else self.basis
@@ -192,12 +212,12 @@ class GaLore:
                 found &= torch.linalg.vector_norm(basis).isfinite()
         return NewBases(new_left, new_right, found)
 
-    def blank(self, state: State) -> NewBases:
-        """What `find` returns, for another process's to be written into."""
+    def empty_bases(self, state: State) -> NewBases:
+        """Return what `find_bases` returns, for another process's bases to be written into."""
         left, right = (None if b is None else torch.empty_like(b, dtype=torch.float32) for b in self.bases(state))
         return NewBases(left, right, torch.ones((), device=next(iter(state.values())).device))
 
-    def adopt(self, new: NewBases, state: State, step: Step) -> None:
+    def set_bases(self, new: NewBases, state: State, step: Step) -> None:
         """Take new bases and tell the inner rule; what failed is noted in ``step.failures``."""
         left, right = self.bases(state)
         if self.moments == "reset" and step.count > 1:
@@ -212,11 +232,17 @@ class GaLore:
                 turned_left = None if left is None or new.left is None else new.left.T @ left.float()
                 turned_right = None if right is None or new.right is None else right.float() @ new.right.T
                 change = BasisChange(True, turned_left, turned_right)
-            self.inner.change_basis(state, change, self.low_step(state, step).only_if(new.found))
+            self.inner.change_basis(
+                self._inner_state(state), change, self.compressed_step(state, step).only_if(new.found)
+            )
         step = step.only_if(new.found)
         for basis, taken in ((left, new.left), (right, new.right)):
             if basis is not None and taken is not None:
                 step.store(basis, taken)
+
+    def _inner_state(self, state: State) -> State:
+        """Return the state tensors of the inner rule."""
+        return {name: value for name, value in state.items() if name not in _SIDES}
 
     def bases(self, state: State) -> tuple[Tensor | None, Tensor | None]:
         """The (left, right) basis in use, whole; one of them may not be."""
@@ -235,8 +261,8 @@ class GaLore:
             return left, right
         return left if left is None else shard.part(left, 0), right if right is None else shard.part(right, 1)
 
-    def low_step(self, state: State, step: Step) -> Step:
-        """The update of the low-rank gradient."""
+    def compressed_step(self, state: State, step: Step) -> Step:
+        """Return the step of the low-rank gradient."""
         return step if step.shard is None else replace(step, shard=self.low_shard(state, step.shard)).placed()
 
 

@@ -44,6 +44,25 @@ class MomentStore(Protocol):
         """
         ...
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether a moment is one tensor of its own shape."""
+        ...
+
+    def entries(self, state: State, name: str) -> tuple[str, ...]:
+        """Return the names of the entries of ``state`` that hold the moment."""
+        ...
+
+    def in_blocks(self, state: State, name: str) -> bool:
+        """Whether elements of the moment share a scale, so that its bytes cannot be cut anywhere."""
+        ...
+
+    def fused_adam(
+        self, grad: Tensor, state: State, step: Step, betas: tuple[float, float], eps: float, *, always: bool = False
+    ) -> Tensor | None:
+        """Advance both of Adam's moments in one pass and return its direction × −1; None where no kernel does that."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -67,6 +86,21 @@ class Dense:
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
         return {name: state[name].view(-1)[start:stop]}
+
+    @property
+    def is_dense(self) -> bool:
+        return True
+
+    def entries(self, state: State, name: str) -> tuple[str, ...]:
+        return (name,)
+
+    def in_blocks(self, state: State, name: str) -> bool:
+        return False
+
+    def fused_adam(
+        self, grad: Tensor, state: State, step: Step, betas: tuple[float, float], eps: float, *, always: bool = False
+    ) -> Tensor | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -114,6 +148,16 @@ class Blockwise8bit:
         if (scale := state.get(f"{name}_absmax")) is not None:
             part[f"{name}_absmax"] = scale[start // _BLOCK : -(-stop // _BLOCK)]
         return part
+
+    @property
+    def is_dense(self) -> bool:
+        return False
+
+    def entries(self, state: State, name: str) -> tuple[str, ...]:
+        return tuple(entry for entry in (name, f"{name}_absmax") if entry in state)
+
+    def in_blocks(self, state: State, name: str) -> bool:
+        return f"{name}_absmax" in state
 
     def fused_adam(
         self, grad: Tensor, state: State, step: Step, betas: tuple[float, float], eps: float, *, always: bool = False

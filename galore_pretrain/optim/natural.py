@@ -1,13 +1,16 @@
 """Natural GaLore (arXiv 2410.16029): the low-rank gradient, preconditioned by its own recent past."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
-from galore_pretrain.optim.rule import BasisChange, Decay, Direction, UpdateRule, update_in_chunks
+from galore_pretrain.optim.rule import BasisChange, Decay, Direction, Layout, Scope, UpdateRule, update_in_chunks
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, pieces
 from galore_pretrain.tensors.shards import Shard
@@ -16,7 +19,7 @@ _BLOCK = 256  # a slot of the history is padded to whole blocks of an 8-bit stor
 
 
 @dataclass(frozen=True)
-class Natural:
+class Natural(UpdateRule):
     """Gives ``inner`` the gradient g̃ = (λI + HHᵀ)⁻¹ g instead of g (§3 of the paper, an empirical Fisher matrix).
 
     The columns of H are the last ``history`` gradients, the newest of them g itself; λ is ``damping``. Since g = He_s,
@@ -32,7 +35,9 @@ class Natural:
     history: int = 20
     damping: float = 1e-3
     store: MomentStore = field(default_factory=Dense)
-    elementwise: ClassVar[bool] = False
+    layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType(
+        {"gram": Layout.EVERYWHERE, "history": Layout.LIKE_PARAMETER}
+    )
 
     def __post_init__(self) -> None:
         if self.history < 1 or not self.damping > 0:
@@ -41,6 +46,34 @@ class Natural:
     @property
     def decay(self) -> Decay:
         return self.inner.decay
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.PARTS
+
+    def stores(self) -> Mapping[str, MomentStore]:
+        return {"history": self.store, **self.inner.stores()}
+
+    def layout(self, name: str, state: State, shard: Shard) -> Shard | None:
+        return super().layout(name, state, shard) if name in self.layouts else self.inner.layout(name, state, shard)
+
+    def has_slots(self, name: str) -> bool:
+        return name == "history" or self.inner.has_slots(name)
+
+    def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the values of a moment; of the history, its slots × ``shape``, without what pads them."""
+        if name != "history":
+            return self.inner.moment_values(state, name, shape)
+        values = self.store.read(state, name, Step(count=0)).view(self.history, -1)
+        return values[:, : prod(shape)].reshape(self.history, *shape)
+
+    def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
+        if name != "history":
+            self.inner.set_moment_values(state, name, values)
+            return
+        padded = torch.zeros(state[name].shape, dtype=torch.float32, device=values.device)
+        padded[:, : values[0].numel()] = values.flatten(1)
+        self.store.write(state, name, padded, Step(count=0))
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         gram = like.new_zeros(self.history, self.history, dtype=torch.float64)
@@ -76,7 +109,13 @@ class Natural:
             for i in columns:
                 total.addcmul_(self._column(state, i, start, stop), weights[i])
             padded[start:stop] = total
-        return update_in_chunks(self.inner, padded[: grad.numel()].view(grad.shape), state, step)
+        rest = self._inner_state(state)
+        return update_in_chunks(self.inner, padded[: grad.numel()].view(grad.shape), rest, step)
+
+    def _inner_state(self, state: State) -> State:
+        """Return the state tensors of the inner rule."""
+        own = {"gram", *self.store.entries(state, "history")}
+        return {name: value for name, value in state.items() if name not in own}
 
     def _slot(self, state: State, i: int) -> State:
         length = state["history"].shape[1]
@@ -87,13 +126,10 @@ class Natural:
         part = self.store.narrow(self._slot(state, i), "history", start, stop)
         return self.store.read(part, "history", Step(count=0)).double()
 
-    def narrow(self, state: State, start: int, stop: int) -> State:
-        raise TypeError("Natural GaLore's history needs the whole gradient")
-
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
-        for name in state.keys() & {"gram", "history", "history_absmax"}:
+        for name in ("gram", *self.store.entries(state, "history")):
             step.store(state[name], torch.zeros_like(state[name]))
-        self.inner.change_basis(state, change, step)
+        self.inner.change_basis(self._inner_state(state), change, step)
 
 
 def _padded(elements: int) -> int:

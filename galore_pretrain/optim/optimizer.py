@@ -8,35 +8,47 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
-from typing import Any
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.adam import Adam
-from galore_pretrain.optim.checkpointing import portable, take_blocks
-from galore_pretrain.optim.galore import GaLore
-from galore_pretrain.optim.rule import UpdateRule
-from galore_pretrain.optim.sharing import Pool, Waiting
-from galore_pretrain.optim.update import Step
-from galore_pretrain.optim.weights import add, subtract
+from galore_pretrain.optim.checkpointing import blocks_from_checkpoint, checked_state, to_checkpoint
+from galore_pretrain.optim.execution import PendingGradient, PendingGradients
+from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.rule import Direction, Scope, UpdateRule, check_scope
+from galore_pretrain.optim.sharing import Distributor
+from galore_pretrain.optim.update import SkipCounts, Skips, Step
+from galore_pretrain.optim.weights import subtract
 from galore_pretrain.tensors.chunks import chunk_elements, pieces
-from galore_pretrain.tensors.rounding import RandomBits, mix
-from galore_pretrain.tensors.shards import local, shard_of
-from galore_pretrain.tensors.values import gradient_norm
+from galore_pretrain.tensors.rounding import NoiseTables, RandomBits, derive_seed
+from galore_pretrain.tensors.shards import Shard, local, shard_of
 
 _GOLDEN = 0.6180339887498949
-_UPDATES_A_POOL, _POOLS = 64, 2
-_PATIENCE = 100  # steps after which faults that nobody asked for are told
+_PATIENCE = 100  # steps after which skipped updates that nobody asked for are told
 
 
-@dataclass(frozen=True)
-class Faults:
-    """What went wrong since it was last asked: updates of one tensor that were skipped, bases that were not renewed."""
+class Observer(Protocol):
+    """Is handed every piece of an update's work, to be done, measured or counted."""
 
-    skipped: int = 0
-    failed_refreshes: int = 0
+    def observe(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
+        """Do ``work``: ``accumulate``, ``compress``, ``update`` of ``p``, or ``complete``, what follows backward."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A parameter's place in the optimizer: its group, its index among all, its rule, and which part of it is here.
+
+    ``gathers``: the rule needs more of the tensor than this part, so the tensor is gathered for each update.
+    """
+
+    group: int
+    index: int
+    rule: UpdateRule
+    shard: Shard | None
+    gathers: bool
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -51,6 +63,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     (`take_faults`); where nobody asks for the count, a warning tells it every 100 steps.
     """
 
+    observer: Observer | None = None
+
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
@@ -62,36 +76,37 @@ class RuleOptimizer(torch.optim.Optimizer):
     ) -> None:
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding {rounding!r} is unknown; choose from stochastic, nearest")
-        self.rounding = rounding
-        self.seed = seed
-        self._rules: list[UpdateRule] = []
-        self._places: dict[Tensor, tuple[int, int]] = {}  # parameter -> (group, index overall)
-        self._pools: dict[tuple[torch.device, int], Tensor] = {}  # what random bits are read from, see random_bits
-        self._faults: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), counted where they happen
-        self._waiting: dict[Tensor, Waiting] = {}  # what was gathered, until the update
-        self._unasked = 0  # steps since somebody asked for them
-        self._pool: Pool | None = None  # the processes, where they are several
+        self.rounding, self.seed = rounding, seed
+        self._slots: dict[Tensor, Slot] = {}
+        self.pending = PendingGradients(self._start, self.observed)
+        self._noise, self._skips, self._steps_since_read = NoiseTables(seed), SkipCounts(), 0
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and allocate its state (zeros). The rule itself stays out of ``param_groups`` and checkpoints;
-        its ``settings`` are there as text, by which `load_state_dict` knows another one."""
+        """Add a group and allocate its state. The rule itself stays out of ``param_groups`` and checkpoints; its
+        ``settings`` are there as text, by which `load_state_dict` knows another one."""
         group = {**self.defaults, **param_group}
         if "rule" not in group:
             raise ValueError("a parameter group has no rule; build_rules of optim.build makes those of a row")
         rule: UpdateRule = group.pop("rule")
+        check_scope(rule)
         group["settings"] = _settings(rule)
         for name in ("lr", "weight_decay"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} {group[name]} must be finite and not negative")
         super().add_param_group(group)
-        self._rules.append(rule)
-        self._pool = self._pool or Pool.of(self.param_groups[-1]["params"])
-        for p in self.param_groups[-1]["params"]:
+        added = self.param_groups[-1]
+        if self.pending.distributor is None:
+            self.pending.distributor = Distributor.of(added["params"])
+        for p in added["params"]:
             if p.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"a parameter is {p.dtype}; weights in bfloat16 and float32 are supported")
-            self._places[p] = (len(self._rules) - 1, len(self._places))
-            self.state[p] = {"step": 0, **rule.init(_at_least_1d(local(p)), shard_of(p))}
+            shard = shard_of(p)
+            gathers = shard is not None and not rule.scope.allows(shard)
+            if gathers and rule.next_refresh(Step(1)) is not None:
+                raise ValueError(_cannot_share(rule, "renews bases"))
+            slot = self._slots[p] = Slot(len(self.param_groups) - 1, len(self._slots), rule, shard, gathers)
+            self.state[p] = {"step": 0, **_checked(_initial(slot, p), slot)}
 
     def follow(self, group: int, rule: UpdateRule) -> None:
         """Update a group by another rule from now on. ValueError where its state has other names, shapes or dtypes."""
@@ -99,51 +114,64 @@ class RuleOptimizer(torch.optim.Optimizer):
         if settings == now["settings"]:
             return
         for p in now["params"]:
-            wanted = rule.init(_at_least_1d(local(p).to("meta")), shard_of(p))
-            there = {name: value for name, value in self.state[p].items() if name != "step"}
-            if _layout(wanted) != _layout(there):
+            expected = _initial(replace(self._slots[p], rule=rule), p.to("meta"))
+            if _shapes(expected) != _shapes(self._tensors(p)):
                 raise ValueError(
                     f"a group of {now['settings']} cannot go on as {settings}: its state has another shape"
                 )
-        self._rules[group], now["settings"] = rule, settings
+        for p in now["params"]:
+            self._slots[p] = replace(self._slots[p], rule=rule)
+        now["settings"] = settings
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: torch's own leaves out what a subclass adds."""
-        own = {name: getattr(self, name) for name in ("rounding", "seed", "_rules", "_places", "_unasked", "_pool")}
-        return {**super().__getstate__(), **own, "_pools": {}, "_faults": {}, "_waiting": {}}
+        """Return what pickle and deepcopy take: torch's own method leaves out what a subclass adds."""
+        own = {name: getattr(self, name) for name in ("rounding", "seed", "_slots", "_steps_since_read")}
+        pending = PendingGradients(self._start, self.observed)
+        pending.distributor = self.pending.distributor
+        fresh = {"_noise": NoiseTables(self.seed), "_skips": SkipCounts(), "pending": pending}
+        return {**super().__getstate__(), **own, **fresh}
 
     @property
     def is_shared(self) -> bool:
         """Whether several processes make one update."""
-        return self._pool is not None
+        return self.pending.distributor is not None
 
     @property
     def projects(self) -> bool:
-        """Whether some gradients are projected into a subspace."""
-        return any(isinstance(rule, GaLore) for rule in self._rules)
+        """Whether some gradients are kept compressed until their update."""
+        return any(slot.rule.projects for slot in self._slots.values())
 
     def waits_for_all(self, p: Tensor) -> bool:
-        """Whether the gradient of ``p`` is not used before an update's last: where several processes make one, what is
-        projected, and where sums are on their way meanwhile, what is small and would have to wait for them."""
-        sums = self._pool is not None and self._pool.replica is not None
-        return self.is_shared and (self.is_projected(p) or (sums and p.ndim < 2))
+        """Whether the gradient of ``p`` is not used before an update's last, where several processes make one.
 
-    def is_projected(self, p: Tensor) -> bool:
-        """Whether the gradient of ``p`` is."""
-        return isinstance(self.rule_of(p), GaLore)
+        What is compressed or gathered waits, as all must do that in one order; and where sums over replicas are under
+        way, what is small, which would have to wait for them.
+        """
+        distributor = self.pending.distributor
+        if distributor is None:
+            return False
+        slot = self._slots[p]
+        return slot.rule.projects or slot.gathers or (distributor.replica is not None and p.ndim < 2)
 
     def rule_of(self, p: Tensor) -> UpdateRule:
-        """The rule that updates ``p``."""
-        return self._rules[self._places[p][0]]
+        """Return the rule that updates ``p``."""
+        return self._slots[p].rule
 
     def describe(self, group: dict[str, Any]) -> str:
-        """How the rule of a group is composed: ``GaLore(Adam(Dense))``."""
+        """Say how the rule of a group is composed: ``GaLore(Adam(Dense))``."""
 
         def composition(part: object) -> str:
             parts = [composition(inner) for inner in vars(part).values() if is_dataclass(inner)]
             return type(part).__name__ + (f"({', '.join(parts)})" if parts else "")
 
         return composition(self.rule_of(group["params"][0]))
+
+    def observed(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
+        """Do ``work``, by way of the observer if there is one."""
+        if self.observer is None:
+            work()
+        else:
+            self.observer.observe(name, p, work)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -153,13 +181,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._before_step()
-        self.agree(self._places)
-        self.renew(self._places)
+        self.pending.sync(self._slots)
+        self.pending.refresh(self._slots)
         for group in self.param_groups:
             for p in group["params"]:
                 self.update_param(p)
-        self._unasked += 1
-        if self._unasked >= _PATIENCE and (faults := self.take_faults()) != Faults():
+        self._steps_since_read += 1
+        if self._steps_since_read >= _PATIENCE and (faults := self.take_faults()) != Skips():
             warnings.warn(
                 f"in the last {_PATIENCE} steps, {faults.skipped} gradients were not finite and their tensors skipped, "
                 f"and {faults.failed_refreshes} bases could not be renewed",
@@ -168,167 +196,138 @@ class RuleOptimizer(torch.optim.Optimizer):
         return loss
 
     def _before_step(self) -> None:
-        """For subclasses: not a ``step`` of their own, whose hooks torch would call twice."""
+        """Let a subclass do something first: not in a ``step`` of its own, whose hooks torch would call twice."""
+
+    def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
+        """Update ``p`` from what was accumulated for it, or else from ``p.grad``; do nothing where there is neither.
+
+        ``coefficient``, a scalar, is multiplied into the gradient: into the compressed one where the rule projects,
+        else into ``p.grad`` itself.
+        """
+        if self.observer is None:
+            self._update_param(p, coefficient)
+        else:
+            self.observer.observe("update", p, lambda: self._update_param(p, coefficient))
 
     @torch.no_grad()
-    def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
-        """Update ``p`` from what was gathered for it, or else from ``p.grad``; does nothing where there is neither.
-
-        ``coefficient``, a scalar, is multiplied into the gradient: into the low-rank one where the rule projects, else
-        into ``p.grad`` itself.
-        """
-        if not self._all_waiting([p]) or p.numel() == 0:
+    def _update_param(self, p: Tensor, coefficient: Tensor | None) -> None:
+        if p.numel() == 0 or (pending := self.pending.take(p)) is None:
             return
-        self.agree([p])
-        waiting = self._waiting.pop(p)
-        group, rule, tensors = self._of(p)
+        slot = self._slots[p]
         self.state[p]["step"] += 1
-        step = waiting.step.only_if(waiting.finite)
-        waiting.settle()
-        here = local(p)
-        grad, weight = waiting.grad, _at_least_1d(here.contiguous())  # itself, if it is
+        pending.step = pending.step.only_if(pending.finite)
         if coefficient is not None:
-            grad.mul_(coefficient)
-        if rule.elementwise:
-            flat, grad, placed = weight.view(-1), grad.reshape(-1), step.placed()
-            in_place = isinstance(rule, Adam) and rule.kernel_suffices(step, flat.dtype)
-            for start, stop in pieces(flat.numel(), max(1, flat.numel()) if in_place else chunk_elements(p.device)):
-                views = rule.narrow(tensors, start, stop)
-                self._update(flat[start:stop], grad[start:stop], views, rule, group, placed.at(start))
+            pending.grad.mul_(coefficient)
+        here = local(p)
+        weight = here.contiguous()  # itself, if it is
+        weight = weight.view(1) if weight.ndim == 0 else weight
+        if slot.gathers:
+            self._update_gathered(weight, pending, slot)
+        elif slot.rule.scope is Scope.ELEMENTS:
+            self._update_elements(weight, pending, slot)
         else:
-            self._update(weight, grad, tensors, rule, group, step if isinstance(rule, GaLore) else step.placed())
+            self._update(weight, pending.grad, pending.state, slot, pending.step)
         if not here.is_contiguous():
             here.copy_(weight)  # else it was changed in place
-        self._count(step)
+        self._skips.count(pending.step)
 
-    @torch.no_grad()
-    def gather(self, p: Tensor, *, project: bool, measure: bool = False) -> None:
-        """Add ``p.grad`` to what `update_param` will use, and drop it; nothing where there is none.
+    def _update_elements(self, weight: Tensor, pending: PendingGradient, slot: Slot) -> None:
+        """Update a flattened tensor by chunks, so that temporaries stay small."""
+        rule, step = slot.rule, pending.step.placed()
+        weight, grad = weight.view(-1), pending.grad.reshape(-1)
+        total = weight.numel()
+        size = chunk_elements(weight.device) if rule.needs_chunks(step, weight.dtype) else total
+        for start, stop in pieces(total, max(1, size)):
+            state = rule.narrow(pending.state, start, stop)
+            self._update(weight[start:stop], grad[start:stop], state, slot, step.at(start))
 
-        With ``project``, a low-rank sum is kept where the rule projects and no new basis is due at this update, which
-        takes r/min(m, n) of the memory. Sums are in the gradient's dtype; where bf16 weights are rounded
-        stochastically, so are they. ``measure`` finds the norm of ``p.grad`` before it is dropped.
-        """
-        if p.grad is None or p.numel() == 0:
+    # Gradient and state are gathered, so that the rule sees the whole tensor as one process would. All processes make
+    # the same update of it, and each keeps its part of the direction and of the state.
+    def _update_gathered(self, weight: Tensor, pending: PendingGradient, slot: Slot) -> None:
+        """Update the part of a tensor that is here by a rule that needs the whole of it."""
+        rule, shard, step = slot.rule, slot.shard, pending.step
+        distributor = self.pending.distributor
+        assert shard is not None
+        assert distributor is not None
+        state: State = {}
+        for name, value in pending.state.items():
+            place = rule.layout(name, pending.state, shard)
+            state[name] = value if place is None else distributor.gather(value, place)
+        whole = replace(step, shard=None)
+        rule.start(state, whole)
+        grad = distributor.gather(pending.grad, shard)
+        decay = float(self.param_groups[slot.group]["weight_decay"])
+        if decay and rule.decay == "l2":
+            grad = self._decayed(grad, distributor.gather(weight, shard), decay)
+        direction = rule.update(grad, state, whole).of(shard)
+        for name, value in pending.state.items():
+            place = rule.layout(name, pending.state, shard)
+            if place is not None:
+                value.copy_(place.of(state[name]))
+        self._subtract(weight, direction, slot, step.placed())
+
+    def _update(self, weight: Tensor, grad: Tensor, state: State, slot: Slot, step: Step) -> None:
+        """Update ``weight``, or the chunk of it that is handed over, by the rule's direction."""
+        rule, decay = slot.rule, float(self.param_groups[slot.group]["weight_decay"])
+        if rule.update_weight(weight, grad, state, step, decay):
             return
-        waiting = self._waiting.get(p)
-        taken = self._take(p, waiting)
-        assert taken is not None
-        p.grad = None
-        if measure:
-            taken.norm = gradient_norm(taken.grad)
-        if project and isinstance(taken.rule, GaLore) and not taken.is_due:
-            taken.project()
-        elif project and waiting is None and taken.grad.untyped_storage().nbytes() > taken.grad.nbytes:
-            taken.grad = taken.grad.clone()  # FSDP2 reduces a layer's into one storage, which must not be kept for this
-        if waiting is None:
-            self._waiting[p] = taken
-            return
-        waiting.parts += 1
-        waiting.finite = waiting.finite & taken.finite
-        whose = "" if self._pool is None or self._pool.replica is None else f" of replica {self._pool.replica}"
-        add(waiting.grad, taken.grad, taken.place, f"sum {waiting.parts}{whose}")
+        if decay and rule.decay == "l2":
+            grad = self._decayed(grad, rule.compress(weight, state, step), decay)
+        direction = rule.update(grad, state, step)
+        if rule.scope is not Scope.ELEMENTS:
+            step = step.placed()
+        self._subtract(weight, direction, slot, step)
+
+    def _decayed(self, grad: Tensor, weight: Tensor, decay: float) -> Tensor:
+        """Return the gradient of a loss with ``decay`` · ‖weight‖²/2 added to it."""
+        return torch.add(grad if self.rounding == "nearest" else grad.float(), weight, alpha=decay)
+
+    def _subtract(self, weight: Tensor, direction: Direction, slot: Slot, step: Step) -> None:
+        decoupled = step.lr * float(self.param_groups[slot.group]["weight_decay"]) if slot.rule.decay != "l2" else 0.0
+        subtract(weight, direction, decoupled, slot.rule.decay == "before", step)
 
     @torch.no_grad()
     def reset(self, params: Iterable[Tensor]) -> None:
-        """The state of ``params`` as it was before their first update."""
+        """Make the state of ``params`` what it was before their first update."""
         for p in params:
             self.state[p]["step"] = 0
-            for name, value in self.rule_of(p).init(_at_least_1d(local(p)), shard_of(p)).items():
+            for name, value in _initial(self._slots[p], p).items():
                 self.state[p][name].copy_(value)
 
-    @torch.no_grad()
-    def settle(self, p: Tensor) -> None:
-        """Find the new basis of ``p``, if one is due, in what was gathered, and keep the low-rank gradient alone."""
-        if (waiting := self._waiting.get(p)) is not None:
-            waiting.settle()
-
-    def norms(self, params: Iterable[Tensor]) -> Tensor:
-        """The norm of each gradient of ``params``, fp32 (number of parameters): of the one that was measured, of the
-        sum that waits, or of ``p.grad``. 0 where there is none, or one that is not finite, whose update is skipped."""
-        found, shared = [], []
-        for p in params:
-            waiting, shard = self._waiting.get(p), shard_of(p)
-            if waiting is None:
-                norm = torch.zeros((), device=p.device) if p.grad is None else gradient_norm(local(p.grad))
-                found.append(torch.where(norm.isfinite(), norm, 0.0))
-            else:
-                norm = gradient_norm(waiting.grad) if waiting.norm is None else waiting.norm
-                found.append(torch.where(waiting.finite & norm.isfinite(), norm, 0.0))
-                if waiting.projected and waiting.norm is None:
-                    shard = waiting.step.shard and waiting.place.shard
-            shared.append(shard is not None)
-        if self._pool is None or not any(shared):
-            return torch.stack(found)
-        roots = iter(self._pool.norms([norm for norm, part in zip(found, shared, strict=True) if part]))
-        return torch.stack([next(roots) if part else norm for norm, part in zip(found, shared, strict=True)])
-
-    @torch.no_grad()
-    def start_sum(self, p: Tensor) -> None:
-        """Where gradients are summed over replicas here (`sum_over_replicas`), begin with what was gathered for ``p``;
-        `agree` ends it."""
-        if self._pool is not None and (waiting := self._waiting.get(p)) is not None:
-            self._pool.start_sum(waiting)
-
-    @torch.no_grad()
-    def agree(self, params: Iterable[Tensor]) -> None:
-        """Before `update_param`, where several processes make one update: `Pool.agree` on the gradients."""
-        if self._pool is not None and self._pool.may_differ:
-            self._pool.agree(self._all_waiting(params))
-
-    @torch.no_grad()
-    def renew(self, params: Iterable[Tensor]) -> None:
-        """Before `update_param`, where several processes make one update: the bases that are due, shared out."""
-        if self._pool is not None:
-            self._pool.renew(self._all_waiting(params))
-
-    def _all_waiting(self, params: Iterable[Tensor]) -> list[Waiting]:
-        """What was gathered for each, or else its gradient, where there is one."""
-        for p in params:
-            if p not in self._waiting and (taken := self._take(p, None)) is not None:
-                self._waiting[p] = taken
-        return [waiting for p in params if (waiting := self._waiting.get(p)) is not None]
-
     def sum_over_replicas(self, mesh: Any) -> None:
-        """Gradients come summed over the shards of ``mesh`` (replicas × shards) alone: the rest is done here, of
-        projected ones where there are some."""
-        self._pool = Pool(mesh, sums_replicas=True)
+        """Sum gradients over the replicas of ``mesh`` here: they come summed over its shards alone."""
+        self.pending.distributor = Distributor(mesh, sums_replicas=True)
 
     def discard(self, params: Iterable[Tensor] | None = None) -> None:
-        """Drop the gradients of ``params``, gathered or not; of all by default."""
-        for p in list(self._places) if params is None else params:
-            self._waiting.pop(p, None)
-            p.grad = None
-        if params is None and self._pool is not None:
-            self._pool.discard()
-
-    def waiting(self, p: Tensor) -> Waiting | None:
-        """What was gathered for the next update of ``p``."""
-        return self._waiting.get(p)
+        """Drop the gradients of ``params``, accumulated or not; of all by default."""
+        self.pending.discard(list(self._slots) if params is None else params)
+        if params is None and self.pending.distributor is not None:
+            self.pending.distributor.discard()
 
     def saved_state(self, p: Tensor, *, load: bool = False) -> dict[str, Tensor]:
-        """The tensors of the state of ``p`` as a checkpoint holds them (`portable`); to ``load`` into, or as they are.
-        All processes must call this for the same parameters; what is put together of all has then one of them."""
-        _, rule, state = self._of(p)
+        """Return the tensors of the state of ``p`` as a checkpoint holds them, to ``load`` into or as they are.
+
+        All processes must call this for the same parameters; what is put together of all has then one of them.
+        """
         if load:
-            return portable(rule, state, p)
-        return portable(rule, state, p, blocks=self._pool is None or self._pool.me == 0)
+            return to_checkpoint(self.rule_of(p), self._tensors(p), p)
+        distributor = self.pending.distributor
+        blocks = distributor is None or distributor.rank == 0
+        return to_checkpoint(self.rule_of(p), self._tensors(p), p, blocks=blocks)
 
     def take_saved(self, p: Tensor, saved: dict[str, Tensor]) -> None:
         """Take what was loaded into `saved_state`'s tensors."""
-        _, rule, state = self._of(p)
-        take_blocks(rule, state, saved, p)
+        blocks_from_checkpoint(self.rule_of(p), self._tensors(p), saved, p)
 
     def state_bytes(self, params: Iterable[Tensor] | None = None) -> int:
-        """What the state of ``params`` takes; of all by default."""
-        states = [self.state[p] for p in (self._places if params is None else params)]
+        """Return what the state of ``params`` takes; of all by default."""
+        states = [self.state[p] for p in (self._slots if params is None else params)]
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
     def sum_bytes(self, p: Tensor) -> int:
-        """What a gathered gradient of ``p`` takes between two refreshes of its basis."""
-        _, rule, state = self._of(p)
-        here = local(p)
-        return (rule.project(here, state, shard_of(p)) if isinstance(rule, GaLore) else here).nbytes
+        """Return what an accumulated gradient of ``p`` takes between two refreshes of its basis."""
+        slot = self._slots[p]
+        return slot.rule.compress(local(p), self._tensors(p), Step(0, shard=slot.shard)).nbytes
 
     def is_due(self, p: Tensor) -> bool:
         """Whether the next update of ``p`` begins with a new basis."""
@@ -336,98 +335,49 @@ class RuleOptimizer(torch.optim.Optimizer):
         return self.next_due(p, count) == count
 
     def next_due(self, p: Tensor, count: int) -> int | None:
-        """The number (from ``count`` on) of the first update of ``p`` that begins with a new basis; None: none does."""
-        rule = self.rule_of(p)
-        return rule.next_due(Step(count, phase=self._phase(p))) if isinstance(rule, GaLore) else None
+        """Return the number (from ``count`` on) of the first update of ``p`` with a new basis; None where none has."""
+        return self.rule_of(p).next_refresh(Step(count, phase=self._phase(self._slots[p])))
 
-    def _of(self, p: Tensor) -> tuple[dict[str, Any], UpdateRule, dict[str, Tensor]]:
-        """(group, rule, tensors of the state) of a parameter."""
-        index, state = self._places[p][0], self.state[p]
+    def _tensors(self, p: Tensor) -> State:
+        """Return the tensors of the state of ``p``, on its device."""
+        state = self.state[p]
         for name, value in state.items():
             if name != "step" and value.device != p.device:  # the model was moved after the optimizer was built
                 state[name] = value.to(p.device)
-        return self.param_groups[index], self._rules[index], {k: v for k, v in state.items() if k != "step"}
+        return {name: value for name, value in state.items() if name != "step"}
 
-    def _take(self, p: Tensor, waiting: Waiting | None) -> Waiting | None:
-        """``p.grad`` as a part of the next update, whose other parts are ``waiting``."""
-        if p.grad is None:
-            return None
-        if p.grad.layout != torch.strided:
-            raise ValueError(f"a gradient is {p.grad.layout}; only dense ones are supported (Embedding(sparse=False))")
-        _, rule, state = self._of(p)
-        step = self._next_step(p) if waiting is None else waiting.step
-        if waiting is None and isinstance(rule, GaLore):
-            rule.start(state, step)
-        # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
-        grad = local(p.grad)
-        return Waiting(_at_least_1d(grad), step, torch.linalg.vector_norm(grad).isfinite(), rule, state)
-
-    def _next_step(self, p: Tensor) -> Step:
-        group, overall = self._places[p]
+    def _start(self, p: Tensor, grad: Tensor) -> PendingGradient:
+        """Return the pending gradient of an update of ``p`` whose first part is ``grad``."""
+        slot, state = self._slots[p], self._tensors(p)
         count = self.state[p]["step"] + 1
-        return Step(
+        step = Step(
             count=count,
-            lr=float(self.param_groups[group]["lr"]),
-            seed=mix(self.seed, overall),
-            phase=self._phase(p),
+            lr=float(self.param_groups[slot.group]["lr"]),
+            seed=derive_seed(self.seed, slot.index),
+            phase=self._phase(slot),
             bits=self.random_bits(p, count),
-            shard=shard_of(p),
+            shard=slot.shard,
         )
+        if not slot.gathers:
+            slot.rule.start(state, step)
+        # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
+        finite = torch.linalg.vector_norm(grad).isfinite()
+        refresh_due = slot.rule.next_refresh(step) == count
+        return PendingGradient(p, grad, step, finite, slot.rule, state, refresh_due)
 
-    def _phase(self, p: Tensor) -> float:
-        return self._places[p][1] * _GOLDEN % 1.0  # evenly spread, whatever the groups and their number
-
-    def _update(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        rule: UpdateRule,
-        group: dict[str, Any],
-        step: Step,
-    ) -> None:
-        decay = float(group["weight_decay"])
-        if isinstance(rule, Adam) and rule.update_weight(weight, grad, state, step, decay):
-            return
-        if decay and rule.decay == "l2":
-            against = rule.project(weight, state, step.shard) if isinstance(rule, GaLore) else weight
-            grad = torch.add(grad if self.rounding == "nearest" else grad.float(), against, alpha=decay)
-        if isinstance(rule, GaLore):
-            direction = rule.update_projected(grad, state, step)
-            step = step.placed()
-        else:
-            direction = rule.update(grad, state, step)
-        subtract(weight, direction, step.lr * decay if rule.decay != "l2" else 0.0, rule.decay == "before", step)
+    def _phase(self, slot: Slot) -> float:
+        return slot.index * _GOLDEN % 1.0  # evenly spread, whatever the groups and their number
 
     def random_bits(self, p: Tensor, count: int) -> RandomBits | None:
-        """The streams of one parameter at one update: the same whatever the order in which parameters are updated.
-
-        A pool serves so many updates, each from places of its own; a few are kept, for parameters that are not updated
-        every time.
-        """
+        """Return the streams of one parameter at one update: the same whatever the order of updates."""
         if self.rounding == "nearest" or p.dtype != torch.bfloat16 or p.device.type == "meta":
             return None
-        key = p.device, count // _UPDATES_A_POOL
-        if key not in self._pools:
-            if len(self._pools) >= _POOLS:
-                del self._pools[next(iter(self._pools))]
-            self._pools[key] = RandomBits.pool(mix(self.seed, key[1]), p.device)
-        return RandomBits(self._pools[key], mix(self.seed, self._places[p][1], count))
+        return self._noise.bits(self._slots[p].index, count, p.device)
 
-    def _count(self, step: Step) -> None:
-        if step.ok is None and not step.failures:
-            return
-        none = torch.zeros((), dtype=torch.bool, device=step.failures[0].device if step.ok is None else step.ok.device)
-        skipped = none if step.ok is None else ~step.ok
-        new = torch.stack([skipped.long(), torch.stack([none, *step.failures]).sum()])
-        self._faults[new.device] = self._faults[new.device] + new if new.device in self._faults else new
-
-    def take_faults(self) -> Faults:
-        """What has gone wrong since the last call. Waits for the device."""
-        self._unasked = 0
-        counts = [count.tolist() for count in self._faults.values()]
-        self._faults.clear()
-        return Faults(*(sum(values) for values in zip(*counts, strict=True)))
+    def take_faults(self) -> Skips:
+        """Return what was skipped since the last call. Waits for the device."""
+        self._steps_since_read = 0
+        return self._skips.take()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -436,46 +386,53 @@ class RuleOptimizer(torch.optim.Optimizer):
         torch's own loader would cast every tensor to its parameter's dtype; here each keeps the dtype that its rule
         gave it. Raises ValueError where groups, rules, names, shapes or dtypes differ.
         """
-        saved_groups, groups = state_dict["param_groups"], self.param_groups
-        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
-            raise ValueError("the saved optimizer has other parameter groups than this one")
-        for saved_group, group in zip(saved_groups, groups, strict=True):
-            if saved_group.get("settings") != group["settings"]:
-                raise ValueError(
-                    f"the saved group was updated by {saved_group.get('settings', 'another optimizer')}; "
-                    f"this one is by {group['settings']}"
-                )
-        loaded: dict[Tensor, dict[str, Any]] = {}
-        for saved_group, group in zip(saved_groups, groups, strict=True):
-            for key, p in zip(saved_group["params"], group["params"], strict=True):
-                saved, state = state_dict["state"].get(key, {}), self.state[p]
-                if saved.keys() != state.keys():
-                    raise ValueError(f"the saved state holds {sorted(saved)}; this optimizer's {sorted(state)}")
-                for name, value in saved.items():
-                    if isinstance(value, Tensor) and (value.shape, value.dtype) != (
-                        state[name].shape,
-                        state[name].dtype,
-                    ):
-                        raise ValueError(
-                            f"the saved {name} is {value.dtype} {tuple(value.shape)}; "
-                            f"this optimizer's is {state[name].dtype} {tuple(state[name].shape)}"
-                        )
-                loaded[p] = saved
-        for saved_group, group in zip(saved_groups, groups, strict=True):
-            group.update({key: value for key, value in saved_group.items() if key not in ("params", "param_names")})
-        for p, saved in loaded.items():
-            for name, value in saved.items():
+        loaded = checked_state(state_dict, self.param_groups, self.state)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+        for p, saved_state in loaded.items():
+            for name, value in saved_state.items():
                 self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
 
 
-def _layout(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def _initial(slot: Slot, p: Tensor) -> State:
+    """Return the state before the first update; of a rule that gathers, this process's part of the whole one."""
+    here = local(p)
+    here = here.view(1) if here.ndim == 0 else here
+    if not slot.gathers:
+        return slot.rule.init(here, slot.shard)
+    assert slot.shard is not None
+    state = slot.rule.init(here.new_empty(slot.shard.shape))
+    places = {name: slot.rule.layout(name, state, slot.shard) for name in state}
+    return {n: value if (at := places[n]) is None else at.of(value).clone() for n, value in state.items()}
+
+
+def _checked(state: State, slot: Slot) -> State:
+    """Return the state of a parameter. ValueError for a name that is taken, or where processes cannot share it out."""
+    rule = slot.rule
+    if "step" in state:
+        raise ValueError(f"{type(rule).__name__} has a state named step: updates are counted there; give another name")
+    if slot.shard is None:
+        return state
+    kept_in_blocks = {name for name, store in rule.stores().items() if store.in_blocks(state, name)}
+    if slot.gathers and kept_in_blocks:
+        raise ValueError(_cannot_share(rule, "keeps moments in blocks"))
+    entries = {entry for name in kept_in_blocks for entry in rule.stores()[name].entries(state, name)}
+    for name in state.keys() - entries:
+        rule.layout(name, state, slot.shard)
+    return state
+
+
+def _cannot_share(rule: UpdateRule, what: str) -> str:
+    return (
+        f"{type(rule).__name__} needs whole tensors (scope {rule.scope.name}) and {what}: several processes cannot "
+        "share its tensors out; use one process, or --shard none"
+    )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (value.shape, value.dtype) for name, value in state.items()}
 
 
 def _settings(rule: UpdateRule) -> str:
-    """All that a rule is made of, alike in every process."""
+    """Return all that a rule is made of, as text that is alike in every process."""
     return re.sub(r" at 0x\w+", "", repr(rule))
-
-
-def _at_least_1d(tensor: Tensor) -> Tensor:
-    return tensor.view(1) if tensor.ndim == 0 else tensor

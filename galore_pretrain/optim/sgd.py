@@ -1,28 +1,37 @@
 """Stochastic gradient descent as an update rule."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
-from galore_pretrain.optim.rule import BasisChange, Decay, Direction
+from galore_pretrain.optim.rule import BasisChange, Decay, Direction, Scope, UpdateRule
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.shards import Shard
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(UpdateRule):
     """Stochastic gradient descent with heavy-ball ``momentum``, as ``torch.optim.SGD``."""
 
     momentum: float = 0.0
     store: MomentStore = field(default_factory=Dense)
-    decay: ClassVar[Decay] = "l2"
-    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum {self.momentum} must be in [0, 1)")
+
+    @property
+    def decay(self) -> Decay:
+        return "l2"
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.ELEMENTS
+
+    def stores(self) -> Mapping[str, MomentStore]:
+        return {"momentum": self.store} if self.momentum else {}
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         return self.store.zeros("momentum", like, shard) if self.momentum else {}
@@ -34,9 +43,6 @@ class SGD:
         direction = buffer.mul_(self.momentum).add_(grad).clone()
         self.store.write(state, "momentum", buffer, step)
         return Direction(direction)
-
-    def narrow(self, state: State, start: int, stop: int) -> State:
-        return self.store.narrow(state, "momentum", start, stop) if self.momentum else {}
 
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
         if change.project and self.momentum:

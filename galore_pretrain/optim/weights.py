@@ -31,6 +31,9 @@ def subtract(weight: Tensor, direction: Direction, decay: float, decay_first: bo
     In the weight's own dtype where nothing is gained by another; else in fp32, a block of rows at a time, which a bf16
     weight takes in by ``step.store``.
     """
+    if direction.rest is not None:
+        _subtract_sum(weight, direction, decay, decay_first, step)
+        return
     alpha = -direction.factor * (1.0 if direction.scaled else step.lr)
 
     def apply(target: Tensor, part: Direction) -> None:
@@ -43,9 +46,10 @@ def subtract(weight: Tensor, direction: Direction, decay: float, decay_first: bo
     rounded = weight.dtype == torch.bfloat16 and step.bits is not None
     if direction.right is not None and rounded and not has_fast_bf16(weight.device):
         direction = replace(direction, left=direction.left.float(), right=direction.right.float())
-    computed = torch.float32 if direction.row is not None else direction.left.dtype
+    is_scaled = direction.row is not None or direction.column is not None
+    computed = torch.float32 if is_scaled else direction.left.dtype
     plain = weight.dtype == torch.float32 or (step.bits is None and computed == weight.dtype)
-    if plain and step.ok is None and direction.row is None:
+    if plain and step.ok is None and not is_scaled:
         apply(weight, direction)
         return
     width = weight.shape[1:].numel()
@@ -60,3 +64,28 @@ def subtract(weight: Tensor, direction: Direction, decay: float, decay_first: bo
             block = kept.to(kept.dtype if plain else torch.float32, copy=True)
             apply(block, part.part(start, stop))
             step.at((begin + start) * width).store(kept, block, stream="weight")
+
+
+# Each block of rows is read once, takes all terms and decay in fp32, and is rounded once.
+def _subtract_sum(weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
+    """Subtract a direction of several terms, as `subtract` does one of one."""
+    rate = 1.0 if direction.scaled else step.lr
+    terms = [_in_fp32(term) for term in direction.terms()]
+    width = weight.shape[1:].numel()
+    for start, stop in pieces(weight.shape[0], max(1, chunk_elements(weight.device) // width)):
+        kept = weight[start:stop]
+        block = kept.to(torch.float32, copy=True)
+        if decay and decay_first:
+            block.mul_(1 - decay)
+        for term in terms:
+            term.part(start, stop).add_to(block, -term.factor * rate)
+        if decay and not decay_first:
+            block.mul_(1 - decay)
+        step.at(start * width).store(kept, block, stream="weight")
+
+
+def _in_fp32(term: Direction) -> Direction:
+    """Return a term whose factors of a low-rank product are fp32."""
+    if term.right is None:
+        return term
+    return replace(term, left=term.left.float(), right=term.right.float())

@@ -16,12 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig, processes
 from galore_pretrain.model.head import mean_loss
+from galore_pretrain.optim import Execution
 from galore_pretrain.planning.ledger import Ledger
 from galore_pretrain.tensors.chunks import abridged
-from galore_pretrain.tensors.rounding import RandomBits
 from galore_pretrain.tensors.shards import local
 from galore_pretrain.train.build import device_of, execution_for, model_for, optimizer_for, prepare
-from galore_pretrain.train.execution import Execution
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
@@ -138,8 +137,8 @@ def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, e
                 if name.endswith("basis"):
                     ledger.assign(value, "bases")
         execution = execution_for(config, optimizer)
-        _watch(ledger, model, execution)
-        _file(ledger, optimizer, each=every_update)
+        _watch(ledger, model)
+        optimizer.observer = _Filing(ledger, optimizer, each=every_update)
         make_heaviest_updates(config, model, optimizer, execution, min(config.micro_batches, 2))
     return Plan(config, ledger.peak, ledger.at_peak, ledger.place_of_peak)
 
@@ -188,7 +187,7 @@ def make_update(config: RunConfig, model: LlamaForCausalLM, execution: Execution
     execution.complete()
 
 
-def _watch(ledger: Ledger, model: LlamaForCausalLM, execution: Execution) -> None:
+def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
     """Tell the ledger where in the update it is, and which tensors are gradients."""
 
     def say(name: str) -> Callable[..., None]:
@@ -214,14 +213,6 @@ def _watch(ledger: Ledger, model: LlamaForCausalLM, execution: Execution) -> Non
             continue
         p.register_post_accumulate_grad_hook(gradient(name))
 
-    complete = execution.complete
-
-    def complete_noted() -> None:
-        ledger.place = "updates after backward"
-        complete()
-
-    execution.complete = complete_noted  # type: ignore[method-assign]
-
 
 def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]:
     """Numbers of the updates that can hold most."""
@@ -235,44 +226,60 @@ def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]
     return [heaviest] if config.micro_batches > 1 else [1, heaviest]
 
 
-def _file(ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> None:
-    """Give what an optimizer keeps its kind, and do only once what is alike for many tensors, unless ``each`` is
-    wanted."""
-    known: dict[Hashable, dict[str, int]] = {}
-    gather, settle, update, bits = optimizer.gather, optimizer.settle, optimizer.update_param, optimizer.random_bits
+# The optimizer hands over each piece of its work. Pieces that are alike for many tensors are done once, and what they
+# held is replayed for the others: a plan of 7B would take minutes otherwise.
+class _Filing:
+    """Gives what an optimizer keeps its kind in the ledger, and does once what is alike, unless ``each`` is wanted."""
 
-    def once(p: Tensor, name: str, work: Callable[[], None]) -> bool:
-        """Whether the work was done; else what it held has been replayed."""
-        waiting = optimizer.waiting(p)
-        key = (name, p.shape, optimizer.rule_of(p), waiting and waiting.projected, optimizer.is_due(p))
-        if each or key not in known:
-            known[key] = ledger.episode(work)
-            return True
-        ledger.replay(known[key])
-        return False
+    def __init__(self, ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> None:
+        self._ledger, self._optimizer, self._each = ledger, optimizer, each
+        self._known: dict[Hashable, dict[str, int]] = {}
 
-    def gather_filed(p: Tensor, **options: Any) -> None:
-        optimizer.random_bits(p, optimizer.state[p]["step"] + 1)  # makes some now and then: not a part of what repeats
-        if optimizer.waiting(p) is None:
-            gather(p, **options)
-        elif not once(p, "gather", lambda: gather(p, **options)):
+    def observe(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
+        """Do a piece of the optimizer's work, or replay what one like it held."""
+        if name == "complete":
+            self._ledger.place = "updates after backward"
+        if p is None or name == "refresh":
+            work()
+            return
+        with self._ledger.kind("temporaries"):  # a table of random bits is made now and then: no part of what repeats
+            self._optimizer.random_bits(p, self._optimizer.state[p]["step"] + 1)
+        if name == "update":
+            self._update(p, work)
+        elif name == "accumulate":
+            self._accumulate(p, work)
+        else:
+            work()
+            self._assign(p, compressed_only=True)
+
+    def _update(self, p: Tensor, work: Callable[[], None]) -> None:
+        if not self._once("update", p, work):
+            self._optimizer.discard([p])
+
+    def _accumulate(self, p: Tensor, work: Callable[[], None]) -> None:
+        if p not in self._optimizer.pending:
+            work()
+        elif not self._once("accumulate", p, work):
             p.grad = None
-        if (waiting := optimizer.waiting(p)) is not None:
-            ledger.assign(waiting.grad, "sums" if waiting.projected else "gradients")
+        self._assign(p)
 
-    def settle_filed(p: Tensor) -> None:
-        settle(p)
-        if (waiting := optimizer.waiting(p)) is not None and waiting.projected:
-            ledger.assign(waiting.grad, "sums")
+    def _assign(self, p: Tensor, *, compressed_only: bool = False) -> None:
+        """Say of what kind the pending gradient is."""
+        pending = self._optimizer.pending.get(p)
+        if pending is None:
+            return
+        if pending.compressed:
+            self._ledger.assign(pending.grad, "sums")
+        elif not compressed_only:
+            self._ledger.assign(pending.grad, "gradients")
 
-    def update_filed(p: Tensor, coefficient: Tensor | None = None) -> None:
-        optimizer.random_bits(p, optimizer.state[p]["step"] + 1)
-        if not once(p, "update", lambda: update(p, coefficient)):
-            optimizer.discard([p])
-
-    def bits_filed(p: Tensor, count: int) -> RandomBits | None:
-        with ledger.kind("temporaries"):
-            return bits(p, count)
-
-    optimizer.gather, optimizer.settle = gather_filed, settle_filed  # type: ignore[method-assign]
-    optimizer.update_param, optimizer.random_bits = update_filed, bits_filed  # type: ignore[method-assign]
+    def _once(self, name: str, p: Tensor, work: Callable[[], None]) -> bool:
+        """Whether the work was done; else what it held has been replayed."""
+        pending = self._optimizer.pending.get(p)
+        compressed = None if pending is None else pending.compressed
+        key = (name, p.shape, self._optimizer.rule_of(p), compressed, self._optimizer.is_due(p))
+        if self._each or key not in self._known:
+            self._known[key] = self._ledger.episode(work)
+            return True
+        self._ledger.replay(self._known[key])
+        return False

@@ -120,7 +120,7 @@ def _refresh(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
     size, shards, here = mesh.size(), mesh.size(-1), processes_here()
     optimizer = optimizer_for(config, model_for(config, architecture, "meta", mesh=mesh), mesh)
     for p, state in optimizer.state.items():
-        if not optimizer.is_projected(p):
+        if not optimizer.rule_of(p).projects:
             continue
         bases = sum(4 * value.numel() for name, value in state.items() if name.endswith("basis"))
         sent = bases + 4 * (size > 1)

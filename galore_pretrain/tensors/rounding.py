@@ -9,6 +9,7 @@ from galore_pretrain.tensors.chunks import chunk_elements
 
 POOL = 524_287
 """Random numbers after which a stream repeats: a prime, so that no row of a matrix gets the bits of another."""
+_UPDATES_A_TABLE, _TABLES = 64, 2
 _BETWEEN = 65_537  # between the places of streams that are read together
 
 
@@ -37,7 +38,7 @@ class RandomBits:
     def take(self, stream: str, start: int, count: int) -> Tensor:
         """Numbers ``start`` to ``start + count`` of the stream, at most `chunk_elements` of them. Not to be changed."""
         if stream not in self._places:
-            self._places[stream] = mix(self._seed, stream)
+            self._places[stream] = derive_seed(self._seed, stream)
         first = (self._places[stream] + start) % POOL
         return self._pool[first : first + count]
 
@@ -48,6 +49,27 @@ class RandomBits:
         """
         first = (self._seed + start) % POOL
         return self._pool.as_strided((rows, count), (_BETWEEN, 1), first)
+
+
+class NoiseTables:
+    """Keeps the tables that `RandomBits` of a seed read from, one for so many updates.
+
+    A table serves 64 updates, each from places of its own. Two are kept, for parameters that are not updated every
+    time.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._tables: dict[tuple[torch.device, int], Tensor] = {}
+
+    def bits(self, index: int, count: int, device: torch.device) -> RandomBits:
+        """Return the streams of parameter ``index`` at update ``count``."""
+        key = device, count // _UPDATES_A_TABLE
+        if key not in self._tables:
+            if len(self._tables) >= _TABLES:
+                del self._tables[next(iter(self._tables))]
+            self._tables[key] = RandomBits.pool(derive_seed(self._seed, key[1]), device)
+        return RandomBits(self._tables[key], derive_seed(self._seed, index, count))
 
 
 def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
@@ -61,7 +83,7 @@ def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
     return value
 
 
-def mix(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from several small values, without the collisions of sums."""
     digest = hashlib.blake2b(".".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

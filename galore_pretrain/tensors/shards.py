@@ -30,6 +30,11 @@ class Shard:
         return -(-self.shape[self.dim] // self.count)
 
     @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Return the shape of the slice."""
+        return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
+
+    @property
     def offset(self) -> int:
         """Elements of the slices before this one: no two processes round with the same random bits."""
         return self.start * prod(self.shape[: self.dim] + self.shape[self.dim + 1 :])

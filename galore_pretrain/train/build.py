@@ -12,8 +12,16 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.model.head import loss_methods
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.lowrank import Factors, layers
-from galore_pretrain.optim import RuleOptimizer, build_optimizer, is_projected, sides, split
-from galore_pretrain.train.execution import Execution, GlobalStep, Layerwise
+from galore_pretrain.optim import (
+    Execution,
+    GlobalStep,
+    Layerwise,
+    RuleOptimizer,
+    build_optimizer,
+    is_projected,
+    sides,
+    split,
+)
 
 
 def device_of(config: RunConfig) -> torch.device:

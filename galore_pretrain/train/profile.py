@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from galore_pretrain.optim import GaLore, Pool, RuleOptimizer
+from galore_pretrain.optim import RuleOptimizer
 
 log = logging.getLogger(__name__)
 _WARM_UP = 2  # updates of a process that are not looked at: libraries load, allocators and caches fill
@@ -34,28 +35,18 @@ class Profile:
     for the device, so updates under the profiler are slower than others.
     """
 
-    def __init__(self, updates: int, folder: Path, device: torch.device) -> None:
+    def __init__(self, updates: int, folder: Path, device: torch.device, optimizer: RuleOptimizer) -> None:
         self._updates, self._folder, self._device = updates, folder, device
         self._done, self._since, self._seconds = -_WARM_UP, 0.0, 0.0
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._stack: list[str] = []
         self._torch: Any = None
-        self._watched: list[tuple[Any, str, Any]] = []
+        self._optimizer = optimizer
 
-    def _watch(self) -> None:
-        """Tell what is an update of a tensor, and what of it a new basis."""
-        parts = dict.fromkeys(("gather", "settle", "update_param", "agree", "start_sum"), "optimizer")
-        methods = [(RuleOptimizer, name, part) for name, part in parts.items()]
-        for owner, name, part in (*methods, (GaLore, "find", "refresh"), (Pool, "renew", "refresh")):
-            self._watched.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, self._inside(part, getattr(owner, name)))
-
-    def _inside(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.span(part):
-                return work(*args, **kwargs)
-
-        return timed
+    def observe(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
+        """Do a piece of the optimizer's work, as a span of its own: a new basis, or else an update's other work."""
+        with self.span("refresh" if name == "refresh" else "optimizer"):
+            work()
 
     @contextmanager
     def span(self, part: str) -> Iterator[None]:
@@ -83,7 +74,7 @@ class Profile:
         if self._done == 0:
             activities = [ProfilerActivity.CPU]
             activities += [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
-            self._watch()
+            self._optimizer.observer = self
             self._torch = profile(activities=activities)
             self._torch.__enter__()
             self._spent.clear()
@@ -92,9 +83,7 @@ class Profile:
 
     def close(self) -> str | None:
         """Write what was seen, if that is not done; the table."""
-        for owner, name, method in self._watched:
-            setattr(owner, name, method)
-        self._watched.clear()
+        self._optimizer.observer = None
         seen, self._torch = self._torch, None
         if seen is not None:
             self._seconds = time.perf_counter() - self._seconds

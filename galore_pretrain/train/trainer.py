@@ -15,11 +15,11 @@ from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, process_peak_bytes
 from galore_pretrain.model.head import mean_loss
-from galore_pretrain.train.execution import Execution
 from galore_pretrain.train.metrics import MetricLogger, Metrics
 from galore_pretrain.train.schedule import Schedule
 
 if TYPE_CHECKING:  # for their types alone: the trainer is handed its parts
+    from galore_pretrain.optim import Execution
     from galore_pretrain.text.batches import Batch
     from galore_pretrain.train.evaluate import Evaluation
 
@@ -112,7 +112,7 @@ class Trainer:
     model: Any
     batches: "Iterable[Batch]"
     optimizer: torch.optim.Optimizer
-    execution: Execution
+    execution: "Execution"
     schedule: Schedule
     after_update: Callable[[int], None]
     evaluate: "Callable[[], Evaluation]"
