@@ -1,7 +1,7 @@
 """Adam and AdamW as an update rule."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -68,7 +68,7 @@ class Adam(UpdateRule):
             return False
         m, v = state["exp_avg"], state["exp_avg_sq"]
         if self.kernel_suffices(step, weight.dtype):
-            self._kernel(weight, grad, m, v, step, step.lr, decay)
+            self._kernel(weight, grad, m, v, step.count, step.ok, step.lr, decay)
             return True
         if weight.dtype != torch.bfloat16:
             return False
@@ -76,7 +76,7 @@ class Adam(UpdateRule):
         copies = torch.empty(4, weight.numel(), dtype=torch.float32, device=weight.device)
         for copy, tensor in zip(copies, (*kept, grad), strict=True):
             copy.copy_(tensor)
-        self._kernel(copies[0], copies[3], copies[1], copies[2], step, step.lr, decay)
+        self._kernel(copies[0], copies[3], copies[1], copies[2], step.count, step.ok, step.lr, decay)
         step.store_together(kept, copies[:3])
         return True
 
@@ -93,20 +93,30 @@ class Adam(UpdateRule):
         """Whether it is what torch's kernel knows, but for how results are rounded."""
         return self.formula == "torch" and self.store == Dense() and not self.scaled and self.decay != "after"
 
-    def _kernel(self, weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Step, lr: float, decay: float) -> None:
-        """Called directly: the way there through ``torch.optim`` takes longer than a chunk."""
-        count = torch.full((), float(step.count), device=weight.device)
-        skipped = None if step.ok is None else (~step.ok).float()
+    def _kernel(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        m: Tensor,
+        v: Tensor,
+        count: int,
+        ok: Tensor | None,
+        lr: float,
+        decay: float,
+    ) -> None:
+        """Call torch's kernel directly: the way there through ``torch.optim`` takes longer than a chunk."""
+        counts = torch.full((), float(count), device=weight.device)
+        skipped = None if ok is None else (~ok).float()
         kernel = torch._fused_adam_ if self.decay == "l2" else torch._fused_adamw_
         kernel(
-            [weight], [grad], [m], [v], [], [count], lr=lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
+            [weight], [grad], [m], [v], [], [counts], lr=lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
             weight_decay=decay, amsgrad=False, maximize=False, found_inf=skipped,
         )  # fmt: skip
 
     def _fused(self, m: Tensor, v: Tensor, grad: Tensor, step: Step) -> Direction:
         """By the same kernel: the update of a weight of 0 at rate 1."""
         scratch = torch.zeros_like(grad)
-        self._kernel(scratch, grad, m, v, replace(step, ok=None), 1.0, 0.0)  # m and v are copies, stored if ok
+        self._kernel(scratch, grad, m, v, step.count, None, 1.0, 0.0)  # m and v are copies where they are stored if ok
         return Direction(scratch, factor=-1.0)
 
     def _composed(self, m: Tensor, v: Tensor, grad: Tensor, step: Step) -> Direction:

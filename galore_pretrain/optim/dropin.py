@@ -62,6 +62,7 @@ class _DropIn(RuleOptimizer):
         self._options: dict[str, Any] = {"basis": None, "refresh": None, "moments": None} | published
         self._options |= {k: v for k, v in added.items() if k != "seed"} | {"numerics": numerics, **self._own}
         self._has_stepped = False
+        self._followed: dict[int, list[Any]] = {}  # settings by which each group is updated
         groups = list(params)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
@@ -69,7 +70,7 @@ class _DropIn(RuleOptimizer):
         self.defaults |= self._options  # where schedulers look for betas
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options, "_has_stepped": self._has_stepped}
+        return {**super().__getstate__(), "_options": self._options, "_has_stepped": self._has_stepped, "_followed": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate its state; ``rank`` and its companions in the group make it a projected one."""
@@ -98,7 +99,10 @@ class _DropIn(RuleOptimizer):
             )
         self._has_stepped = True
         for index, group in enumerate(self.param_groups):
-            self.follow(index, self._rule_for(group))
+            settings = [group.get(name) for name in (*_OF_GROUP, *self._options)]
+            if self._followed.get(index) != settings:
+                self.follow(index, self._rule_for(group))
+                self._followed[index] = settings
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `RuleOptimizer.load_state_dict`, but settings that were saved are taken over, as torch's optimizers do.

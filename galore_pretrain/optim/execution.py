@@ -19,7 +19,7 @@ from galore_pretrain.optim.rule import NewBases, UpdateRule
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import add
 from galore_pretrain.tensors.shards import local
-from galore_pretrain.tensors.values import gradient_norm
+from galore_pretrain.tensors.values import gradient_norm, is_finite
 
 if TYPE_CHECKING:
     from galore_pretrain.optim.optimizer import RuleOptimizer
@@ -136,9 +136,7 @@ class PendingGradients:
             grad = grad.view(1)
         if total is None:
             return self._start(p, grad)
-        # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
-        finite = torch.linalg.vector_norm(grad).isfinite()
-        return PendingGradient(p, grad, total.step, finite, total.rule, total.state, total.refresh_due)
+        return PendingGradient(p, grad, total.step, is_finite(grad), total.rule, total.state, total.refresh_due)
 
     def take(self, p: Tensor) -> PendingGradient | None:
         """Remove and return the gradient of ``p`` in the form in which an update takes it; None where there is none."""

@@ -166,7 +166,8 @@ class GaLore(UpdateRule):
             step = replace(step, count=self._age(step))
         dtype = grad.dtype
         low = update_in_chunks(self.inner, grad, self._inner_state(state), self.compressed_step(state, step))
-        narrow = low.whole().to(dtype)
+        narrow = low.whole()
+        narrow = narrow if narrow.dtype == dtype else narrow.to(dtype)
         if left is not None:
             tall, wide = (left, narrow) if right is None else (left @ narrow, right)
         else:

@@ -24,6 +24,7 @@ from galore_pretrain.optim.weights import subtract
 from galore_pretrain.tensors.chunks import chunk_elements, pieces
 from galore_pretrain.tensors.rounding import NoiseTables, RandomBits, derive_seed
 from galore_pretrain.tensors.shards import Shard, local, shard_of
+from galore_pretrain.tensors.values import is_finite
 
 _GOLDEN = 0.6180339887498949
 _PATIENCE = 100  # steps after which skipped updates that nobody asked for are told
@@ -46,6 +47,7 @@ class Slot:
 
     group: int
     index: int
+    seed: int
     rule: UpdateRule
     shard: Shard | None
     gathers: bool
@@ -103,9 +105,12 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"a parameter is {p.dtype}; weights in bfloat16 and float32 are supported")
             shard = shard_of(p)
             gathers = shard is not None and not rule.scope.allows(shard)
+            index = len(self._slots)
             if gathers and rule.next_refresh(Step(1)) is not None:
                 raise ValueError(_cannot_share(rule, "renews bases"))
-            slot = self._slots[p] = Slot(len(self.param_groups) - 1, len(self._slots), rule, shard, gathers)
+            slot = self._slots[p] = Slot(
+                len(self.param_groups) - 1, index, derive_seed(self.seed, index), rule, shard, gathers
+            )
             self.state[p] = {"step": 0, **_checked(_initial(slot, p), slot)}
 
     def follow(self, group: int, rule: UpdateRule) -> None:
@@ -204,12 +209,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         ``coefficient``, a scalar, is multiplied into the gradient: into the compressed one where the rule projects,
         else into ``p.grad`` itself.
         """
-        if self.observer is None:
-            self._update_param(p, coefficient)
-        else:
-            self.observer.observe("update", p, lambda: self._update_param(p, coefficient))
+        with torch.no_grad():
+            if self.observer is None:
+                self._update_param(p, coefficient)
+            else:
+                self.observer.observe("update", p, lambda: self._update_param(p, coefficient))
 
-    @torch.no_grad()
     def _update_param(self, p: Tensor, coefficient: Tensor | None) -> None:
         if p.numel() == 0 or (pending := self.pending.take(p)) is None:
             return
@@ -353,15 +358,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         step = Step(
             count=count,
             lr=float(self.param_groups[slot.group]["lr"]),
-            seed=derive_seed(self.seed, slot.index),
+            seed=slot.seed,
             phase=self._phase(slot),
             bits=self.random_bits(p, count),
             shard=slot.shard,
         )
         if not slot.gathers:
             slot.rule.start(state, step)
-        # In the gradient's own dtype, which for bf16 has fp32's range and costs an eighth.
-        finite = torch.linalg.vector_norm(grad).isfinite()
+        finite = is_finite(grad)
         refresh_due = slot.rule.next_refresh(step) == count
         return PendingGradient(p, grad, step, finite, slot.rule, state, refresh_due)
 

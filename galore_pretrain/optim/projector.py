@@ -47,7 +47,8 @@ def project_fast(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Ten
     if right is not None:
         low = product(low, right.T)
     if left is not None:
-        low = product_of_transposed(low, left).to(low.dtype).T
+        turned = product_of_transposed(low, left)
+        low = (turned if turned.dtype == low.dtype else turned.to(low.dtype)).T
     return low.contiguous()
 
 

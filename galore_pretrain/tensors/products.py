@@ -11,7 +11,7 @@ from galore_pretrain.tensors.chunks import chunk_elements, pieces
 def product(wide: Tensor, thin: Tensor) -> Tensor:
     """``wide`` @ ``thin`` in the dtype of ``wide``, by blocks of rows in fp32 where a CPU is slow in bf16."""
     if wide.dtype == torch.float32 or has_fast_bf16(wide.device):
-        return wide @ thin.to(wide.dtype)
+        return wide @ (thin if thin.dtype == wide.dtype else thin.to(wide.dtype))
     thin = thin.float()
     out = torch.empty(wide.shape[0], thin.shape[1], dtype=wide.dtype, device=wide.device)
     rows = max(1, 8 * chunk_elements(wide.device) // max(1, wide.shape[1]))
@@ -23,7 +23,7 @@ def product(wide: Tensor, thin: Tensor) -> Tensor:
 def product_of_transposed(wide: Tensor, thin: Tensor) -> Tensor:
     """``wide``ᵀ @ ``thin``, likewise; there summed up in fp32, and left so, over blocks of rows as they lie."""
     if wide.dtype == torch.float32 or has_fast_bf16(wide.device):
-        return wide.T @ thin.to(wide.dtype)
+        return wide.T @ (thin if thin.dtype == wide.dtype else thin.to(wide.dtype))
     out = torch.zeros(wide.shape[1], thin.shape[1], dtype=torch.float32, device=wide.device)
     rows = max(1, 8 * chunk_elements(wide.device) // max(1, wide.shape[1]))
     for start, stop in pieces(wide.shape[0], rows):

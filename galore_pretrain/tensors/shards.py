@@ -78,7 +78,6 @@ def shard_of(tensor: Tensor) -> Shard | None:
     return Shard(dim, start, stop, tuple(tensor.shape), count, mesh.get_group(mesh.ndim - 1))
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of ``tensor``, sharing its memory; itself where that is all."""
     return tensor.detach().to_local() if is_shared(tensor) else tensor.detach()  # type: ignore[attr-defined]
