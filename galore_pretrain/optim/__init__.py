@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from galore_pretrain.optim.build import REGISTRY, build_optimizer
     from galore_pretrain.optim.dropin import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
-    from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome
+    from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome, Skips
     from galore_pretrain.optim.galore import GaLore, is_projected
     from galore_pretrain.optim.methods import (
         BASIS_NAMES,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.optimizer import Observer, RuleOptimizer
     from galore_pretrain.optim.projector import sides
     from galore_pretrain.optim.rule import Direction, Layout, Scope, UpdateRule
-    from galore_pretrain.optim.update import Skips, Step
+    from galore_pretrain.optim.update import Step
 
 _NAMES = {  # file: what of it is named here
     "build": ("REGISTRY", "build_optimizer"),
@@ -43,11 +43,11 @@ _NAMES = {  # file: what of it is named here
         "resolve_name",
         "split",
     ),
-    "execution": ("Execution", "GlobalStep", "Layerwise", "Outcome"),
+    "execution": ("Execution", "GlobalStep", "Layerwise", "Outcome", "Skips"),
     "optimizer": ("Observer", "RuleOptimizer"),
     "projector": ("sides",),
     "rule": ("Direction", "Layout", "Scope", "UpdateRule"),
-    "update": ("Skips", "Step"),
+    "update": ("Step",),
 }
 _HOMES = {name: file for file, names in _NAMES.items() for name in names}
 __all__ = [

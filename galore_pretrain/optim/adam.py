@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -44,8 +45,10 @@ class Adam(UpdateRule):
         return self.store.zeros("exp_avg", like, shard) | self.store.zeros("exp_avg_sq", like, shard)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
-        if not self.scaled and (fused := self.store.fused_adam(grad, state, step, self.betas, self.eps)) is not None:
-            return Direction(fused, factor=-1.0)
+        if not (self.store.is_dense or self.scaled):
+            fused = self.store.fused_adam(grad, state, step, self.betas, self.eps)
+            if fused is not None:
+                return Direction(fused, factor=-1.0)
         if step.ok is None and self.kernel_suffices(step, grad.dtype) and state["exp_avg"].dtype == grad.dtype:
             return self._fused(state["exp_avg"], state["exp_avg_sq"], grad, step)  # in place
         m, v = self.store.read(state, "exp_avg", step), self.store.read(state, "exp_avg_sq", step)
@@ -88,7 +91,7 @@ class Adam(UpdateRule):
         rounds what it writes to nearest."""
         return self._is_plain and (dtype == torch.float32 or (dtype == torch.bfloat16 and step.bits is None))
 
-    @property
+    @cached_property
     def _is_plain(self) -> bool:
         """Whether it is what torch's kernel knows, but for how results are rounded."""
         return self.formula == "torch" and self.store == Dense() and not self.scaled and self.decay != "after"

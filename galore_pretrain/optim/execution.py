@@ -4,10 +4,11 @@ Both executions give a gradient to the same `PendingGradients` and call the same
 in when.
 """
 
+import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,35 +16,93 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import State
-from galore_pretrain.optim.rule import NewBases, UpdateRule
+from galore_pretrain.optim.rule import Decay, NewBases, Scope, UpdateRule
 from galore_pretrain.optim.update import Step
-from galore_pretrain.optim.weights import add
-from galore_pretrain.tensors.shards import local
-from galore_pretrain.tensors.values import gradient_norm, is_finite
+from galore_pretrain.optim.weights import add_rounded
+from galore_pretrain.tensors.shards import Shard, local, shard_of
+from galore_pretrain.tensors.values import gradient_norm
 
 if TYPE_CHECKING:
     from galore_pretrain.optim.optimizer import RuleOptimizer
     from galore_pretrain.optim.sharing import Distributor
 
+_GOLDEN = 0.6180339887498949
 
-Observed = Callable[[str, Tensor | None, Callable[[], None]], None]
-"""Does a piece of work of a parameter, by way of whoever observes it (`RuleOptimizer.observed`)."""
+
+@dataclass(frozen=True)
+class Skips:
+    """Counts what was left out: updates of one tensor that were skipped, and bases that were not renewed."""
+
+    skipped: int = 0
+    failed_refreshes: int = 0
+
+
+class SkipCounts:
+    """Counts `Skips` on the device where they happen, so that nobody waits for it."""
+
+    def __init__(self) -> None:
+        self._counts: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes)
+
+    def count(self, step: Step) -> None:
+        """Count what ``step`` left out."""
+        device = step.failures[0].device if step.ok is None else step.ok.device
+        none = torch.zeros((), dtype=torch.bool, device=device)
+        skipped = none if step.ok is None else ~step.ok
+        new = torch.stack([skipped.long(), torch.stack([none, *step.failures]).sum()])
+        self._counts[new.device] = self._counts[new.device] + new if new.device in self._counts else new
+
+    def take(self) -> Skips:
+        """Return the counts and begin anew. Waits for the device."""
+        if not self._counts:
+            return Skips()
+        counts = [count.tolist() for count in self._counts.values()]
+        self._counts.clear()
+        return Skips(*(sum(values) for values in zip(*counts, strict=True)))
+
+
+@dataclass(slots=True)
+class Slot:
+    """A parameter's place in the optimizer: its group, its index among all, its rule, and which part of it is here.
+
+    ``seed`` is that of its random numbers. ``is_shared``: other processes have a part in the parameter, or a copy.
+    ``gathers``: the rule needs more of the tensor than the part that is here, so it is gathered for each update. The
+    rule's answers that never change are kept beside it.
+    """
+
+    group: int
+    index: int
+    seed: int
+    rule: UpdateRule
+    shard: Shard | None
+    is_shared: bool
+    gathers: bool
+    projects: bool = field(init=False)
+    scope: Scope = field(init=False)
+    decay: Decay = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.projects, self.scope, self.decay = self.rule.projects, self.rule.scope, self.rule.decay
+
+    @property
+    def phase(self) -> float:
+        """The place in [0, 1) of the parameter's refreshes among all: evenly spread, whatever the groups."""
+        return self.index * _GOLDEN % 1.0
 
 
 @dataclass(slots=True)
 class PendingGradient:
     """The sum of the gradients of ``param`` in an update so far, on its way to that update.
 
-    ``rule``, ``state`` and ``step`` are those that will use it. ``refresh_due``: new bases are still to be found in it.
+    ``state`` and ``step`` are those that will use it. ``refresh_due``: new bases are still to be found in it.
     ``compressed``: it is what the rule's `compress` returned. ``finite``, a scalar: whether all of it was finite, on
     all processes once it is ``synced``. ``norm`` is that of the full gradient at hand, where it was measured.
     """
 
     param: Tensor
+    slot: Slot
     grad: Tensor
     step: Step
     finite: Tensor
-    rule: UpdateRule
     state: State
     refresh_due: bool
     compressed: bool = False
@@ -53,14 +112,21 @@ class PendingGradient:
     summed: bool = False
 
     @property
+    def rule(self) -> UpdateRule:
+        """The rule that will use it."""
+        return self.slot.rule
+
+    @property
     def offset_step(self) -> Step:
         """The step that counts elements from where ``grad`` begins in the whole tensor."""
+        if self.slot.shard is None:
+            return self.step
         return self.rule.compressed_step(self.state, self.step) if self.compressed else self.step.placed()
 
     def compress(self) -> None:
         """Keep the compressed gradient alone, in the bases in use."""
-        if self.rule.projects and not self.compressed:
-            self.grad = self.rule.compress(self.grad, self.state, self.step)
+        if self.slot.projects and not self.compressed:
+            self.grad = self.slot.rule.compress(self.grad, self.state, self.step)
             self.compressed = True
 
     def refresh(self) -> None:
@@ -83,11 +149,9 @@ class PendingGradients:
     new bases if they are due, compressed. `take` does what of that is still to be done.
     """
 
-    def __init__(self, start: Callable[[Tensor, Tensor], PendingGradient], observed: Observed) -> None:
-        """``start`` makes the pending gradient of a parameter from the first micro-batch's; ``observed`` does work."""
-        self._start, self._observed = start, observed
+    def __init__(self, optimizer: "RuleOptimizer", distributor: "Distributor | None" = None) -> None:
+        self._optimizer, self.distributor = optimizer, distributor
         self._pending: dict[Tensor, PendingGradient] = {}
-        self.distributor: Distributor | None = None
 
     def __contains__(self, p: Tensor) -> bool:
         """Whether something was accumulated for ``p``."""
@@ -96,6 +160,17 @@ class PendingGradients:
     def get(self, p: Tensor) -> PendingGradient | None:
         """Return what was accumulated for ``p``."""
         return self._pending.get(p)
+
+    def waits_for_all(self, p: Tensor) -> bool:
+        """Whether the gradient of ``p`` is not used before an update's last, where several processes make one.
+
+        What is compressed or gathered waits, as all must do that in one order; and where sums over replicas are under
+        way, what is small, which would have to wait for them.
+        """
+        if self.distributor is None:
+            return False
+        slot = self._optimizer.slots[p]
+        return slot.projects or slot.gathers or (self.distributor.replica is not None and p.ndim < 2)
 
     # A gradient is one tensor less as soon as it is here: `p.grad` is dropped. The first of an update is kept as it is,
     # further ones are added to it, a bf16 sum rounded stochastically. Where the rule projects and no new basis is due,
@@ -123,21 +198,48 @@ class PendingGradients:
             return
         total.parts += 1
         total.finite = total.finite & part.finite
+        if total.step.bits is None or total.grad.dtype != torch.bfloat16:
+            total.grad.add_(part.grad)
+            return
         replica = "" if self.distributor is None else self.distributor.stream_suffix
-        add(total.grad, part.grad, part.offset_step, f"sum {total.parts}{replica}")
+        add_rounded(total.grad, part.grad, part.offset_step, f"sum {total.parts}{replica}")
 
     def _part(self, p: Tensor, total: PendingGradient | None) -> PendingGradient:
         """Return ``p.grad`` as a part of the update whose other parts are ``total``."""
-        assert p.grad is not None
-        if p.grad.layout != torch.strided:
-            raise ValueError(f"a gradient is {p.grad.layout}; only dense ones are supported (Embedding(sparse=False))")
-        grad = local(p.grad)
+        grad = p.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise ValueError(f"a gradient is {grad.layout}; only dense ones are supported (Embedding(sparse=False))")
+        slot = self._optimizer.slots[p]
+        grad = local(grad) if slot.is_shared else grad.detach()
         if grad.ndim == 0:
             grad = grad.view(1)
+        # ``norm < inf`` is one operation, `isfinite` four. In the gradient's own dtype: bf16 has fp32's range, and fp32
+        # would cost eight times as much.
+        finite = torch.as_tensor(torch.linalg.vector_norm(grad) < math.inf)
         if total is None:
-            return self._start(p, grad)
-        return PendingGradient(p, grad, total.step, is_finite(grad), total.rule, total.state, total.refresh_due)
+            return self._start(p, slot, grad, finite)
+        return PendingGradient(p, total.slot, grad, total.step, finite, total.state, total.refresh_due)
 
+    def _start(self, p: Tensor, slot: Slot, grad: Tensor, finite: Tensor) -> PendingGradient:
+        """Return the pending gradient of an update of ``p`` whose first part is ``grad``."""
+        optimizer = self._optimizer
+        state = optimizer.tensors(p)
+        count = optimizer.state[p]["step"] + 1
+        step = Step(
+            count=count,
+            lr=float(optimizer.param_groups[slot.group]["lr"]),
+            seed=slot.seed,
+            phase=slot.index * _GOLDEN % 1.0,
+            bits=optimizer.random_bits(p, count) if p.dtype == torch.bfloat16 else None,
+            shard=slot.shard,
+        )
+        if not slot.gathers:
+            slot.rule.start(state, step)
+        return PendingGradient(p, slot, grad, step, finite, state, slot.rule.next_refresh(step) == count)
+
+    # Where the gradient can be seen to be finite, nothing has to look at it again; where a GPU would have to be waited
+    # for, the step carries the question along, and answers it whenever something is kept.
     def take(self, p: Tensor) -> PendingGradient | None:
         """Remove and return the gradient of ``p`` in the form in which an update takes it; None where there is none."""
         pending = self._of(p)
@@ -147,13 +249,17 @@ class PendingGradients:
             self.distributor.sync([pending])
         self._finalize(pending)
         self._pending.pop(p, None)
+        is_seen = type(pending.finite) is Tensor and pending.finite.device.type == "cpu"
+        if not (is_seen and pending.finite):
+            pending.step = pending.step.only_if(pending.finite)
         return pending
 
     def _finalize(self, pending: PendingGradient) -> None:
         """Find the bases that are due in a gradient, and keep the compressed one alone."""
         if pending.refresh_due:
-            self._observed("refresh", pending.param, pending.refresh)
-        pending.compress()
+            self._optimizer.observed("refresh", pending.param, pending.refresh)
+        if not pending.compressed:
+            pending.compress()
 
     def _of(self, p: Tensor) -> PendingGradient | None:
         """Return what is pending for ``p``, or else its gradient; that is then pending."""
@@ -191,7 +297,7 @@ class PendingGradients:
         """Where processes share an update: find the bases that are due, each by one process."""
         if self.distributor is not None:
             pending = list(self._all(params))
-            self._observed("refresh", None, partial(self.distributor.refresh_bases, pending))
+            self._optimizer.observed("refresh", None, partial(self.distributor.refresh_bases, pending))
 
     @torch.no_grad()
     def compress_all(self, params: Iterable[Tensor]) -> None:
@@ -247,8 +353,6 @@ def _norm(p: Tensor, pending: PendingGradient | None) -> Tensor:
 
 def _is_part(p: Tensor, pending: PendingGradient | None) -> bool:
     """Whether that norm is of a part of the tensor, and other processes have the others."""
-    from galore_pretrain.tensors.shards import shard_of
-
     if pending is None:
         return shard_of(p) is not None
     if pending.compressed and pending.norm is None:
@@ -300,20 +404,27 @@ class Execution(ABC):
 
     def complete(self) -> None:
         """Make the updates that are still to be made. Waits for no device."""
-        self._optimizer.observed("complete", None, self._complete)
+        if self._optimizer.observer is None:
+            self._complete()
+        else:
+            self._optimizer.observed("complete", None, self._complete)
 
     def _complete(self) -> None:
-        if self._compresses_first():
+        if self._grad_clip > 0 and self._compresses_first():
             self._pending.compress_all(self._params)
-        self._pending.sync(self._params)
+        shares = self._pending.distributor is not None
+        if shares:
+            self._pending.sync(self._params)
         coefficient = self._norm = None
         if self._grad_clip > 0:
             self._norm = self._pending.norms(self._params).norm()
             coefficient = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
-        self._pending.refresh(self._params)
+        if shares:
+            self._pending.refresh(self._params)
         for p in self._params:
-            self._optimizer.update_param(p, coefficient)
-            p.grad = None
+            if p.grad is not None or p in self._pending:
+                self._optimizer.update_param(p, coefficient)
+                p.grad = None
 
     @abstractmethod
     def _compresses_first(self) -> bool:
@@ -330,6 +441,9 @@ class Execution(ABC):
         self._optimizer.take_faults()  # of an update that is not made
 
     def _accumulate(self, p: Tensor, *, compress: bool, measure: bool = False) -> None:
+        if self._optimizer.observer is None:
+            self._pending.accumulate(p, compress=compress, measure=measure)
+            return
         work = partial(self._pending.accumulate, p, compress=compress, measure=measure)
         self._optimizer.observed("accumulate", p, work)
 
@@ -348,7 +462,7 @@ class GlobalStep(Execution):
             self._accumulate(p, compress=False)
 
     def _compresses_first(self) -> bool:
-        return self._grad_clip > 0 and self._projected
+        return self._projected
 
 
 class Layerwise(Execution):
@@ -364,7 +478,8 @@ class Layerwise(Execution):
 
     def _hook(self, p: Tensor) -> None:
         is_last = self._micro_batch == self._micro_batches - 1
-        clips, waits = self._grad_clip > 0, self._optimizer.waits_for_all(p)
+        clips = self._grad_clip > 0
+        waits = self._pending.distributor is not None and self._pending.waits_for_all(p)
         if self._micro_batches > 1 or clips or waits:
             measure = clips and self._micro_batches == 1 and not self._projected
             self._accumulate(p, compress=True, measure=measure)
@@ -379,7 +494,7 @@ class Layerwise(Execution):
             p.grad = None
 
     def _compresses_first(self) -> bool:
-        return self._grad_clip > 0 and self._optimizer.is_shared
+        return self._optimizer.is_shared
 
     def begin(self, micro_batch: int, micro_batches: int) -> None:
         """Say which backward pass is next. ValueError where the norm that is to be clipped will not be known."""

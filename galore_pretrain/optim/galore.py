@@ -24,6 +24,7 @@ from galore_pretrain.optim.rule import (
     update_in_chunks,
 )
 from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors.chunks import SMALL_CHUNK
 from galore_pretrain.tensors.shards import Shard
 from galore_pretrain.tensors.values import gradient_norm, known_true
 
@@ -151,23 +152,43 @@ class GaLore(UpdateRule):
         have the whole of it.
         """
         shard = step.shard
-        left, right = self._parts(state, shard)
+        if shard is None:
+            left, right = state.get("left_basis"), state.get("right_basis")
+        else:
+            left, right = self._parts(state, shard)
         if self.upcast:
             grad = grad.float()
-        low = project(grad, left, right).contiguous() if self.published else project_fast(grad, left, right)
+        if self.published:
+            low = project(grad, left, right).contiguous()
+        elif grad.dtype == torch.float32:
+            low = grad if right is None else grad @ right.T
+            low = (low if left is None else (low.T @ left).T).contiguous()
+        else:
+            low = project_fast(grad, left, right)
         if shard is None or self.low_shard(state, shard) is not None:
             return low
         return shard.sum(low.float()).to(low.dtype)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         """Advance the inner rule by the low-rank gradient and project its direction back, in factors."""
-        left, right = self._parts(state, step.shard)
+        if step.shard is None:
+            left, right, low_step = state.get("left_basis"), state.get("right_basis"), step
+        else:
+            left, right = self._parts(state, step.shard)
+            low_step = self.compressed_step(state, step)
         if self.moments == "reset":
-            step = replace(step, count=self._age(step))
-        dtype = grad.dtype
-        low = update_in_chunks(self.inner, grad, self._inner_state(state), self.compressed_step(state, step))
-        narrow = low.whole()
-        narrow = narrow if narrow.dtype == dtype else narrow.to(dtype)
+            low_step = replace(low_step, count=self._age(step))
+        dtype, inner_state = grad.dtype, self._inner_state(state)
+        if grad.numel() <= SMALL_CHUNK:
+            low = self.inner.update(grad, inner_state, low_step)
+        else:
+            low = update_in_chunks(self.inner, grad, inner_state, low_step)
+        if low.rest is not None:
+            low = low.merged()
+        is_plain = low.right is None and low.row is None and low.column is None
+        narrow = low.left if is_plain else low.whole()
+        if narrow.dtype != dtype:
+            narrow = narrow.to(dtype)
         if left is not None:
             tall, wide = (left, narrow) if right is None else (left @ narrow, right)
         else:

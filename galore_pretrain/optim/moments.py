@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -44,10 +44,8 @@ class MomentStore(Protocol):
         """
         ...
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether a moment is one tensor of its own shape."""
-        ...
+    is_dense: ClassVar[bool]
+    """Whether a moment is one tensor of its own shape."""
 
     def entries(self, state: State, name: str) -> tuple[str, ...]:
         """Return the names of the entries of ``state`` that hold the moment."""
@@ -74,6 +72,7 @@ class Dense:
     """
 
     rounding: str = "stochastic"
+    is_dense: ClassVar[bool] = True
 
     def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
         return {name: torch.zeros_like(like, memory_format=torch.contiguous_format)}
@@ -86,10 +85,6 @@ class Dense:
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
         return {name: state[name].view(-1)[start:stop]}
-
-    @property
-    def is_dense(self) -> bool:
-        return True
 
     def entries(self, state: State, name: str) -> tuple[str, ...]:
         return (name,)
@@ -111,6 +106,8 @@ class Blockwise8bit:
     dense fp32 tensor, as in bitsandbytes' own optimizers. Where processes share a moment out, blocks begin anew with
     each part.
     """
+
+    is_dense: ClassVar[bool] = False
 
     def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
         if math.prod(like.shape if shard is None else shard.shape) < _SMALL:
@@ -148,10 +145,6 @@ class Blockwise8bit:
         if (scale := state.get(f"{name}_absmax")) is not None:
             part[f"{name}_absmax"] = scale[start // _BLOCK : -(-stop // _BLOCK)]
         return part
-
-    @property
-    def is_dense(self) -> bool:
-        return False
 
     def entries(self, state: State, name: str) -> tuple[str, ...]:
         return tuple(entry for entry in (name, f"{name}_absmax") if entry in state)

@@ -8,25 +8,23 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from galore_pretrain.optim.checkpointing import blocks_from_checkpoint, checked_state, to_checkpoint
-from galore_pretrain.optim.execution import PendingGradient, PendingGradients
+from galore_pretrain.optim.execution import PendingGradient, PendingGradients, SkipCounts, Skips, Slot
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Direction, Scope, UpdateRule, check_scope
-from galore_pretrain.optim.sharing import Distributor
-from galore_pretrain.optim.update import SkipCounts, Skips, Step
-from galore_pretrain.optim.weights import subtract
+from galore_pretrain.optim.sharing import Distributor, update_gathered
+from galore_pretrain.optim.update import Step
+from galore_pretrain.optim.weights import DenseWeights, WeightStore
 from galore_pretrain.tensors.chunks import chunk_elements, pieces
 from galore_pretrain.tensors.rounding import NoiseTables, RandomBits, derive_seed
-from galore_pretrain.tensors.shards import Shard, local, shard_of
-from galore_pretrain.tensors.values import is_finite
+from galore_pretrain.tensors.shards import is_shared, local, shard_of
 
-_GOLDEN = 0.6180339887498949
 _PATIENCE = 100  # steps after which skipped updates that nobody asked for are told
 
 
@@ -36,21 +34,6 @@ class Observer(Protocol):
     def observe(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
         """Do ``work``: ``accumulate``, ``compress``, ``update`` of ``p``, or ``complete``, what follows backward."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A parameter's place in the optimizer: its group, its index among all, its rule, and which part of it is here.
-
-    ``gathers``: the rule needs more of the tensor than this part, so the tensor is gathered for each update.
-    """
-
-    group: int
-    index: int
-    seed: int
-    rule: UpdateRule
-    shard: Shard | None
-    gathers: bool
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -66,6 +49,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     observer: Observer | None = None
+    weights: WeightStore = DenseWeights()
 
     def __init__(
         self,
@@ -79,8 +63,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding {rounding!r} is unknown; choose from stochastic, nearest")
         self.rounding, self.seed = rounding, seed
-        self._slots: dict[Tensor, Slot] = {}
-        self.pending = PendingGradients(self._start, self.observed)
+        self.slots: dict[Tensor, Slot] = {}
+        self.pending = PendingGradients(self)
         self._noise, self._skips, self._steps_since_read = NoiseTables(seed), SkipCounts(), 0
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
@@ -101,17 +85,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self.pending.distributor is None:
             self.pending.distributor = Distributor.of(added["params"])
         for p in added["params"]:
-            if p.dtype not in (torch.float32, torch.bfloat16):
-                raise ValueError(f"a parameter is {p.dtype}; weights in bfloat16 and float32 are supported")
-            shard = shard_of(p)
-            gathers = shard is not None and not rule.scope.allows(shard)
-            index = len(self._slots)
-            if gathers and rule.next_refresh(Step(1)) is not None:
-                raise ValueError(_cannot_share(rule, "renews bases"))
-            slot = self._slots[p] = Slot(
-                len(self.param_groups) - 1, index, derive_seed(self.seed, index), rule, shard, gathers
-            )
+            slot = _slot(p, rule, group=len(self.param_groups) - 1, index=len(self.slots), seed=self.seed)
             self.state[p] = {"step": 0, **_checked(_initial(slot, p), slot)}
+            self.slots[p] = slot
 
     def follow(self, group: int, rule: UpdateRule) -> None:
         """Update a group by another rule from now on. ValueError where its state has other names, shapes or dtypes."""
@@ -119,20 +95,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         if settings == now["settings"]:
             return
         for p in now["params"]:
-            expected = _initial(replace(self._slots[p], rule=rule), p.to("meta"))
-            if _shapes(expected) != _shapes(self._tensors(p)):
+            expected = _initial(replace(self.slots[p], rule=rule), p.to("meta"))
+            if _shapes(expected) != _shapes(self.tensors(p)):
                 raise ValueError(
                     f"a group of {now['settings']} cannot go on as {settings}: its state has another shape"
                 )
         for p in now["params"]:
-            self._slots[p] = replace(self._slots[p], rule=rule)
+            self.slots[p] = replace(self.slots[p], rule=rule)
         now["settings"] = settings
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy take: torch's own method leaves out what a subclass adds."""
-        own = {name: getattr(self, name) for name in ("rounding", "seed", "_slots", "_steps_since_read")}
-        pending = PendingGradients(self._start, self.observed)
-        pending.distributor = self.pending.distributor
+        own = {name: getattr(self, name) for name in ("rounding", "seed", "slots", "_steps_since_read")}
+        pending = PendingGradients(self, self.pending.distributor)
         fresh = {"_noise": NoiseTables(self.seed), "_skips": SkipCounts(), "pending": pending}
         return {**super().__getstate__(), **own, **fresh}
 
@@ -144,32 +119,15 @@ class RuleOptimizer(torch.optim.Optimizer):
     @property
     def projects(self) -> bool:
         """Whether some gradients are kept compressed until their update."""
-        return any(slot.rule.projects for slot in self._slots.values())
-
-    def waits_for_all(self, p: Tensor) -> bool:
-        """Whether the gradient of ``p`` is not used before an update's last, where several processes make one.
-
-        What is compressed or gathered waits, as all must do that in one order; and where sums over replicas are under
-        way, what is small, which would have to wait for them.
-        """
-        distributor = self.pending.distributor
-        if distributor is None:
-            return False
-        slot = self._slots[p]
-        return slot.rule.projects or slot.gathers or (distributor.replica is not None and p.ndim < 2)
+        return any(slot.rule.projects for slot in self.slots.values())
 
     def rule_of(self, p: Tensor) -> UpdateRule:
         """Return the rule that updates ``p``."""
-        return self._slots[p].rule
+        return self.slots[p].rule
 
     def describe(self, group: dict[str, Any]) -> str:
         """Say how the rule of a group is composed: ``GaLore(Adam(Dense))``."""
-
-        def composition(part: object) -> str:
-            parts = [composition(inner) for inner in vars(part).values() if is_dataclass(inner)]
-            return type(part).__name__ + (f"({', '.join(parts)})" if parts else "")
-
-        return composition(self.rule_of(group["params"][0]))
+        return _composition(self.rule_of(group["params"][0]))
 
     def observed(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
         """Do ``work``, by way of the observer if there is one."""
@@ -186,8 +144,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._before_step()
-        self.pending.sync(self._slots)
-        self.pending.refresh(self._slots)
+        self.pending.sync(self.slots)
+        self.pending.refresh(self.slots)
         for group in self.param_groups:
             for p in group["params"]:
                 self.update_param(p)
@@ -218,23 +176,25 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _update_param(self, p: Tensor, coefficient: Tensor | None) -> None:
         if p.numel() == 0 or (pending := self.pending.take(p)) is None:
             return
-        slot = self._slots[p]
+        slot = self.slots[p]
         self.state[p]["step"] += 1
-        pending.step = pending.step.only_if(pending.finite)
         if coefficient is not None:
             pending.grad.mul_(coefficient)
-        here = local(p)
+        here = local(p) if slot.is_shared else p.detach()
         weight = here.contiguous()  # itself, if it is
         weight = weight.view(1) if weight.ndim == 0 else weight
         if slot.gathers:
-            self._update_gathered(weight, pending, slot)
-        elif slot.rule.scope is Scope.ELEMENTS:
+            assert self.pending.distributor is not None
+            direction = update_gathered(self.pending.distributor, pending, weight, self._l2(slot))
+            self._subtract(weight, direction, slot, pending.step.placed())
+        elif slot.scope is Scope.ELEMENTS:
             self._update_elements(weight, pending, slot)
         else:
             self._update(weight, pending.grad, pending.state, slot, pending.step)
         if not here.is_contiguous():
             here.copy_(weight)  # else it was changed in place
-        self._skips.count(pending.step)
+        if pending.step.ok is not None or pending.step.failures:
+            self._skips.count(pending.step)
 
     def _update_elements(self, weight: Tensor, pending: PendingGradient, slot: Slot) -> None:
         """Update a flattened tensor by chunks, so that temporaries stay small."""
@@ -246,57 +206,35 @@ class RuleOptimizer(torch.optim.Optimizer):
             state = rule.narrow(pending.state, start, stop)
             self._update(weight[start:stop], grad[start:stop], state, slot, step.at(start))
 
-    # Gradient and state are gathered, so that the rule sees the whole tensor as one process would. All processes make
-    # the same update of it, and each keeps its part of the direction and of the state.
-    def _update_gathered(self, weight: Tensor, pending: PendingGradient, slot: Slot) -> None:
-        """Update the part of a tensor that is here by a rule that needs the whole of it."""
-        rule, shard, step = slot.rule, slot.shard, pending.step
-        distributor = self.pending.distributor
-        assert shard is not None
-        assert distributor is not None
-        state: State = {}
-        for name, value in pending.state.items():
-            place = rule.layout(name, pending.state, shard)
-            state[name] = value if place is None else distributor.gather(value, place)
-        whole = replace(step, shard=None)
-        rule.start(state, whole)
-        grad = distributor.gather(pending.grad, shard)
-        decay = float(self.param_groups[slot.group]["weight_decay"])
-        if decay and rule.decay == "l2":
-            grad = self._decayed(grad, distributor.gather(weight, shard), decay)
-        direction = rule.update(grad, state, whole).of(shard)
-        for name, value in pending.state.items():
-            place = rule.layout(name, pending.state, shard)
-            if place is not None:
-                value.copy_(place.of(state[name]))
-        self._subtract(weight, direction, slot, step.placed())
-
     def _update(self, weight: Tensor, grad: Tensor, state: State, slot: Slot, step: Step) -> None:
         """Update ``weight``, or the chunk of it that is handed over, by the rule's direction."""
-        rule, decay = slot.rule, float(self.param_groups[slot.group]["weight_decay"])
-        if rule.update_weight(weight, grad, state, step, decay):
+        decay = float(self.param_groups[slot.group]["weight_decay"])
+        in_one_pass = self.weights.is_dense and not slot.projects
+        if in_one_pass and slot.rule.update_weight(weight, grad, state, step, decay):
             return
-        if decay and rule.decay == "l2":
-            grad = self._decayed(grad, rule.compress(weight, state, step), decay)
-        direction = rule.update(grad, state, step)
-        if rule.scope is not Scope.ELEMENTS:
+        if decay and slot.decay == "l2":
+            like = grad if self.rounding == "nearest" else grad.float()
+            grad = torch.add(like, slot.rule.compress(weight, state, step), alpha=decay)
+        direction = slot.rule.update(grad, state, step)
+        if slot.shard is not None and slot.scope is not Scope.ELEMENTS:
             step = step.placed()
         self._subtract(weight, direction, slot, step)
 
-    def _decayed(self, grad: Tensor, weight: Tensor, decay: float) -> Tensor:
-        """Return the gradient of a loss with ``decay`` · ‖weight‖²/2 added to it."""
-        return torch.add(grad if self.rounding == "nearest" else grad.float(), weight, alpha=decay)
+    def _l2(self, slot: Slot) -> float:
+        """Return the decay that is added to the gradient."""
+        return float(self.param_groups[slot.group]["weight_decay"]) if slot.decay == "l2" else 0.0
 
     def _subtract(self, weight: Tensor, direction: Direction, slot: Slot, step: Step) -> None:
-        decoupled = step.lr * float(self.param_groups[slot.group]["weight_decay"]) if slot.rule.decay != "l2" else 0.0
-        subtract(weight, direction, decoupled, slot.rule.decay == "before", step)
+        decay = float(self.param_groups[slot.group]["weight_decay"])
+        decoupled = 0.0 if slot.decay == "l2" else step.lr * decay
+        self.weights.subtract(weight, direction, decoupled, slot.decay == "before", step)
 
     @torch.no_grad()
     def reset(self, params: Iterable[Tensor]) -> None:
         """Make the state of ``params`` what it was before their first update."""
         for p in params:
             self.state[p]["step"] = 0
-            for name, value in _initial(self._slots[p], p).items():
+            for name, value in _initial(self.slots[p], p).items():
                 self.state[p][name].copy_(value)
 
     def sum_over_replicas(self, mesh: Any) -> None:
@@ -305,7 +243,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def discard(self, params: Iterable[Tensor] | None = None) -> None:
         """Drop the gradients of ``params``, accumulated or not; of all by default."""
-        self.pending.discard(list(self._slots) if params is None else params)
+        self.pending.discard(list(self.slots) if params is None else params)
         if params is None and self.pending.distributor is not None:
             self.pending.distributor.discard()
 
@@ -315,24 +253,24 @@ class RuleOptimizer(torch.optim.Optimizer):
         All processes must call this for the same parameters; what is put together of all has then one of them.
         """
         if load:
-            return to_checkpoint(self.rule_of(p), self._tensors(p), p)
+            return to_checkpoint(self.rule_of(p), self.tensors(p), p)
         distributor = self.pending.distributor
         blocks = distributor is None or distributor.rank == 0
-        return to_checkpoint(self.rule_of(p), self._tensors(p), p, blocks=blocks)
+        return to_checkpoint(self.rule_of(p), self.tensors(p), p, blocks=blocks)
 
     def take_saved(self, p: Tensor, saved: dict[str, Tensor]) -> None:
         """Take what was loaded into `saved_state`'s tensors."""
-        blocks_from_checkpoint(self.rule_of(p), self._tensors(p), saved, p)
+        blocks_from_checkpoint(self.rule_of(p), self.tensors(p), saved, p)
 
     def state_bytes(self, params: Iterable[Tensor] | None = None) -> int:
         """Return what the state of ``params`` takes; of all by default."""
-        states = [self.state[p] for p in (self._slots if params is None else params)]
+        states = [self.state[p] for p in (self.slots if params is None else params)]
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
     def sum_bytes(self, p: Tensor) -> int:
         """Return what an accumulated gradient of ``p`` takes between two refreshes of its basis."""
-        slot = self._slots[p]
-        return slot.rule.compress(local(p), self._tensors(p), Step(0, shard=slot.shard)).nbytes
+        slot = self.slots[p]
+        return slot.rule.compress(local(p), self.tensors(p), Step(0, shard=slot.shard)).nbytes
 
     def is_due(self, p: Tensor) -> bool:
         """Whether the next update of ``p`` begins with a new basis."""
@@ -341,9 +279,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def next_due(self, p: Tensor, count: int) -> int | None:
         """Return the number (from ``count`` on) of the first update of ``p`` with a new basis; None where none has."""
-        return self.rule_of(p).next_refresh(Step(count, phase=self._phase(self._slots[p])))
+        return self.rule_of(p).next_refresh(Step(count, phase=self.slots[p].phase))
 
-    def _tensors(self, p: Tensor) -> State:
+    def tensors(self, p: Tensor) -> State:
         """Return the tensors of the state of ``p``, on its device."""
         state = self.state[p]
         for name, value in state.items():
@@ -351,32 +289,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 state[name] = value.to(p.device)
         return {name: value for name, value in state.items() if name != "step"}
 
-    def _start(self, p: Tensor, grad: Tensor) -> PendingGradient:
-        """Return the pending gradient of an update of ``p`` whose first part is ``grad``."""
-        slot, state = self._slots[p], self._tensors(p)
-        count = self.state[p]["step"] + 1
-        step = Step(
-            count=count,
-            lr=float(self.param_groups[slot.group]["lr"]),
-            seed=slot.seed,
-            phase=self._phase(slot),
-            bits=self.random_bits(p, count),
-            shard=slot.shard,
-        )
-        if not slot.gathers:
-            slot.rule.start(state, step)
-        finite = is_finite(grad)
-        refresh_due = slot.rule.next_refresh(step) == count
-        return PendingGradient(p, grad, step, finite, slot.rule, state, refresh_due)
-
-    def _phase(self, slot: Slot) -> float:
-        return slot.index * _GOLDEN % 1.0  # evenly spread, whatever the groups and their number
-
     def random_bits(self, p: Tensor, count: int) -> RandomBits | None:
         """Return the streams of one parameter at one update: the same whatever the order of updates."""
         if self.rounding == "nearest" or p.dtype != torch.bfloat16 or p.device.type == "meta":
             return None
-        return self._noise.bits(self._slots[p].index, count, p.device)
+        return self._noise.bits(self.slots[p].index, count, p.device)
 
     def take_faults(self) -> Skips:
         """Return what was skipped since the last call. Waits for the device."""
@@ -396,6 +313,22 @@ class RuleOptimizer(torch.optim.Optimizer):
         for p, saved_state in loaded.items():
             for name, value in saved_state.items():
                 self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _slot(p: Tensor, rule: UpdateRule, *, group: int, index: int, seed: int) -> Slot:
+    """Return the place of a new parameter. ValueError where its rule or dtype cannot be had."""
+    if p.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"a parameter is {p.dtype}; weights in bfloat16 and float32 are supported")
+    shard = shard_of(p)
+    gathers = shard is not None and not rule.scope.allows(shard)
+    if gathers and rule.next_refresh(Step(1)) is not None:
+        raise ValueError(_cannot_share(rule, "renews bases"))
+    return Slot(group, index, derive_seed(seed, index), rule, shard, is_shared(p), gathers)
+
+
+def _composition(part: object) -> str:
+    parts = [_composition(inner) for inner in vars(part).values() if is_dataclass(inner)]
+    return type(part).__name__ + (f"({', '.join(parts)})" if parts else "")
 
 
 def _initial(slot: Slot, p: Tensor) -> State:

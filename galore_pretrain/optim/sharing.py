@@ -1,12 +1,14 @@
 """What the processes that make an update together tell each other: sums, what is finite, bases, whole tensors."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.rule import NewBases
+from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.rule import Direction, NewBases
 from galore_pretrain.tensors.shards import Shard
 
 if TYPE_CHECKING:
@@ -158,3 +160,28 @@ class Distributor:
 
         for tensor in tensors:
             distributed.broadcast(tensor, src=owner)
+
+
+# Gradient and state are gathered, so that the rule sees the whole tensor as one process would. All processes make the
+# same update of it, and each keeps its part of the direction and of the state.
+def update_gathered(distributor: Distributor, pending: "PendingGradient", weight: Tensor, l2: float) -> Direction:
+    """Return the direction of the part of a tensor that is here, by a rule that needs the whole of it.
+
+    ``l2`` · ``weight``, which is this process's part, is added to the gradient.
+    """
+    rule, shard, own = pending.rule, pending.step.shard, pending.state
+    assert shard is not None
+    places = {name: rule.layout(name, own, shard) for name in own}
+    whole: State = {}
+    for name, place in places.items():
+        whole[name] = own[name] if place is None else distributor.gather(own[name], place)
+    grad = distributor.gather(pending.grad, shard)
+    if l2:
+        grad = torch.add(grad.float(), distributor.gather(weight, shard), alpha=l2)
+    step = replace(pending.step, shard=None)
+    rule.start(whole, step)
+    direction = rule.update(grad, whole, step).of(shard)
+    for name, place in places.items():
+        if place is not None:
+            own[name].copy_(place.of(whole[name]))
+    return direction

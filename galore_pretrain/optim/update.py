@@ -13,37 +13,6 @@ from galore_pretrain.tensors.values import known_true
 
 
 @dataclass(frozen=True)
-class Skips:
-    """Counts what was left out: updates of one tensor that were skipped, and bases that were not renewed."""
-
-    skipped: int = 0
-    failed_refreshes: int = 0
-
-
-class SkipCounts:
-    """Counts `Skips` on the device where they happen, so that nobody waits for it."""
-
-    def __init__(self) -> None:
-        self._counts: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes)
-
-    def count(self, step: "Step") -> None:
-        """Count what ``step`` left out."""
-        if step.ok is None and not step.failures:
-            return
-        device = step.failures[0].device if step.ok is None else step.ok.device
-        none = torch.zeros((), dtype=torch.bool, device=device)
-        skipped = none if step.ok is None else ~step.ok
-        new = torch.stack([skipped.long(), torch.stack([none, *step.failures]).sum()])
-        self._counts[new.device] = self._counts[new.device] + new if new.device in self._counts else new
-
-    def take(self) -> Skips:
-        """Return the counts and begin anew. Waits for the device."""
-        counts = [count.tolist() for count in self._counts.values()]
-        self._counts.clear()
-        return Skips(*(sum(values) for values in zip(*counts, strict=True)))
-
-
-@dataclass(frozen=True)
 class Step:
     """One update of one parameter, or of the elements from ``start`` on of the flattened parameter.
 

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+SMALL_CHUNK = 1 << 18
+"""Elements that are worked on at a time on a CPU: what its cache holds. No device works on fewer."""
+
 
 def chunk_elements(device: torch.device) -> int:
     """Elements that are worked on at a time: on a CPU, what its cache holds; elsewhere 8 MiB of fp32.
 
     So no fp32 copy of a large weight, gradient or moment ever exists. Results do not depend on it.
     """
-    return 1 << 18 if device.type == "cpu" else 1 << 21
+    return SMALL_CHUNK if device.type == "cpu" else 1 << 21
 
 
 @dataclass
