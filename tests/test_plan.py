@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from galore_pretrain.cli import cli
 from galore_pretrain.config.options import RunConfig, parse_bytes
@@ -25,7 +26,7 @@ from galore_pretrain.planning.budget import OUTSIDE, budget_of, choose, lower_bo
 from galore_pretrain.planning.ledger import KINDS, Ledger, allocated_peak
 from galore_pretrain.planning.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
 from galore_pretrain.study import paper
-from galore_pretrain.tensors.chunks import abridged, pieces
+from galore_pretrain.tensors.chunks import ChunkSample, chunks
 from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
 
 
@@ -104,11 +105,17 @@ def test_the_shortcuts_change_nothing(row: str, layerwise: bool, size: int, clip
     assert (short.peak_bytes, short.parts, short.place) == (long.peak_bytes, long.parts, long.place)
 
 
-def test_pieces_cover_everything_unless_abridged() -> None:
-    assert list(pieces(10, 4)) == [(0, 4), (4, 8), (8, 10)]
-    with abridged():
-        assert list(pieces(22, 4)) == [(0, 4), (4, 8), (20, 22)]
-    assert len(list(pieces(22, 4))) == 6
+def test_chunks_cover_everything_but_a_plan_s_tensors() -> None:
+    """Of those, the second stands for all that are left out."""
+    real = torch.zeros(22)
+    assert list(chunks(real, 10, 4)) == [(0, 4), (4, 8), (8, 10)]
+    mode = FakeTensorMode()
+    mode.chunk_sample = sample = ChunkSample()  # type: ignore[attr-defined]
+    with mode:
+        fake = torch.zeros(22)
+    repeats = [(start, stop, sample.repeats) for start, stop in chunks(fake, 22, 4)]
+    assert repeats == [(0, 4, 1), (4, 8, 4), (20, 22, 1)]
+    assert len(list(chunks(real, 22, 4))) == 6
 
 
 def test_tied_weights_are_planned_once(small: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.products import product
 
 _HEAD_CHUNK = 512  # tokens whose logits exist at a time
@@ -78,11 +78,11 @@ def _logits_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, scale: floa
     """
     total, whole = hidden.new_zeros((), dtype=torch.float32), hidden.new_empty(len(hidden), len(weight))
     rows = max(1, chunk_elements(hidden.device) // len(weight)) if hidden.device.type == "cpu" else _HEAD_CHUNK
-    for start, stop in pieces(len(hidden), _HEAD_CHUNK):
+    for start, stop in chunks(hidden, len(hidden), _HEAD_CHUNK):
         chunk, targets = whole[start:stop], labels[start:stop]
         torch.mm(hidden[start:stop], weight.T, out=chunk)
         losses = []
-        for first, last in pieces(len(chunk), rows):
+        for first, last in chunks(chunk, len(chunk), rows):
             logits, y = chunk[first:last], targets[first:last]
             counted, index = y >= 0, y.clamp(min=0)[:, None]
             log_p = F.log_softmax(logits.float(), dim=-1)

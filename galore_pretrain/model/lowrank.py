@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from galore_pretrain.model.llama import draw
 from galore_pretrain.optim import is_projected
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import fill, is_shared, local, whole
 
@@ -68,7 +68,7 @@ class FactoredLinear(nn.Module):
     def _sum_into(self, target: Tensor, base: Tensor | None, b: Tensor) -> Tensor:
         """``base`` + ``scale`` · BA for rows of B, in fp32 a block at a time; ``target`` may be ``base`` itself."""
         a = whole(self.A.weight).float()
-        for start, stop in pieces(len(target), max(1, chunk_elements(a.device) // target.shape[1])):
+        for start, stop in chunks(target, len(target), max(1, chunk_elements(a.device) // target.shape[1])):
             rows = (b[start:stop].float() @ a).mul_(self.scale)
             target[start:stop] = rows if base is None else rows.add_(base[start:stop])
         return target

@@ -12,7 +12,7 @@ from torch import Tensor
 from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rule import BasisChange, Direction, Layout, Scope, UpdateRule
 from galore_pretrain.optim.update import Step
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
 
 
@@ -102,7 +102,7 @@ class Adafactor(UpdateRule):
             return direction
         grad = direction.left
         width = grad.shape[1:].numel()
-        for start, stop in pieces(grad.shape[0], _rows(grad)):
+        for start, stop in chunks(grad, grad.shape[0], _rows(grad)):
             part, here = self.store.narrow(state, "exp_avg", start * width, stop * width), step.at(start * width)
             average = self.store.read(part, "exp_avg", here)
             average.mul_(self.beta1).add_(direction.part(start, stop).whole().reshape(-1), alpha=1 - self.beta1)
@@ -152,5 +152,5 @@ def _rows(matrix: Tensor) -> int:
 
 def _row_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(first row, fp32 copy) of blocks of rows."""
-    for start, stop in pieces(matrix.shape[0], _rows(matrix)):
+    for start, stop in chunks(matrix, matrix.shape[0], _rows(matrix)):
         yield start, matrix[start:stop].to(torch.float32, copy=True)

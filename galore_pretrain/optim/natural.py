@@ -12,7 +12,7 @@ from torch import Tensor
 from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rule import BasisChange, Decay, Direction, Layout, Scope, UpdateRule, update_in_chunks
 from galore_pretrain.optim.update import Step
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
 
 _BLOCK = 256  # a slot of the history is padded to whole blocks of an 8-bit store
@@ -86,7 +86,7 @@ class Natural(UpdateRule):
         padded[: grad.numel()] = grad.reshape(-1)
         self.store.write(self._slot(state, newest), "history", padded.clone(), step.at(newest * len(padded)))
         columns = range(min(step.count, self.history))
-        parts = list(pieces(len(padded), chunk_elements(grad.device)))
+        parts = list(chunks(padded, len(padded), chunk_elements(grad.device)))
 
         products = torch.zeros(self.history, dtype=torch.float64, device=grad.device)
         for piece in parts:

@@ -21,7 +21,7 @@ from galore_pretrain.optim.rule import Direction, Scope, UpdateRule, check_scope
 from galore_pretrain.optim.sharing import Distributor, update_gathered
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import DenseWeights, WeightStore
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.rounding import NoiseTables, RandomBits, derive_seed
 from galore_pretrain.tensors.shards import is_shared, local, shard_of
 
@@ -202,7 +202,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         weight, grad = weight.view(-1), pending.grad.reshape(-1)
         total = weight.numel()
         size = chunk_elements(weight.device) if rule.needs_chunks(step, weight.dtype) else total
-        for start, stop in pieces(total, max(1, size)):
+        for start, stop in chunks(weight, total, max(1, size)):
             state = rule.narrow(pending.state, start, stop)
             self._update(weight[start:stop], grad[start:stop], state, slot, step.at(start))
 

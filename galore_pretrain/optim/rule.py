@@ -16,7 +16,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.moments import MomentStore, State
 from galore_pretrain.optim.update import Step
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
 
 Decay = Literal["before", "after", "l2"]
@@ -230,6 +230,10 @@ class UpdateRule:
         """Return the number of the first update, from this one on, that begins with new bases; None where none does."""
         return None
 
+    def bases(self, state: State) -> tuple[Tensor | None, Tensor | None]:
+        """Return the (left, right) bases in use, whole; either may not be."""
+        return None, None
+
     def find_bases(self, grad: Tensor, state: State) -> NewBases:
         """Return new bases from a whole gradient."""
         raise NotImplementedError(f"{type(self).__name__} has no bases")
@@ -301,7 +305,7 @@ def update_in_chunks(rule: UpdateRule, grad: Tensor, state: State, step: Step) -
     if rule.scope is not Scope.ELEMENTS or grad.numel() <= size:
         return rule.update(grad, state, step).merged()
     flat = grad.view(-1)
-    for start, stop in pieces(flat.numel(), size):
+    for start, stop in chunks(flat, flat.numel(), size):
         piece = rule.update(flat[start:stop], rule.narrow(state, start, stop), step.at(start)).merged()
         flat[start:stop].copy_(piece.left)
     return replace(piece, left=grad)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.rounding import RandomBits, round_stochastic
 from galore_pretrain.tensors.shards import Shard
 from galore_pretrain.tensors.values import known_true
@@ -71,7 +71,7 @@ class Step:
             self._keep(target, value)
             return
         kept, given = target.view(-1), value.reshape(-1)
-        for begin, end in pieces(kept.numel(), chunk_elements(target.device)):
+        for begin, end in chunks(kept, kept.numel(), chunk_elements(target.device)):
             bits = self.bits.take(stream, self.start + begin, end - begin)
             self._keep(kept[begin:end], round_stochastic(given[begin:end], bits))
 

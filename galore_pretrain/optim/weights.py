@@ -8,7 +8,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.rule import Direction
 from galore_pretrain.optim.update import Step
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.products import has_fast_bf16
 
 _PRODUCT = 1 << 21
@@ -18,7 +18,7 @@ _PRODUCT = 1 << 21
 def add_rounded(total: Tensor, part: Tensor, step: Step, stream: str) -> None:
     """Add ``part`` to the bf16 ``total`` in place, in fp32 and rounded stochastically with the bits of ``stream``."""
     kept, added = total.view(-1), part.reshape(-1)
-    for start, stop in pieces(kept.numel(), chunk_elements(total.device)):
+    for start, stop in chunks(kept, kept.numel(), chunk_elements(total.device)):
         piece = kept[start:stop]
         step.at(start).store(piece, piece.float().add_(added[start:stop]), stream)
 
@@ -82,11 +82,11 @@ def _subtract_in_blocks(weight: Tensor, direction: Direction, decay: float, deca
     width = weight.shape[1:].numel()
     rows = max(1, chunk_elements(weight.device) // width)
     products = rows if direction.right is None else max(rows, _PRODUCT // width // rows * rows)
-    for begin, end in pieces(weight.shape[0], products):
+    for begin, end in chunks(weight, weight.shape[0], products):
         part, size = direction.part(begin, end), products
         if not plain and computed != torch.float32:  # else multiplied and added in one operation
             part, size = Direction(part.whole()), rows
-        for start, stop in pieces(len(part.left), size):
+        for start, stop in chunks(weight, len(part.left), size):
             kept = weight[begin + start : begin + stop]
             block = kept.to(kept.dtype if plain else torch.float32, copy=True)
             if decay and decay_first:
@@ -103,7 +103,7 @@ def _subtract_sum(weight: Tensor, direction: Direction, decay: float, decay_firs
     rate = 1.0 if direction.scaled else step.lr
     terms = [_in_fp32(term) for term in direction.terms()]
     width = weight.shape[1:].numel()
-    for start, stop in pieces(weight.shape[0], max(1, chunk_elements(weight.device) // width)):
+    for start, stop in chunks(weight, weight.shape[0], max(1, chunk_elements(weight.device) // width)):
         kept = weight[start:stop]
         block = kept.to(torch.float32, copy=True)
         if decay and decay_first:

@@ -18,7 +18,7 @@ from galore_pretrain.config.options import RunConfig, processes
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import Execution
 from galore_pretrain.planning.ledger import Ledger
-from galore_pretrain.tensors.chunks import abridged
+from galore_pretrain.tensors.chunks import ChunkSample
 from galore_pretrain.tensors.shards import local
 from galore_pretrain.train.build import device_of, execution_for, model_for, optimizer_for, prepare
 
@@ -125,17 +125,17 @@ def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, e
 
     The update is made in which the largest matrices have a basis due, and the first one, where sums over micro-batches
     do not outweigh its random bases. Of several micro-batches, the first and the last are run: between them nothing
-    is added. Updates of equal tensors are made once and then replayed, and of the pieces in which a large tensor is
+    is added. Updates of equal tensors are made once and then replayed, and of the chunks in which a large tensor is
     updated, three are (``every_update`` makes all). Allocations are counted, without what an allocator or a kernel of
     a library adds for itself.
     """
     ledger = Ledger()
-    shortened = contextlib.nullcontext() if every_update else abridged()
-    with shortened, faked(config, architecture, mesh, ledger) as (model, optimizer):
-        for state in optimizer.state.values():
-            for name, value in state.items():
-                if name.endswith("basis"):
-                    ledger.assign(value, "bases")
+    sample = None if every_update else ChunkSample()
+    with faked(config, architecture, mesh, ledger, sample) as (model, optimizer):
+        for p in optimizer.slots:
+            for basis in optimizer.rule_of(p).bases(optimizer.tensors(p)):
+                if basis is not None:
+                    ledger.assign(basis, "bases")
         execution = execution_for(config, optimizer)
         _watch(ledger, model)
         optimizer.observer = _Filing(ledger, optimizer, each=every_update)
@@ -145,9 +145,16 @@ def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, e
 
 @contextmanager
 def faked(
-    config: RunConfig, architecture: LlamaConfig, mesh: Any = None, ledger: Ledger | None = None
+    config: RunConfig,
+    architecture: LlamaConfig,
+    mesh: Any = None,
+    ledger: Ledger | None = None,
+    sample: ChunkSample | None = None,
 ) -> Iterator[tuple[LlamaForCausalLM, "RuleOptimizer"]]:
-    """Meanwhile, tensors are fake: a run's model and optimizer of them, which ``ledger`` sees being made."""
+    """Make tensors fake meanwhile, and give a run's model and optimizer of them, which ``ledger`` sees being made.
+
+    With a ``sample``, only some of a large tensor's chunks are worked on.
+    """
     if mesh is not None:
         import_module("torch.distributed._tools.fake_collectives")  # what they return of fake tensors
     model = model_for(config, architecture, "meta", mesh=mesh)
@@ -156,7 +163,9 @@ def faked(
     def kind(name: str) -> AbstractContextManager[None]:
         return ledger.kind(name) if ledger else contextlib.nullcontext()
 
-    with FakeTensorMode(allow_non_fake_inputs=True), device_of(config), ledger or contextlib.nullcontext():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.chunk_sample = sample  # type: ignore[attr-defined]
+    with mode, device_of(config), ledger or contextlib.nullcontext():
         with kind("weights"):
             model.to_empty(device=device_of(config))
             model.tie_weights()  # where the config says so: new storage has parted them

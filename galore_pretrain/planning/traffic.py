@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from galore_pretrain.config.options import RunConfig, processes_here
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.planning.plan import faked, make_update
-from galore_pretrain.tensors.chunks import Abridgement, abridged
+from galore_pretrain.tensors.chunks import ChunkSample
 from galore_pretrain.tensors.shards import local
 from galore_pretrain.train.build import execution_for, model_for, optimizer_for
 
@@ -119,10 +119,10 @@ def _refresh(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
         return found
     size, shards, here = mesh.size(), mesh.size(-1), processes_here()
     optimizer = optimizer_for(config, model_for(config, architecture, "meta", mesh=mesh), mesh)
-    for p, state in optimizer.state.items():
-        if not optimizer.rule_of(p).projects:
+    for p in optimizer.slots:
+        bases = sum(4 * b.numel() for b in optimizer.rule_of(p).bases(optimizer.tensors(p)) if b is not None)
+        if not bases:
             continue
-        bases = sum(4 * value.numel() for name, value in state.items() if name.endswith("basis"))
         sent = bases + 4 * (size > 1)
         inside = min(shards, here)
         for name, between, bytes_ in (
@@ -139,11 +139,12 @@ def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int)
     """One update of so many micro-batches, in which no basis is due, even where one is at each."""
     if config.update_proj_gap:
         config = replace(config, update_proj_gap=max(3, config.update_proj_gap))
-    with abridged() as abridgement, faked(config, architecture, mesh) as (model, optimizer):
+    sample = ChunkSample()
+    with faked(config, architecture, mesh, sample=sample) as (model, optimizer):
         execution = execution_for(config, optimizer)
         for state in optimizer.state.values():
             state["step"] = 1
-        counter = Counter(abridgement)
+        counter = Counter(sample)
         with counter:
             make_update(config, model, execution, parts)
         return counter.found
@@ -152,9 +153,9 @@ def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int)
 class Counter(TorchDispatchMode):
     """Counts products and messages of what is done while it is active, on fake tensors or real ones."""
 
-    def __init__(self, abridgement: Abridgement | None = None) -> None:
+    def __init__(self, sample: ChunkSample | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._abridgement = abridgement or Abridgement()
+        self._sample = sample or ChunkSample()
         self.found: Counts = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -163,7 +164,7 @@ class Counter(TorchDispatchMode):
         if func.namespace == "c10d":
             self._message(packet.__name__, args)
         elif (formula := flop_registry.get(_with_formula(packet))) is not None:
-            self.found[FLOPS] += formula(*args, **(kwargs or {}), out_val=out) * self._abridgement.alike
+            self.found[FLOPS] += formula(*args, **(kwargs or {}), out_val=out) * self._sample.repeats
         return out
 
     def _message(self, name: str, args: Any) -> None:

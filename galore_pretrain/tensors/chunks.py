@@ -1,10 +1,10 @@
 """A large tensor a chunk at a time, so that temporaries are small; and what a plan leaves out of that."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 SMALL_CHUNK = 1 << 18
 """Elements that are worked on at a time on a CPU: what its cache holds. No device works on fewer."""
@@ -19,36 +19,30 @@ def chunk_elements(device: torch.device) -> int:
 
 
 @dataclass
-class Abridgement:
-    """``alike``: how many pieces the present one stands for."""
+class ChunkSample:
+    """Says of a plan's tensors that only three of their chunks are to be made: the first two and the last.
 
-    alike: int = 1
+    The others hold and do what the second does. ``repeats``: how many chunks the present one stands for.
+    """
 
-
-_abridgement: Abridgement | None = None
-
-
-@contextmanager
-def abridged() -> Iterator[Abridgement]:
-    """Meanwhile, `pieces` leaves out all but the first two and the last: what they hold is alike. For fake tensors,
-    whose memory or work is asked; the values of real ones would be wrong."""
-    global _abridgement  # noqa: PLW0603  (autograd's threads must see it, which they do not a context variable)
-    _abridgement = Abridgement()
-    try:
-        yield _abridgement
-    finally:
-        _abridgement = None
+    repeats: int = 1
 
 
-def pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive pieces of ``size``, the last of which may be smaller."""
+# A plan makes its updates on fake tensors, whose mode carries a `ChunkSample`. So a tensor itself says whether it is a
+# plan's, in any thread that meets it, and chunks of real tensors are all made.
+def chunks(like: Tensor, total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of consecutive chunks of ``size``, the last of which may be smaller, of ``total``.
+
+    ``like`` is the tensor that is worked on.
+    """
     starts: Sequence[int] = range(0, total, size)
-    if _abridgement is None or len(starts) <= 3:
+    sample: ChunkSample | None = getattr(getattr(like, "fake_mode", None), "chunk_sample", None)
+    if sample is None or len(starts) <= 3:
         for start in starts:
             yield start, min(start + size, total)
         return
-    outer = _abridgement.alike  # of a piece that is itself cut into these
+    outer = sample.repeats  # of a chunk that is itself cut into these
     for i, start in enumerate((*starts[:2], starts[-1])):
-        _abridgement.alike = outer * (len(starts) - 2 if i == 1 else 1)
+        sample.repeats = outer * (len(starts) - 2 if i == 1 else 1)
         yield start, min(start + size, total)
-        _abridgement.alike = outer
+        sample.repeats = outer

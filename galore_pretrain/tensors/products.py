@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 
 
 def product(wide: Tensor, thin: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def product(wide: Tensor, thin: Tensor) -> Tensor:
     thin = thin.float()
     out = torch.empty(wide.shape[0], thin.shape[1], dtype=wide.dtype, device=wide.device)
     rows = max(1, 8 * chunk_elements(wide.device) // max(1, wide.shape[1]))
-    for start, stop in pieces(wide.shape[0], rows):
+    for start, stop in chunks(wide, wide.shape[0], rows):
         out[start:stop] = wide[start:stop].float() @ thin
     return out
 
@@ -26,7 +26,7 @@ def product_of_transposed(wide: Tensor, thin: Tensor) -> Tensor:
         return wide.T @ (thin if thin.dtype == wide.dtype else thin.to(wide.dtype))
     out = torch.zeros(wide.shape[1], thin.shape[1], dtype=torch.float32, device=wide.device)
     rows = max(1, 8 * chunk_elements(wide.device) // max(1, wide.shape[1]))
-    for start, stop in pieces(wide.shape[0], rows):
+    for start, stop in chunks(wide, wide.shape[0], rows):
         out.addmm_(wide[start:stop].float().T, thin[start:stop].float())
     return out
 

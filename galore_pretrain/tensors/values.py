@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from galore_pretrain.tensors.chunks import chunk_elements, pieces
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 
 
 def gradient_norm(grad: Tensor) -> Tensor:
@@ -11,9 +11,8 @@ def gradient_norm(grad: Tensor) -> Tensor:
     if grad.dtype == torch.float32 or not grad.is_contiguous():
         return torch.as_tensor(torch.linalg.vector_norm(grad, dtype=torch.float32))
     flat, size = grad.view(-1), chunk_elements(grad.device)
-    norms = torch.stack(
-        [torch.linalg.vector_norm(flat[start:stop], dtype=torch.float32) for start, stop in pieces(flat.numel(), size)]
-    )
+    parts = [flat[start:stop] for start, stop in chunks(flat, flat.numel(), size)]
+    norms = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts])
     return torch.as_tensor(torch.linalg.vector_norm(norms))
 
 
