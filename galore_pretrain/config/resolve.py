@@ -14,7 +14,7 @@ from typing import Any
 from galore_pretrain.config.options import RECIPE, Flag, RunConfig, find_model, parse_bytes, processes
 from galore_pretrain.config.recipes import _printed_tokens, recipe
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim import resolve_name, split
+from galore_pretrain.optim import OPTIONS, method, resolve_name
 
 
 def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
@@ -130,13 +130,6 @@ def _fill_clip_norm(values: dict[str, Any], origins: dict[str, str]) -> None:
         origins["clip_norm"] = CHOSEN
 
 
-_GALORE = ("update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
-_NATURAL = ("natural_history", "natural_damping")
-_LORA = ("lora_alpha", "lora_dropout")
-_RELORA = ("relora_every", "relora_warmup")
-_EPS = ("eps",)
-
-
 def _check_bound(name: str, flag: Flag, value: Any) -> None:
     if isinstance(value, int) and value >= 2**63:
         raise InputError(f"--{name.replace('_', '-')} {value} must be less than 2^63")
@@ -168,21 +161,9 @@ def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 
 def without_meaning(optim: str) -> dict[str, str]:
-    """The fields that a row has no use for, and why."""
-    projected, (factors, _) = "galore" in optim, split(optim)
-    return {
-        name: why
-        for names, has_meaning, why in (
-            (("rank",), projected or factors, "only GaLore rows and low_rank, lora and relora have one"),
-            (_GALORE, projected, "only GaLore rows project"),
-            (_NATURAL, "natural" in optim, "only natural_galore rows have a history"),
-            (_LORA, factors in ("lora", "relora"), "only lora and relora rows add to a frozen matrix"),
-            (_EPS, not ("adafactor" in optim or optim == "sgd"), "only rows of Adam's have one"),
-            (_RELORA, factors == "relora", "only relora rows merge"),
-        )
-        if not has_meaning
-        for name in names
-    }
+    """The flags that a method has no use for, and why."""
+    used = method(optim).options
+    return {flag: option.why for flag, option in OPTIONS.items() if flag not in used}
 
 
 def _check(values: Mapping[str, Any]) -> None:

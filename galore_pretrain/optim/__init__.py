@@ -1,4 +1,4 @@
-"""GaLore and its rivals: one ``torch.optim.Optimizer``, a row of the registry each.
+"""GaLore and its rivals: one ``torch.optim.Optimizer``, a row of the table each.
 
 optimizer = build_optimizer(model, "galore_adamw", lr=0.01, rank=128)
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
         METHODS,
         MOMENTS,
         NUMERICS,
+        OPTIONS,
         PROJ_TYPES,
         REFRESHES,
+        method,
         resolve_name,
-        split,
     )
     from galore_pretrain.optim.optimizer import Faults, RuleOptimizer
     from galore_pretrain.optim.projector import sides
@@ -36,10 +37,11 @@ _NAMES = {  # file: what of it is named here
         "METHODS",
         "MOMENTS",
         "NUMERICS",
+        "OPTIONS",
         "PROJ_TYPES",
         "REFRESHES",
+        "method",
         "resolve_name",
-        "split",
     ),
     "optimizer": ("Faults", "RuleOptimizer"),
     "projector": ("sides",),
@@ -51,6 +53,7 @@ __all__ = [
     "METHODS",
     "MOMENTS",
     "NUMERICS",
+    "OPTIONS",
     "PROJ_TYPES",
     "REFRESHES",
     "REGISTRY",
@@ -64,9 +67,9 @@ __all__ = [
     "RuleOptimizer",
     "build_optimizer",
     "is_projected",
+    "method",
     "resolve_name",
     "sides",
-    "split",
 ]
 
 
