@@ -97,14 +97,18 @@ def test_help_needs_no_torch() -> None:
         assert not {"torch", "transformers"} & {i.split(".")[0] for i in imports(FILES[name], top_level=True)}, name
 
 
-def test_recipes_name_rows_models_and_flags() -> None:
+def test_recipes_name_models_and_flags() -> None:
     table = json.loads((PACKAGE / "configs" / "recipes.json").read_text())
-    flags = set(RunConfig.__dataclass_fields__) | {"source"}
-    assert set(table["optimizers"]) == set(METHODS)
+    flags = set(RunConfig.__dataclass_fields__)
     assert set(table["models"]) == {*shipped_models(), "other"}
-    for section in ("models", "optimizers", "cells"):
-        for name, entry in table[section].items():
-            assert entry["source"], name
-            assert set(entry) <= flags, name
+    for name, entry in table["models"].items():
+        assert entry["source"], name
+        assert set(entry) <= flags | {"source"}, name
+    for name, method in METHODS.items():
+        assert "lr" in method.recipes[0].values, name
+        for own in method.recipes:
+            assert own.source, name
+            assert own.values.keys() <= flags, name
+            assert own.model in (None, *shipped_models()), name
     assert recipe("llama_7b", "galore_adamw")["lr"] == (0.005, "GaLore scripts/benchmark_c4/llama_7b.sh")
     assert recipe("llama_60m", "galore_adamw")["rank"][0] == 128

@@ -180,6 +180,8 @@ def left_out(optim: str) -> dict[str, None]:
 
 def _check(values: Mapping[str, Any]) -> None:
     """What depends on two fields; each message says which, and the way out."""
+    if values["lr"] is None:
+        raise InputError(f"--lr is missing: --optim {values['optim']} has no recipe for it; give one, such as 0.001")
     total, size = values["total_batch_size"], values["batch_size"]
     if total % processes():
         raise InputError(

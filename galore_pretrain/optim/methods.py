@@ -6,7 +6,9 @@ used, so that a wrong name is refused before torch is loaded.
 """
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 BASIS_NAMES = ("svd", "randomized")
@@ -58,6 +60,21 @@ _OF_LORA = ("rank", "lora_alpha", "lora_dropout")
 _OF_RELORA = (*_OF_LORA, "relora_every", "relora_warmup")
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of a method by their flags, and where they are from; ``model``: the only model they are for."""
+
+    values: Mapping[str, Any]
+    source: str
+    model: str | None = None
+
+
+_GRID = "the best of the paper's grid with llama_1m, docs/reproducing.md"
+_AT_7B = Recipe(
+    {"lr": 0.005, "update_proj_gap": 500, "grad_clip": 1.0}, "GaLore scripts/benchmark_c4/llama_7b.sh", "llama_7b"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method: where its rules are, and what the program has to know of it without loading them."""
@@ -80,6 +97,8 @@ class Method:
     moments_8bit: bool = False
     colour: str | None = None
     """Its colour in pictures. The 8-bit form of a method has the method's, in broken strokes."""
+    recipes: tuple[Recipe, ...] = ()
+    """Where two have a value for the same flag, the later one holds. What no recipe has, the user has to give."""
 
     @property
     def updater(self) -> str:
@@ -93,12 +112,14 @@ _ENTRIES = (
         description="stochastic gradient descent, with momentum where --betas names one",
         home="galore_pretrain.optim.compositions:sgd",
         options=("betas",),
+        recipes=(Recipe({"lr": 0.1}, "chosen here, untuned"),),
     ),
     Method(
         name="adam",
         description="Adam; weight decay is added to the gradient",
         home="galore_pretrain.optim.compositions:adam",
         options=_OF_ADAM,
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for adamw, {_GRID}"),),
     ),
     Method(
         name="adamw",
@@ -107,6 +128,7 @@ _ENTRIES = (
         aliases=("adamw_torch", "adamw_torch_fused"),
         options=_OF_ADAM,
         colour="#000000",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: {_GRID}"),),
     ),
     Method(
         name="adamw8bit",
@@ -116,6 +138,7 @@ _ENTRIES = (
         options=_OF_ADAM,
         moments_8bit=True,
         colour="#000000",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for adamw, {_GRID}"),),
     ),
     Method(
         name="adafactor",
@@ -123,6 +146,7 @@ _ENTRIES = (
         home="galore_pretrain.optim.compositions:adafactor",
         options=("betas",),
         colour="#56B4E9",
+        recipes=(Recipe({"lr": 0.005}, f"chosen here: {_GRID}"),),
     ),
     Method(
         name="galore_adamw",
@@ -133,6 +157,7 @@ _ENTRIES = (
         options=(*_OF_GALORE, *_OF_ADAM),
         projects=True,
         colour="#0072B2",
+        recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "GaLore scripts/benchmark_c4"), _AT_7B),
     ),
     Method(
         name="galore_adamw8bit",
@@ -144,6 +169,7 @@ _ENTRIES = (
         projects=True,
         moments_8bit=True,
         colour="#0072B2",
+        recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "GaLore scripts/benchmark_c4"), _AT_7B),
     ),
     Method(
         name="galore_adafactor",
@@ -152,6 +178,10 @@ _ENTRIES = (
         companion="adafactor",
         options=(*_OF_GALORE, "betas"),
         projects=True,
+        recipes=(
+            Recipe({"lr": 0.01, "galore_scale": 0.25}, "GaLore scripts/benchmark_c4, as for galore_adamw"),
+            _AT_7B,
+        ),
     ),
     Method(
         name="natural_galore",
@@ -162,6 +192,7 @@ _ENTRIES = (
         options=(*_OF_GALORE, *_OF_NATURAL, *_OF_ADAM),
         projects=True,
         colour="#CC79A7",
+        recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "chosen here, untuned; as for galore_adamw"), _AT_7B),
     ),
     Method(
         name="natural_galore8bit",
@@ -173,6 +204,7 @@ _ENTRIES = (
         projects=True,
         moments_8bit=True,
         colour="#CC79A7",
+        recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "chosen here, untuned; as for galore_adamw"), _AT_7B),
     ),
     Method(
         name="low_rank",
@@ -181,6 +213,7 @@ _ENTRIES = (
         aliases=("low_rank_adamw",),
         options=("rank", *_OF_ADAM),
         colour="#E69F00",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: {_GRID}"),),
     ),
     Method(
         name="low_rank_adamw8bit",
@@ -189,6 +222,7 @@ _ENTRIES = (
         options=("rank", *_OF_ADAM),
         moments_8bit=True,
         colour="#E69F00",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for low_rank, {_GRID}"),),
     ),
     Method(
         name="lora",
@@ -197,6 +231,7 @@ _ENTRIES = (
         aliases=("lora_adamw",),
         options=(*_OF_LORA, *_OF_ADAM),
         colour="#009E73",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: {_GRID}"),),
     ),
     Method(
         name="lora_adamw8bit",
@@ -205,6 +240,7 @@ _ENTRIES = (
         options=(*_OF_LORA, *_OF_ADAM),
         moments_8bit=True,
         colour="#009E73",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for lora, {_GRID}"),),
     ),
     Method(
         name="relora",
@@ -213,6 +249,7 @@ _ENTRIES = (
         aliases=("relora_adamw",),
         options=(*_OF_RELORA, *_OF_ADAM),
         colour="#D55E00",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: {_GRID}"),),
     ),
     Method(
         name="relora_adamw8bit",
@@ -221,6 +258,7 @@ _ENTRIES = (
         options=(*_OF_RELORA, *_OF_ADAM),
         moments_8bit=True,
         colour="#D55E00",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for relora, {_GRID}"),),
     ),
 )
 METHODS: dict[str, Method] = {entry.name: entry for entry in _ENTRIES}
