@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
-from galore_pretrain.config.resolve import without_meaning
+from galore_pretrain.config.resolve import left_out
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, own_length
 from galore_pretrain.text.hub import check_hub
@@ -125,7 +125,7 @@ def plan(
             f"--picture {picture}: only --compare draws; give it rows, such as --compare adamw,galore_adamw"
         )
     rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
-    configs = [resolved(ctx, values | {"optim": row} | _cleared(row if compare else "")) for row in rows]
+    configs = [resolved(ctx, values | {"optim": row} | (left_out(row) if compare else {})) for row in rows]
 
     from galore_pretrain import dist
     from galore_pretrain.planning import budget, traffic  # torch and transformers
@@ -298,13 +298,6 @@ def generate(path: Path, prompt: str, tokens: int, temperature: float, top_p: fl
     loaded = trained.load(path, {}, build.device_named(device))
     click.echo(trained.continue_text(loaded, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed))
     return 0
-
-
-def _cleared(row: str) -> dict[str, None]:
-    """Of rows that are compared, each takes the flags that mean something to it; a rank is GaLore's alone."""
-    if not row:
-        return {}
-    return dict.fromkeys([*without_meaning(row), *([] if "galore" in row else ["reduce"])])
 
 
 def _let_cuda_grow_segments() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import pytest
 import galore_pretrain
 from galore_pretrain.config.options import RunConfig, shipped_models
 from galore_pretrain.config.recipes import recipe
-from galore_pretrain.optim.methods import METHODS
 
 PACKAGE = Path(galore_pretrain.__file__).parent
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
@@ -27,7 +27,7 @@ ROOMS: dict[str, str] = {  # a room, and what it may import
     "train": "config dist errors meters model optim tensors text",
     "rundir": "config dist errors meters model optim tensors text train",
     "planning": "config dist errors meters model optim tensors train",
-    "study": "config errors model planning signals",
+    "study": "config errors model optim planning signals",
     "run": "config dist errors meters model optim planning rundir signals tensors text train",
     "cli": "config dist errors planning run rundir study text train",
     "__main__": "cli",
@@ -91,19 +91,28 @@ def test_heavy_libraries_have_one_place_and_are_lazy() -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    rooms = ("cli", "config", "errors", "text.hub", "text.sources", "text.tokenizer", "study.sweep", "__init__")
+    rooms = ("cli", "config", "errors", "optim.methods", "text.hub", "text.sources", "text.tokenizer", "study.sweep")
+    rooms += ("study.results", "study.paper", "__init__")
     for name in [file for file in FILES if file.startswith(rooms)]:
         assert not {"torch", "transformers"} & {i.split(".")[0] for i in imports(FILES[name], top_level=True)}, name
 
 
-def test_recipes_name_rows_models_and_flags() -> None:
+def test_nothing_asks_a_methods_name() -> None:
+    """What a method is and can do is in its entry of the table of methods."""
+    place = spec_from_file_location("structure", PACKAGE.parent / "scripts" / "structure.py")
+    assert place is not None
+    assert place.loader is not None
+    place.loader.exec_module(structure := module_from_spec(place))
+    sources = [structure.Source(path, name) for name, path in FILES.items()]
+    assert structure.name_questions(sources) == (set(), set())
+
+
+def test_recipes_name_models_and_flags() -> None:
     table = json.loads((PACKAGE / "configs" / "recipes.json").read_text())
     flags = set(RunConfig.__dataclass_fields__) | {"source"}
-    assert set(table["optimizers"]) == set(METHODS)
     assert set(table["models"]) == {*shipped_models(), "other"}
-    for section in ("models", "optimizers", "cells"):
-        for name, entry in table[section].items():
-            assert entry["source"], name
-            assert set(entry) <= flags, name
+    for name, entry in table["models"].items():
+        assert entry["source"], name
+        assert set(entry) <= flags, name
     assert recipe("llama_7b", "galore_adamw")["lr"] == (0.005, "GaLore scripts/benchmark_c4/llama_7b.sh")
     assert recipe("llama_60m", "galore_adamw")["rank"][0] == 128

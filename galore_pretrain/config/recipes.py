@@ -7,18 +7,21 @@ from typing import Any
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.errors import InputError
+from galore_pretrain.optim import method
 
 
 def recipe(model: str, optim: str) -> dict[str, tuple[Any, str]]:
-    """Hyper-parameters for a model and an optimizer, each with its source; the more particular entry wins."""
+    """Hyper-parameters for a model and a method, each with its source; the more particular entry wins.
+
+    ``configs/recipes.json`` has what holds for all and for a model, the table of methods what is a method's own.
+    """
     table = _recipes()
-    entries = [
-        table["all"],
-        table["models"].get(model, table["models"]["other"]),
-        table["optimizers"].get(optim, {}),
-        table["cells"].get(f"{model} {optim}", {}),
-    ]
-    return {name: (value, entry["source"]) for entry in entries for name, value in entry.items() if name != "source"}
+    for_all = table["all"], table["models"].get(model, table["models"]["other"])
+    found = {name: (value, entry["source"]) for entry in for_all for name, value in entry.items() if name != "source"}
+    for own in method(optim).recipes:
+        if own.model in (None, model):
+            found |= {name: (value, own.source) for name, value in own.values.items()}
+    return found
 
 
 def _printed_tokens(model: str) -> tuple[int, str]:

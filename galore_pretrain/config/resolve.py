@@ -14,7 +14,7 @@ from typing import Any
 from galore_pretrain.config.options import RECIPE, Flag, RunConfig, find_model, parse_bytes, processes
 from galore_pretrain.config.recipes import _printed_tokens, recipe
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim import resolve_name, split
+from galore_pretrain.optim import OPTIONS, method, resolve_name
 
 
 def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunConfig, dict[str, str]]:
@@ -121,20 +121,13 @@ def _fill_clip_norm(values: dict[str, Any], origins: dict[str, str]) -> None:
             raise InputError(
                 f"--clip-norm {values['clip_norm']} has no meaning without --grad-clip; give one, such as 1"
             )
-    elif values["clip_norm"] == "projected" and "galore" not in values["optim"]:
+    elif values["clip_norm"] == "projected" and not method(values["optim"]).projects:
         raise InputError(f"--clip-norm projected: {values['optim']} projects nothing; leave it out")
     elif values["clip_norm"] is None:
         several = values["total_batch_size"] != values["batch_size"] * processes()
         low_rank_sums = values["layerwise"] and (several or values["reduce"] == "projected")
-        values["clip_norm"] = "projected" if low_rank_sums and "galore" in values["optim"] else "full"
+        values["clip_norm"] = "projected" if low_rank_sums and method(values["optim"]).projects else "full"
         origins["clip_norm"] = CHOSEN
-
-
-_GALORE = ("update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
-_NATURAL = ("natural_history", "natural_damping")
-_LORA = ("lora_alpha", "lora_dropout")
-_RELORA = ("relora_every", "relora_warmup")
-_EPS = ("eps",)
 
 
 def _check_bound(name: str, flag: Flag, value: Any) -> None:
@@ -153,10 +146,7 @@ def _check_bound(name: str, flag: Flag, value: Any) -> None:
 def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
     """The row that ``--optim`` means; a name that says so also asks for layerwise updates, as ``--reduce`` can."""
     name = values["optim"]
-    try:
-        values["optim"], layerwise = resolve_name(name)
-    except ValueError as error:
-        raise InputError(f"--optim {error}") from error
+    values["optim"], layerwise = _resolved_name(name)
     if layerwise and not values["layerwise"]:
         if origins["layerwise"] != CHOSEN:
             raise InputError(
@@ -167,26 +157,31 @@ def _name_row(values: dict[str, Any], origins: dict[str, str]) -> None:
         values["layerwise"], origins["layerwise"] = True, "reduce projected"
 
 
+def _resolved_name(name: str) -> tuple[str, bool]:
+    """As `resolve_name`, but a name that is unknown is the user's: InputError."""
+    try:
+        return resolve_name(name)
+    except ValueError as error:
+        raise InputError(f"--optim {error}") from error
+
+
 def without_meaning(optim: str) -> dict[str, str]:
-    """The fields that a row has no use for, and why."""
-    projected, (factors, _) = "galore" in optim, split(optim)
-    return {
-        name: why
-        for names, has_meaning, why in (
-            (("rank",), projected or factors, "only GaLore rows and low_rank, lora and relora have one"),
-            (_GALORE, projected, "only GaLore rows project"),
-            (_NATURAL, "natural" in optim, "only natural_galore rows have a history"),
-            (_LORA, factors in ("lora", "relora"), "only lora and relora rows add to a frozen matrix"),
-            (_EPS, not ("adafactor" in optim or optim == "sgd"), "only rows of Adam's have one"),
-            (_RELORA, factors == "relora", "only relora rows merge"),
-        )
-        if not has_meaning
-        for name in names
-    }
+    """The flags that a method has no use for, and why; InputError where ``optim`` names none."""
+    name, _ = _resolved_name(optim)
+    used = method(name).options
+    return {flag: option.why for flag, option in OPTIONS.items() if flag not in used}
+
+
+def left_out(optim: str) -> dict[str, None]:
+    """The flags that a method does not take from those given to several, each as None."""
+    flags = dict.fromkeys(without_meaning(optim))
+    return flags if method(optim).projects else flags | {"reduce": None}
 
 
 def _check(values: Mapping[str, Any]) -> None:
     """What depends on two fields; each message says which, and the way out."""
+    if values["lr"] is None:
+        raise InputError(f"--lr is missing: --optim {values['optim']} has no recipe for it; give one, such as 0.001")
     total, size = values["total_batch_size"], values["batch_size"]
     if total % processes():
         raise InputError(
@@ -201,10 +196,10 @@ def _check(values: Mapping[str, Any]) -> None:
             f"--total-batch-size {total * processes()} is not a multiple of --batch-size {size}"
             f"{f' × {processes()} processes' if processes() > 1 else ''}; the nearest --batch-size is {nearest}"
         )
-    projected = "galore" in values["optim"]
+    projects = method(values["optim"]).projects
     if values["reduce"] == "projected":
         _check_reduce(values)
-    if values["layerwise"] and total != size * processes() and values["clip_norm"] == "full" and projected:
+    if values["layerwise"] and total != size * processes() and values["clip_norm"] == "full" and projects:
         raise InputError(
             f"--clip-norm full: --layerwise updates of {total // (size * processes())} micro-batches keep low-rank "
             "sums, which do not tell the norm of the full gradient; use --clip-norm projected, "
@@ -231,7 +226,7 @@ def _check(values: Mapping[str, Any]) -> None:
 
 def _check_reduce(values: Mapping[str, Any]) -> None:
     why = None
-    if "galore" not in values["optim"]:
+    if not method(values["optim"]).projects:
         why = f"{values['optim']} projects nothing"
     elif not values["layerwise"]:
         why = "only --layerwise projects a gradient before it is reduced; add that"

@@ -1,4 +1,4 @@
-"""GaLore and its rivals: one ``torch.optim.Optimizer``, a row of the registry each.
+"""GaLore and its rivals: one ``torch.optim.Optimizer``, a row of the table each.
 
 optimizer = build_optimizer(model, "galore_adamw", lr=0.01, rank=128)
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
         METHODS,
         MOMENTS,
         NUMERICS,
+        OPTIONS,
         PROJ_TYPES,
         REFRESHES,
+        method,
         resolve_name,
-        split,
     )
     from galore_pretrain.optim.optimizer import Observer, RuleOptimizer
     from galore_pretrain.optim.projector import sides
@@ -38,10 +39,11 @@ _NAMES = {  # file: what of it is named here
         "METHODS",
         "MOMENTS",
         "NUMERICS",
+        "OPTIONS",
         "PROJ_TYPES",
         "REFRESHES",
+        "method",
         "resolve_name",
-        "split",
     ),
     "execution": ("Execution", "GlobalStep", "Layerwise", "Outcome", "Skips"),
     "optimizer": ("Observer", "RuleOptimizer"),
@@ -55,6 +57,7 @@ __all__ = [
     "METHODS",
     "MOMENTS",
     "NUMERICS",
+    "OPTIONS",
     "PROJ_TYPES",
     "REFRESHES",
     "REGISTRY",
@@ -77,9 +80,9 @@ __all__ = [
     "UpdateRule",
     "build_optimizer",
     "is_projected",
+    "method",
     "resolve_name",
     "sides",
-    "split",
 ]
 
 

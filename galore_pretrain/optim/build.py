@@ -1,85 +1,60 @@
-"""The registry: a method is a row, composed of a wrapper, a rule and a moment store."""
+"""From a method of the table to its rules, and to one optimizer for a model."""
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from galore_pretrain.optim.adafactor import Adafactor
-from galore_pretrain.optim.adam import Adam
-from galore_pretrain.optim.galore import GaLore, is_projected
-from galore_pretrain.optim.methods import NUMERICS, resolve_name, split
-from galore_pretrain.optim.moments import Blockwise8bit, Dense
-from galore_pretrain.optim.natural import Natural
+from galore_pretrain.optim.compositions import Composition
+from galore_pretrain.optim.galore import is_projected
+from galore_pretrain.optim.methods import METHODS, NUMERICS, OPTIONS, ROWS, method, resolve_name
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
-from galore_pretrain.optim.sgd import SGD
-
-_NEAREST, _8BIT = Dense(rounding="nearest"), Blockwise8bit()
-_AUTHORS_ADAM = Adam(eps=1e-6, formula="transformers", decay="after", store=_NEAREST)
 
 
-def _published(inner: UpdateRule, **options: Any) -> GaLore:
-    return GaLore(inner, basis="svd_unsigned", refresh="together", published=True, **options)
+def composition_of(named: str) -> Composition:
+    """Return the rules that ``named`` stands for, which is a method's name or ``module:attribute``.
 
-
-@dataclass(frozen=True)
-class Row:
-    """A method as it should be, and as published code computes it: torch's, transformers', bitsandbytes', the authors'.
-
-    ``bare`` updates what is not projected under reference numerics, where that differs from the inner rule.
+    A rule, or a rule's class, is itself under both numerics.
     """
+    home = METHODS[named].home if named in METHODS else named
+    assert home is not None, f"{named} has no rule of its own"
+    module, _, attribute = home.partition(":")
+    found = getattr(import_module(module), attribute)
+    if isinstance(found, Composition):
+        return found
+    rule: UpdateRule = found() if isinstance(found, type) else found
+    return Composition(rule, rule)
 
-    sound: Any
-    reference: Any
-    bare: Any = None
 
-
-REGISTRY: dict[str, Row] = {
-    "sgd": Row(SGD(), SGD(store=_NEAREST)),
-    "adam": Row(Adam(decay="l2"), Adam(decay="l2", store=_NEAREST)),
-    "adamw": Row(Adam(), Adam(store=_NEAREST)),
-    "adamw8bit": Row(Adam(store=_8BIT), Adam(store=_8BIT)),
-    "adafactor": Row(Adafactor(), Adafactor(published=True)),
-    "galore_adamw": Row(GaLore(Adam()), _published(_AUTHORS_ADAM)),
-    "galore_adamw8bit": Row(
-        GaLore(Adam(store=_8BIT)),
-        _published(Adam(decay="after", scaled=True, store=_8BIT)),
-        bare=Adam(store=_8BIT),
-    ),
-    "galore_adafactor": Row(GaLore(Adafactor()), _published(Adafactor(published=True), upcast=True)),
-    "natural_galore": Row(GaLore(Natural(Adam())), _published(Natural(_AUTHORS_ADAM))),
-    "natural_galore8bit": Row(
-        GaLore(Natural(Adam(store=_8BIT), store=_8BIT)),
-        _published(Natural(Adam(eps=1e-6, decay="after", store=_8BIT), store=_8BIT)),
-    ),
-}
+REGISTRY: dict[str, Composition] = {name: composition_of(name) for name in ROWS}
+"""The rule of each shipped method's matrices, by the method's name."""
 
 
 def build_rules(row: str, numerics: str, **options: Any) -> tuple[UpdateRule, UpdateRule]:
-    """(rule for matrices, rule for everything else) of a row, with ``options`` instead of the row's own where not None.
+    """Return a method's rule for matrices, and its companion for everything else.
 
-    Raises ValueError for an unknown row or value, and for an option that the row has no use for.
+    ``options`` replace the rules' own values where not None. Raises ValueError for an unknown method or value, and for
+    an option that neither rule has a use for.
     """
     if numerics not in NUMERICS:
         raise ValueError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
     if numerics == "reference" and options.get("basis") == "svd":
         options["basis"] = "svd_unsigned"
-    name, _ = resolve_name(row)
-    if name not in REGISTRY:
-        raise ValueError(f"{name} is a way to build a model, not an optimizer: give its factors to {split(name)[1]!r}")
-    given = {key: value for key, value in options.items() if value is not None}
-    entry = REGISTRY[name]
-    matrices, used = _configure(getattr(entry, numerics), given)
-    if unused := given.keys() - used:
-        option = sorted(unused)[0]
-        raise ValueError(f"{option} {options[option]} has no meaning for optimizer {name}; leave it out")
-    bare = entry.bare if numerics == "reference" else None
-    if bare is None:
-        bare = entry.sound if numerics == "sound" else entry.reference
-        while isinstance(bare, (GaLore, Natural)):
-            bare = bare.inner
-    return matrices, _configure(bare, given)[0]
+    entry = method(row)
+    if entry.factors_updated_by:
+        way_out = f"give its factors to {entry.factors_updated_by!r}"
+        raise ValueError(f"{entry.name} is a way to build a model, not an optimizer: {way_out}")
+    given = {name: value for name, value in options.items() if value is not None}
+    composed, composed_rest = composition_of(entry.name), composition_of(entry.companion or entry.name)
+    matrices, used = _configured(getattr(composed, numerics), given)
+    rest, used_by_rest = _configured(getattr(composed_rest, numerics), given)
+    if unused := given.keys() - used - used_by_rest:
+        option = min(unused)
+        raise ValueError(f"{option} {options[option]} has no meaning for optimizer {entry.name}; leave it out")
+    return matrices, rest
 
 
 def build_optimizer(
@@ -87,43 +62,33 @@ def build_optimizer(
     row: str,
     *,
     lr: float,
-    rank: int | None = None,
-    update_proj_gap: int | None = None,
-    scale: float | None = None,
-    proj_type: str | None = None,
-    basis: str | None = None,
-    refresh: str | None = None,
-    moments: str | None = None,
-    natural_history: int | None = None,
-    natural_damping: float | None = None,
-    betas: tuple[float, float] | None = None,
-    eps: float | None = None,
     numerics: str = "sound",
     weight_decay: float = 0.0,
     matrix_lr_scale: float = 1.0,
     seed: int = 0,
+    **options: Any,
 ) -> RuleOptimizer:
     """One optimizer for all trainable parameters of ``model``, in two groups: its matrices, and everything else.
 
     The matrices are the weights of each ``torch.nn.Linear`` with ``attn`` or ``mlp`` somewhere in its name, the choice
-    of the paper and the published code. A GaLore row projects them; everything else gets the row's bare inner rule.
+    of the paper and the published code. A GaLore row projects them; everything else gets the row's companion rule.
     For another choice, make the groups yourself, as `GaLoreAdamW` takes them. ``matrix_lr_scale`` multiplies the
-    matrices' learning rate. What is ``None`` stays as the row has it; an option that the row cannot use raises
-    ValueError. ``betas[0]`` is SGD's momentum and Adafactor's first moment, which they lack otherwise. A schedule
-    writes ``group["lr"] = lr * group["lr_scale"]``.
+    matrices' learning rate. A schedule writes ``group["lr"] = lr * group["lr_scale"]``.
+
+    ``options`` are the method's own: ``rank``, ``update_proj_gap``, ``scale``, ``proj_type``, ``basis``, ``refresh``
+    and ``moments`` of GaLore, ``natural_history`` and ``natural_damping``, ``betas`` and ``eps``, or a field of its
+    rule. What is left out or None stays as the rule has it; an option that the row cannot use raises ValueError.
+    ``betas[0]`` is SGD's momentum and Adafactor's first moment, which they lack otherwise.
     """
-    options: dict[str, Any] = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
-    options |= {"basis": basis, "refresh": refresh, "moments": moments}
-    options |= {"natural_history": natural_history, "natural_damping": natural_damping, "betas": betas, "eps": eps}
     name, layerwise = resolve_name(row)
     if layerwise:
         raise ValueError(f"optimizer {row!r} asks for layerwise updates, which are not an optimizer's: name {name!r}")
-    rule, bare = build_rules(name, numerics, **options)
+    rule, companion = build_rules(name, numerics, **options)
     matrices = {f"{name}.weight" for name, module in model.named_modules() if is_projected(name, module)}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [(n, p) for n, p in trained if n in matrices], "rule": rule, "lr_scale": matrix_lr_scale},
-        {"params": [(n, p) for n, p in trained if n not in matrices], "rule": bare, "lr_scale": 1.0},
+        {"params": [(n, p) for n, p in trained if n not in matrices], "rule": companion, "lr_scale": 1.0},
     ]
     if not groups[0]["params"] and rule.projects:
         raise ValueError(
@@ -140,23 +105,25 @@ def rounding_of(numerics: str) -> str:
     return "nearest" if numerics == "reference" else "stochastic"
 
 
-_OPTIONS = {"momentum": "betas", "beta1": "betas", "history": "natural_history", "damping": "natural_damping"}
+_OPTION_OF_FIELD = {field: option.argument for option in OPTIONS.values() for field in option.fields}
 
 
-def _configure(prototype: UpdateRule, options: dict[str, Any]) -> tuple[UpdateRule, set[str]]:
-    """The rule with its fields replaced by the options of their name, through all its layers; the options used."""
+def _configured(part: Any, given: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """Return a rule with the options that are ``given`` in its fields, and the names of those that it has taken.
+
+    An option sets the fields that `OPTIONS` names, or the field of its own name. Rules and moment stores inside of the
+    rule take theirs likewise.
+    """
+    changes: dict[str, Any] = {}
     used: set[str] = set()
-
-    def replaced(part: Any) -> Any:
-        changes = {}
-        for field in fields(part):
-            name = field.name if field.name in options else _OPTIONS.get(field.name)
-            if name in options:
-                used.add(name)
-                first = name == "betas" and field.name != "betas"
-                changes[field.name] = options[name][0] if first else options[name]
-            elif is_dataclass(value := getattr(part, field.name)):
-                changes[field.name] = replaced(value)
-        return replace(part, **changes)
-
-    return replaced(prototype), used
+    for field in fields(part):
+        value = getattr(part, field.name)
+        option = field.name if field.name in given else _OPTION_OF_FIELD.get(field.name, field.name)
+        if option in given:
+            is_one_of_two = option == "betas" and field.name != "betas"
+            changes[field.name] = given[option][0] if is_one_of_two else given[option]
+            used.add(option)
+        elif is_dataclass(value):
+            changes[field.name], used_inside = _configured(value, given)
+            used |= used_inside
+    return replace(part, **changes), used

@@ -1,68 +1,291 @@
-"""The names of the rows, those that other projects use, and the choices of options.
+"""The table of methods: everything that ``--optim`` can name, and what the program asks of each.
 
-No torch: a wrong name is refused before it is loaded.
+A method is one entry in `METHODS` and its rule in a file of its own. Flags, checks, recipes, plans and pictures ask the
+entry, and nothing asks a method's name. No torch: rules are named by module and attribute and imported when they are
+used, so that a wrong name is refused before torch is loaded.
 """
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-ROWS = (
-    "sgd",
-    "adam",
-    "adamw",
-    "adamw8bit",
-    "adafactor",
-    "galore_adamw",
-    "galore_adamw8bit",
-    "galore_adafactor",
-    "natural_galore",
-    "natural_galore8bit",
-)
-FACTORED = ("low_rank", "lora", "relora")
-"""Ways to train matrices through two thin factors, which AdamW updates."""
-METHODS = (*ROWS, *(name + suffix for name in FACTORED for suffix in ("", "_adamw8bit")))
-"""What ``--optim`` takes: the optimizers' rows, and those of models in factors."""
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 BASIS_NAMES = ("svd", "randomized")
 REFRESHES = ("together", "staggered")
 MOMENTS = ("keep", "project", "reset")
 NUMERICS = ("sound", "reference")
-_ALIASES = {
-    "adam8bit": "adamw8bit",
-    "galore": "galore_adamw",
-    "galore_adam": "galore_adamw",
-    "galore_adam8bit": "galore_adamw8bit",
-    "natural_galore_adamw": "natural_galore",
-    "natural_galore_adamw8bit": "natural_galore8bit",
-    "low_rank_adamw": "low_rank",
-    "lora_adamw": "lora",
-    "relora_adamw": "relora",
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_bnb8bit": "adamw8bit",
+
+
+@dataclass(frozen=True)
+class Option:
+    """A flag that only some methods have a use for; ``why`` is what users of the others are told.
+
+    ``argument`` is the flag's name in `build_optimizer`, and ``fields`` are the fields of rules that it sets. A flag of
+    the model's factors has neither.
+    """
+
+    why: str
+    argument: str = ""
+    fields: tuple[str, ...] = ()
+
+
+_PROJECTS, _NATURAL = "only GaLore rows project", "only natural_galore rows have a history"
+_FROZEN, _MERGES = "only lora and relora rows add to a frozen matrix", "only relora rows merge"
+
+OPTIONS: dict[str, Option] = {
+    "rank": Option("only GaLore rows and low_rank, lora and relora have one", "rank", ("rank",)),
+    "update_proj_gap": Option(_PROJECTS, "update_proj_gap", ("update_proj_gap",)),
+    "galore_scale": Option(_PROJECTS, "scale", ("scale",)),
+    "proj_type": Option(_PROJECTS, "proj_type", ("proj_type",)),
+    "basis": Option(_PROJECTS, "basis", ("basis",)),
+    "refresh": Option(_PROJECTS, "refresh", ("refresh",)),
+    "moments": Option(_PROJECTS, "moments", ("moments",)),
+    "natural_history": Option(_NATURAL, "natural_history", ("history",)),
+    "natural_damping": Option(_NATURAL, "natural_damping", ("damping",)),
+    "lora_alpha": Option(_FROZEN),
+    "lora_dropout": Option(_FROZEN),
+    "eps": Option("only rows of Adam's have one", "eps", ("eps",)),
+    "relora_every": Option(_MERGES),
+    "relora_warmup": Option(_MERGES),
+    "betas": Option("only rows with a first moment have them", "betas", ("betas", "momentum", "beta1")),
 }
+"""The options of methods by their flags, in the order in which they are checked. A field that is one number takes the
+first of ``betas``: SGD's momentum, Adafactor's first moment."""
+
+_OF_ADAM = ("betas", "eps")
+_OF_GALORE = ("rank", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
+_OF_NATURAL = ("natural_history", "natural_damping")
+_OF_LORA = ("rank", "lora_alpha", "lora_dropout")
+_OF_RELORA = (*_OF_LORA, "relora_every", "relora_warmup")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of a method by their flags, and where they are from; ``model``: the only model they are for."""
+
+    values: Mapping[str, Any]
+    source: str
+    model: str | None = None
+
+
+_GRID = "the best of the paper's grid with llama_1m, docs/reproducing.md"
+_AT_7B = Recipe(
+    {"lr": 0.005, "update_proj_gap": 500, "grad_clip": 1.0}, "GaLore scripts/benchmark_c4/llama_7b.sh", "llama_7b"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method: where its rules are, and what the program has to know of it without loading them."""
+
+    name: str
+    description: str
+    """What it is, in a few words."""
+    home: str | None = None
+    """``module:attribute`` of its rule: a `Composition`, a rule, or a rule's class that needs no arguments."""
+    companion: str | None = None
+    """What updates all that is no matrix of attention or MLP (embeddings, head, norms): another method's name, or a
+    ``module:attribute``. None: the method's own rule."""
+    factors_updated_by: str | None = None
+    """Instead of a home: the model's matrices are trained through two thin factors, which the named method updates."""
+    aliases: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    """The flags of `OPTIONS` that it has a use for."""
+    projects: bool = False
+    """Whether the gradients of matrices are kept in a low-rank subspace until the update."""
+    moments_8bit: bool = False
+    colour: str | None = None
+    """Its colour in pictures. The 8-bit form of a method has the method's, in broken strokes."""
+    recipes: tuple[Recipe, ...] = ()
+    """Where two have a value for the same flag, the later one holds. What no recipe has, the user has to give."""
+
+    @property
+    def updater(self) -> str:
+        """The name of the method whose rules update the parameters: this one, or the one that updates its factors."""
+        return self.factors_updated_by or self.name
+
+
+_ENTRIES = (
+    Method(
+        name="sgd",
+        description="stochastic gradient descent, with momentum where --betas names one",
+        home="galore_pretrain.optim.compositions:sgd",
+        options=("betas",),
+        recipes=(Recipe({"lr": 0.1}, "chosen here, untuned"),),
+    ),
+    Method(
+        name="adam",
+        description="Adam; weight decay is added to the gradient",
+        home="galore_pretrain.optim.compositions:adam",
+        options=_OF_ADAM,
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for adamw, {_GRID}"),),
+    ),
+    Method(
+        name="adamw",
+        description="Adam with decoupled weight decay",
+        home="galore_pretrain.optim.compositions:adamw",
+        aliases=("adamw_torch", "adamw_torch_fused"),
+        options=_OF_ADAM,
+        colour="#000000",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: {_GRID}"),),
+    ),
+    Method(
+        name="adamw8bit",
+        description="AdamW with moments of 8 bits",
+        home="galore_pretrain.optim.compositions:adamw8bit",
+        aliases=("adam8bit", "adamw_bnb8bit"),
+        options=_OF_ADAM,
+        moments_8bit=True,
+        colour="#000000",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for adamw, {_GRID}"),),
+    ),
+    Method(
+        name="adafactor",
+        description="a matrix's second moment as one number a row and one a column",
+        home="galore_pretrain.optim.compositions:adafactor",
+        options=("betas",),
+        colour="#56B4E9",
+        recipes=(Recipe({"lr": 0.005}, f"chosen here: {_GRID}"),),
+    ),
+    Method(
+        name="galore_adamw",
+        description="AdamW in a low-rank subspace of the gradient",
+        home="galore_pretrain.optim.compositions:galore_adamw",
+        companion="galore_pretrain.optim.compositions:authors_adamw",
+        aliases=("galore", "galore_adam"),
+        options=(*_OF_GALORE, *_OF_ADAM),
+        projects=True,
+        colour="#0072B2",
+        recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "GaLore scripts/benchmark_c4"), _AT_7B),
+    ),
+    Method(
+        name="galore_adamw8bit",
+        description="AdamW with moments of 8 bits in a low-rank subspace of the gradient",
+        home="galore_pretrain.optim.compositions:galore_adamw8bit",
+        companion="adamw8bit",
+        aliases=("galore_adam8bit",),
+        options=(*_OF_GALORE, *_OF_ADAM),
+        projects=True,
+        moments_8bit=True,
+        colour="#0072B2",
+        recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "GaLore scripts/benchmark_c4"), _AT_7B),
+    ),
+    Method(
+        name="galore_adafactor",
+        description="Adafactor in a low-rank subspace of the gradient",
+        home="galore_pretrain.optim.compositions:galore_adafactor",
+        companion="adafactor",
+        options=(*_OF_GALORE, "betas"),
+        projects=True,
+        recipes=(
+            Recipe({"lr": 0.01, "galore_scale": 0.25}, "GaLore scripts/benchmark_c4, as for galore_adamw"),
+            _AT_7B,
+        ),
+    ),
+    Method(
+        name="natural_galore",
+        description="GaLore with AdamW; low-rank gradients are preconditioned by their recent past",
+        home="galore_pretrain.optim.compositions:natural_galore",
+        companion="galore_pretrain.optim.compositions:authors_adamw",
+        aliases=("natural_galore_adamw",),
+        options=(*_OF_GALORE, *_OF_NATURAL, *_OF_ADAM),
+        projects=True,
+        colour="#CC79A7",
+        recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "chosen here, untuned; as for galore_adamw"), _AT_7B),
+    ),
+    Method(
+        name="natural_galore8bit",
+        description="natural_galore with moments and history of 8 bits",
+        home="galore_pretrain.optim.compositions:natural_galore8bit",
+        companion="galore_pretrain.optim.compositions:authors_adamw8bit",
+        aliases=("natural_galore_adamw8bit",),
+        options=(*_OF_GALORE, *_OF_NATURAL, *_OF_ADAM),
+        projects=True,
+        moments_8bit=True,
+        colour="#CC79A7",
+        recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "chosen here, untuned; as for galore_adamw"), _AT_7B),
+    ),
+    Method(
+        name="low_rank",
+        description="matrices are products of two thin factors",
+        factors_updated_by="adamw",
+        aliases=("low_rank_adamw",),
+        options=("rank", *_OF_ADAM),
+        colour="#E69F00",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: {_GRID}"),),
+    ),
+    Method(
+        name="low_rank_adamw8bit",
+        description="low_rank with moments of 8 bits",
+        factors_updated_by="adamw8bit",
+        options=("rank", *_OF_ADAM),
+        moments_8bit=True,
+        colour="#E69F00",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for low_rank, {_GRID}"),),
+    ),
+    Method(
+        name="lora",
+        description="a product of two thin factors is added to each frozen matrix",
+        factors_updated_by="adamw",
+        aliases=("lora_adamw",),
+        options=(*_OF_LORA, *_OF_ADAM),
+        colour="#009E73",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: {_GRID}"),),
+    ),
+    Method(
+        name="lora_adamw8bit",
+        description="lora with moments of 8 bits",
+        factors_updated_by="adamw8bit",
+        options=(*_OF_LORA, *_OF_ADAM),
+        moments_8bit=True,
+        colour="#009E73",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for lora, {_GRID}"),),
+    ),
+    Method(
+        name="relora",
+        description="lora; now and then the product becomes a part of the matrix and begins anew",
+        factors_updated_by="adamw",
+        aliases=("relora_adamw",),
+        options=(*_OF_RELORA, *_OF_ADAM),
+        colour="#D55E00",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: {_GRID}"),),
+    ),
+    Method(
+        name="relora_adamw8bit",
+        description="relora with moments of 8 bits",
+        factors_updated_by="adamw8bit",
+        options=(*_OF_RELORA, *_OF_ADAM),
+        moments_8bit=True,
+        colour="#D55E00",
+        recipes=(Recipe({"lr": 0.001}, f"chosen here: as for relora, {_GRID}"),),
+    ),
+)
+METHODS: dict[str, Method] = {entry.name: entry for entry in _ENTRIES}
+"""The methods by name, in the order in which help lists them."""
+ROWS = tuple(entry.name for entry in _ENTRIES if entry.home)
+"""The names of those that are optimizers; the others are models in factors."""
 _LAYERWISE = ("_layerwise", "_layer_wise", "_per_layer")
 
 
-def split(method: str) -> tuple[str | None, str]:
-    """(which of `FACTORED`, row) of one of `METHODS`: ``lora_adamw8bit`` is LoRA, updated by adamw8bit."""
-    for name in FACTORED:
-        if method in (name, f"{name}_adamw8bit"):
-            return name, method.removeprefix(name).removeprefix("_") or "adamw"
-    return None, method
+def method(name: str) -> Method:
+    """Return the method that ``name``, or an alias, stands for; ValueError as from `resolve_name` if there is none."""
+    return METHODS[resolve_name(name)[0]]
 
 
 def resolve_name(name: str) -> tuple[str, bool]:
-    """(method, whether the name also asks for layerwise updates): ``galore_adamw_8bit_per_layer`` is galore_adamw8bit.
+    """Return a method's name, and whether ``name`` also asks for layerwise updates.
 
-    Case, dashes and the underscore before ``8bit`` do not matter. Raises ValueError, which lists near names, for a name
-    that is none of `METHODS`.
+    ``galore_adamw_8bit_per_layer`` is galore_adamw8bit, layerwise. Case, dashes and the underscore before ``8bit`` do
+    not matter. Raises ValueError, which lists near names, for a name that is none of `METHODS`.
     """
+    aliases = {alias: entry.name for entry in METHODS.values() for alias in entry.aliases}
     plain = name.lower().replace("-", "_")
     suffix = next((suffix for suffix in _LAYERWISE if plain.endswith(suffix)), "")
     plain = plain.removesuffix(suffix).replace("_8bit", "8bit")
-    row = _ALIASES.get(plain, plain)
+    row = aliases.get(plain, plain)
     if row not in METHODS:
-        near = difflib.get_close_matches(plain, [*METHODS, *_ALIASES], n=3, cutoff=0.5)
+        near = difflib.get_close_matches(plain, [*METHODS, *aliases], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? All rows: " if near else "choose from "
         raise ValueError(f"{name} is unknown; {hint}{', '.join(METHODS)}")
     return row, bool(suffix)

@@ -13,6 +13,7 @@ from galore_pretrain.config.resolve import CHOSEN, micro_batches, with_execution
 from galore_pretrain.errors import InputError
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.optim import method
 from galore_pretrain.planning.plan import Plan, Static, describe, measure, static_bytes
 from galore_pretrain.train.build import device_of
 
@@ -88,7 +89,7 @@ def ways_out(config: RunConfig, most: int = 9) -> str:
     if config.layerwise and total > size:
         ways.append(f"--total-batch-size {size} (one micro-batch an update keeps no sums)")
     ways += ["a smaller --rank"] if config.rank else []
-    ways += [] if "8bit" in config.optim else ["an --optim with 8-bit moments"]
+    ways += [] if method(config.optim).moments_8bit else ["an --optim with 8-bit moments"]
     return ", ".join([*ways, "a smaller --max-length", "a larger --memory-budget"][:most])
 
 
@@ -190,8 +191,8 @@ def _cost(config: RunConfig) -> tuple[float, bool, int]:
     """Products with each weight per token, in units of 2mn; at equal cost, the plainer first."""
     tokens = config.batch_size * config.max_length
     several = config.micro_batches > 1
-    projected = config.rank if "galore" in config.optim else None
-    projecting = (projected or 0) / tokens if config.layerwise and several else 0.0
+    sums_are_projected = config.layerwise and several and method(config.optim).projects
+    projecting = (config.rank or 0) / tokens if sums_are_projected else 0.0
     cost = 3 + config.activation_checkpointing + projecting + _small_or_large(config, tokens)
     return cost, config.layerwise, -config.batch_size
 

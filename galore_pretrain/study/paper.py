@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from galore_pretrain.config.options import RunConfig, find_model
 from galore_pretrain.config.resolve import resolve
+from galore_pretrain.optim import METHODS
 
 if TYPE_CHECKING:
     from galore_pretrain.planning.plan import Static
 
 Cells = dict[str, list[float]]
-METHODS = {"full": "adamw", "galore": "galore_adamw", "low_rank": "low_rank", "lora": "lora", "relora": "relora"}
+PRINTED = {"full": "adamw", "galore": "galore_adamw", "low_rank": "low_rank", "lora": "lora", "relora": "relora"}
+"""The methods of Tables 2 and 6 by the names that the paper has for them."""
 _NOMINAL = {"llama_60m": 60, "llama_130m": 130, "llama_350m": 350, "llama_1b": 1331.2}  # millions, as the paper counts
 _ROWS = {
     "adamw_bf16": ("adamw", False),
@@ -52,13 +54,15 @@ def _in_figure3(model: str, row: str, rank: int | None, steps: int | None) -> Ce
     figure = printed()["figure3"]
     if (model, steps) != (figure["model"], figure["steps"]) or row not in figure:
         return None
-    by_rank = dict(zip(figure["rank"], figure[row], strict=True)) if "galore" in row else {rank: figure[row]}
+    by_rank = dict(zip(figure["rank"], figure[row], strict=True)) if METHODS[row].projects else {rank: figure[row]}
     return Cell(by_rank[rank], "Figure 3", f"{steps:,} updates") if rank in by_rank else None
 
 
 def _in_table3(model: str, row: str, rank: int | None, steps: int | None) -> Cell | None:
     table = printed()["table3"]
-    if model != "llama_7b" or row not in table or steps not in table["steps"] or ("galore" in row and rank != 1024):
+    if model != "llama_7b" or row not in table or steps not in table["steps"]:
+        return None
+    if METHODS[row].projects and rank != 1024:
         return None
     column = table["steps"].index(steps)
     return Cell(table[row]["perplexity"][column], "Table 3", f"{table['tokens_billion'][column]:g} billion tokens")
@@ -68,8 +72,8 @@ def _in_table2(model: str, row: str, rank: int | None, steps: int | None) -> Cel
     """For any ``steps``: the table names tokens, and the paper's counts of the two disagree."""
     del steps
     table, natural = printed()["table2"], printed()["natural_galore"]
-    method = next((method for method, name in METHODS.items() if name == row), None)
-    if model not in table["models"] or (method is None and row != "natural_galore"):
+    method = next((method for method, name in PRINTED.items() if name == row), None)
+    if model not in table["models"] or (method is None and row not in natural):
         return None
     column = table["models"].index(model)
     if method != "full" and rank != table["rank"][column]:
@@ -103,11 +107,11 @@ def rule(model: str, method: str, rank: int) -> tuple[float, float]:
 
 def by_the_papers_rule() -> dict[str, Any]:
     """Tables 2 and 6 by `rule`."""
-    weights: Cells = {method: [] for method in METHODS}
-    optimizer: Cells = {method: [] for method in METHODS}
+    weights: Cells = {method: [] for method in PRINTED}
+    optimizer: Cells = {method: [] for method in PRINTED}
     table = printed()["table2"]
     for name, rank in zip(table["models"], table["rank"], strict=True):
-        for method in METHODS:
+        for method in PRINTED:
             w, o = rule(name, method, rank)
             weights[method].append(w)
             optimizer[method].append(o)
@@ -119,11 +123,11 @@ def exact() -> dict[str, Any]:
 
     A frozen matrix has no state, and embeddings are there once.
     """
-    weights: Cells = {method: [] for method in METHODS}
-    optimizer: Cells = {method: [] for method in METHODS}
+    weights: Cells = {method: [] for method in PRINTED}
+    optimizer: Cells = {method: [] for method in PRINTED}
     table = printed()["table2"]
     for name, rank in zip(table["models"], table["rank"], strict=True):
-        for method, row in METHODS.items():
+        for method, row in PRINTED.items():
             static = _static(name, row, rank=None if method == "full" else rank)
             weights[method].append(static.weights / 1e9)
             optimizer[method].append(static.state / 1e9)
@@ -134,7 +138,7 @@ def _laid_out(weights: Cells, optimizer: Cells, round_to: int) -> dict[str, Any]
     def rounded(cells: Cells) -> Cells:
         return {method: [round(value, round_to) for value in values] for method, values in cells.items()}
 
-    total = {m: [w + o for w, o in zip(weights[m], optimizer[m], strict=True)] for m in METHODS}
+    total = {m: [w + o for w, o in zip(weights[m], optimizer[m], strict=True)] for m in PRINTED}
     return {"memory_g": rounded(total), "weights_g": rounded(weights), "optimizer_g": rounded(optimizer)}
 
 
@@ -174,7 +178,7 @@ def report() -> str:
         ("Table 6, optimizer", tables["table6"]["optimizer_g"], "optimizer_g"),
     ):
         lines += [f"| {title} | {' | '.join(tables['table2']['models'])} |", "|---|---|---|---|---|"]
-        for method in METHODS:
+        for method in PRINTED:
             rows = zip(printed_cells[method], paper[key][method], true[key][method], strict=True)
             lines.append(f"| {method} | {' | '.join(f'{a:.2f} / {b:.3f} / {c:.3f}' for a, b, c in rows)} |")
         lines.append("")

@@ -10,19 +10,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from galore_pretrain.optim import METHODS
 from galore_pretrain.study.results import FROZEN, Comparison, Result, final_loss, over_seeds
 
 _PALETTE = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
-_METHODS = {
-    "adamw": _PALETTE[0],
-    "galore_adamw": _PALETTE[1],
-    "low_rank": _PALETTE[2],
-    "lora": _PALETTE[3],
-    "relora": _PALETTE[4],
-    "natural_galore": _PALETTE[5],
-    "adafactor": _PALETTE[6],
-    FROZEN: _PALETTE[7],
-}
+_CONTROL = "#999999"
 _KINDS = {
     "weights": "#0072B2",
     "moments": "#E69F00",
@@ -73,11 +65,11 @@ class _Style:
 
 def _styles(labels: Sequence[str]) -> dict[str, _Style]:
     """A method's own colour, in broken strokes for its 8-bit form; what else there is takes the colours left over."""
-    styles = {}
-    for label in labels:
-        plain = label.replace("_adamw8bit", "_adamw" if "galore" in label else "").replace("8bit", "")
-        if plain in _METHODS:
-            styles[label] = _Style(_METHODS[plain], "-" if plain == label else "--")
+    known = {FROZEN: _Style(_CONTROL)}
+    for name, entry in METHODS.items():
+        if entry.colour:
+            known[name] = _Style(entry.colour, "--" if entry.moments_8bit else "-")
+    styles = {label: known[label] for label in labels if label in known}
     own = {style.colour for style in styles.values()}
     left = [c for c in _PALETTE if c not in own]
     others = [_Style(c) for c in left] + [_Style(c, line) for line in ("--", ":", "-.") for c in left or _PALETTE]

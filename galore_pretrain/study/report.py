@@ -13,7 +13,7 @@ from galore_pretrain.study import paper
 from galore_pretrain.study.pictures import draw_comparison
 from galore_pretrain.study.results import Comparison, Result, final_loss, paired, told_apart
 
-_PAPERS_NAME = {row: method for method, row in paper.METHODS.items()}
+_PAPERS_NAME = {row: method for method, row in paper.PRINTED.items()}
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"

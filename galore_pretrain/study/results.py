@@ -21,6 +21,8 @@ SETTING = (
 _NOT_THE_METHOD = {*SETTING, "optim", "seed", "name"}
 FROZEN = "frozen"
 """A control: the matrices keep their first weights."""
+FROZEN_FLAGS = {"optim": "adamw", "matrix_lr_scale": 0.0}
+"""The flags that make it."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class Result:
     @property
     def base(self) -> str:
         """The row, or that the matrices are frozen."""
+        if all(self.config.get(flag) == value for flag, value in FROZEN_FLAGS.items()):
+            return FROZEN
         optim = str(self.config.get("optim", self.folder.name))
-        if self.config.get("matrix_lr_scale") == 0:
-            return FROZEN if optim == "adamw" else f"{optim}, {FROZEN}"
-        return optim
+        return f"{optim}, {FROZEN}" if self.config.get("matrix_lr_scale") == 0 else optim
 
 
 @dataclass(frozen=True)

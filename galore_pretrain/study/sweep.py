@@ -22,12 +22,18 @@ from galore_pretrain.config.resolve import CHOSEN, without_meaning
 from galore_pretrain.errors import InputError
 from galore_pretrain.signals import on_stop
 from galore_pretrain.study.paper import printed
+from galore_pretrain.study.results import FROZEN, FROZEN_FLAGS
 
 GRID = (0.01, 0.005, 0.001, 0.0005, 0.0001)
 """Learning rates that the GaLore paper's authors tuned over (appendix C.1)."""
 KINDS = ("table2", "table3", "figure3", "natural", "lr")
 _BEYOND = 3  # factors that are tried beyond those that were named
-_FROZEN = {"optim": "adamw", "matrix_lr_scale": 0.0}
+_FIGURE3: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("adamw", "galore_adamw", {}),
+    ("adamw8bit", "galore_adamw8bit", {}),
+    ("adafactor", "galore_adafactor", {"betas": (0.9, 0.999)}),  # the paper's Adafactor has a first moment
+)
+"""Methods of the figure in pairs, without and with a projection, and the flags of both."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +97,17 @@ def entries(kind: str, model: str, optim: str | None) -> list[Entry]:
     if kind == "figure3":
         width = int(json.loads(find_model(model).read_text())["hidden_size"])
         found = []
-        for rule in ("adamw", "adamw8bit", "adafactor"):
-            first_moment = {"betas": (0.9, 0.999)} if rule == "adafactor" else {}  # as the paper's Adafactor
-            found.append(Entry(rule, {"optim": rule, **first_moment}))
+        for full, projected, more in _FIGURE3:
+            found.append(Entry(full, {"optim": full, **more}))
             for rank in (width // 4, width // 2):
-                found.append(Entry(f"galore_{rule} r{rank}", {"optim": f"galore_{rule}", "rank": rank, **first_moment}))
+                found.append(Entry(f"{projected} r{rank}", {"optim": projected, "rank": rank, **more}))
         return found
     rows = {
         "table2": ("adamw", "galore_adamw", "low_rank", "lora", "relora"),
         "table3": ("adamw8bit", "galore_adamw8bit"),
         "natural": ("adamw", "low_rank", "lora", "relora", "galore_adamw", "natural_galore"),
     }[kind]
-    control = [] if kind == "table3" else [Entry("frozen", _FROZEN)]
+    control = [] if kind == "table3" else [Entry(FROZEN, FROZEN_FLAGS)]
     return [Entry(row, {"optim": row}) for row in rows] + control
 
 

@@ -13,14 +13,15 @@ from galore_pretrain.model.head import loss_methods
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.lowrank import Factors, layers
 from galore_pretrain.optim import (
+    OPTIONS,
     Execution,
     GlobalStep,
     Layerwise,
     RuleOptimizer,
     build_optimizer,
     is_projected,
+    method,
     sides,
-    split,
 )
 
 
@@ -49,16 +50,14 @@ def device_named(name: str) -> torch.device:
 
 
 def factors_of(config: RunConfig) -> Factors | None:
-    """How the row factors the model's matrices, if it does."""
-    name, _ = split(config.optim)
-    if name is None:
+    """How the method factors the model's matrices, if it does."""
+    if not method(config.optim).factors_updated_by:
         return None
     assert config.rank is not None
-    low_rank = name == "low_rank"
     return Factors(
         config.rank,
-        alpha=None if low_rank else config.lora_alpha,
-        dropout=0.0 if low_rank else config.lora_dropout or 0.0,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout or 0.0,
         every=config.relora_every,
         seed=config.seed,
     )
@@ -117,27 +116,18 @@ def compile_layers(model: LlamaForCausalLM) -> None:
 def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -> RuleOptimizer:
     """The optimizer of ``config.optim`` for ``model``, its state allocated; InputError where options do not fit it. The
     processes of ``mesh`` share it."""
-    factors, row = split(config.optim)
+    updater = method(method(config.optim).updater)
+    own = {OPTIONS[flag].argument: getattr(config, flag) for flag in updater.options}
     try:
         optimizer = build_optimizer(
             model,
-            row,
+            updater.name,
             lr=config.lr,
-            rank=None if factors else config.rank,
-            update_proj_gap=config.update_proj_gap,
-            scale=config.galore_scale,
-            proj_type=config.proj_type,
-            basis=config.basis,
-            refresh=config.refresh,
-            moments=config.moments,
-            natural_history=config.natural_history,
-            natural_damping=config.natural_damping,
-            betas=config.betas,
-            eps=config.eps,
             numerics=config.numerics,
             weight_decay=config.weight_decay,
             matrix_lr_scale=config.matrix_lr_scale,
             seed=config.seed,
+            **own,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -163,10 +153,11 @@ def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
+    projects = method(config.optim).projects
     columns = {
         module.weight
         for name, module in model.named_modules()
-        if "galore" in config.optim and is_projected(name, module) and _by_columns(module, config, mesh.size(-1))
+        if projects and is_projected(name, module) and _by_columns(module, config, mesh.size(-1))
     }
     options: dict[str, Any] = {
         "mesh": mesh["shards"] if config.reduce == "projected" else mesh,
@@ -180,9 +171,9 @@ def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
-    for method in loss_methods:
-        setattr(model, method.__name__, MethodType(method, model))
-        register_fsdp_forward_method(model, method.__name__)
+    for loss in loss_methods:
+        setattr(model, loss.__name__, MethodType(loss, model))
+        register_fsdp_forward_method(model, loss.__name__)
 
 
 def _by_columns(module: nn.Module, config: RunConfig, shards: int) -> bool:

@@ -1,0 +1,204 @@
+"""The table of methods: its entries are complete and true, and an entry is all that a new method takes."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from galore_pretrain.config.options import RunConfig, shipped_models
+from galore_pretrain.config.resolve import left_out, resolve, without_meaning
+from galore_pretrain.errors import InputError
+from galore_pretrain.optim import METHODS, OPTIONS, REGISTRY, build_optimizer, method, resolve_name
+from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.build import build_rules, composition_of
+from galore_pretrain.optim.compositions import Composition
+from galore_pretrain.optim.methods import NUMERICS, Method, Recipe
+from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.rule import Decay, Direction, UpdateRule
+from galore_pretrain.optim.update import Step
+from galore_pretrain.study.pictures import _PALETTE, _styles
+from galore_pretrain.tensors.shards import Shard
+from galore_pretrain.train.build import optimizer_for
+
+VALUES: dict[str, Any] = {
+    "rank": 4, "update_proj_gap": 7, "scale": 0.5, "proj_type": "left", "basis": "svd", "refresh": "together",
+    "moments": "reset", "natural_history": 3, "natural_damping": 0.5, "betas": (0.5, 0.6), "eps": 1e-3,
+}  # fmt: skip
+"""A value for each option of rules."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_entry_is_complete(name: str) -> None:
+    entry = METHODS[name]
+    assert entry.name == name
+    assert entry.description
+    assert bool(entry.home) != bool(entry.factors_updated_by)
+    assert set(entry.options) <= set(OPTIONS)
+    assert len(set(entry.options)) == len(entry.options)
+    assert entry.colour is None or entry.colour in _PALETTE
+    if entry.factors_updated_by:
+        assert METHODS[entry.factors_updated_by].home
+        assert entry.companion is None
+        assert not entry.projects
+        assert entry.moments_8bit == METHODS[entry.factors_updated_by].moments_8bit
+        assert set(METHODS[entry.factors_updated_by].options) < set(entry.options)
+    else:
+        assert all(OPTIONS[flag].argument for flag in entry.options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recipes_have_a_source_and_a_learning_rate(name: str) -> None:
+    general, *others = METHODS[name].recipes
+    assert general.model is None
+    assert "lr" in general.values
+    for own in (general, *others):
+        assert own.source
+        assert own.values.keys() <= RunConfig.__dataclass_fields__.keys()
+        assert own.model in (None, *shipped_models())
+
+
+def test_names_aliases_and_colours_are_told_apart() -> None:
+    names = [*METHODS, *(alias for entry in METHODS.values() for alias in entry.aliases)]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert resolve_name(name) == (method(name).name, False)
+    lines = [(style.colour, style.line) for style in _styles(list(METHODS)).values()]
+    assert len(set(lines)) == len(lines)
+
+
+def test_options_are_flags_of_a_run() -> None:
+    assert OPTIONS.keys() <= RunConfig.__dataclass_fields__.keys()
+    assert {option.argument for option in OPTIONS.values()} - {""} == VALUES.keys()
+    for option in OPTIONS.values():
+        assert option.why
+        assert bool(option.argument) == bool(option.fields)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_an_entry_says_what_its_rules_do(name: str, numerics: str) -> None:
+    """Which options they take, whether they project, and in how many bits they keep moments."""
+    for flag, option in OPTIONS.items():
+        if flag in METHODS[name].options:
+            assert build_rules(name, numerics, **{option.argument: VALUES[option.argument]}) is not None
+        elif option.argument:
+            with pytest.raises(ValueError, match=f"{option.argument} .* has no meaning for optimizer {name}; leave"):
+                build_rules(name, numerics, **{option.argument: VALUES[option.argument]})
+    rule, companion = build_rules(name, numerics)
+    state = rule.init(torch.zeros(256, 256))
+    assert METHODS[name].projects == any(key.endswith("_basis") for key in state)
+    assert METHODS[name].moments_8bit == any(tensor.dtype == torch.uint8 for tensor in state.values())
+    assert companion.init(torch.zeros(256)).keys() is not None  # it takes a vector
+
+
+# -- a method of one's own --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sign(UpdateRule):
+    """The sign of a running mean, for matrices of attention and MLP: it refuses all else."""
+
+    momentum: float = 0.9
+    decay: ClassVar[Decay] = "before"
+    elementwise: ClassVar[bool] = False
+
+    def init(self, like: Tensor, shard: Shard | None = None) -> State:
+        if like.ndim != 2 or 1024 in like.shape:
+            raise ValueError(f"a tensor of shape {tuple(like.shape)} is no matrix of attention or MLP")
+        return {"mean": torch.zeros_like(like)}
+
+    def update(self, grad: Tensor, state: State, step: Step) -> Direction:
+        mean = step.working_copy(state["mean"]).lerp_(grad, 1 - self.momentum)
+        step.store(state["mean"], mean)
+        return Direction(mean.sign())
+
+
+late_sign = Sign(momentum=0.99)
+both_signs = Composition(Sign(momentum=0.8), Sign(momentum=0.7))
+
+
+@pytest.fixture
+def sign(monkeypatch: pytest.MonkeyPatch) -> Method:
+    """The table with one more entry."""
+    entry = Method(
+        name="sign", description="the sign of a running mean", home=f"{__name__}:Sign", companion="adamw",
+        aliases=("sign_momentum",), options=("betas",),
+    )  # fmt: skip
+    monkeypatch.setitem(METHODS, "sign", entry)
+    return entry
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_one_entry_adds_a_method(
+    sign: Method, numerics: str, build_tiny: Callable[..., LlamaForCausalLM], tiny_config: str
+) -> None:
+    """Its companion updates embeddings, norms and head under both numerics; options reach both rules."""
+    assert build_rules("sign", numerics) == (Sign(), getattr(REGISTRY["adamw"], numerics))
+    companion = replace(getattr(REGISTRY["adamw"], numerics), betas=(0.5, 0.6))
+    assert build_rules("sign", numerics, betas=(0.5, 0.6)) == (Sign(momentum=0.5), companion)
+    given = {"model": tiny_config, "data": "sample", "optim": "Sign-Momentum", "lr": 0.01, "betas": (0.5, 0.6)}
+    config, _ = resolve(given | {"numerics": numerics, "weight_decay": 0.1, "dtype": "float32"}, {"lr": "flag"})
+    assert (config.optim, config.lr, config.rank, config.eps) == ("sign", 0.01, None, None)
+    model = build_tiny()
+    optimizer = optimizer_for(config, model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(3):
+        model(torch.arange(40).view(2, 20), labels=torch.arange(40).view(2, 20)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, p in model.named_parameters():
+        assert ("mean" in optimizer.state[p]) == ("proj" in name)
+        assert not torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize(
+    ("home", "sound", "reference"), [("Sign", 0.9, 0.9), ("late_sign", 0.99, 0.99), ("both_signs", 0.8, 0.7)]
+)
+def test_a_home_is_a_rule_its_class_or_a_composition(home: str, sound: float, reference: float) -> None:
+    assert composition_of(f"{__name__}:{home}") == Composition(Sign(sound), Sign(reference))
+
+
+def test_without_a_companion_a_rule_updates_everything(monkeypatch: pytest.MonkeyPatch, sign: Method) -> None:
+    monkeypatch.setitem(METHODS, "alone", Method(name="alone", description="", home=sign.home))
+    assert build_rules("alone", "sound") == (Sign(), Sign())
+
+
+def test_what_it_cannot_use_is_refused_with_a_reason(
+    sign: Method, build_tiny: Callable[..., LlamaForCausalLM], tiny_config: str
+) -> None:
+    given = {"model": tiny_config, "data": "sample", "optim": "sign", "lr": 0.01}
+    for flag, value in (("rank", 4), ("eps", 1e-3), ("lora_alpha", 8.0)):
+        dashed = flag.replace("_", "-")
+        message = f"--{dashed} {value} has no meaning for --optim sign; {OPTIONS[flag].why}"
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+            resolve(given | {flag: value}, {})
+    with pytest.raises(InputError, match=r"^--clip-norm projected: sign projects nothing; leave it out$"):
+        resolve(given | {"grad_clip": 1.0, "clip_norm": "projected"}, {})
+    with pytest.raises(ValueError, match=r"^rank 4 has no meaning for optimizer sign; leave it out$"):
+        build_optimizer(build_tiny(), "sign", lr=0.01, rank=4)
+    with pytest.raises(ValueError, match="signs is unknown; did you mean sign"):
+        resolve_name("signs")
+    assert without_meaning("sign").keys() == OPTIONS.keys() - {"betas"}
+    assert left_out("sign_momentum").keys() == {*without_meaning("sign"), "reduce"}
+    assert "reduce" not in left_out("galore")
+
+
+def test_a_field_of_its_rule_is_an_option(sign: Method) -> None:
+    assert build_rules("sign_momentum", "sound", momentum=0.3) == (Sign(momentum=0.3), Adam())
+
+
+def test_what_no_recipe_has_is_asked_for(monkeypatch: pytest.MonkeyPatch, sign: Method, tiny_config: str) -> None:
+    given = {"model": tiny_config, "data": "sample", "optim": "sign"}
+    with pytest.raises(InputError, match=r"^--lr is missing: --optim sign has no recipe for it; give one, such as"):
+        resolve(given, {})
+    recipes = Recipe({"lr": 0.02, "grad_clip": 1.0}, "here"), Recipe({"lr": 0.03}, "here", model="llama_7b")
+    entry = Method(name="sign", description="", home=sign.home, recipes=recipes)
+    monkeypatch.setitem(METHODS, "sign", entry)
+    config, origins = resolve(given, {})
+    assert (config.lr, config.grad_clip, origins["lr"]) == (0.02, 1.0, "recipe: here")
+    assert resolve(given | {"model": "llama_7b"}, {})[0].lr == 0.03
