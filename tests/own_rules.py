@@ -7,6 +7,7 @@ from torch import Tensor
 
 from galore_pretrain.optim import Direction, GaLore, Layout, Scope, Step, UpdateRule
 from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.methods import METHODS, Method, Recipe
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import NewBases
 from galore_pretrain.tensors.shards import Shard
@@ -103,3 +104,24 @@ class GaLoreAndRest(UpdateRule):
         inside = low if left is None else left.to(low.dtype) @ low
         inside = inside if right is None else inside @ right.to(low.dtype)
         return self.inner.update(low, state, step) + Direction(grad - inside, factor=self.share)
+
+
+OWN = {
+    "own_sign": "SignOfAverage",
+    "own_rows": "RowNorms",
+    "own_newton": "NewtonSchulz",
+    "own_rest": "GaLoreAndRest",
+}
+"""What the tests call these rules as methods."""
+
+
+def register() -> None:
+    """Enter each into the table of methods, with AdamW for what is no matrix: one entry is all that it takes."""
+    for name, attribute in OWN.items():
+        METHODS[name] = Method(
+            name=name,
+            description="a rule of the tests",
+            home=f"own_rules:{attribute}",
+            companion="adamw",
+            recipes=(Recipe({"lr": 0.01}, "tests"),),
+        )

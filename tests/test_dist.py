@@ -114,6 +114,16 @@ def test_curves_are_those_of_one_process(processes: int, tiny_config: str, tmp_p
 
 
 @pytest.mark.slow
+def test_rules_of_one_s_own_are_those_of_one_process(tiny_config: str, tmp_path: Path) -> None:
+    """One that looks at elements, one at rows, one at whole matrices (own_rules.py), by 2 processes that share all."""
+    rows = ("own_sign", "own_rows", "own_newton")
+    alone, shared = ({row: tmp_path / f"{row}-{n}" for row in rows} for n in (1, 2))
+    run_all(1, {path: case(tiny_config, path, row, "--layerwise") for row, path in alone.items()}, tmp_path)
+    run_all(2, {path: case(tiny_config, path, row, "--layerwise") for row, path in shared.items()}, tmp_path)
+    assert not [words for row in rows if (words := compare(alone[row], shared[row], 1e-5))]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_updates_of_parts_are_those_of_the_whole(processes: int) -> None:
     """On prescribed gradients, of every row; in 8 bits, bit for bit where blocks align (shards.py)."""

@@ -2,19 +2,27 @@
 
 import io
 import itertools
+import json
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
+from galore_pretrain import cli
 from galore_pretrain.optim import Direction, GlobalStep, Layerwise, RuleOptimizer, Scope, Step, UpdateRule
 from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.optim.moments import State
 from galore_pretrain.tensors.shards import Shard
-from own_rules import GaLoreAndRest, NewtonSchulz, RowNorms, SignOfAverage
+from galore_pretrain.train.trainer import Trainer
+from own_rules import OWN, GaLoreAndRest, NewtonSchulz, RowNorms, SignOfAverage, register
 from prescribed import gradients
+from runs import command, lines
 
 SHAPES = [(24, 40), (40, 24), (16, 16)]
 RULES = [SignOfAverage(), RowNorms(), NewtonSchulz(), GaLoreAndRest()]
@@ -176,3 +184,58 @@ def test_what_a_state_does_in_a_new_basis_has_to_be_said() -> None:
                     optimizer.step()
                 break
             optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OWN)
+def test_the_command_line_takes_it(
+    name: str, tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trains clipped updates of two micro-batches, layerwise as after backward, is planned, and, killed between two
+    checkpoints, goes on bit for bit. In bf16."""
+    for other in OWN:
+        monkeypatch.delitem(METHODS, other, raising=False)
+    register()
+    monkeypatch.setattr(logging.getLogger("galore_pretrain"), "handlers", [])
+
+    def flags(output: Path, *more: str) -> list[str]:
+        words = command(tiny_config, output, "--optim", name, "--batch-size", "2", "--grad-clip", "0.5", *more)[3:]
+        for flag in ("--rank", "--update-proj-gap"):
+            del words[(i := words.index(flag)) : i + 2]
+        words[words.index("--dtype") + 1] = "bfloat16"
+        return words
+
+    def train(output: Path, *more: str) -> None:
+        assert cli.cli.main(args=["train", *flags(output, *more)], standalone_mode=False) == 0
+
+    train(tmp_path / "global", "--no-layerwise")
+    train(tmp_path / "layerwise", "--layerwise")
+    whole = lines(tmp_path / "global")
+    assert whole == lines(tmp_path / "layerwise")
+    assert len(whole) == 12
+    assert whole[-1]["loss"] < whole[0]["loss"]
+
+    class Killed(BaseException):
+        pass
+
+    advance = Trainer._advance
+
+    def until_six(self: Trainer, batches: Any) -> None:
+        advance(self, batches)
+        if self.state.step == 6:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_advance", until_six)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed", "--layerwise")
+    train(tmp_path / "killed", "--layerwise")
+    assert lines(tmp_path / "killed") == whole
+    words = ["plan", *flags(tmp_path / "planned", "--layerwise"), "--json"]
+    for flag in ("--output", "--steps", "--save-every", "--eval-every", "--eval-tokens", "--data"):
+        if flag in words:
+            del words[(i := words.index(flag)) : i + 2]
+    plan = json.loads(CliRunner().invoke(cli.cli, words, catch_exceptions=False).stdout)
+    summary = json.loads((tmp_path / "global" / "summary.json").read_text())
+    assert plan["peak_bytes"] > summary["weights_bytes"]
+    assert plan["optimizer_bytes"] == summary["optimizer_bytes"]

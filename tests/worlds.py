@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 from galore_pretrain import cli, run
 from galore_pretrain.config.options import processes
 from galore_pretrain.tensors.shards import local
+from own_rules import register
 
 optimizers: list[Any] = []
 optimizer_for, export = run.optimizer_for, run.export
@@ -51,6 +52,7 @@ def noted(*arguments: Any) -> Any:
 def main() -> None:
     if processes() > 1:
         distributed.init_process_group("gloo")
+    register()
     logging.getLogger("galore_pretrain").addHandler(logging.StreamHandler(sys.stderr))
     run.export, run.optimizer_for = check_replicas, noted  # type: ignore[attr-defined]
     for arguments in json.loads(Path(sys.argv[1]).read_text()):
