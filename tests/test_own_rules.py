@@ -179,7 +179,7 @@ def test_what_a_state_does_in_a_new_basis_has_to_be_said() -> None:
             if says or i < 1:
                 optimizer.step()
                 continue
-            if optimizer.is_due(p):
+            if optimizer.next_due(p, i + 1) == i + 1:
                 with pytest.raises(ValueError, match="use moments keep or reset"):
                     optimizer.step()
                 break

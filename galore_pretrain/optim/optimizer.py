@@ -184,8 +184,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         weight = here.contiguous()  # itself, if it is
         weight = weight.view(1) if weight.ndim == 0 else weight
         if slot.gathers:
-            assert self.pending.distributor is not None
-            direction = update_gathered(self.pending.distributor, pending, weight, self._l2(slot))
+            decay = float(self.param_groups[slot.group]["weight_decay"])
+            direction = update_gathered(self.pending.distributor, pending, weight, decay)
             self._subtract(weight, direction, slot, pending.step.placed())
         elif slot.scope is Scope.ELEMENTS:
             self._update_elements(weight, pending, slot)
@@ -219,10 +219,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         if slot.shard is not None and slot.scope is not Scope.ELEMENTS:
             step = step.placed()
         self._subtract(weight, direction, slot, step)
-
-    def _l2(self, slot: Slot) -> float:
-        """Return the decay that is added to the gradient."""
-        return float(self.param_groups[slot.group]["weight_decay"]) if slot.decay == "l2" else 0.0
 
     def _subtract(self, weight: Tensor, direction: Direction, slot: Slot, step: Step) -> None:
         decay = float(self.param_groups[slot.group]["weight_decay"])
@@ -271,11 +267,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Return what an accumulated gradient of ``p`` takes between two refreshes of its basis."""
         slot = self.slots[p]
         return slot.rule.compress(local(p), self.tensors(p), Step(0, shard=slot.shard)).nbytes
-
-    def is_due(self, p: Tensor) -> bool:
-        """Whether the next update of ``p`` begins with a new basis."""
-        count = int(self.state[p]["step"]) + 1
-        return self.next_due(p, count) == count
 
     def next_due(self, p: Tensor, count: int) -> int | None:
         """Return the number (from ``count`` on) of the first update of ``p`` with a new basis; None where none has."""

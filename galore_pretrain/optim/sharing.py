@@ -164,20 +164,23 @@ class Distributor:
 
 # Gradient and state are gathered, so that the rule sees the whole tensor as one process would. All processes make the
 # same update of it, and each keeps its part of the direction and of the state.
-def update_gathered(distributor: Distributor, pending: "PendingGradient", weight: Tensor, l2: float) -> Direction:
+def update_gathered(
+    distributor: Distributor | None, pending: "PendingGradient", weight: Tensor, decay: float
+) -> Direction:
     """Return the direction of the part of a tensor that is here, by a rule that needs the whole of it.
 
-    ``l2`` · ``weight``, which is this process's part, is added to the gradient.
+    ``weight`` is this process's part. Where the rule decays by ``l2``, ``decay`` · it is added to the gradient.
     """
     rule, shard, own = pending.rule, pending.step.shard, pending.state
     assert shard is not None
+    assert distributor is not None
     places = {name: rule.layout(name, own, shard) for name in own}
     whole: State = {}
     for name, place in places.items():
         whole[name] = own[name] if place is None else distributor.gather(own[name], place)
     grad = distributor.gather(pending.grad, shard)
-    if l2:
-        grad = torch.add(grad.float(), distributor.gather(weight, shard), alpha=l2)
+    if decay and rule.decay == "l2":
+        grad = torch.add(grad.float(), distributor.gather(weight, shard), alpha=decay)
     step = replace(pending.step, shard=None)
     rule.start(whole, step)
     direction = rule.update(grad, whole, step).of(shard)

@@ -286,7 +286,9 @@ class _Filing:
         """Whether the work was done; else what it held has been replayed."""
         pending = self._optimizer.pending.get(p)
         compressed = None if pending is None else pending.compressed
-        key = (name, p.shape, self._optimizer.rule_of(p), compressed, self._optimizer.is_due(p))
+        count = int(self._optimizer.state[p]["step"]) + 1
+        is_due = self._optimizer.next_due(p, count) == count
+        key = (name, p.shape, self._optimizer.rule_of(p), compressed, is_due)
         if self._each or key not in self._known:
             self._known[key] = self._ledger.episode(work)
             return True
