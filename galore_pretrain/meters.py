@@ -32,7 +32,7 @@ def process_peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """What this process holds now; the most it has held where the system does not say."""
+    """Return what this process holds now, in bytes; the most it has held where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -51,7 +51,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What is free on ``device`` now; on a CPU, of the machine's memory or the container's share of it."""
+    """Return the bytes that are free on ``device`` now; on a CPU, of the machine's memory or the container's share."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

@@ -15,8 +15,11 @@ runs then hear of it twice."""
 
 @contextmanager
 def on_stop(stop: Callable[[int], None]) -> Iterator[None]:
-    """Meanwhile, call ``stop`` with the number of the first; one that comes a second later ends the process at once, by
-    128 + its number, even where the interpreter waits for a library and could call no handler."""
+    """Call ``stop`` with the number of the first signal that comes meanwhile.
+
+    One that comes a second later ends the process at once, by 128 + its number, even where the interpreter waits for a
+    library and could call no handler.
+    """
     caught = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup wants it
         caught.append(signal.SIGHUP)

@@ -29,12 +29,12 @@ def parse_count(text: str) -> int:
 
 
 def processes() -> int:
-    """Of a run: as many as torchrun has started, or as ``plan`` is asked about."""
+    """Return the number of processes of the run (WORLD_SIZE), or the number that ``plan`` was asked about."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes_here() -> int:
-    """Of them, on this host."""
+    """Return the number of those on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -76,7 +76,7 @@ def parse_betas(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Flag:
-    """What the command line needs of a field. ``kind``: a type, the choices, or a parser of strings.
+    """Says what the command line needs of a field. ``kind``: a type, the choices, or a parser of strings.
 
     Numbers are at ``least``, or ``above``, a bound. ``shown`` stands for the default in the help. A ``free`` flag may
     change when a run is resumed: it does not change what is computed.
@@ -252,11 +252,11 @@ class RunConfig:
 
     @property
     def micro_batches(self) -> int:
-        """Of an update, in each process."""
+        """Return the number of micro-batches of an update, in each process."""
         return self.total_batch_size // (self.batch_size * processes())
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """Where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
+        """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
         changed = [
             (f.name, getattr(self, f.name))
             for f in fields(self)

@@ -60,7 +60,7 @@ def resolve(given: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[RunCo
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """What follows from the rest where neither the user nor the recipe says anything, and why."""
+    """Return what follows from the rest where neither the user nor the recipe says anything, and why."""
     steps, total, paper = values["steps"], values["total_batch_size"], "GaLore appendix C.1"
     reference = values["numerics"] == "reference"
     numerics = "numerics reference" if reference else "default"
@@ -179,7 +179,7 @@ def left_out(optim: str) -> dict[str, None]:
 
 
 def _check(values: Mapping[str, Any]) -> None:
-    """What depends on two fields; each message says which, and the way out."""
+    """Check what depends on two fields. Each message says which, and the way out."""
     if values["lr"] is None:
         raise InputError(f"--lr is missing: --optim {values['optim']} has no recipe for it; give one, such as 0.001")
     total, size = values["total_batch_size"], values["batch_size"]

@@ -117,7 +117,7 @@ class Adam(UpdateRule):
         )  # fmt: skip
 
     def _fused(self, m: Tensor, v: Tensor, grad: Tensor, step: Step) -> Direction:
-        """By the same kernel: the update of a weight of 0 at rate 1."""
+        """Return the direction by the same kernel: it updates a weight of 0 at rate 1."""
         scratch = torch.zeros_like(grad)
         self._kernel(scratch, grad, m, v, step.count, None, 1.0, 0.0)  # m and v are copies where they are stored if ok
         return Direction(scratch, factor=-1.0)

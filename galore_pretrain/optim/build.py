@@ -101,7 +101,7 @@ def build_optimizer(
 
 
 def rounding_of(numerics: str) -> str:
-    """How a bf16 weight takes an update."""
+    """Return how a bf16 weight takes an update: ``nearest`` or ``stochastic``."""
     return "nearest" if numerics == "reference" else "stochastic"
 
 

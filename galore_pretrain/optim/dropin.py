@@ -38,7 +38,7 @@ _NOT_OF_GROUP = {
 
 
 class Options(TypedDict, total=False):
-    """What every class here takes beside the published arguments; left out, it is as the row has it."""
+    """Names what every class here takes beside the published arguments; left out, it is as the row has it."""
 
     basis: str
     refresh: str
@@ -105,7 +105,7 @@ class _DropIn(RuleOptimizer):
                 self._followed[index] = settings
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `RuleOptimizer.load_state_dict`, but settings that were saved are taken over, as torch's optimizers do.
+        """Load a state as `RuleOptimizer` does, and take over the settings that were saved, as torch's optimizers do.
 
         ValueError where the state would have another shape for it, as for another rank.
         """

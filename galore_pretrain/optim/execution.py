@@ -288,13 +288,13 @@ class PendingGradients:
 
     @torch.no_grad()
     def sync(self, params: Iterable[Tensor]) -> None:
-        """Where processes share an update: sum gradients, and let all know which of them are not finite."""
+        """Sum gradients and let all know which are not finite, where processes share an update."""
         if self.distributor is not None and self.distributor.may_differ:
             self.distributor.sync(list(self._all(params)))
 
     @torch.no_grad()
     def refresh(self, params: Iterable[Tensor]) -> None:
-        """Where processes share an update: find the bases that are due, each by one process."""
+        """Find the bases that are due, each by one process, where processes share an update."""
         if self.distributor is not None:
             pending = list(self._all(params))
             self._optimizer.observed("refresh", None, partial(self.distributor.refresh_bases, pending))
@@ -362,8 +362,11 @@ def _is_part(p: Tensor, pending: PendingGradient | None) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an update: the norm of all gradients before clipping, where one was computed; the tensors that were
-    skipped because their gradient was not finite; the bases that could not be renewed."""
+    """Tells what came of an update.
+
+    ``grad_norm`` is that of all gradients before clipping, where one was computed. ``skipped`` counts tensors that were
+    left alone because their gradient was not finite, ``failed_refreshes`` the bases that could not be renewed.
+    """
 
     grad_norm: float | None = None
     skipped: int = 0

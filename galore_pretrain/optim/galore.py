@@ -132,12 +132,15 @@ class GaLore(UpdateRule):
         return state | self.inner.init(low, low_shard)
 
     def _basis_zeros(self, like: Tensor, rows: int, columns: int) -> Tensor:
-        """As ``published``, a basis lies column by column, as LAPACK leaves it: on some processors a product has other
-        last bits if its factor lies otherwise."""
+        """Return an empty basis.
+
+        A ``published`` one lies column by column, as LAPACK leaves it: on some processors a product has other last bits
+        if its factor lies otherwise.
+        """
         return like.new_zeros(columns, rows).T if self.published else like.new_zeros(rows, columns)
 
     def start(self, state: State, step: Step) -> None:
-        """Before the first update, every matrix gets a random orthonormal basis, which depends on its seed alone."""
+        """Give every matrix a random orthonormal basis before its first update, which depends on its seed alone."""
         if step.count > 1:
             return
         for name, side in _SIDES.items():
@@ -271,13 +274,13 @@ class GaLore(UpdateRule):
         return state.get("left_basis"), state.get("right_basis")
 
     def low_shard(self, state: State, shard: Shard | None) -> Shard | None:
-        """Where the low-rank gradient of a part of a matrix lies."""
+        """Return where the low-rank gradient of a part of a matrix lies."""
         left, right = self.bases(state)
         rank = min(basis.shape[side] for basis, side in ((left, 1), (right, 0)) if basis is not None)
         return None if shard is None else shard.low_rank(left is not None, right is not None, rank)
 
     def _parts(self, state: State, shard: Shard | None) -> tuple[Tensor | None, Tensor | None]:
-        """What meets the part at hand of the bases in use."""
+        """Return what of the bases in use meets the part at hand."""
         left, right = self.bases(state)
         if shard is None:
             return left, right

@@ -42,7 +42,7 @@ def project(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 
 
 def project_fast(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """The same by `product`; contiguous."""
+    """Return PᵀG, GQᵀ or PᵀGQᵀ by `product`, contiguous, in the dtype of the gradient."""
     low = grad
     if right is not None:
         low = product(low, right.T)

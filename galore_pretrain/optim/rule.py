@@ -23,7 +23,7 @@ Decay = Literal["before", "after", "l2"]
 
 
 class Scope(Enum):
-    """How much of a tensor a rule has to see at once."""
+    """Says how much of a tensor a rule has to see at once."""
 
     ELEMENTS = "elements"
     """Elements do not see each other: any part of the flattened tensor can be updated by itself."""
@@ -43,7 +43,7 @@ class Scope(Enum):
 
 
 class Layout(Enum):
-    """How a state tensor lies where processes share its parameter out."""
+    """Says how a state tensor lies where processes share its parameter out."""
 
     LIKE_PARAMETER = "like the parameter"
     OF_ROWS = "a number for each row"
@@ -53,7 +53,7 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class Direction:
-    """What is subtracted from a weight, times the learning rate: a sum of terms, each kept in its factors.
+    """Holds what is subtracted from a weight, times the learning rate: a sum of terms, each kept in its factors.
 
     A term is ``factor`` · diag(``row``) · ``left`` @ ``right`` · diag(``column``). ``left`` is m × n, or m × r where
     ``right``, r × n, is there. ``row`` (m) and ``column`` (n) are fp32, and each may be absent. So an update of rank r

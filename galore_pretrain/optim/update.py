@@ -34,7 +34,7 @@ class Step:
     shard: Shard | None = None
 
     def at(self, start: int) -> "Step":
-        """The same update of the elements from ``start`` on, counted from where this one starts."""
+        """Return the update of the elements from ``start`` on, counted from where this one starts."""
         if start == 0:
             return self
         return Step(
@@ -43,7 +43,7 @@ class Step:
         )  # fmt: skip  # dataclasses.replace takes five times as long
 
     def placed(self) -> "Step":
-        """The same, counted from where the part at hand begins in the whole tensor."""
+        """Return the update counted from where the part at hand begins in the whole tensor."""
         return self if self.shard is None else self.at(self.shard.offset)
 
     def total(self, part: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Step:
         return self.shard.sum(matrix.sum(over)) / self.shard.shape[over]
 
     def shape(self, part: Tensor) -> tuple[int, ...]:
-        """Of the whole tensor, of which ``part`` is at hand."""
+        """Return the shape of the whole tensor, of which ``part`` is at hand."""
         return part.shape if self.shard is None else self.shard.shape
 
     def store(self, target: Tensor, value: Tensor, stream: str = "") -> None:
@@ -91,7 +91,7 @@ class Step:
         target.copy_(value if self.ok is None else torch.where(self.ok, value.to(target.dtype), target))
 
     def only_if(self, condition: Tensor) -> "Step":
-        """The same update, whose results are kept if ``condition``, a scalar, holds as well."""
+        """Return the update whose results are kept only if ``condition``, a scalar, holds as well."""
         if known_true(condition):
             return self
         return replace(self, ok=condition if self.ok is None else condition & self.ok)

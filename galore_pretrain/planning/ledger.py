@@ -55,7 +55,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:
-        """What is made meanwhile is of this kind."""
+        """Say that what is made meanwhile is of this kind."""
         before, self._kind = self._kind, kind
         try:
             yield
@@ -117,7 +117,7 @@ class Ledger(TorchDispatchMode):
         return {kind: self._held_high[kind] - before[kind] for kind in KINDS}
 
     def replay(self, episode: Mapping[str, int]) -> None:
-        """As if the work of such an episode, which leaves nothing behind, were done now."""
+        """Count as if the work of such an episode, which leaves nothing behind, were done now."""
         self._note(episode)
 
     def _note(self, more: Mapping[str, int]) -> None:

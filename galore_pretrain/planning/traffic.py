@@ -25,8 +25,11 @@ _ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 class Speeds(NamedTuple):
-    """What the hardware can do at best: FLOP/s of a process, bytes/s that each sends and receives within a host, and
-    bytes/s in and out of a host. None: not said."""
+    """Says what the hardware can do at best.
+
+    ``flops`` are FLOP/s of a process, ``link`` the bytes/s that each sends and receives within a host, ``network``
+    those in and out of a host. None: not said.
+    """
 
     flops: float | None = None
     link: float | None = None
@@ -47,7 +50,7 @@ class Traffic:
         return sum(size for (_, between), size in self.sent.items() if between == network)
 
     def seconds_at_least(self, speeds: Speeds) -> dict[str, float]:
-        """What an update takes if all it has to do overlaps perfectly, by what bounds it."""
+        """Return what an update takes if all it has to do overlaps perfectly, in seconds, by what bounds it."""
         needs = (self.flops, self.through(network=False), self.through(network=True))
         names = ("compute", "links", "network")
         return {n: need / s for n, need, s in zip(names, needs, speeds, strict=True) if s and need}
@@ -63,7 +66,7 @@ class Traffic:
         }
 
     def table(self, speeds: Speeds) -> str:
-        """What a person reads."""
+        """Return the table that a person reads."""
         lines = [f"an update: {self.flops / 1e12:.3g} TFLOP of each process"]
         for between in (False, True):
             if total := self.through(network=between):

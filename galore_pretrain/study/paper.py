@@ -45,7 +45,7 @@ class Cell:
 
 
 def cell(model: str, row: str, rank: int | None, steps: int | None) -> Cell | None:
-    """What was printed of a run of ``model`` with ``row``; None where nothing was, or at another rank."""
+    """Return what was printed of a run of ``model`` with ``row``; None where nothing was, or at another rank."""
     places = (_in_figure3, _in_table3, _in_table2)
     return next((found for place in places if (found := place(model, row, rank, steps))), None)
 
@@ -119,7 +119,7 @@ def by_the_papers_rule() -> dict[str, Any]:
 
 
 def exact() -> dict[str, Any]:
-    """The same cells in 10⁹ bytes, of bf16 weights and optimizer state as they are allocated.
+    """Return the same cells in 10⁹ bytes, of bf16 weights and optimizer state as they are allocated.
 
     A frozen matrix has no state, and embeddings are there once.
     """

@@ -81,7 +81,7 @@ Lines = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class _Axis:
-    """What a coordinate is: ``of`` gives it for the lines of a run's ``metrics.jsonl`` that ``where`` chooses."""
+    """Says what a coordinate is: ``of`` gives it for the lines of a run's ``metrics.jsonl`` that ``where`` chooses."""
 
     label: str
     of: Callable[[Result, Lines], list[float]]

@@ -76,7 +76,7 @@ def write(comparisons: Sequence[Comparison], folder: Path) -> str:
 
 
 def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """The same numbers for a program."""
+    """Return the numbers of the report for a program."""
     found = []
     for comparison in comparisons:
         methods = {}
@@ -153,7 +153,7 @@ def _agreed(runs: Sequence[Result], name: str) -> str:
 
 
 def _printed(setting: Mapping[str, Any], run: Result) -> paper.Cell | None:
-    """What a paper prints of such a run."""
+    """Return what a paper prints of such a run."""
     return paper.cell(str(setting.get("model")), run.base, run.config.get("rank"), setting.get("steps"))
 
 

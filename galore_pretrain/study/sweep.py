@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def folder(self) -> str:
-        """Its name, as a folder's."""
+        """Return the name of the line's folder."""
         return re.sub(r"[^\w.+]+", "-", self.name)
 
     @property
@@ -70,11 +70,11 @@ class Planned:
             return None
 
     def command(self) -> str:
-        """What a person would type."""
+        """Return the command that a person would type."""
         return " ".join(["galore-pretrain", *self.arguments()])
 
     def arguments(self) -> list[str]:
-        """The same in words, without the program's name."""
+        """Return the command's words, without the program's name."""
         words: list[str] = []
         for name, value in {**self.flags, "output": self.folder}.items():
             flag = name.replace("_", "-")

@@ -27,7 +27,7 @@ class RandomBits:
 
     @staticmethod
     def pool(seed: int, device: torch.device) -> Tensor:
-        """What the streams of one update are read from: int32 in [0, 2¹⁶), the same for equal seeds on a device."""
+        """Return what streams are read from: int32 in [0, 2¹⁶), the same for equal seeds on a device."""
         generator = torch.Generator(device).manual_seed(seed)
         words = torch.empty(-(-POOL // 4), dtype=torch.int64, device=device)
         words.random_(-(1 << 63), None, generator=generator)  # all 64 bits: four numbers at the price of one

@@ -26,7 +26,7 @@ class Shard:
 
     @property
     def length(self) -> int:
-        """Of a slice that is not cut short: as FSDP2 and ``torch.chunk`` have it."""
+        """Return the length of a slice that is not cut short: as FSDP2 and ``torch.chunk`` have it."""
         return -(-self.shape[self.dim] // self.count)
 
     @property
@@ -44,11 +44,11 @@ class Shard:
         return whole.narrow(self.dim, self.start, self.stop - self.start)
 
     def part(self, basis: Tensor, dim: int) -> Tensor:
-        """Of a ``basis`` that spans dimension ``dim``, the rows (0) or columns (1) that meet the slice; else all."""
+        """Return the rows (0) or columns (1) of a ``basis`` of dimension ``dim`` that meet the slice; else all."""
         return basis.narrow(dim, self.start, self.stop - self.start) if dim == self.dim else basis
 
     def low_rank(self, left: bool, right: bool, rank: int) -> "Shard | None":
-        """Where the low-rank gradient lies; None where every process has all of it."""
+        """Return where the low-rank gradient lies; None where every process has all of it."""
         if (left, right)[self.dim]:
             return None
         return replace(self, shape=(rank if left else self.shape[0], rank if right else self.shape[1]))
@@ -79,7 +79,7 @@ def shard_of(tensor: Tensor) -> Shard | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of ``tensor``, sharing its memory; itself where that is all."""
+    """Return what this process holds of ``tensor``, sharing its memory; itself where that is all."""
     return tensor.detach().to_local() if is_shared(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 

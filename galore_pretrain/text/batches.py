@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Position:
-    """Where the next document stands: ``taken`` documents into the block that starts at ``document`` of a shard.
+    """Says where the next document stands: ``taken`` documents into the block that starts at ``document`` of a shard.
 
     ``shard`` counts in the order of the epoch. ``offset`` counts tokens already used of the document, by ``pack``.
     ``tally`` is of what was read before the block.
@@ -234,7 +234,7 @@ class Batch:
     check: int = 0
 
     def pinned(self) -> "Batch":
-        """The same in page-locked memory."""
+        """Return the batch in page-locked memory."""
         return replace(self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory())
 
     @property

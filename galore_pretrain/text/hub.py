@@ -57,7 +57,7 @@ def unreachable_data(what: str, error: Exception) -> InputError:
 
 
 def unreachable_tokenizer(what: str, error: Exception) -> InputError:
-    """The same for a tokenizer."""
+    """Return the error that a tokenizer cannot be reached."""
     return InputError(
         f"--tokenizer: {what} cannot be fetched from the hub ({first_line(error)}); go on with --tokenizer sample, "
         "or with --tokenizer PATH to a SentencePiece .model file"
@@ -65,7 +65,7 @@ def unreachable_tokenizer(what: str, error: Exception) -> InputError:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, without what it goes on to say."""
+    """Return the first line of what an exception says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -19,7 +19,7 @@ _PASSAGE = 1000  # characters after which a .txt document may end
 
 @dataclass(frozen=True)
 class Flaw:
-    """What stands where a document is expected, as in ``line 7 is not JSON (…)``, or so many ``documents``; ``is_end``:
+    """Stands where a document was expected, as in ``line 7 is not JSON (…)``, or so many ``documents``; ``is_end``:
     nothing more of the file can be read."""
 
     what: str

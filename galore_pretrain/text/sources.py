@@ -72,7 +72,7 @@ def open_source(
 
 @dataclass(frozen=True)
 class Tally:
-    """How many documents were read, how many could not be, and the shards that broke off."""
+    """Counts how many documents were read, how many could not be, and the shards that broke off."""
 
     good: int = 0
     bad: int = 0
@@ -83,9 +83,11 @@ NOTHING_READ = Tally()
 
 
 class BadData:
-    """What becomes of documents that cannot be read. ``raise``: InputError. ``skip``: they are left out, with a warning
-    for each of the first ten, until they are more than one in a hundred (and ten), or until more than one in ten shards
-    (and one) has broken off: then InputError."""
+    """Says what becomes of documents that cannot be read.
+
+    ``raise``: InputError. ``skip``: they are left out, with a warning for each of the first ten. InputError comes where
+    they are more than one in a hundred (and ten), or more than one in ten shards (and one) has broken off.
+    """
 
     def __init__(self, policy: str = "raise", flag: str = "--data") -> None:
         self._policy, self._flag = policy, flag
@@ -93,7 +95,7 @@ class BadData:
 
     @property
     def tally(self) -> Tally:
-        """What was counted so far."""
+        """Return what was counted so far."""
         return Tally(self._good, self._bad, tuple(sorted(self._broken)))
 
     def go_on(self, tally: Tally) -> None:
@@ -147,7 +149,7 @@ class LocalFiles:
         self.bad_data, self._keep = bad_data or BadData(), keep
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
-        """As the protocol says. An error of the system, which a network's file system may get over, is none of the
+        """Read as the protocol says. An error of the system, which a network's file system may get over, is none of the
         text's: what cannot be read is tried again, and then is an InputError, whatever becomes of bad data."""
         position, failures, is_empty = start, 0, start == 0
         while True:
@@ -191,7 +193,7 @@ def sample_source(split: Split) -> LocalFiles:
 
 
 def _held_out(text: str) -> bool:
-    """By content rather than by place, so that a document that occurs twice falls on one side."""
+    """Choose documents by content rather than by place, so that a document that occurs twice falls on one side."""
     return zlib.crc32(text.encode(errors="replace")) % _HELD_OUT == 0
 
 
@@ -265,7 +267,7 @@ class HubDataset:
         self.fingerprint = _digest([str(self.revision), *self.shards])
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
-        """As the protocol says; a stream that breaks is opened again at the next document, for half an hour on end.
+        """Read as the protocol says; a stream that breaks is opened again at the next document, for half an hour.
 
         Each time, the shard is read again from its beginning up to there.
         """

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline and the exported model need of a tokenizer."""
+    """Gives what the data pipeline and the exported model need of a tokenizer."""
 
     name: str
     vocab_size: int

@@ -50,7 +50,7 @@ def device_named(name: str) -> torch.device:
 
 
 def factors_of(config: RunConfig) -> Factors | None:
-    """How the method factors the model's matrices, if it does."""
+    """Return how the method factors the model's matrices, if it does."""
     if not method(config.optim).factors_updated_by:
         return None
     assert config.rank is not None

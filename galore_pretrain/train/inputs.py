@@ -29,7 +29,7 @@ class Inputs:
         return self.training.revision if isinstance(self.training, HubDataset) else None
 
     def fingerprints(self) -> dict[str, str]:
-        """What must be the same when the run goes on: the same flags can name other files."""
+        """Return what must be the same when the run goes on: the same flags can name other files."""
         return {
             "model": json.dumps(self.model.to_diff_dict(), sort_keys=True),
             "training text": self.training.fingerprint,

@@ -50,7 +50,7 @@ class Profile:
 
     @contextmanager
     def span(self, part: str) -> Iterator[None]:
-        """What is done inside is ``part`` of an update."""
+        """Time what is done inside as ``part`` of an update."""
         self._switch()
         self._stack.append(part)
         with record_function(part) if self._torch else contextlib.nullcontext():
@@ -69,7 +69,7 @@ class Profile:
         self._since = now
 
     def update_done(self) -> str | None:
-        """After each update; the table, after the last of those that are looked at."""
+        """Count an update; return the table after the last of those that are looked at."""
         self._done += 1
         if self._done == 0:
             activities = [ProfilerActivity.CPU]
