@@ -89,10 +89,11 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             results = []
             for size in (1 << 18, 256):
-                for module in ("optimizer", "rules", "adafactor"):
+                for module in ("optimizer", "rule", "adafactor"):
                     monkeypatch.setattr(
                         f"galore_pretrain.optim.{module}.chunk_elements", lambda device, size=size: size
                     )
+                monkeypatch.setattr("galore_pretrain.optim.galore.SMALL_CHUNK", size)
                 params = parameters([s for s in shapes if len(s) == 2 or not isinstance(rule, GaLore)], dtype)
                 train(RuleOptimizer([{"params": params, "rule": rule}], weight_decay=0.1), params, 5, varying)
                 results.append(params)
