@@ -1,12 +1,15 @@
 """The command line: flags from `RunConfig`'s fields, errors as one line, exit codes 0, 2 (input), 1 (failure)."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -16,7 +19,7 @@ from click.core import ParameterSource
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
 from galore_pretrain.config.resolve import left_out
-from galore_pretrain.errors import InputError, TrainingFailedError
+from galore_pretrain.errors import InputError, RunError, TrainingFailedError
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, own_length
 from galore_pretrain.text.hub import check_hub
 from galore_pretrain.text.sources import open_source
@@ -65,9 +68,11 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
         open_source(config.data, "train", config.eval_data)
 
     _let_cuda_grow_segments()
-    from galore_pretrain import run  # torch and transformers: only for a run that makes sense so far
+    with _importing():
+        from galore_pretrain import run  # torch and transformers: only for a run that makes sense so far
 
-    return run.train(config, origins)
+    ending = ctx.ensure_object(_Ending)
+    return run.train(config, origins, when_stuck=ending.hurry)
 
 
 @cli.command(cls=RunCommand, params=flags())
@@ -127,9 +132,10 @@ def plan(
     rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
     configs = [resolved(ctx, values | {"optim": row} | (left_out(row) if compare else {})) for row in rows]
 
-    from galore_pretrain import dist
-    from galore_pretrain.planning import budget, traffic  # torch and transformers
-    from galore_pretrain.study import pictures
+    with _importing():
+        from galore_pretrain import dist
+        from galore_pretrain.planning import budget, traffic  # torch and transformers
+        from galore_pretrain.study import pictures
 
     available, source = budget.budget_of(configs[0][0]), budget.source_of(configs[0][0])
     speeds = traffic.Speeds(flops, link, network)
@@ -250,8 +256,9 @@ _TEXT = ("data", "eval_data", "bad_data", "tokenizer", "layout", "max_length", "
 def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     """Perplexity of a checkpoint, a run or a Hugging Face folder, on the run's own validation text or on another."""
     given = {name: value for name, value in values.items() if value is not None}
-    from galore_pretrain.rundir import loaded as trained
-    from galore_pretrain.train import build
+    with _importing():
+        from galore_pretrain.rundir import loaded as trained
+        from galore_pretrain.train import build
 
     loaded = trained.load(path, given, where := build.device_named(device))
     config = loaded.config
@@ -272,9 +279,10 @@ def export(path: Path, folder: Path) -> int:
     """Write a checkpoint (or a run's newest) as a plain Hugging Face folder, with dense matrices and its tokenizer."""
     if folder.exists():
         raise InputError(f"{folder} exists; name a new folder")
-    from galore_pretrain.rundir import loaded as trained
-    from galore_pretrain.rundir.export import export as write_model
-    from galore_pretrain.train import build
+    with _importing():
+        from galore_pretrain.rundir import loaded as trained
+        from galore_pretrain.rundir.export import export as write_model
+        from galore_pretrain.train import build
 
     loaded = trained.load(path, {}, build.device_named("cpu"))
     write_model(folder, loaded.model, loaded.tokenizer)
@@ -292,8 +300,9 @@ def export(path: Path, folder: Path) -> int:
 @click.option("--device", default="auto", show_default=True)
 def generate(path: Path, prompt: str, tokens: int, temperature: float, top_p: float, seed: int, device: str) -> int:
     """Continue PROMPT with the model of a checkpoint, a run or a Hugging Face folder."""
-    from galore_pretrain.rundir import loaded as trained
-    from galore_pretrain.train import build
+    with _importing():
+        from galore_pretrain.rundir import loaded as trained
+        from galore_pretrain.train import build
 
     loaded = trained.load(path, {}, build.device_named(device))
     click.echo(trained.continue_text(loaded, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed))
@@ -307,6 +316,22 @@ def _let_cuda_grow_segments() -> None:
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+# torch and transformers make a million objects when they are imported, none of which is garbage. Looking for some among
+# them takes a fifth of the time of the import, and a second when the program ends.
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports of torch that are made meanwhile are not searched for garbage, neither now nor later."""
+    if "torch" in sys.modules:  # then what is new may be garbage, of whoever imported it
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class _TqdmHandler(logging.Handler):
@@ -339,6 +364,17 @@ def _show_warning(
     logging.getLogger("galore_pretrain").log(logging.WARNING if ours else logging.DEBUG, "%s", message)
 
 
+@dataclass
+class _Ending:
+    """How the program has to end. ``at_once``: Python's orderly way out would wait for what a run has left behind."""
+
+    at_once: bool = False
+
+    def hurry(self) -> None:
+        """Ask for an end at once."""
+        self.at_once = True
+
+
 def main() -> None:
     """The entry point: exceptions become one line and an exit code."""
     logger = logging.getLogger("galore_pretrain")
@@ -348,9 +384,9 @@ def main() -> None:
     warnings.showwarning = _show_warning
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of --profile, before torch reads it
-    debug = "--debug" in sys.argv[1:]
+    debug, ending = "--debug" in sys.argv[1:], _Ending()
     try:
-        code = cli(standalone_mode=False)
+        code = cli(standalone_mode=False, obj=ending)
     except click.ClickException as error:
         code = _fail(error, error.format_message(), 2, debug)
     except InputError as error:
@@ -363,13 +399,11 @@ def main() -> None:
         if debug:
             raise
         code = _fail(error, f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1, debug)
-    _exit(code if isinstance(code, int) else 0)
+    _exit(code if isinstance(code, int) else 0, ending)
 
 
-def _exit(code: int) -> NoReturn:
-    from galore_pretrain.train.metrics import Wandb
-
-    if Wandb.is_stuck:  # what it has registered to be called now would wait for it
+def _exit(code: int, ending: _Ending) -> NoReturn:
+    if ending.at_once:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -390,9 +424,16 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         logging.getLogger("galore_pretrain").exception("with --debug:")
     with contextlib.suppress(OSError, ValueError):
-        # What a user gets wrong is found by all processes of a host, and said by one of them; so is a run's own end.
-        alike = isinstance(error, (InputError, TrainingFailedError, click.ClickException))
-        says = os.environ.get("LOCAL_RANK", "0") == "0" or not alike
-        if getattr(error, "is_told", says):
+        if _is_reported_here(error):
             click.echo(_tagged(f"Error: {message}"), err=True)
     return code
+
+
+def _is_reported_here(error: BaseException) -> bool:
+    """Whether this process is the one that prints an error, which others may have too."""
+    known = error if isinstance(error, RunError) else error.__cause__
+    if isinstance(known, RunError) and known.reported_by is not None:
+        return known.reported_by == int(os.environ.get("RANK", "0"))
+    # What a user gets wrong is found by all processes of a host, and printed by one of them; so is a run's own end.
+    is_found_by_all = isinstance(error, (RunError, click.ClickException))
+    return not is_found_by_all or os.environ.get("LOCAL_RANK", "0") == "0"

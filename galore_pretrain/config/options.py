@@ -156,7 +156,7 @@ class RunConfig:
         shown="chosen from the budget",
     )  # fmt: skip
     batch_size: int = _flag(
-        None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="from the budget, up to 8"
+        None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="from the budget"
     )
     total_batch_size: int = _flag(None, "Sequences an update.", int, BATCH, least=1)
     memory_budget: int | None = _flag(
