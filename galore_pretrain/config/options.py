@@ -155,9 +155,7 @@ class RunConfig:
         False, "Recompute activations in backward.", bool, BATCH, free=True,
         shown="chosen from the budget",
     )  # fmt: skip
-    batch_size: int = _flag(
-        None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="from the budget"
-    )
+    batch_size: int = _flag(None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="from the budget")
     total_batch_size: int = _flag(None, "Sequences an update.", int, BATCH, least=1)
     memory_budget: int | None = _flag(
         None, "Of the card, as 24GiB: what the three above are chosen for.", parse_bytes, BATCH, free=True, above=10**9,

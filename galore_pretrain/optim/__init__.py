@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from galore_pretrain.optim.optimizer import Observer, RuleOptimizer
     from galore_pretrain.optim.projector import sides
-    from galore_pretrain.optim.rule import Direction, Layout, Scope, UpdateRule
+    from galore_pretrain.optim.rule import Direction, Layout, Scope, UpdateRule, describe
     from galore_pretrain.optim.update import Step
 
 _NAMES = {  # file: what of it is named here
@@ -48,7 +48,7 @@ _NAMES = {  # file: what of it is named here
     "execution": ("Execution", "GlobalStep", "Layerwise", "Outcome", "Skips"),
     "optimizer": ("Observer", "RuleOptimizer"),
     "projector": ("sides",),
-    "rule": ("Direction", "Layout", "Scope", "UpdateRule"),
+    "rule": ("Direction", "Layout", "Scope", "UpdateRule", "describe"),
     "update": ("Step",),
 }
 _HOMES = {name: file for file, names in _NAMES.items() for name in names}
@@ -79,6 +79,7 @@ __all__ = [
     "Step",
     "UpdateRule",
     "build_optimizer",
+    "describe",
     "is_projected",
     "method",
     "resolve_name",

@@ -98,7 +98,10 @@ def _distributed(part: Tensor, place: Shard, p: Tensor) -> Tensor:
 def checked_state(
     state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[Tensor, dict[str, Any]]:
-    """Return the saved state of each parameter. ValueError where groups, rules, names, shapes or dtypes differ."""
+    """Return the saved state of each parameter, copied to its device.
+
+    ValueError where groups, rules, names, shapes or dtypes differ.
+    """
     saved_groups = state_dict["param_groups"]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         raise ValueError("the saved optimizer has other parameter groups than this one")
@@ -111,9 +114,14 @@ def checked_state(
     loaded: dict[Tensor, dict[str, Any]] = {}
     for saved_group, group in zip(saved_groups, groups, strict=True):
         for key, p in zip(saved_group["params"], group["params"], strict=True):
-            loaded[p] = state_dict["state"].get(key, {})
-            _check_shapes(loaded[p], state[p])
+            saved = state_dict["state"].get(key, {})
+            _check_shapes(saved, state[p])
+            loaded[p] = {name: _copy(value, p.device) for name, value in saved.items()}
     return loaded
+
+
+def _copy(value: Any, device: torch.device) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _check_shapes(saved: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -331,11 +331,13 @@ class PendingGradients:
         roots = iter(self.distributor.norms([norm for norm, part in zip(norms, shared, strict=True) if part]))
         return torch.stack([next(roots) if part else norm for norm, part in zip(norms, shared, strict=True)])
 
-    def discard(self, params: Iterable[Tensor]) -> None:
-        """Drop the gradients of ``params``, accumulated or not."""
-        for p in params:
+    def discard(self, params: Iterable[Tensor] | None = None) -> None:
+        """Drop the gradients of ``params``, accumulated or not; of all by default, with the sums under way."""
+        for p in self._optimizer.slots if params is None else params:
             self._pending.pop(p, None)
             p.grad = None
+        if params is None and self.distributor is not None:
+            self.distributor.discard()
 
 
 def _own_storage(part: PendingGradient) -> None:

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -97,9 +97,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         for p in now["params"]:
             expected = _initial(replace(self.slots[p], rule=rule), p.to("meta"))
             if _shapes(expected) != _shapes(self.tensors(p)):
-                raise ValueError(
-                    f"a group of {now['settings']} cannot go on as {settings}: its state has another shape"
-                )
+                before = now["settings"]
+                raise ValueError(f"a group of {before} cannot go on as {settings}: its state has another shape")
         for p in now["params"]:
             self.slots[p] = replace(self.slots[p], rule=rule)
         now["settings"] = settings
@@ -124,10 +123,6 @@ class RuleOptimizer(torch.optim.Optimizer):
     def rule_of(self, p: Tensor) -> UpdateRule:
         """Return the rule that updates ``p``."""
         return self.slots[p].rule
-
-    def describe(self, group: dict[str, Any]) -> str:
-        """Say how the rule of a group is composed: ``GaLore(Adam(Dense))``."""
-        return _composition(self.rule_of(group["params"][0]))
 
     def observed(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
         """Do ``work``, by way of the observer if there is one."""
@@ -239,9 +234,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def discard(self, params: Iterable[Tensor] | None = None) -> None:
         """Drop the gradients of ``params``, accumulated or not; of all by default."""
-        self.pending.discard(list(self.slots) if params is None else params)
-        if params is None and self.pending.distributor is not None:
-            self.pending.distributor.discard()
+        self.pending.discard(params)
 
     def saved_state(self, p: Tensor, *, load: bool = False) -> dict[str, Tensor]:
         """Return the tensors of the state of ``p`` as a checkpoint holds them, to ``load`` into or as they are.
@@ -260,8 +253,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def state_bytes(self, params: Iterable[Tensor] | None = None) -> int:
         """Return what the state of ``params`` takes; of all by default."""
-        states = [self.state[p] for p in (self.slots if params is None else params)]
-        return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+        counted = self.slots if params is None else params
+        return sum(value.nbytes for p in counted for value in self.tensors(p).values())
 
     def sum_bytes(self, p: Tensor) -> int:
         """Return what an accumulated gradient of ``p`` takes between two refreshes of its basis."""
@@ -302,8 +295,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
         for p, saved_state in loaded.items():
-            for name, value in saved_state.items():
-                self.state[p][name] = value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+            self.state[p].update(saved_state)
 
 
 def _slot(p: Tensor, rule: UpdateRule, *, group: int, index: int, seed: int) -> Slot:
@@ -315,11 +307,6 @@ def _slot(p: Tensor, rule: UpdateRule, *, group: int, index: int, seed: int) -> 
     if gathers and rule.next_refresh(Step(1)) is not None:
         raise ValueError(_cannot_share(rule, "renews bases"))
     return Slot(group, index, derive_seed(seed, index), rule, shard, is_shared(p), gathers)
-
-
-def _composition(part: object) -> str:
-    parts = [_composition(inner) for inner in vars(part).values() if is_dataclass(inner)]
-    return type(part).__name__ + (f"({', '.join(parts)})" if parts else "")
 
 
 def _initial(slot: Slot, p: Tensor) -> State:

@@ -6,7 +6,7 @@ projection. The optimizer never asks which class a rule is: it asks the question
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple
@@ -297,6 +297,12 @@ class UpdateRule:
     def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
         """Keep what `moment_values` returned."""
         self.stores()[name].write(state, name, values.contiguous(), Step(count=0))
+
+
+def describe(part: object) -> str:
+    """Say how a rule is composed: ``GaLore(Adam(Dense))``."""
+    parts = [describe(inner) for inner in vars(part).values() if is_dataclass(inner)]
+    return type(part).__name__ + (f"({', '.join(parts)})" if parts else "")
 
 
 def update_in_chunks(rule: UpdateRule, grad: Tensor, state: State, step: Step) -> Direction:

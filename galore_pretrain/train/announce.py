@@ -6,7 +6,7 @@ import torch
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.dist import World
-from galore_pretrain.optim import RuleOptimizer
+from galore_pretrain.optim import RuleOptimizer, describe
 from galore_pretrain.tensors.products import has_fast_bf16
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def announce(config: RunConfig, device: torch.device, optimizer: RuleOptimizer, 
         names = sorted({name.split(".")[-2] for name in group["param_names"]})
         log.info(
             "%s updates %d tensors, %.1fM weights, with %.1f MiB of state: %s",
-            optimizer.describe(group),
+            describe(optimizer.rule_of(params[0])),
             len(params),
             sum(p.numel() for p in params) / 1e6,
             optimizer.state_bytes(params) / 2**20,
