@@ -20,6 +20,7 @@ from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, process_peak_bytes, ran_out
+from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.planning.budget import fitted, ways_out
 from galore_pretrain.planning.plan import Plan, Static, measure, static_bytes
@@ -110,7 +111,8 @@ def _train(
 ) -> int:
     """Build the parts, join them, and let them run."""
     output, schedule, device = Path(config.output), _schedule(config), device_of(config)
-    model = model_for(config, inputs.model, device, fresh=found is None, mesh=world.mesh)
+    position = TrainingPosition()
+    model = model_for(config, inputs.model, device, fresh=found is None, mesh=world.mesh, position=position)
     optimizer = optimizer_for(config, prepare(config, model), world.mesh)
     if config.compile:
         compile_layers(model)
@@ -155,7 +157,7 @@ def _train(
         max_loss=config.max_loss or math.inf,
         device=device,
         world=world,
-        at_rows=partial(factors.at_rows, model) if factors else lambda update, first: None,
+        position=position,
         watch=watch,
     )
     with on_stop(trainer.stop):

@@ -36,6 +36,7 @@ from galore_pretrain.config.resolve import resolve, without_meaning
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.optim.methods import METHODS, NUMERICS
 from galore_pretrain.text.batches import IGNORE, Batch
 from galore_pretrain.train.build import execution_for, factors_of, model_for, optimizer_for, prepare
@@ -167,7 +168,8 @@ def spoil(model: Any, number: int) -> None:
 
 def train(cell: Cell, config: RunConfig, world: World) -> tuple[str, str]:
     """A training is built and run as run.py does; its digests are those of this process's parts."""
-    model = model_for(config, load_model_config(config.model), config.device, mesh=world.mesh)
+    architecture, position = load_model_config(config.model), TrainingPosition()
+    model = model_for(config, architecture, config.device, mesh=world.mesh, position=position)
     optimizer = optimizer_for(config, prepare(config, model), world.mesh)
     factors = factors_of(config)
     if "bad" in cell.more:
@@ -191,7 +193,7 @@ def train(cell: Cell, config: RunConfig, world: World) -> tuple[str, str]:
         max_loss=config.max_loss or math.inf,
         device=torch.device(config.device),
         world=world,
-        at_rows=partial(factors.at_rows, model) if factors else lambda update, first: None,
+        position=position,
     )
     reports = [trainer.train_step(batch(update, config, world)) for update in range(config.steps)]
     seen = ("loss", "lr", "grad_norm", "skipped_tensors", "failed_refreshes")

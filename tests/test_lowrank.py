@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama_config import load_model_config
-from galore_pretrain.model.lowrank import FactoredLinear, Factors, Rows, dense_state, layers
+from galore_pretrain.model.lowrank import Dropout, FactoredLinear, Factors, dense_state, layers
+from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.optim import RuleOptimizer, build_optimizer
 from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
@@ -253,15 +255,16 @@ def test_a_run_resumes_bitwise_and_exports_a_dense_model(
 def test_what_is_dropped_depends_on_the_row_alone() -> None:
     """Not on the rows that it is computed with; as often as asked, each layer and update anew."""
     x = torch.zeros(4, 50, 33)
-    rows = Rows(seed=3, update=7, first=8)
-    drop, probability = rows.dropped("q", x, 0.05)
+    position = TrainingPosition(update=7, row=8)
+    dropout = Dropout("q", 0.05, seed=3, position=position)
+    drop, probability = dropout.mask(x)
     assert probability == pytest.approx(0.05, abs=1e-5)
     assert drop.float().mean().item() == pytest.approx(0.05, abs=0.01)
-    rows.first = 10
-    assert torch.equal(rows.dropped("q", x[:1], 0.05)[0][0], drop[2])
+    position.row = 10
+    assert torch.equal(dropout.mask(x[:1])[0][0], drop[2])
     assert not torch.equal(drop[0], drop[1])
-    rows.first = 8
-    assert not torch.equal(rows.dropped("k", x, 0.05)[0], drop)
-    rows.update = 8
-    assert not torch.equal(rows.dropped("q", x, 0.05)[0], drop)
-    assert rows.dropped("q", x, 1 - 1e-9)[1] < 1  # what is kept can be scaled
+    position.row = 8
+    assert not torch.equal(replace(dropout, name="k").mask(x)[0], drop)
+    position.update = 8
+    assert not torch.equal(dropout.mask(x)[0], drop)
+    assert replace(dropout, probability=1 - 1e-9).mask(x)[1] < 1  # what is kept can be scaled

@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama_config import load_model_config
-from galore_pretrain.train.build import compile_layers, factors_of, model_for, prepare
+from galore_pretrain.model.position import TrainingPosition
+from galore_pretrain.train.build import compile_layers, model_for, prepare
 from runs import command, lines, run
 
 
@@ -80,15 +81,14 @@ def test_compiled_layers_compute_the_same(flags: tuple[str, ...], tiny_config: s
 def test_all_layers_run_as_the_code_of_one(tiny_config: str) -> None:
     """Not one compilation a layer, nor one an update for what dropout is drawn from."""
     config = resolve({"model": tiny_config, "optim": "lora", "rank": 4, "data": "sample", "steps": 10}, {})[0]
-    model = prepare(config, model_for(config, load_model_config(tiny_config)))
-    factors = factors_of(config)
-    assert factors is not None
+    position = TrainingPosition()
+    model = prepare(config, model_for(config, load_model_config(tiny_config), position=position))
     counters["stats"].clear()
     compile_layers(model)
     rows = torch.zeros(2, 16, dtype=torch.long)
     graphs = []
     for update in range(3):
-        factors.at_rows(model, update, 0)
+        position.update = update
         mean_loss(model, rows, rows, rows.numel()).backward()
         graphs.append(counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] == graphs[2], graphs

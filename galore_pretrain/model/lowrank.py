@@ -7,15 +7,16 @@ et al., arXiv 2106.09685). ``relora``: the same, where every so many updates BA 
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from galore_pretrain.model.llama import draw
+from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.optim import is_projected
 from galore_pretrain.tensors.chunks import chunk_elements, pieces
 from galore_pretrain.tensors.rounding import mix
@@ -31,7 +32,13 @@ class FactoredLinear(nn.Module):
     weight: nn.Parameter | None
 
     def __init__(
-        self, dense: nn.Linear, rank: int, *, name: str, rows: "Rows", scale: float, dropout: float, frozen: bool
+        self,
+        dense: nn.Linear,
+        rank: int,
+        *,
+        scale: float,
+        frozen: bool,
+        dropout: "Dropout | None" = None,
     ) -> None:
         super().__init__()
         where = {"device": dense.weight.device, "dtype": dense.weight.dtype}
@@ -40,12 +47,12 @@ class FactoredLinear(nn.Module):
         rank = min(rank, *dense.weight.shape)
         self.A = nn.Linear(dense.in_features, rank, bias=False, **where)
         self.B = nn.Linear(rank, dense.out_features, bias=False, **where)
-        self.name, self.rows, self.scale, self.dropout = name, rows, scale, dropout
+        self.scale, self.dropout = scale, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale
-        if self.dropout and self.training:
-            dropped, probability = self.rows.dropped(self.name, x, self.dropout)
+        if self.dropout is not None and self.training:
+            dropped, probability = self.dropout.mask(x)
             low, scale = self.A(x.masked_fill(dropped, 0)), scale / (1 - probability)
         else:
             low = self.A(x)
@@ -74,27 +81,41 @@ class FactoredLinear(nn.Module):
         return target
 
 
-@dataclass
-class Rows:
-    """Which rows of a run's text a model is being given: from number ``first`` on of those of an ``update``.
+T = TypeVar("T", bound=Callable[..., Any])
 
-    Dropout depends on them, on the layer and on ``seed``, and on nothing else: not on micro-batches, nor on how many
-    processes share them, nor on whether a layer is computed once more for its activations.
+
+def uncompiled(function: T) -> T:
+    """``function``, which torch's compiler leaves as it is."""
+    left_alone: T = torch.compiler.disable(function)
+    return left_alone
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Says what is dropped of the input of the layer ``name``, each element with (about) this ``probability``.
+
+    That depends on the layer, on ``seed`` and on which rows of a run's text are at ``position``, and on nothing else:
+    not on micro-batches, nor on how many processes share them, nor on whether a layer is computed once more for its
+    activations.
     """
 
+    name: str
+    probability: float
     seed: int
-    update: int = 0
-    first: int = 0
+    position: TrainingPosition
 
-    def dropped(self, name: str, x: Tensor, probability: float) -> tuple[Tensor, float]:
-        """What is dropped of the input ``x`` (rows × tokens × features) of the layer ``name``: bool, shaped as it. And
-        with which probability: 16 bits decide, which take a fifth of the time of torch's ``bernoulli_`` on a CPU."""
+    # 16 bits decide for each element, which take a fifth of the time of torch's bernoulli_ on a CPU. Each row has a
+    # stream of its own. A compiler has nothing to gain here, and would compile once for each layer.
+    @uncompiled
+    def mask(self, x: Tensor) -> tuple[Tensor, float]:
+        """What is dropped of ``x`` (rows × tokens × features), bool and shaped as it; the probability in 16 bits."""
         size = x[0].numel()
         words = torch.empty(len(x), -(-size // 4), dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
-        for i, row in enumerate(words, self.first):
-            row.random_(-(1 << 63), None, generator=generator.manual_seed(mix(self.seed, name, self.update, i)))
-        least = min(round(probability * 65536), 65535) - 32768
+        for i, row in enumerate(words, self.position.row):
+            seed = mix(self.seed, self.name, self.position.update, i)
+            row.random_(-(1 << 63), None, generator=generator.manual_seed(seed))
+        least = min(round(self.probability * 65536), 65535) - 32768
         return (words.view(torch.int16)[:, :size] < least).view(x.shape), (least + 32768) / 65536
 
 
@@ -111,9 +132,13 @@ class Factors:
     every: int | None = None
     seed: int = 0
 
-    def apply(self, model: nn.Module) -> None:
-        """Put a `FactoredLinear` in the place of each matrix of ``model``, which may be on ``meta``."""
-        scale, rows = 1.0 if self.alpha is None else self.alpha / self.rank, Rows(self.seed)
+    def apply(self, model: nn.Module, position: TrainingPosition | None = None) -> None:
+        """Put a `FactoredLinear` in the place of each matrix of ``model``, which may be on ``meta``.
+
+        ``position`` is where the model's trainer will say that it is; by default, it stays at the first row.
+        """
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        position = position or TrainingPosition()
         matrices = [(n, m) for n, m in model.named_modules() if is_projected(n, m)]
         if any(self.rank > min(module.weight.shape) for _, module in matrices):
             warnings.warn(
@@ -121,8 +146,9 @@ class Factors:
             )
         for name, module in matrices:
             parent, _, leaf = name.rpartition(".")
-            options: dict[str, Any] = {"scale": scale, "dropout": self.dropout, "frozen": self.alpha is not None}
-            layer = FactoredLinear(module, self.rank, name=name, rows=rows, **options)
+            dropout = Dropout(name, self.dropout, self.seed, position) if self.dropout else None
+            frozen = self.alpha is not None
+            layer = FactoredLinear(module, self.rank, scale=scale, frozen=frozen, dropout=dropout)
             setattr(model.get_submodule(parent), leaf, layer)
 
     @torch.no_grad()
@@ -139,12 +165,6 @@ class Factors:
             rank, root = layer.A.out_features, s.sqrt()
             fill(layer.A.weight, root[:rank, None] * vh[:rank])
             fill(layer.B.weight, u[:, :rank] * root[:rank])
-
-    def at_rows(self, model: nn.Module, update: int, first: int) -> None:
-        """The next forward pass is of rows from ``first`` on of ``update``, both counted from 0."""
-        for _, layer in layers(model):  # all have the same
-            layer.rows.update, layer.rows.first = update, first
-            return
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, optimizer: "RuleOptimizer", step: int) -> None:

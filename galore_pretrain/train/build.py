@@ -11,7 +11,8 @@ from galore_pretrain.config.options import RunConfig
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.head import loss_methods
 from galore_pretrain.model.llama import build_model
-from galore_pretrain.model.lowrank import Factors, layers
+from galore_pretrain.model.lowrank import Factors
+from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.optim import RuleOptimizer, build_optimizer, is_projected, sides, split
 from galore_pretrain.train.execution import Execution, GlobalStep, Layerwise
 
@@ -63,14 +64,15 @@ def model_for(
     *,
     fresh: bool = True,
     mesh: Any = None,
+    position: TrainingPosition | None = None,
 ) -> LlamaForCausalLM:
     """The model that a run begins with, on ``device``; on ``meta``, or if not ``fresh``, without its weights. The
-    processes of ``mesh`` share it."""
+    processes of ``mesh`` share it. ``position`` is where its trainer will say that it is."""
     factors = factors_of(config)
 
     def change(model: LlamaForCausalLM) -> None:
         if factors:
-            factors.apply(model)
+            factors.apply(model, position)
         if mesh is not None:
             share_out(model, config, mesh)
 
@@ -100,8 +102,6 @@ def prepare(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def compile_layers(model: LlamaForCausalLM) -> None:
     """Have torch compile each decoder layer when it is first run: all share the code of one."""
-    for _, layer in layers(model):  # random numbers of their own stay outside
-        layer.rows.dropped = torch.compiler.disable(layer.rows.dropped)  # type: ignore[method-assign]
     for decoder in model.model.layers:
         decoder.compile()
 

@@ -15,6 +15,7 @@ from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, process_peak_bytes
 from galore_pretrain.model.head import mean_loss
+from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.train.execution import Execution
 from galore_pretrain.train.metrics import MetricLogger, Metrics
 from galore_pretrain.train.schedule import Schedule
@@ -105,8 +106,8 @@ class Trainer:
     called, and a checkpoint kept, every so many updates and after the last one. ``after_update`` is called with the
     number of each update but the last, and may change the model. ``mean_of_means`` averages the loss as the published
     code does. ``keep_rows`` is handed the number, the rows and the loss of an update that was skipped, as one is whose
-    loss is beyond ``max_loss``. The processes of ``world`` share the rows of an update; ``at_rows`` is told before each
-    forward pass of which update it is, and from which of its rows on; ``watch`` what the time is spent on.
+    loss is beyond ``max_loss``. The processes of ``world`` share the rows of an update. ``position``, which the model
+    was built with, says before each forward pass what it is of; ``watch`` is told what the time is spent on.
     """
 
     model: Any
@@ -127,7 +128,7 @@ class Trainer:
     max_loss: float
     device: torch.device
     world: World = ALONE
-    at_rows: Callable[[int, int], None] = lambda update, first: None
+    position: TrainingPosition = field(default_factory=TrainingPosition)
     watch: Watch = field(default_factory=Unwatched)
     stop_signal: int | None = field(default=None, init=False)
     _may_leave: bool = field(default=False, init=False)
@@ -254,7 +255,7 @@ class Trainer:
         for i, (input_ids, targets) in enumerate(zip(inputs, labels, strict=True)):
             parts = len(inputs) * world.size
             divisor = max(1, int((targets >= 0).sum())) * parts if self.mean_of_means else max(1, label_tokens)
-            self.at_rows(self.state.step, first + i * self.batch_size)
+            self.position.update, self.position.row = self.state.step, first + i * self.batch_size
             with self.watch.span("forward"):
                 ids, wanted = (part.to(self.device, non_blocking=True) for part in (input_ids, targets))
                 loss = mean_loss(self.model, ids, wanted, divisor)
