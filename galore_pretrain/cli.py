@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
 from galore_pretrain.config.resolve import without_meaning
-from galore_pretrain.errors import InputError, TrainingFailedError
+from galore_pretrain.errors import InputError, RunError, TrainingFailedError
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, own_length
 from galore_pretrain.text.hub import check_hub
 from galore_pretrain.text.sources import open_source
@@ -397,9 +397,16 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         logging.getLogger("galore_pretrain").exception("with --debug:")
     with contextlib.suppress(OSError, ValueError):
-        # What a user gets wrong is found by all processes of a host, and said by one of them; so is a run's own end.
-        alike = isinstance(error, (InputError, TrainingFailedError, click.ClickException))
-        says = os.environ.get("LOCAL_RANK", "0") == "0" or not alike
-        if getattr(error, "is_told", says):
+        if _is_reported_here(error):
             click.echo(_tagged(f"Error: {message}"), err=True)
     return code
+
+
+def _is_reported_here(error: BaseException) -> bool:
+    """Whether this process is the one that prints an error, which others may have too."""
+    known = error if isinstance(error, RunError) else error.__cause__
+    if isinstance(known, RunError) and known.reported_by is not None:
+        return known.reported_by == int(os.environ.get("RANK", "0"))
+    # What a user gets wrong is found by all processes of a host, and printed by one of them; so is a run's own end.
+    is_found_by_all = isinstance(error, (RunError, click.ClickException))
+    return not is_found_by_all or os.environ.get("LOCAL_RANK", "0") == "0"

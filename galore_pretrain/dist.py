@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.config.options import RunConfig, processes, processes_here
-from galore_pretrain.errors import InputError, TrainingFailedError
+from galore_pretrain.errors import InputError, ProcessFailedError, RunError, TrainingFailedError
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)
@@ -86,17 +86,22 @@ class World:
             return work()
         from torch import distributed
 
-        told: list[Any] = [None, None]
+        answer: list[Any] = [None, None]
         if self.is_main:
             try:
-                told[0] = work()
-            except Exception as error:
-                told[1] = error
-        distributed.broadcast_object_list(told, group=self.group)
-        if told[1] is not None:
-            told[1].is_told = self.is_main  # by the process that it happened in
-            raise told[1]
-        return told[0]  # type: ignore[no-any-return]
+                answer[0] = work()
+            except Exception as raised:
+                answer[1] = raised
+        distributed.broadcast_object_list(answer, group=self.group)
+        result: T = answer[0]
+        error: Exception | None = answer[1]
+        if error is None:
+            return result
+        if isinstance(error, RunError):
+            error.reported_by = 0
+        elif not self.is_main:
+            raise error from ProcessFailedError(reported_by=0)
+        raise error
 
     def together(self, work: Callable[[], T], alike: Callable[[T], str]) -> T:
         """What ``work`` returns, which all do; what it raises in one is raised in all, and told once. So is an
@@ -121,12 +126,11 @@ class World:
             speaker = int(self.size - bad)  # the first that failed
             if error is None or (worse and is_input):  # all must take the same way out
                 error = (TrainingFailedError if worse else InputError)(f"process {speaker} has failed")
-            error.is_told = self.rank == speaker or not is_input  # type: ignore[attr-defined]
+            if isinstance(error, RunError):
+                error.reported_by = speaker if is_input else self.rank
             raise error
         if high != -low:
-            apart = InputError("the processes do not read the same text: give all hosts the same files")
-            apart.is_told = self.is_main  # type: ignore[attr-defined]
-            raise apart
+            raise InputError("the processes do not read the same text: give all hosts the same files", reported_by=0)
         return result[0]
 
 
@@ -163,12 +167,11 @@ def joined(config: RunConfig) -> Iterator[World]:
     except RuntimeError as error:
         if not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
             raise
-        lost = TrainingFailedError(
+        raise TrainingFailedError(
             f"another process has ended, or not answered for --distributed-timeout {config.distributed_timeout} s; "
-            "started again, the run goes on from its newest checkpoint"
-        )
-        lost.is_told = rank < 2  # type: ignore[attr-defined]  # by one, and by another where that is the one that ended
-        raise lost from error
+            "started again, the run goes on from its newest checkpoint",
+            reported_by=min(rank, 1),  # by the first one, and by the second where the first is the one that ended
+        ) from error
     if is_new:  # not after an error: it might wait for messages that never come
         distributed.destroy_process_group()
 

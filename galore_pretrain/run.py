@@ -88,9 +88,9 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
-            failed = TrainingFailedError(_out_of_memory(planned, config, inputs, world))
-            failed.is_told = True  # type: ignore[attr-defined]  # which of several processes it happens in, nobody else knows
-            raise failed from error
+            # Each process tells its own: in which of them it happens, the others do not know.
+            message = _out_of_memory(planned, config, inputs, world)
+            raise TrainingFailedError(message, reported_by=world.rank) from error
         except (OSError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_ROOM:
                 raise
