@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -67,7 +68,8 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     _let_cuda_grow_segments()
     from galore_pretrain import run  # torch and transformers: only for a run that makes sense so far
 
-    return run.train(config, origins)
+    ending = ctx.ensure_object(_Ending)
+    return run.train(config, origins, when_stuck=ending.hurry)
 
 
 @cli.command(cls=RunCommand, params=flags())
@@ -346,6 +348,17 @@ def _show_warning(
     logging.getLogger("galore_pretrain").log(logging.WARNING if ours else logging.DEBUG, "%s", message)
 
 
+@dataclass
+class _Ending:
+    """How the program has to end. ``at_once``: Python's orderly way out would wait for what a run has left behind."""
+
+    at_once: bool = False
+
+    def hurry(self) -> None:
+        """Ask for an end at once."""
+        self.at_once = True
+
+
 def main() -> None:
     """The entry point: exceptions become one line and an exit code."""
     logger = logging.getLogger("galore_pretrain")
@@ -355,9 +368,9 @@ def main() -> None:
     warnings.showwarning = _show_warning
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of --profile, before torch reads it
-    debug = "--debug" in sys.argv[1:]
+    debug, ending = "--debug" in sys.argv[1:], _Ending()
     try:
-        code = cli(standalone_mode=False)
+        code = cli(standalone_mode=False, obj=ending)
     except click.ClickException as error:
         code = _fail(error, error.format_message(), 2, debug)
     except InputError as error:
@@ -370,13 +383,11 @@ def main() -> None:
         if debug:
             raise
         code = _fail(error, f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1, debug)
-    _exit(code if isinstance(code, int) else 0)
+    _exit(code if isinstance(code, int) else 0, ending)
 
 
-def _exit(code: int) -> NoReturn:
-    from galore_pretrain.train.metrics import Wandb
-
-    if Wandb.is_stuck:  # what it has registered to be called now would wait for it
+def _exit(code: int, ending: _Ending) -> NoReturn:
+    if ending.at_once:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

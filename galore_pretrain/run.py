@@ -3,11 +3,10 @@
 import errno
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
-from galore_pretrain.meters import peak_memory_bytes, process_peak_bytes, ran_out
+from galore_pretrain.meters import peak_memory_bytes, ran_out
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.planning.budget import fitted, ways_out
@@ -37,6 +36,7 @@ from galore_pretrain.rundir.directory import (
 from galore_pretrain.rundir.environment import describe_environment
 from galore_pretrain.rundir.export import export
 from galore_pretrain.rundir.resume import Saver, again, check_inputs, going_on, is_finished, restore
+from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
 from galore_pretrain.tensors.products import has_fast_bf16
 from galore_pretrain.text.batches import Row, TrainingData, read_ahead, validation_rows
@@ -51,7 +51,7 @@ from galore_pretrain.train.build import (
 )
 from galore_pretrain.train.evaluate import Evaluation, evaluate
 from galore_pretrain.train.inputs import Inputs, open_inputs
-from galore_pretrain.train.metrics import JsonLines, MetricLogger, Progress, Wandb
+from galore_pretrain.train.metrics import MetricLogger, open_loggers
 from galore_pretrain.train.profile import Profile
 from galore_pretrain.train.schedule import Schedule
 from galore_pretrain.train.trainer import Trainer, TrainState, Unwatched, Watch
@@ -60,8 +60,11 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, origins: Mapping[str, str]) -> int:
-    """One run, from config to exported model; the exit code. What can be refused is refused before weights exist."""
+def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable[[], None] = lambda: None) -> int:
+    """One run, from config to exported model; the exit code. What can be refused is refused before weights exist.
+
+    ``when_stuck`` is called where something is left behind that Python's own exit would wait for.
+    """
     started = time.monotonic()
     with joined(config) as world, ExitStack() as held:
         config, origins = world.from_main(lambda: (config, origins))  # its names hold the time
@@ -84,7 +87,7 @@ def train(config: RunConfig, origins: Mapping[str, str]) -> int:
         try:
             static = static_bytes(config, inputs.model)  # of all processes, in files
             world.from_main(lambda: check_space(output, static.weights + static.state, _checkpoints_at_most(config)))
-            return _train(config, origins, inputs, found, planned, started, world)
+            return _train(config, origins, inputs, found, planned, started, world, when_stuck)
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
@@ -108,6 +111,7 @@ def _train(
     planned: Plan | None,
     started: float,
     world: World,
+    when_stuck: Callable[[], None],
 ) -> int:
     """Build the parts, join them, and let them run."""
     output, schedule, device = Path(config.output), _schedule(config), device_of(config)
@@ -131,9 +135,10 @@ def _train(
     saved = found.state if found else {}
     own = found is not None and found.is_in(output / "checkpoints")
     loggers: list[MetricLogger] = []
-    world.from_main(lambda: loggers.extend(_loggers(config, output, state, saved if own else {})))
-    around = _Around(device, inputs, loggers, saved, started)
-    saver = Saver(config, model, optimizer, state, around.to_save, found, world)
+    continued = saved if own else {}
+    world.from_main(lambda: loggers.extend(open_loggers(config, output, state.step, state.tokens_seen, continued)))
+    totals = RunTotals(device, inputs, loggers, saved, started)
+    saver = Saver(config, model, optimizer, state, totals.state, found, world)
     factors = factors_of(config)
     watch: Watch = Unwatched()
     if config.profile and world.is_main:
@@ -167,10 +172,10 @@ def _train(
             if not is_over:
                 log.info("stopped after update %d; %s goes on there", state.step, again(config))
                 return 128 + (trainer.stop_signal or 0)
-            reached = around.peaks()  # exporting is not training
+            reached = totals.peaks()  # exporting is not training
             export(output / "model", model, inputs.tokenizer, world)
             summary = _summary(
-                state, static_bytes(config, inputs.model), reached, around.seconds(), saver.stalled, world
+                state, static_bytes(config, inputs.model), reached, totals.seconds(), saver.stalled, world
             )
             world.from_main(
                 lambda: write_summary(
@@ -180,8 +185,9 @@ def _train(
             return 0
         finally:
             saver.wait()
-            for logger in trainer.loggers:
-                logger.close()
+            have_ended = [logger.close() for logger in loggers]
+            if not all(have_ended):
+                when_stuck()
 
 
 def _checkpoints_at_most(config: RunConfig) -> int:
@@ -257,63 +263,6 @@ def _evaluator(
         return evaluate(model, kept, batch_size=size, reference_batch=reference, device=device, world=world)
 
     return evaluate_now
-
-
-def _loggers(
-    config: RunConfig, output: Path, state: TrainState, saved: Mapping[str, Any]
-) -> tuple[JsonLines, Progress, Wandb]:
-    """``saved`` is the state of a checkpoint in this very folder, whose files are then continued."""
-    path = output / "metrics.jsonl"
-    if not saved and path.exists() and path.stat().st_size:
-        os.replace(path, older := path.with_name("metrics.jsonl.old"))
-        log.warning("no checkpoint was written here: starting anew; the lines of before are in %s", older)
-    lines = JsonLines(path, size=saved.get("metrics_bytes", 0))
-    if config.steps:
-        progress = Progress(config.steps, "step", state.step)
-    else:
-        progress = Progress(config.max_tokens or 0, "token", state.tokens_seen)
-    wandb = Wandb(
-        config.wandb,
-        output,
-        project=config.wandb_project,
-        name=config.name or output.name,
-        tags=[tag for tag in (config.tags or "").split(",") if tag],
-        config=asdict(config),
-        run_id=saved.get("wandb_id"),
-    )
-    return lines, progress, wandb
-
-
-class _Around:
-    """What there is of a run around its training, over all the starts that it took: its time, its memory's peaks, and
-    what a checkpoint holds of it beside. ``loggers`` are the main process's, which alone is asked `to_save`."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        inputs: Inputs,
-        loggers: Sequence[MetricLogger],
-        saved: Mapping[str, Any],
-        started: float,
-    ) -> None:
-        self._device, self._inputs, self._loggers, self._started = device, inputs, loggers, started
-        self._peaks, self._seconds = saved.get("peaks", (0, 0)), float(saved.get("wall_seconds", 0.0))
-
-    def peaks(self) -> tuple[int, int]:
-        """Bytes: (of the device's allocator, of the process)"""
-        allocator, process = self._peaks
-        return max(allocator, peak_memory_bytes(self._device)), max(process, process_peak_bytes())
-
-    def seconds(self) -> float:
-        return self._seconds + time.monotonic() - self._started
-
-    def to_save(self) -> dict[str, Any]:
-        lines, _, wandb = self._loggers
-        assert isinstance(lines, JsonLines)
-        assert isinstance(wandb, Wandb)
-        known = {"metrics_bytes": lines.sync(), "wandb_id": wandb.run_id, "peaks": self.peaks()}
-        inputs = {"inputs": self._inputs.fingerprints(), "revision": self._inputs.revision}
-        return known | inputs | {"wall_seconds": self.seconds()}
 
 
 def _summary(

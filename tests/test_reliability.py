@@ -38,7 +38,7 @@ AFTER_IMPORTS = """
 import os, resource, signal, sys, time
 from galore_pretrain.rundir import checkpoint, resume
 from galore_pretrain import cli, meters as memory, run
-from galore_pretrain.train import trainer
+from galore_pretrain.train import metrics, trainer
 {}
 sys.argv = ["galore-pretrain", *sys.argv[1:]]
 cli.main()
@@ -68,12 +68,12 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(
     """From update 6 on no file may grow beyond 100 kB, so that checkpoints fail and metrics do not."""
     output = tmp_path / "full"
     limit = """
-log = run.JsonLines.log
+log = metrics.JsonLines.log
 def fill(self, metrics, step):
     if step == 6:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     log(self, metrics, step)
-run.JsonLines.log = fill
+metrics.JsonLines.log = fill
 """
     full = run_with(limit, tiny_config, output)
     assert full.returncode == 1, full.stderr
@@ -469,20 +469,22 @@ class FakeWandb(types.ModuleType):
         self.taken.append("finished")
 
 
-def _logged(wandb: FakeWandb, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> float:
-    """Seconds that so many lines and the end took."""
+def _logged(wandb: FakeWandb, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> tuple[float, bool]:
+    """Seconds that so many lines and the end took; whether it has ended."""
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     logger = Wandb("offline", folder, project="p", name="n", tags=[], config={}, run_id=None)
     started = time.monotonic()
     for step in range(1, count + 1):
         logger.log({"loss": 1.0}, step)
-    logger.close()
-    return time.monotonic() - started
+    has_ended = logger.close()
+    assert logger.state() == {"wandb_id": "abc"}
+    return time.monotonic() - started, has_ended
 
 
 def test_wandb_gets_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = FakeWandb()
-    _logged(wandb, tmp_path, monkeypatch, 500)
+    _, has_ended = _logged(wandb, tmp_path, monkeypatch, 500)
+    assert has_ended
     assert wandb.taken == [*range(1, 501), "finished"]
 
 
@@ -490,16 +492,16 @@ def test_wandb_that_hangs_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(metrics, "_FINISH", 0.2)
-    monkeypatch.setattr(Wandb, "is_stuck", False)
-    assert _logged(FakeWandb(seconds=30), tmp_path, monkeypatch, 10) < 15
+    seconds, has_ended = _logged(FakeWandb(seconds=30), tmp_path, monkeypatch, 10)
+    assert seconds < 15
     assert "wandb has not taken everything within 0 s, and is left" in caplog.text
-    assert Wandb.is_stuck
+    assert not has_ended
     caplog.clear()
     monkeypatch.setattr(metrics, "_WAITING", 5)
-    monkeypatch.setattr(Wandb, "is_stuck", False)
-    assert _logged(FakeWandb(seconds=30), tmp_path, monkeypatch, 100) < 15
+    seconds, has_ended = _logged(FakeWandb(seconds=30), tmp_path, monkeypatch, 100)
+    assert seconds < 15
     assert caplog.text.count("wandb is off from step") == 1
-    assert Wandb.is_stuck  # its thread is, though nothing is logged any more
+    assert not has_ended  # its thread has not, though nothing is logged any more
 
 
 def test_a_stopped_wandb_service_does_not_keep_the_process(tiny_config: str, finished: Path, tmp_path: Path) -> None:
@@ -508,7 +510,7 @@ def test_a_stopped_wandb_service_does_not_keep_the_process(tiny_config: str, fin
 import subprocess
 from galore_pretrain.train import metrics
 metrics._FINISH = 1.0
-log = run.JsonLines.log
+log = metrics.JsonLines.log
 def stopping(self, values, step):
     log(self, values, step)
     if step == 6:
@@ -517,7 +519,7 @@ def stopping(self, values, step):
         for pid in found:
             os.kill(int(pid), signal.SIGSTOP)
         print("stopped", *found, file=sys.stderr)
-run.JsonLines.log = stopping
+metrics.JsonLines.log = stopping
 """
     arguments = command(tiny_config, tmp_path / "run", "--wandb", "offline")[3:]
     with (tmp_path / "stderr").open("w") as file:  # no pipe, which the service would hold open

@@ -7,12 +7,16 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
 from typing import Any, Protocol
 
 from tqdm import tqdm
+
+from galore_pretrain.config.options import RunConfig
 
 Metrics = dict[str, float | int | None]
 log = logging.getLogger(__name__)
@@ -25,9 +29,40 @@ class MetricLogger(Protocol):
         """``metrics`` under the keys of ``metrics.jsonl``; ``step`` updates are complete."""
         ...
 
-    def close(self) -> None:
-        """Nothing more will come."""
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of it, in plain JSON values, once all of it is kept. OSError where it cannot
+        be now."""
         ...
+
+    def close(self) -> bool:
+        """Take no more. Returns whether it has come to its end: if not, Python's own exit would wait for it."""
+        ...
+
+
+def open_loggers(
+    config: RunConfig, folder: Path, step: int, tokens_seen: int, saved: Mapping[str, Any]
+) -> list[MetricLogger]:
+    """The loggers of a run that has come so far. ``saved`` is the state of a checkpoint in this very ``folder``, whose
+    files are then continued."""
+    path = folder / "metrics.jsonl"
+    if not saved and path.exists() and path.stat().st_size:
+        os.replace(path, older := path.with_name("metrics.jsonl.old"))
+        log.warning("no checkpoint was written here: starting anew; the lines of before are in %s", older)
+    lines = JsonLines(path, size=saved.get("metrics_bytes", 0))
+    if config.steps:
+        progress = Progress(config.steps, "step", step)
+    else:
+        progress = Progress(config.max_tokens or 0, "token", tokens_seen)
+    wandb = Wandb(
+        config.wandb,
+        folder,
+        project=config.wandb_project,
+        name=config.name or folder.name,
+        tags=[tag for tag in (config.tags or "").split(",") if tag],
+        config=asdict(config),
+        run_id=saved.get("wandb_id"),
+    )
+    return [lines, progress, wandb]
 
 
 class JsonLines:
@@ -62,12 +97,16 @@ class JsonLines:
         os.fsync(self._file.fileno())
         return self._size
 
-    def close(self) -> None:
+    def state(self) -> dict[str, Any]:
+        return {"metrics_bytes": self.sync()}
+
+    def close(self) -> bool:
         with contextlib.suppress(OSError):
             self._write()
         if self._waiting:
             log.warning("%s lacks its last %d lines", self.path, self._waiting.count(b"\n"))
         self._file.close()
+        return True
 
     def _write(self) -> None:
         """All that waits, or nothing of it: a disk that fills up may take half a line."""
@@ -109,9 +148,13 @@ class Progress:
             if evaluated:
                 self._bar.write(f"step {step}  {text}", file=sys.stderr)
 
-    def close(self) -> None:
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> bool:
         with contextlib.suppress(OSError):
             self._bar.close()
+        return True
 
 
 def describe(metrics: Metrics) -> str:
@@ -137,13 +180,11 @@ _WAITING, _FINISH = 10_000, 60.0
 
 class Wandb:
     """The same numbers at wandb. Whatever goes wrong there is one warning here; the run goes on, and waits for nothing:
-    lines are handed over by a thread, `_WAITING` at most, and at the end it has `_FINISH` seconds. ``is_stuck``: not
-    even then has it ended, and its own clean-up, when Python exits, would wait for it without limit.
+    lines are handed over by a thread, `_WAITING` at most, and at the end it has `_FINISH` seconds. Where it has not
+    ended even then, its own clean-up, when Python exits, would wait for it without limit.
 
     ``mode``: ``online``, ``offline``, ``disabled``, or ``auto``: online with an API key, else offline. Never prompts.
     """
-
-    is_stuck = False
 
     def __init__(
         self,
@@ -198,15 +239,18 @@ class Wandb:
             log.warning("wandb is off from step %d on: it has not taken the last %d lines", step, _WAITING)
             self._is_on = False
 
-    def close(self) -> None:
+    def state(self) -> dict[str, Any]:
+        return {"wandb_id": self.run_id}
+
+    def close(self) -> bool:
         if self._run is None:
-            return
+            return True
         with contextlib.suppress(Full):
             self._waiting.put_nowait(None)
         self._thread.join(_FINISH)
-        if self._thread.is_alive():
-            Wandb.is_stuck = True
+        if is_stuck := self._thread.is_alive():
             log.warning("wandb has not taken everything within %.0f s, and is left; metrics.jsonl has it all", _FINISH)
+        return not is_stuck
 
     def _hand_over(self) -> None:
         run, step = self._run, 0
