@@ -1,55 +1,41 @@
-"""The composition root: the only place where the parts of a run are chosen and joined."""
+"""The composition root: the only place where the parts of a run are chosen and joined.
+
+A run has three phases. `prepare` opens what it reads, finds the checkpoint that it goes on from and fits its updates to
+the memory: what can be refused is refused there, before weights exist. `assemble` builds the parts and joins them to a
+trainer. When that has trained, `conclude` exports the model and writes the summary.
+"""
 
 import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import fields
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from galore_pretrain.config.options import RunConfig
-from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
 from galore_pretrain.model.position import TrainingPosition
-from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.planning.budget import fitted, ways_out
-from galore_pretrain.planning.plan import Plan, Static, measure, static_bytes
+from galore_pretrain.planning.plan import Outline, Plan, measure
 from galore_pretrain.rundir.checkpoint import Saved
-from galore_pretrain.rundir.directory import (
-    check_shared,
-    check_space,
-    keep_rows,
-    lock,
-    log_config,
-    write_config,
-    write_summary,
-)
+from galore_pretrain.rundir.directory import RunDirectory, log_config
 from galore_pretrain.rundir.environment import describe_environment
 from galore_pretrain.rundir.export import export
 from galore_pretrain.rundir.resume import Saver, again, check_inputs, going_on, is_finished, restore
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
-from galore_pretrain.tensors.products import has_fast_bf16
-from galore_pretrain.text.batches import Row, TrainingData, read_ahead, validation_rows
-from galore_pretrain.train.build import (
-    compile_layers,
-    device_of,
-    execution_for,
-    factors_of,
-    model_for,
-    optimizer_for,
-    prepare,
-)
-from galore_pretrain.train.evaluate import Evaluation, evaluate
+from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
+from galore_pretrain.train import build
+from galore_pretrain.train.announce import announce
+from galore_pretrain.train.build import device_of, execution_for, factors_of, model_for, optimizer_for
+from galore_pretrain.train.evaluate import Evaluator
 from galore_pretrain.train.inputs import Inputs, open_inputs
 from galore_pretrain.train.metrics import MetricLogger, open_loggers
 from galore_pretrain.train.profile import Profile
@@ -60,99 +46,122 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """All that is known of a run before its weights exist.
+
+    ``found`` is the checkpoint that it goes on from. ``planned`` is the plan of its updates, where fitting them to the
+    memory took one. ``outline`` is of the whole run, ``part`` of this process's share of it.
+    """
+
+    config: RunConfig
+    origins: Mapping[str, str]
+    world: World
+    directory: RunDirectory
+    inputs: Inputs
+    found: Saved | None
+    outline: Outline
+    part: Outline
+    planned: Plan | None
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The parts of a run that are used once more when its training is over.
+
+    ``batches`` are read by a thread, which has to end before Python does.
+    """
+
+    trainer: Trainer
+    batches: Generator[Batch, None, None]
+    saver: Saver
+    totals: RunTotals
+
+
 def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable[[], None] = lambda: None) -> int:
-    """One run, from config to exported model; the exit code. What can be refused is refused before weights exist.
+    """Make one run, from config to exported model, and return the exit code.
 
     ``when_stuck`` is called where something is left behind that Python's own exit would wait for.
     """
     started = time.monotonic()
-    with joined(config) as world, ExitStack() as held:
+    with joined(config) as world:
         config, origins = world.from_main(lambda: (config, origins))  # its names hold the time
-        output, schedule = Path(config.output), _schedule(config)
-        world.from_main(lambda: held.enter_context(lock(output)))
-        world.together(lambda: check_shared(output), lambda found: "")
-        config, origins, found, kept = world.from_main(lambda: going_on(config, origins, output))
-        if found and world.from_main(lambda: is_finished(output, found, schedule)):
-            log.info("%s is finished; give another --output to train anew", output)
-            return 0
-        revision = found.state.get("revision") if found else None
-        if world.size > 1:  # all read what the first one finds
-            revision = world.from_main(lambda: open_inputs(config, revision).revision)
-        inputs = world.together(lambda: open_inputs(config, revision), lambda found: str(found.fingerprints()))
-        if found:
-            check_inputs(config, found, inputs.fingerprints())
-        optimizer_for(config, model_for(config, inputs.model, "meta"))  # whether its options fit, at no cost
-        config, origins, planned = world.from_main(lambda: fitted(config, origins, world.mesh, kept=kept))
-        log_config(config, origins)
-        try:
-            static = static_bytes(config, inputs.model)  # of all processes, in files
-            world.from_main(lambda: check_space(output, static.weights + static.state, _checkpoints_at_most(config)))
-            return _train(config, origins, inputs, found, planned, started, world, when_stuck)
-        except (MemoryError, RuntimeError) as error:
-            if not ran_out(error):
-                raise
-            # Each process tells its own: in which of them it happens, the others do not know.
-            message = _out_of_memory(planned, config, inputs, world)
-            raise TrainingFailedError(message, reported_by=world.rank) from error
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_ROOM:
-                raise
-            raise TrainingFailedError(
-                f"--output {output} cannot be written ({getattr(error, 'strerror', error)}); once it can be, "
-                f"{again(config)} goes on"
-            ) from error
+        directory = RunDirectory(Path(config.output), world)
+        with directory.locked():
+            prepared = prepare(config, origins, directory, world)
+            if prepared is None:
+                return 0
+            with _failures_explained(prepared):
+                static = prepared.outline.static  # of all processes, in files
+                directory.check_space(prepared.config, static.weights + static.state)
+                return _make(prepared, assemble(prepared, started), when_stuck)
 
 
-def _train(
-    config: RunConfig,
-    origins: Mapping[str, str],
-    inputs: Inputs,
-    found: Saved | None,
-    planned: Plan | None,
-    started: float,
-    world: World,
-    when_stuck: Callable[[], None],
-) -> int:
-    """Build the parts, join them, and let them run."""
-    output, schedule, device = Path(config.output), _schedule(config), device_of(config)
-    position = TrainingPosition()
-    model = model_for(config, inputs.model, device, fresh=found is None, mesh=world.mesh, position=position)
-    optimizer = optimizer_for(config, prepare(config, model), world.mesh)
-    if config.compile:
-        compile_layers(model)
-    execution = execution_for(config, optimizer)
-    _log_assignment(config, device, optimizer, world)
-    data = TrainingData(
-        inputs.training, inputs.rows, config.total_batch_size, config.seed, rank=world.rank, size=world.size
+def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirectory, world: World) -> Prepared | None:
+    """Open and check everything that a run needs before its weights; None where the run is finished already."""
+    output, schedule = directory.path, _schedule(config)
+    config, origins, found, kept = world.from_main(lambda: going_on(config, origins, output))
+    if found and world.from_main(lambda: is_finished(output, found, schedule)):
+        log.info("%s is finished; give another --output to train anew", output)
+        return None
+    revision = found.state.get("revision") if found else None
+    if world.size > 1:  # all read what the first one finds
+        revision = world.from_main(lambda: open_inputs(config, revision).revision)
+    inputs = world.together(lambda: open_inputs(config, revision), lambda found: str(found.fingerprints()))
+    if found:
+        check_inputs(config, found, inputs.fingerprints())
+    outline = Outline.of(config, inputs.model)
+    part = outline if world.mesh is None else Outline.of(config, inputs.model, world.mesh)
+    config, origins, planned = world.from_main(lambda: fitted(config, origins, part, world.mesh, kept=kept))
+    log_config(config, origins)
+    return Prepared(
+        config=config,
+        origins=origins,
+        world=world,
+        directory=directory,
+        inputs=inputs,
+        found=found,
+        outline=outline,
+        part=part,
+        planned=planned,
     )
-    state = TrainState()
+
+
+def assemble(prepared: Prepared, started: float) -> Assembled:
+    """Build the parts of a run, put back what a checkpoint holds, and join them."""
+    config, world, inputs, found = prepared.config, prepared.world, prepared.inputs, prepared.found
+    directory, device, position, state = prepared.directory, device_of(config), TrainingPosition(), TrainState()
+    model = model_for(config, inputs.model, device, fresh=found is None, mesh=world.mesh, position=position)
+    optimizer = optimizer_for(config, build.prepare(config, model), world.mesh)
+    if config.compile:
+        build.compile_layers(model)
+    execution = execution_for(config, optimizer)
+    announce(config, device, optimizer, world)
+    rows, sequences = inputs.rows, config.total_batch_size
+    data = TrainingData(inputs.training, rows, sequences, config.seed, rank=world.rank, size=world.size)
     if found:
         world.together(lambda: restore(found, model, optimizer, state, data), lambda done: "")
     # Only now: what the folder holds may be of another method, and is refused then.
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, "processes": world.size}
-    environment |= describe_environment(device)
-    world.from_main(lambda: write_config(output, config, origins, environment))
-    saved = found.state if found else {}
-    own = found is not None and found.is_in(output / "checkpoints")
-    loggers: list[MetricLogger] = []
-    continued = saved if own else {}
-    world.from_main(lambda: loggers.extend(open_loggers(config, output, state.step, state.tokens_seen, continued)))
-    totals = RunTotals(device, inputs, loggers, saved, started)
+    directory.write_config(config, prepared.origins, environment | describe_environment(device))
+    loggers = _loggers(prepared, state)
+    totals = RunTotals(device, inputs, loggers, found.state if found else {}, started)
     saver = Saver(config, model, optimizer, state, totals.state, found, world)
+    batches = read_ahead(data, pin=device.type == "cuda")
     factors = factors_of(config)
     watch: Watch = Unwatched()
     if config.profile and world.is_main:
-        watch = Profile(config.profile, output / "profile", device)
+        watch = Profile(config.profile, directory.path / "profile", device)
     trainer = Trainer(
         model=model,
-        batches=read_ahead(data, pin=device.type == "cuda"),
+        batches=batches,
         optimizer=optimizer,
         execution=execution,
-        schedule=schedule,
+        schedule=_schedule(config),
         after_update=partial(factors.after_update, model, optimizer) if factors else lambda step: None,
-        evaluate=_evaluator(config, model, inputs, device, world),
+        evaluate=Evaluator(config, model, inputs, device, world).evaluate,
         checkpoints=saver,
-        keep_rows=partial(keep_rows, output, world),
+        keep_rows=directory.keep_rows,
         loggers=loggers,
         state=state,
         batch_size=config.batch_size,
@@ -165,117 +174,40 @@ def _train(
         position=position,
         watch=watch,
     )
+    return Assembled(trainer, batches, saver, totals)
+
+
+def _make(prepared: Prepared, assembled: Assembled, when_stuck: Callable[[], None]) -> int:
+    """Let the trainer run to the end of the schedule, or to a signal; the exit code."""
+    trainer, saver = assembled.trainer, assembled.saver
     with on_stop(trainer.stop):
         try:
-            is_over = trainer.fit()
+            with closing(assembled.batches):
+                is_over = trainer.fit()
             saver.finish()
             if not is_over:
-                log.info("stopped after update %d; %s goes on there", state.step, again(config))
+                log.info("stopped after update %d; %s goes on there", trainer.state.step, again(prepared.config))
                 return 128 + (trainer.stop_signal or 0)
-            reached = totals.peaks()  # exporting is not training
-            export(output / "model", model, inputs.tokenizer, world)
-            summary = _summary(
-                state, static_bytes(config, inputs.model), reached, totals.seconds(), saver.stalled, world
-            )
-            world.from_main(
-                lambda: write_summary(
-                    output, summary | {"planned_peak_bytes": _planned_peak(planned, config, inputs, world)}
-                )
-            )
+            conclude(prepared, assembled)
             return 0
         finally:
             saver.wait()
-            have_ended = [logger.close() for logger in loggers]
+            have_ended = [logger.close() for logger in trainer.loggers]
             if not all(have_ended):
                 when_stuck()
 
 
-def _checkpoints_at_most(config: RunConfig) -> int:
-    """How many are kept when the run is over."""
-    updates = config.steps or (config.max_tokens or 0) // (config.total_batch_size * config.max_length)
-    return config.keep + (updates // config.keep_every if config.keep_every else 0)
+def conclude(prepared: Prepared, assembled: Assembled) -> None:
+    """Export the model and write the summary of a run whose training is over.
 
-
-def _planned_peak(planned: Plan | None, config: RunConfig, inputs: Inputs, world: World) -> int | None:
-    """Also of a run that needed no plan. It is over, and must not fail for this."""
-    try:
-        return (planned or measure(config, inputs.model, world.mesh)).peak_bytes
-    except Exception as error:
-        log.warning("its memory could not be planned: %s", error)
-        return None
-
-
-def _out_of_memory(planned: Plan | None, config: RunConfig, inputs: Inputs, world: World) -> str:
-    peak, expected = peak_memory_bytes(device_of(config)), _planned_peak(planned, config, inputs, world)
-    plan = "" if expected is None else f", {expected / 2**30:.2f} GiB were planned"
-    return f"out of memory: {peak / 2**30:.2f} GiB was the peak so far{plan}; what helps: {ways_out(config, most=3)}"
-
-
-def _log_assignment(config: RunConfig, device: torch.device, optimizer: RuleOptimizer, world: World) -> None:
-    """What is trained, where, and what updates which tensors."""
-    total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    if world.size > 1:
-        where = f"{world.size} processes (--shard {config.shard}), each on {where}"
-    elif config.reduce == "projected":
-        log.warning("--reduce projected: one process sums with nobody; it makes the updates layerwise, and no more")
-    log.info("%s: %.1fM weights in %s on %s", config.model, total / 1e6, config.dtype, where)
-    if config.dtype == "bfloat16" and not has_fast_bf16(device):
-        log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
-    micro_batches = config.micro_batches
-    if config.layerwise and not optimizer.projects and (micro_batches > 1 or config.grad_clip):
-        why = f"the sum over {micro_batches} micro-batches" if micro_batches > 1 else "clipping"
-        log.info("--layerwise saves no memory here: %s needs all gradients of %s", why, config.optim)
-    for group in optimizer.param_groups:
-        count, tensors = sum(p.numel() for p in group["params"]), len(group["params"])
-        names = ", ".join(sorted({name.split(".")[-2] for name in group["param_names"]}))
-        log.info(
-            "%s updates %d tensors, %.1fM weights, with %.1f MiB of state: %s",
-            optimizer.describe(group),
-            tensors,
-            count / 1e6,
-            optimizer.state_bytes(group["params"]) / 2**20,
-            names,
-        )
-
-
-def _schedule(config: RunConfig) -> Schedule:
-    shared = {f.name: getattr(config, f.name) for f in fields(Schedule)}
-    return Schedule(**shared)
-
-
-def _evaluator(
-    config: RunConfig, model: torch.nn.Module, inputs: Inputs, device: torch.device, world: World
-) -> Callable[[], Evaluation]:
-    """Evaluates on the same rows each time, which are read once, when first needed."""
-    kept: list[Row] = []
-
-    def evaluate_now() -> Evaluation:
-        if not kept:
-            kept[:] = validation_rows(inputs.validation, inputs.rows, config.eval_tokens)
-            if (found := sum(row.real for row in kept)) < config.eval_tokens // 2:
-                log.info(
-                    "the validation text has %s tokens, fewer than --eval-tokens %s",
-                    f"{found:,}",
-                    f"{config.eval_tokens:,}",
-                )
-        size, reference = config.batch_size, reference_batch(config)
-        return evaluate(model, kept, batch_size=size, reference_batch=reference, device=device, world=world)
-
-    return evaluate_now
-
-
-def _summary(
-    state: TrainState,
-    static: Static,
-    peaks: tuple[int, int],
-    wall_seconds: float,
-    stall_seconds: float,
-    world: World,
-) -> dict[str, Any]:
-    """Bytes of weights and state are those of the method, whoever shares them; peaks those of the largest process."""
-    allocator, process = (int(peak) for peak in world.largest(*peaks))
-    return {
+    Bytes of weights and state are those of the method, whoever shares them; peaks those of the largest process.
+    """
+    world, directory, state = prepared.world, prepared.directory, assembled.trainer.state
+    reached = assembled.totals.peaks()  # exporting is not training
+    export(directory.model, assembled.trainer.model, prepared.inputs.tokenizer, world)
+    static = prepared.outline.static
+    allocator, process = (int(peak) for peak in world.largest(*reached))
+    summary = {
         "steps": state.step,
         "tokens_seen": state.tokens_seen,
         **state.evaluation,
@@ -283,6 +215,64 @@ def _summary(
         "process_peak_bytes": process,
         "weights_bytes": static.weights,
         "optimizer_bytes": static.state,
-        "wall_seconds": wall_seconds,
-        "checkpoint_stall_seconds": stall_seconds,
+        "wall_seconds": assembled.totals.seconds(),
+        "checkpoint_stall_seconds": assembled.saver.stalled,
+        "planned_peak_bytes": world.from_main(lambda: _planned_peak(prepared)),
     }
+    directory.write_summary(summary)
+
+
+@contextmanager
+def _failures_explained(prepared: Prepared) -> Iterator[None]:
+    """Memory that ran out and a disk that is full are each told in one line, with what helps."""
+    config = prepared.config
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        # Each process tells its own: in which of them it happens, the others do not know.
+        raise TrainingFailedError(_out_of_memory(prepared), reported_by=prepared.world.rank) from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+            raise
+        raise TrainingFailedError(
+            f"--output {config.output} cannot be written ({getattr(error, 'strerror', error)}); once it can be, "
+            f"{again(config)} goes on"
+        ) from error
+
+
+def _out_of_memory(prepared: Prepared) -> str:
+    config, expected = prepared.config, _planned_peak(prepared)
+    peak = peak_memory_bytes(device_of(config))
+    plan = "" if expected is None else f", {expected / 2**30:.2f} GiB were planned"
+    return f"out of memory: {peak / 2**30:.2f} GiB was the peak so far{plan}; what helps: {ways_out(config, most=3)}"
+
+
+# Fitting the updates to the memory mostly takes no plan, and training needs none. So this one is made last: it would
+# keep the first update waiting.
+def _planned_peak(prepared: Prepared) -> int | None:
+    """The peak of the run's plan, in bytes. The run is over, and must not fail for it: None where it cannot be made."""
+    if prepared.planned:
+        return prepared.planned.peak_bytes
+    try:
+        return measure(prepared.config, prepared.inputs.model, prepared.world.mesh, outline=prepared.part).peak_bytes
+    except Exception as error:
+        log.warning("its memory could not be planned: %s", error)
+        return None
+
+
+def _schedule(config: RunConfig) -> Schedule:
+    shared = {f.name: getattr(config, f.name) for f in fields(Schedule)}
+    return Schedule(**shared)
+
+
+def _loggers(prepared: Prepared, state: TrainState) -> list[MetricLogger]:
+    """The loggers of the run; none in other processes than the main one."""
+    config, directory, found = prepared.config, prepared.directory, prepared.found
+    saved = found.state if found and found.is_in(directory.checkpoints) else {}
+    loggers: list[MetricLogger] = []
+    prepared.world.from_main(
+        lambda: loggers.extend(open_loggers(config, directory.path, state.step, state.tokens_seen, saved))
+    )
+    return loggers

@@ -23,7 +23,7 @@ from galore_pretrain.config.options import RunConfig, parse_count
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.rundir import checkpoint
-from galore_pretrain.rundir.directory import lock
+from galore_pretrain.rundir.directory import RunDirectory
 from runs import MEASURED, command, lines, run
 
 KEYS = {"step", "loss", "lr", "tokens_seen"} | MEASURED
@@ -59,14 +59,14 @@ def test_what_a_run_leaves(finished: Path) -> None:
 def test_one_run_at_a_time_in_a_folder(tiny_config: str, finished: Path, tmp_path: Path) -> None:
     """A lock that a dead process left is none; that of a living one refuses."""
     output = tmp_path / "shared"
-    with lock(output):
+    with RunDirectory(output).locked():
         refused = run(tiny_config, output)
     assert refused.returncode == 2
     assert "another run is writing there" in refused.stderr
     assert not output.exists()
-    with lock(output):
+    with RunDirectory(output).locked():
         (output / "something").touch()
-    with lock(output):
+    with RunDirectory(output).locked():
         assert (output / "something").exists()
     assert (finished / ".lock").exists()
 

@@ -23,7 +23,7 @@ from galore_pretrain.dist import imagined
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.planning.traffic import count
-from galore_pretrain.rundir.directory import check_shared
+from galore_pretrain.rundir.directory import RunDirectory
 from messages import config_of
 from runs import command, lines
 
@@ -299,7 +299,7 @@ def test_what_is_not_for_several_processes(tmp_path: Path) -> None:
         assert refused.stderr == f"Error: {words[0]} is one process's work: start it without torchrun\n"
         assert refused.returncode == 2
     with pytest.raises(InputError, match="all hosts must share it"):
-        check_shared(tmp_path)
+        RunDirectory(tmp_path).check_shared()
 
 
 @pytest.mark.slow

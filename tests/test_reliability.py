@@ -17,6 +17,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from transformers import LlamaForCausalLM
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.optim import build_optimizer
-from galore_pretrain.rundir import checkpoint, directory, resume
+from galore_pretrain.rundir import checkpoint, resume
+from galore_pretrain.rundir.directory import RunDirectory
 from galore_pretrain.train import metrics
 from galore_pretrain.train.metrics import JsonLines, Wandb
 from galore_pretrain.train.trainer import TrainState
@@ -159,14 +161,17 @@ def test_a_disk_without_room_is_told_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=39_000_000_000))
-    directory.check_space(tmp_path, 9_000_000_000, kept=2)
+    config, directory = RunConfig(model="-", steps=10, keep=2), RunDirectory(tmp_path)
+    directory.check_space(config, 9_000_000_000)
     assert not caplog.records
-    directory.check_space(tmp_path, 10_000_000_000, kept=2)
+    directory.check_space(config, 10_000_000_000)
     assert "39.0 GB are free, and 3 more checkpoints of 10.0 GB and the model may take 40.0 GB" in caplog.text
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     caplog.clear()
-    directory.check_space(tmp_path, 10_000_000_000, kept=2)
+    directory.check_space(config, 10_000_000_000)
     assert not caplog.records
+    directory.check_space(replace(config, keep=1, keep_every=5), 10_000_000_000)
+    assert "3 more checkpoints" in caplog.text  # of the newest, of update 5 and of update 10, one is there
 
 
 def test_folders_that_cannot_be_written_are_refused_at_once(tiny_config: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from galore_pretrain.config.resolve import CHOSEN, micro_batches, with_execution
 from galore_pretrain.errors import InputError
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.llama_config import load_model_config
-from galore_pretrain.planning.plan import Plan, Static, describe, measure, static_bytes
+from galore_pretrain.planning.plan import Outline, Plan, Static, describe, measure
 from galore_pretrain.train.build import device_of
 
 log = logging.getLogger(__name__)
@@ -99,18 +99,18 @@ def planned(config: RunConfig, origins: Mapping[str, str], budget: int, mesh: An
 
 
 def fitted(
-    config: RunConfig, origins: Mapping[str, str], mesh: Any = None, *, kept: bool
+    config: RunConfig, origins: Mapping[str, str], outline: Outline, mesh: Any = None, *, kept: bool
 ) -> tuple[RunConfig, Mapping[str, str], Plan | None]:
     """The config whose updates fit the memory budget, and their plan where one had to be made.
 
     What a run that is resumed was doing is ``kept``, and measured only where a budget is named. InputError where
-    nothing fits, with the smallest peak that was found and what helps.
+    nothing fits, with the smallest peak that was found and what helps. ``outline`` is of this process's part.
     """
     budget, plan = budget_of(config), None
     if not kept:
-        config, origins, plan = choose(config, origins, budget, mesh)
+        config, origins, plan = choose(config, origins, budget, mesh, outline)
     elif config.memory_budget is not None:
-        plan = measure(config, load_model_config(config.model), mesh)
+        plan = measure(config, load_model_config(config.model), mesh, outline=outline)
     if plan and plan.peak_bytes > budget:
         raise InputError(
             f"the {'peak' if kept else 'smallest peak found'} is {plan.peak_bytes / 2**30:.2f} GiB "
@@ -123,7 +123,7 @@ def fitted(
 
 
 def choose(
-    config: RunConfig, origins: Mapping[str, str], budget: int, mesh: Any = None
+    config: RunConfig, origins: Mapping[str, str], budget: int, mesh: Any = None, outline: Outline | None = None
 ) -> tuple[RunConfig, dict[str, str], Plan | None]:
     """The fastest way to run the updates that fits the budget; what was forced by a flag stays.
 
@@ -132,7 +132,8 @@ def choose(
     plan is the one with the smallest peak.
     """
     architecture = load_model_config(config.model)
-    candidates, static = _candidates(config, origins), static_bytes(config, architecture, mesh)
+    outline = outline or Outline.of(config, architecture, mesh)
+    candidates, static = _candidates(config, origins), outline.static
     if not candidates:
         raise InputError(
             f"--clip-norm {config.clip_norm}: no way to run these updates knows it with {processes()} processes; "
@@ -143,12 +144,12 @@ def choose(
     plans: list[tuple[RunConfig, dict[str, str], Plan]] = []
     for candidate, its_origins in candidates:
         if lower_bound(candidate, architecture, static) <= budget:
-            plans.append((candidate, its_origins, measure(candidate, architecture, mesh)))
+            plans.append((candidate, its_origins, measure(candidate, architecture, mesh, outline=outline)))
             if plans[-1][2].peak_bytes <= budget:
                 return plans[-1]
     if not plans:
         least, its_origins = min(candidates, key=lambda pair: lower_bound(pair[0], architecture, static))
-        return least, its_origins, measure(least, architecture, mesh)
+        return least, its_origins, measure(least, architecture, mesh, outline=outline)
     return min(plans, key=lambda found: found[2].peak_bytes)
 
 

@@ -1,10 +1,12 @@
 """Memory before the run: the real step, on fake tensors, with a ledger of what it holds."""
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -111,16 +113,43 @@ class Static(NamedTuple):
     """Of all gradients as layerwise updates keep them until the last micro-batch: projected where the rule does."""
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A run's model and optimizer, or a process's part of them, on ``meta``: they say what the real ones will hold, and
+    hold nothing. Neither depends on the execution and the micro-batch."""
+
+    model: LlamaForCausalLM
+    optimizer: "RuleOptimizer"
+
+    @classmethod
+    def of(cls, config: RunConfig, architecture: LlamaConfig, mesh: Any = None) -> "Outline":
+        """Build it; InputError where the config's options do not fit the model."""
+        model = model_for(config, architecture, "meta", mesh=mesh)
+        return cls(model, optimizer_for(config, model))
+
+    @cached_property
+    def static(self) -> Static:
+        """Bytes that are there before anything is computed."""
+        optimizer = self.optimizer
+        sums = sum(optimizer.sum_bytes(p) for p in optimizer.state)
+        weights = sum(local(p).nbytes for p in self.model.parameters())
+        gradients = sum(local(p).nbytes for p in optimizer.state)
+        return Static(weights, gradients, optimizer.state_bytes(), sums)
+
+
 def static_bytes(config: RunConfig, architecture: LlamaConfig, mesh: Any = None) -> Static:
     """What a run, or a process of it, holds before it computes anything, whatever its execution and micro-batch."""
-    model = model_for(config, architecture, "meta", mesh=mesh)
-    optimizer = optimizer_for(config, model)
-    sums = sum(optimizer.sum_bytes(p) for p in optimizer.state)
-    weights, gradients = (sum(local(p).nbytes for p in params) for params in (model.parameters(), optimizer.state))
-    return Static(weights, gradients, optimizer.state_bytes(), sums)
+    return Outline.of(config, architecture, mesh).static
 
 
-def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, every_update: bool = False) -> Plan:
+def measure(
+    config: RunConfig,
+    architecture: LlamaConfig,
+    mesh: Any = None,
+    *,
+    every_update: bool = False,
+    outline: Outline | None = None,
+) -> Plan:
     """The peak over the updates of a run, or of a process of ``mesh``, by making them on fake tensors: no memory, no
     arithmetic, no communication.
 
@@ -128,11 +157,11 @@ def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, e
     do not outweigh its random bases. Of several micro-batches, the first and the last are run: between them nothing
     is added. Updates of equal tensors are made once and then replayed, and of the pieces in which a large tensor is
     updated, three are (``every_update`` makes all). Allocations are counted, without what an allocator or a kernel of
-    a library adds for itself.
+    a library adds for itself. The `faked` model is a copy of that of ``outline``, where there is one.
     """
     ledger = Ledger()
     shortened = contextlib.nullcontext() if every_update else abridged()
-    with shortened, faked(config, architecture, mesh, ledger) as (model, optimizer):
+    with shortened, faked(config, architecture, mesh, ledger, outline) as (model, optimizer):
         for state in optimizer.state.values():
             for name, value in state.items():
                 if name.endswith("basis"):
@@ -146,13 +175,19 @@ def measure(config: RunConfig, architecture: LlamaConfig, mesh: Any = None, *, e
 
 @contextmanager
 def faked(
-    config: RunConfig, architecture: LlamaConfig, mesh: Any = None, ledger: Ledger | None = None
+    config: RunConfig,
+    architecture: LlamaConfig,
+    mesh: Any = None,
+    ledger: Ledger | None = None,
+    outline: Outline | None = None,
 ) -> Iterator[tuple[LlamaForCausalLM, "RuleOptimizer"]]:
     """Meanwhile, tensors are fake: a run's model and optimizer of them, which ``ledger`` sees being made."""
     if mesh is not None:
         import_module("torch.distributed._tools.fake_collectives")  # what they return of fake tensors
-    model = model_for(config, architecture, "meta", mesh=mesh)
-    optimizer_for(config, model, mesh)  # fills caches that fake tensors cannot
+    if outline is None or mesh is not None:  # what FSDP2 has shared out cannot be copied
+        model = Outline.of(config, architecture, mesh).model  # its optimizer fills caches that fake tensors cannot
+    else:
+        model = copy.deepcopy(outline.model)
 
     def kind(name: str) -> AbstractContextManager[None]:
         return ledger.kind(name) if ledger else contextlib.nullcontext()

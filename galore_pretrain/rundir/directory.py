@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from galore_pretrain.config.options import RunConfig
-from galore_pretrain.dist import World
+from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError
 from galore_pretrain.rundir.checkpoint import present, sync
 from galore_pretrain.text.batches import Batch
@@ -24,12 +24,75 @@ log = logging.getLogger(__name__)
 _ROWS_KEPT = 20
 
 
-@contextmanager
-def lock(output: Path) -> Iterator[None]:
-    """Keep other runs out of ``output``, made if need be, until the end, or until the process ends in any way.
+class RunDirectory:
+    """The folder of a run. The main process of ``world`` alone reads and writes there.
 
-    Where nothing was written, the folder is left as it was.
+    All processes call each method together: in the others it does nothing, and raises what was raised in the first.
     """
+
+    def __init__(self, path: Path, world: World = ALONE) -> None:
+        self.path, self._world = path, world
+        self.checkpoints, self.model = path / "checkpoints", path / "model"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder, made if need be, until the end, or until the process ends in any way.
+
+        Where nothing was written, the folder is left as it was. InputError where a process does not see the lock that
+        the first one has just made.
+        """
+        with ExitStack() as held:
+            self._world.from_main(lambda: held.enter_context(_lock(self.path)))
+            self._world.together(self.check_shared, lambda found: "")
+            yield
+
+    def check_shared(self) -> None:
+        """InputError where the lock is not seen, in this process alone."""
+        if not (self.path / ".lock").exists():
+            unseen = "the first process writes there, and it is not seen here; all hosts must share it"
+            raise InputError(f"--output {self.path}: {unseen}")
+
+    def check_space(self, config: RunConfig, checkpoint_bytes: int) -> None:
+        """Log a warning where the disk has no room for as many more checkpoints as there will be at once, one of them
+        being written, and for the exported model."""
+        updates = config.steps or (config.max_tokens or 0) // (config.total_batch_size * config.max_length)
+        kept = config.keep + (updates // config.keep_every if config.keep_every else 0)  # when the run is over
+        self._world.from_main(lambda: _check_space(self.path, checkpoint_bytes, kept))
+
+    def write_config(self, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
+        """Write ``config.json``: every resolved value with its origin, and what else the run depends on."""
+        resolved = {name: {"value": value, "origin": origins[name]} for name, value in asdict(config).items()}
+        content = {"config": resolved, **environment}
+        self._world.from_main(lambda: write_json(self.path / "config.json", content))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``: how the run ended. Its numbers are also the last three log lines."""
+        self._world.from_main(lambda: _write_summary(self.path, summary))
+
+    def keep_rows(self, step: int, batch: Batch, loss: float) -> None:
+        """Keep the rows of an update that was skipped, those of all processes, for a look, in ``skipped/``; of the
+        first twenty. Rows that cannot be written are a warning."""
+        gathered = self._world.gathered
+        rows = {"input_ids": gathered(batch.input_ids), "labels": gathered(batch.labels)}
+        if not self._world.is_main:
+            return
+        folder = self.path / "skipped"
+        file = folder / f"update_{step:08d}.safetensors"
+        noted = {"update": str(step), "loss": str(loss), "position": json.dumps(batch.state)}
+        try:
+            folder.mkdir(exist_ok=True)
+            if len(list(folder.iterdir())) >= _ROWS_KEPT:
+                return
+            save_file(rows, file, metadata=noted)
+        except (OSError, SafetensorError) as error:
+            log.warning("the rows of update %d cannot be written to %s (%s)", step, file, error)
+            return
+        log.warning("the rows of update %d are in %s", step, file)
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    """Hold the lock of a folder; InputError where it cannot be written, or another run holds its lock."""
     try:
         is_new = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
@@ -58,9 +121,7 @@ def lock(output: Path) -> Iterator[None]:
                     output.rmdir()
 
 
-def check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
-    """A warning where the disk has no room for as many more checkpoints as there will be at once, one of them being
-    written, and for the exported model."""
+def _check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
     more, free = max(1, kept + 1 - present(output / "checkpoints")), shutil.disk_usage(output).free
     if (needed := checkpoint_bytes * (more + 1)) > free:
         log.warning(
@@ -70,22 +131,8 @@ def check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
         )
 
 
-def check_shared(output: Path) -> None:
-    """InputError where a process does not see the lock that the first one has just made."""
-    if not (output / ".lock").exists():
-        raise InputError(
-            f"--output {output}: the first process writes there, and it is not seen here; all hosts must share it"
-        )
-
-
-def write_config(output: Path, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
-    """``config.json``: every resolved value with its origin, and what else the run depends on."""
-    resolved = {name: {"value": value, "origin": origins[name]} for name, value in asdict(config).items()}
-    write_json(output / "config.json", {"config": resolved, **environment})
-
-
 def log_config(config: RunConfig, origins: Mapping[str, str]) -> None:
-    """The values that are not defaults, origin by origin."""
+    """Log the values that are not defaults, origin by origin."""
     by_origin: dict[str, list[str]] = {}
     for name, value in asdict(config).items():
         if value is not None and origins[name] != "default":
@@ -94,8 +141,7 @@ def log_config(config: RunConfig, origins: Mapping[str, str]) -> None:
         log.info("%s  (%s)", " · ".join(settings), origin)
 
 
-def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
-    """``summary.json``: how the run ended. Also the last three log lines."""
+def _write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     write_json(output / "summary.json", summary)
     steps, tokens, seconds = summary["steps"], summary["tokens_seen"], summary["wall_seconds"]
     log.info("done: %d updates, %s tokens in %.0f s; %s", steps, f"{tokens:,}", seconds, output)
@@ -109,7 +155,7 @@ def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(output: Path) -> dict[str, Any]:
-    """What `write_summary` wrote; empty where there is none."""
+    """The content of ``summary.json`` under ``output``; empty where there is none."""
     try:
         summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
     except (OSError, ValueError):
@@ -117,26 +163,8 @@ def read_summary(output: Path) -> dict[str, Any]:
     return summary
 
 
-def keep_rows(output: Path, world: World, step: int, batch: Batch, loss: float) -> None:
-    """Keep the rows of an update that was skipped, those of all processes, for a look, in ``skipped/``; of the first
-    twenty."""
-    rows = {"input_ids": world.gathered(batch.input_ids), "labels": world.gathered(batch.labels)}
-    if not world.is_main:
-        return
-    folder = output / "skipped"
-    file = folder / f"update_{step:08d}.safetensors"
-    try:
-        folder.mkdir(exist_ok=True)
-        if len(list(folder.iterdir())) >= _ROWS_KEPT:
-            return
-        save_file(rows, file, metadata={"update": str(step), "loss": str(loss), "position": json.dumps(batch.state)})
-    except (OSError, SafetensorError) as error:
-        log.warning("the rows of update %d cannot be written to %s (%s)", step, file, error)
-        return
-    log.warning("the rows of update %d are in %s", step, file)
-
-
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, complete or not at all."""
     aside = path.with_name(path.name + ".partial")
     aside.write_text(json.dumps(value, indent=2) + "\n")
     sync(aside)

@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from queue import Full, Queue
@@ -248,7 +248,7 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
-def read_ahead(batches: Iterable[Batch], *, pin: bool) -> Iterator[Batch]:
+def read_ahead(batches: Iterable[Batch], *, pin: bool) -> Generator[Batch, None, None]:
     """``batches``, read by a thread before they are asked for: as many as make up `_AHEAD` tokens, and two at least.
 
     Tokenizing and decompressing leave the interpreter to others meanwhile. What goes wrong is raised where the batch

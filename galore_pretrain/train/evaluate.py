@@ -1,13 +1,19 @@
 """Loss and perplexity over a fixed set of rows, in two conventions that are never mixed."""
 
+import logging
 import math
 from dataclasses import dataclass
 
 import torch
 
+from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.model.head import token_losses
-from galore_pretrain.text.batches import Row, stack
+from galore_pretrain.text.batches import Row, stack, validation_rows
+from galore_pretrain.train.inputs import Inputs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,37 @@ def evaluate(
     reference = float(torch.stack(means).sum()) / (len(means) + 1)
     tokens = sum(row.real for row in rows)
     return Evaluation(loss, _exp(loss), _exp(reference), tokens)
+
+
+class Evaluator:
+    """Evaluates a run's model on the same rows each time, which are read once, when first needed."""
+
+    def __init__(
+        self, config: RunConfig, model: torch.nn.Module, inputs: Inputs, device: torch.device, world: World
+    ) -> None:
+        self._config, self._model, self._inputs, self._device, self._world = config, model, inputs, device, world
+        self._rows: list[Row] = []
+
+    def evaluate(self) -> Evaluation:
+        """The model as it is now."""
+        config = self._config
+        if not self._rows:
+            self._rows = self._read()
+        return evaluate(
+            self._model,
+            self._rows,
+            batch_size=config.batch_size,
+            reference_batch=reference_batch(config),
+            device=self._device,
+            world=self._world,
+        )
+
+    def _read(self) -> list[Row]:
+        wanted = self._config.eval_tokens
+        rows = validation_rows(self._inputs.validation, self._inputs.rows, wanted)
+        if (found := sum(row.real for row in rows)) < wanted // 2:
+            log.info("the validation text has %s tokens, fewer than --eval-tokens %s", f"{found:,}", f"{wanted:,}")
+        return rows
 
 
 def _exp(loss: float) -> float:
