@@ -3,6 +3,11 @@
 ``checkpoints/step_00000100/`` holds the tensors in torch.distributed.checkpoint's Hugging Face format (which later also
 holds the shards of several processes), ``state.json`` with everything that is not a tensor, and ``checksums.json`` with
 the size and CRC-32 of every other file: against bytes that go wrong, not against somebody who would change them.
+
+``state.json`` names its `FORMAT` and the version that wrote it; one that names none is of format 1, which 0.1 wrote.
+Older formats are read: their weights always, and a run goes on from them bit for bit, or is refused with a line that
+says what differs. A newer format is refused with the version that wrote it. The number goes up with every change that
+an older program would misread.
 """
 
 import json
@@ -24,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from galore_pretrain import __version__
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError
 from galore_pretrain.meters import ran_out
@@ -31,6 +37,11 @@ from galore_pretrain.meters import ran_out
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
 
+FORMAT = 2
+"""The format of the checkpoints, and of the config.json, that this version writes."""
+OLD_NAMES: dict[str, str] = {}
+"""What the tensors of an optimizer's state are called now, by the names that older formats have for them: the last part
+of ``optimizer.PARAMETER.NAME``. A rule's ``settings`` need no entry: no checkpoint holds them."""
 _FILE_BYTES = 1 << 28  # a file is serialized in memory as a whole: bounds what saving adds to the peak
 _STATE, _CHECKSUMS = "state.json", "checksums.json"
 _PARTS = ("config", "trainer", "counts")
@@ -124,7 +135,7 @@ def _begin(aside: Path) -> None:
 
 def _complete(aside: Path, folder: Path, state: Mapping[str, Any]) -> None:
     """All else that is in a checkpoint beside its tensors; and its name."""
-    (aside / _STATE).write_text(json.dumps(state))
+    (aside / _STATE).write_text(json.dumps({"format": FORMAT, "version": __version__, **state}))
     (aside / _CHECKSUMS).write_text(json.dumps(_checksums(aside.iterdir()), indent=1))
     for file in aside.iterdir():
         sync(file)
@@ -141,6 +152,11 @@ class Saved:
     folder: Path
     state: dict[str, Any]
 
+    @property
+    def format(self) -> int:
+        """The format that it was written in."""
+        return _format(self.state)
+
     def load(self, tensors: Mapping[str, Tensor], part: str = "") -> None:
         """Read the tensors, or those whose names begin with ``part``, into ``tensors``, in place.
 
@@ -151,10 +167,11 @@ class Saved:
             metadata = reader.read_metadata().state_dict_metadata
         except Exception as error:  # whatever is raised by files that hold no tensors
             raise DamagedError(f"{self.folder}: no tensors can be read ({_reason(_cause(error))})") from error
+        named = {self._name_now(name): name for name in metadata if name.startswith(part)}
         saved = {
             name: (tuple(entry.size), entry.properties.dtype)
-            for name, entry in metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and name.startswith(part)
+            for name, old in named.items()
+            if isinstance(entry := metadata[old], TensorStorageMetadata)
         }
         absent = [name for name in tensors if name.startswith("random.") and name not in saved]  # of another device
         tensors = {name: value for name, value in tensors.items() if name not in absent}
@@ -169,7 +186,7 @@ class Saved:
                 "the checkpoint is of another model or optimizer: give another --output"
             )
         try:
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+            dcp.load({named[name]: value for name, value in tensors.items()}, storage_reader=reader, no_dist=True)
         except (OSError, CheckpointException, SafetensorError) as error:
             if ran_out(cause := _cause(error)):
                 raise cause from error
@@ -179,10 +196,25 @@ class Saved:
         """Whether it is one of those under ``root``."""
         return self.folder.resolve().parent == root.resolve()
 
+    def _name_now(self, name: str) -> str:
+        """What a tensor that was saved as ``name`` is called now."""
+        if self.format == FORMAT or not name.startswith("optimizer."):
+            return name
+        parameter, _, last = name.rpartition(".")
+        return f"{parameter}.{OLD_NAMES.get(last, last)}"
+
+
+def _format(state: Mapping[str, Any]) -> int:
+    """The format of a checkpoint with this ``state``; ValueError where it is none."""
+    number = state.get("format", 1)
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"{_STATE} names the format {number!r}")
+    return number
+
 
 def opened(folder: Path) -> Saved:
     """The checkpoint in ``folder``, every byte of it checked. DamagedError where it is not as it was written,
-    InputError where that cannot be found out."""
+    InputError where that cannot be found out, or where it is of a newer format."""
     try:
         written = json.loads((folder / _CHECKSUMS).read_bytes())
         if not isinstance(written, dict):
@@ -193,13 +225,21 @@ def opened(folder: Path) -> Saved:
             name = different[0]
             raise ValueError(f"{name} is {found.get(name, 'absent')}, and was {written.get(name, 'absent')}")
         state = json.loads((folder / _STATE).read_bytes())
-        if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in _PARTS):
+        if not isinstance(state, dict):
+            raise ValueError(f"{_STATE} is no object")
+        is_newer = _format(state) > FORMAT  # what else is there, is then unknown
+        if not is_newer and not all(isinstance(state.get(part), dict) for part in _PARTS):
             raise ValueError(f"{_STATE} lacks one of {', '.join(_PARTS)}")
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
         why = f"{Path(error.filename).name} is absent" if isinstance(error, OSError) else error
         raise DamagedError(f"{folder}: damaged ({why}); name another checkpoint") from error
     except OSError as error:  # which may pass
         raise InputError(f"{folder}: cannot be read ({_reason(error)}); {_AGAIN}") from error
+    if is_newer:
+        raise InputError(
+            f"{folder} is of format {state['format']}, written by galore-pretrain {state.get('version')}; this is "
+            f"{__version__}, which reads formats up to {FORMAT}: install that version, or name another checkpoint"
+        )
     return Saved(folder, state)
 
 

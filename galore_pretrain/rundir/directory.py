@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError
-from galore_pretrain.rundir.checkpoint import present, sync
+from galore_pretrain.rundir.checkpoint import FORMAT, present, sync
 from galore_pretrain.text.batches import Batch
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class RunDirectory:
     def write_config(self, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
         """Write ``config.json``: every resolved value with its origin, and what else the run depends on."""
         resolved = {name: {"value": value, "origin": origins[name]} for name, value in asdict(config).items()}
-        content = {"config": resolved, **environment}
+        content = {"format": FORMAT, "config": resolved, **environment}
         self._world.from_main(lambda: write_json(self.path / "config.json", content))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -17,12 +17,15 @@ _PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "bitsandbytes
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Git commit of the source tree (where there is one), versions of what computes, and the machine, without names."""
-    versions = {"galore-pretrain": galore_pretrain.__version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {
+        "galore-pretrain": galore_pretrain.__version__,
+        "python": platform.python_version(),
+    }
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = None  # type: ignore[assignment]
+            versions[package] = None
     hardware: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None,
