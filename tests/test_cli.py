@@ -2,26 +2,30 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from galore_pretrain.cli import cli
+from galore_pretrain.cli import _is_reported_here, cli
 from galore_pretrain.config.flags import RunCommand, with_run_options
 from galore_pretrain.config.flags import flags as flags_of_a_run
 from galore_pretrain.config.flags import resolved as resolve_options
 from galore_pretrain.config.options import RunConfig, parse_count
 from galore_pretrain.config.resolve import resolve
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, ProcessFailedError, TrainingFailedError
+from galore_pretrain.optim import RuleOptimizer
+from galore_pretrain.planning import plan
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.directory import RunDirectory
 from runs import MEASURED, command, lines, run
@@ -54,6 +58,43 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert sorted(f.name for f in (finished / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
     kinds = {f.suffix for f in (finished / "checkpoints").rglob("*") if f.is_file()}
     assert kinds == {".safetensors", ".json"}
+
+
+def test_each_part_of_a_run_is_built_once(tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the model and optimizer that train, one of each on ``meta`` and, for the plan, a copy and an optimizer."""
+    built: list[str] = []
+
+    def note(owner: Any, name: str, what: str) -> None:
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (built.append(what), make(*args, **kwargs))[1])
+
+    note(LlamaForCausalLM, "__init__", "model")
+    note(RuleOptimizer, "__init__", "optimizer")
+    note(plan, "make_heaviest_updates", "plan")
+    words = [*command(tiny_config, tmp_path / "run")[3:], "--steps", "4", "--save-every", "1", "--eval-every", "1"]
+    assert CliRunner().invoke(cli, words, catch_exceptions=False).exit_code == 0
+    assert sorted(built) == ["model"] * 2 + ["optimizer"] * 3 + ["plan"]
+
+
+def test_one_process_prints_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that the error names; else the first of each host, if all have found it, and each where it is its own."""
+
+    def printed(error: Exception) -> list[int]:
+        ranks = []
+        for rank in range(4):  # of two hosts
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+            ranks += [rank] * _is_reported_here(error)
+        return ranks
+
+    assert printed(InputError("--lr")) == [0, 2]
+    assert printed(InputError("--data", reported_by=3)) == [3]
+    assert printed(TrainingFailedError("", reported_by=0)) == [0]
+    assert printed(OSError("")) == [0, 1, 2, 3]
+    elsewhere = OSError("")
+    elsewhere.__cause__ = ProcessFailedError(reported_by=1)
+    assert printed(elsewhere) == [1]
+    assert pickle.loads(pickle.dumps(InputError("--data", reported_by=3))).reported_by == 3
 
 
 def test_one_run_at_a_time_in_a_folder(tiny_config: str, finished: Path, tmp_path: Path) -> None:
