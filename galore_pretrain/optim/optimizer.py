@@ -184,7 +184,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._subtract(weight, direction, slot, pending.step.placed())
         elif slot.scope is Scope.ELEMENTS:
             self._update_elements(weight, pending, slot)
-        else:
+        elif weight.numel() or slot.scope is Scope.PARTS:  # only a rule that sums over parts is handed an empty one
             self._update(weight, pending.grad, pending.state, slot, pending.step)
         if not here.is_contiguous():
             here.copy_(weight)  # else it was changed in place
