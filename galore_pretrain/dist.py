@@ -19,7 +19,7 @@ from galore_pretrain.errors import InputError, ProcessFailedError, RunError, Tra
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)
-"""For what one process may wait for and the others not: a checkpoint's checksums, a hub that is away, a plan."""
+"""How long processes wait for one that has to wait itself: for a checkpoint's checksums, a hub that is away, a plan."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` summed over the processes, on all of them."""
+        """Returns ``values`` summed over the processes, in all of them."""
         if self.size == 1:
             return values
         from torch import distributed
@@ -51,7 +51,7 @@ class World:
         return total.to(values.device)
 
     def total(self, *values: int) -> tuple[int, ...]:
-        """Each summed over the processes."""
+        """Returns each number summed over the processes."""
         if self.size == 1:
             return values
         from torch import distributed
@@ -61,7 +61,8 @@ class World:
         return tuple(found.tolist())
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """What all processes have, of the same shape on the host, one after another."""
+        """Returns what all processes have as one tensor, one after another. It has one shape in all, and is on the
+        host."""
         if self.size == 1:
             return tensor
         from torch import distributed
@@ -71,7 +72,7 @@ class World:
         return torch.cat(parts)
 
     def largest(self, *values: float) -> tuple[float, ...]:
-        """The largest of each over the processes."""
+        """Returns the largest value of each number over the processes."""
         if self.size == 1:
             return values
         from torch import distributed
@@ -81,7 +82,7 @@ class World:
         return tuple(found.tolist())
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns in the main process, which alone does it; what it raises is raised in all."""
+        """The main process does ``work``. All return its result, or raise what it raised, which that process prints."""
         if self.size == 1:
             return work()
         from torch import distributed
@@ -104,8 +105,11 @@ class World:
         raise error
 
     def together(self, work: Callable[[], T], alike: Callable[[T], str]) -> T:
-        """What ``work`` returns, which all do; what it raises in one is raised in all, and told once. So is an
-        InputError where what it returns is not ``alike``, that is where what they read differs."""
+        """All processes do ``work``, and each returns its own result.
+
+        What it raises in one is raised in all, and printed once. So is an InputError where ``alike``, a text made from
+        the result, is not the same in all: what they read differs.
+        """
         if self.size == 1:
             return work()
         from torch import distributed
@@ -139,7 +143,7 @@ ALONE = World()
 
 @contextmanager
 def joined(config: RunConfig) -> Iterator[World]:
-    """The processes that torchrun has started, joined, if they are not yet; or this one alone."""
+    """Join the processes that torchrun has started, if they are not joined yet; alone, this one is all of them."""
     size = processes()
     if size == 1:
         yield ALONE
@@ -177,12 +181,12 @@ def joined(config: RunConfig) -> Iterator[World]:
 
 
 def _kind(config: RunConfig) -> str:
-    """Of the devices of all processes: cuda or cpu."""
+    """The kind of device that every process has: cuda or cpu."""
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _mesh(config: RunConfig, kind: str) -> Any:
-    """Replicas × shards, or shards alone."""
+    """The mesh of the processes: replicas × shards, or shards alone."""
     from torch.distributed.device_mesh import init_device_mesh
 
     size, here = processes(), processes_here()
@@ -196,7 +200,7 @@ def _mesh(config: RunConfig, kind: str) -> Any:
 
 @contextmanager
 def imagined(config: RunConfig) -> Iterator[Any]:
-    """The mesh of a run of as many processes as the environment names, none of which exists: for its plan."""
+    """Yield the mesh of a run of as many processes as the environment names, none of which exists, for its plan."""
     if processes() == 1:
         yield None
         return
@@ -211,8 +215,9 @@ def imagined(config: RunConfig) -> Iterator[Any]:
 
 
 def _join(backend: str, timeout: timedelta, device: torch.device) -> None:
-    """As ``init_process_group`` by itself, but that processes which torchrun starts once more on a host do not find the
-    addresses of those before them: torch 2.13 gives both one store (of eight such starts, three hung or failed).
+    """Make the process group, as ``init_process_group`` does by itself but for one thing: processes that torchrun
+    starts once more on a host do not find the addresses of those before them. torch 2.13 gives both one store (of eight
+    such starts, three hung or failed).
 
     On several hosts the number of restarts is each host's own; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a store
     for each start.

@@ -82,19 +82,19 @@ def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def take_loaded(optimizer: "RuleOptimizer", tensors: Mapping[str, Tensor]) -> None:
-    """What was loaded into `named_tensors` becomes the optimizer's."""
+    """Make what was loaded into `named_tensors` the optimizer's."""
     for name, p in _named(optimizer):
         prefix = f"optimizer.{name}."
         optimizer.take_saved(p, {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
 
 
 def named_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """How many updates each parameter has had."""
+    """Returns the number of updates that each parameter has had."""
     return {name: int(optimizer.state[p]["step"]) for name, p in _named(optimizer)}
 
 
 def restore_counts(optimizer: torch.optim.Optimizer, counts: Mapping[str, int]) -> None:
-    """The inverse of `named_counts`."""
+    """Put back what `named_counts` returned."""
     for name, p in _named(optimizer):
         optimizer.state[p]["step"] = counts[name]
 
@@ -134,7 +134,7 @@ def _begin(aside: Path) -> None:
 
 
 def _complete(aside: Path, folder: Path, state: Mapping[str, Any]) -> None:
-    """All else that is in a checkpoint beside its tensors; and its name."""
+    """Write all that is in a checkpoint beside its tensors, and give it its name."""
     (aside / _STATE).write_text(json.dumps({"format": FORMAT, "version": __version__, **state}))
     (aside / _CHECKSUMS).write_text(json.dumps(_checksums(aside.iterdir()), indent=1))
     for file in aside.iterdir():
@@ -278,7 +278,7 @@ def later_than(root: Path, folder: Path | None) -> list[str]:
 
 
 def present(root: Path) -> int:
-    """How many there are."""
+    """Number of checkpoints under ``root``."""
     return len(_folders(root))
 
 
@@ -302,7 +302,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _checksums(files: Iterable[Path]) -> dict[str, str]:
-    """Size and CRC-32 of each."""
+    """Returns size and CRC-32 of each file."""
     found = {}
     for file in sorted(files):
         crc = 0
@@ -314,17 +314,17 @@ def _checksums(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong, out of what torch made of it."""
+    """The error of the system or of a file, which torch may have wrapped into one of its own."""
     return next((inner for inner, _ in getattr(error, "failures", {}).values()), error)
 
 
 def _reason(error: BaseException) -> str:
-    """The same in words: the system's, if it is its."""
+    """An error in words: in the system's, if it is the system's."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Which file each tensor goes to, so that none grows much past `_FILE_BYTES`."""
+    """Returns the number of the file that each tensor goes to, so that none grows much past `_FILE_BYTES`."""
     index, size = 1, 0
     files = {}
     for name, tensor in tensors.items():

@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 def going_on(
     config: RunConfig, origins: Mapping[str, str], output: Path
 ) -> tuple[RunConfig, Mapping[str, str], Saved | None, bool]:
-    """(config and origins as the run was going, the checkpoint that it goes on from, whether it goes on as before).
+    """Find out how a run goes on, if it has begun.
 
-    InputError where the options compute something else than those that the checkpoint was made with.
+    Returns config and origins as the run was going, the checkpoint that it goes on from, and whether it goes on as
+    before. InputError where the options compute something else than those that the checkpoint was made with.
     """
     found = find_checkpoint(config, output)
     if found is None:
@@ -128,7 +129,7 @@ def is_finished(output: Path, found: Saved, schedule: Schedule) -> bool:
 def restore(
     found: Saved, model: torch.nn.Module, optimizer: "RuleOptimizer", state: "TrainState", data: TrainingData
 ) -> None:
-    """Everything as it was when ``found`` was written."""
+    """Put everything back as it was when ``found`` was written."""
     tensors = checkpoint.named_tensors(model, optimizer, load=True)
     found.load(tensors)
     checkpoint.take_loaded(optimizer, tensors)
@@ -183,7 +184,7 @@ class Saver:
         return self._state.step, self._state.unlogged is None
 
     def save(self) -> None:
-        """Everything as it is now, for `restore`, unless that was tried already."""
+        """Save everything as it is now, for `restore`, unless that was tried already."""
         started, state, moment = time.monotonic(), self._state, self._moment()
         if moment == self._tried:
             return
@@ -215,7 +216,7 @@ class Saver:
         self.stalled += self._since[0] - started
 
     def _copied(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-        """On the host; None where its memory has no room."""
+        """Returns a copy of the tensors on the host; None where its memory has no room."""
         if sum(tensor.nbytes for tensor in tensors.values()) > spare_bytes():
             return None
         try:
@@ -239,7 +240,7 @@ class Saver:
             )
 
     def wait(self) -> None:
-        """Until what is written in the background is on disk, or cannot be."""
+        """Wait until what is written in the background is on disk, or cannot be."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

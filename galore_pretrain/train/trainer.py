@@ -36,23 +36,23 @@ class _StopRequested(BaseException):
 
 
 class Watch(Protocol):
-    """Is told what an update is made of."""
+    """A profiler is told what the trainer spends its time on."""
 
     def span(self, part: str) -> AbstractContextManager[None]:
-        """What is done inside is ``part`` of it."""
+        """Time inside is spent on this ``part`` of an update."""
         ...
 
     def update_done(self) -> str | None:
-        """After each; what is to be said of them."""
+        """Called after each update; returns a text to log, or None."""
         ...
 
     def close(self) -> str | None:
-        """After the last, whenever that is."""
+        """Called after the last update, whenever that is; returns a text to log, or None."""
         ...
 
 
 class Unwatched:
-    """Nobody asks."""
+    """A watch that does nothing."""
 
     def span(self, part: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -69,7 +69,7 @@ class Checkpoints(Protocol):
 
     @property
     def saved_step(self) -> int | None:
-        """The update that the newest one is of."""
+        """The number of the update that the newest checkpoint is of."""
         ...
 
     def save(self) -> None:
@@ -90,7 +90,7 @@ class TrainState:
     unlogged: Metrics | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns all of it as plain JSON values."""
         return vars(self).copy()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ class Trainer:
     _may_leave: bool = field(default=False, init=False)
 
     def fit(self) -> bool:
-        """Train to the end of the schedule, or until `stop` is called; whether it is the end."""
+        """Train to the end of the schedule, or until `stop` is called; return whether it is the end."""
         self.model.train()
         try:
             self._run()
@@ -163,8 +163,8 @@ class Trainer:
                 log.info("%s", said)
 
     def stop(self, number: int) -> None:
-        """For a signal's handler: the update in progress is completed and saved, and `fit` returns. Neither text that
-        does not come nor an evaluation is waited for; the latter is made when the run goes on."""
+        """Ask for an end, as a signal's handler does: the update in progress is completed and saved, and `fit` returns.
+        Neither text that does not come nor an evaluation is waited for; the latter is made when the run goes on."""
         self.stop_signal = number
         if self._may_leave:
             self._may_leave = False
@@ -178,7 +178,7 @@ class Trainer:
         return self.stop_signal is not None
 
     def _advance(self, batches: "Iterator[Batch]") -> None:
-        """One update, evaluated if that is due, and logged."""
+        """Make one update, evaluate if that is due, and log both."""
         state = self.state
         if state.unlogged is None:
             state.unlogged = self._timed_step(batches)
@@ -192,8 +192,7 @@ class Trainer:
         state.unlogged = None
 
     def _leaving(self, work: Callable[[], T]) -> T:
-        """Do what can be left in the middle, and be it by an exception from a signal's handler; not by one of several
-        processes alone."""
+        """Do work that a signal may end in the middle. One of several processes does it to its end: the others wait."""
         if self.world.size > 1:
             return work()
         self._may_leave = True
@@ -205,7 +204,7 @@ class Trainer:
             self._may_leave = False
 
     def train_step(self, batch: "Batch") -> Metrics:
-        """One update. The learning rate is written before backward, where layerwise updates already need it."""
+        """Make one update. Layerwise updates need the learning rate in backward already: it is written before."""
         state = self.state
         tokens, label_tokens = self.world.total(batch.tokens, batch.label_tokens)
         lr = self.schedule.lr_at(state.step, state.tokens_seen, tokens)
@@ -242,8 +241,8 @@ class Trainer:
         return metrics | {name: count for name, count in counts.items() if count}
 
     def _forward_backward(self, batch: "Batch", label_tokens: int) -> tuple[Tensor, bool]:
-        """Gradients of the mean loss over the update's ``label_tokens``, whatever the micro-batch; that loss, a scalar
-        in fp64 on the device, and whether the update goes on.
+        """Compute the gradients of the mean loss over the update's ``label_tokens``, whatever the micro-batch. Returns
+        that loss, a scalar in fp64 on the device, and whether the update goes on.
 
         The published code averages the means of micro-batches instead (``mean_of_means``). A non-finite loss, or one
         beyond ``max_loss``, ends the update before its backward pass. Where looking at a loss would wait for a GPU, and
