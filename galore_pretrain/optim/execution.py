@@ -230,7 +230,7 @@ class PendingGradients:
             count=count,
             lr=float(optimizer.param_groups[slot.group]["lr"]),
             seed=slot.seed,
-            phase=slot.index * _GOLDEN % 1.0,
+            phase=slot.phase,
             bits=optimizer.random_bits(p, count) if p.dtype == torch.bfloat16 else None,
             shard=slot.shard,
         )

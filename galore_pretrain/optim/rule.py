@@ -5,6 +5,7 @@ weight decay are the optimizer's. It works on any shape, so the same object serv
 projection. The optimizer never asks which class a rule is: it asks the questions that `UpdateRule` answers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
@@ -157,7 +158,7 @@ class NewBases(NamedTuple):
     found: Tensor
 
 
-class UpdateRule:
+class UpdateRule(ABC):
     """Answers what the optimizer asks of a rule. A plain rule writes `init` and `update`; all else has a default.
 
     A rule that updates any part of a tensor by itself promises so by `scope`, and saves the gathering where several
@@ -182,20 +183,20 @@ class UpdateRule:
         """Whether `compress` keeps less than the gradient, so that sums of micro-batches are kept compressed."""
         return False
 
+    @abstractmethod
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         """Return the state tensors of a parameter shaped, typed and placed as ``like``; shapes never change.
 
         ``shard`` is the part of a tensor that ``like`` is; None means that it is all of it.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no init")
 
+    @abstractmethod
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         """Advance ``state`` by one update and return the direction. ``grad`` is what `compress` returned.
 
         State is written through ``step.store`` (or a moment store), which keeps it only if the gradient was finite.
         Where the rule `projects`, ``grad`` may be overwritten; else it is left alone.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def update_weight(self, weight: Tensor, grad: Tensor, state: State, step: Step, decay: float) -> bool:
         """Make the whole update of ``weight`` in one pass over memory, decay included; False where it cannot."""
@@ -205,7 +206,7 @@ class UpdateRule:
         """Whether a large tensor is updated a chunk at a time, so that temporaries stay small (`Scope.ELEMENTS`)."""
         return True
 
-    def start(self, state: State, step: Step) -> None:
+    def start(self, state: State, step: Step) -> None:  # noqa: B027  (a rule may do nothing)
         """Prepare ``state``, before the first gradient of an update is looked at."""
 
     def compress(self, grad: Tensor, state: State, step: Step) -> Tensor:
@@ -235,16 +236,16 @@ class UpdateRule:
         return None, None
 
     def find_bases(self, grad: Tensor, state: State) -> NewBases:
-        """Return new bases from a whole gradient."""
-        raise NotImplementedError(f"{type(self).__name__} has no bases")
+        """Return new bases from a whole gradient. A rule whose `next_refresh` names an update must have this."""
+        raise TypeError(f"{type(self).__name__} names a refresh (next_refresh) and has no find_bases")
 
     def empty_bases(self, state: State) -> NewBases:
         """Return what `find_bases` returns, for another process's bases to be written into."""
-        raise NotImplementedError(f"{type(self).__name__} has no bases")
+        raise TypeError(f"{type(self).__name__} names a refresh (next_refresh) and has no empty_bases")
 
     def set_bases(self, new: NewBases, state: State, step: Step) -> None:
-        """Take new bases into use."""
-        raise NotImplementedError(f"{type(self).__name__} has no bases")
+        """Take new bases into use. A rule whose `next_refresh` names an update must have this."""
+        raise TypeError(f"{type(self).__name__} names a refresh (next_refresh) and has no set_bases")
 
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
         """Express ``state`` in new coordinates, where this rule runs in a subspace that has just been replaced."""
