@@ -153,7 +153,7 @@ def plan(
     for plan, update in zip(found, updates, strict=True) if not as_json else ():
         click.echo(plan.table(available, source))
         if plan.peak_bytes > available:
-            click.echo(f"what helps: {budget.ways_out(plan.config)}")
+            click.echo(f"what helps: {budget.memory_advice(plan.config)}")
         if update:
             click.echo(update.table(speeds))
         click.echo("\n" if compare else "", nl=False)

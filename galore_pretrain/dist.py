@@ -81,7 +81,7 @@ class World:
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return tuple(found.tolist())
 
-    def from_main(self, work: Callable[[], T]) -> T:
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
         """The main process does ``work``. All return its result, or raise what it raised, which that process prints."""
         if self.size == 1:
             return work()
@@ -104,7 +104,7 @@ class World:
             raise error from ProcessFailedError(reported_by=0)
         raise error
 
-    def together(self, work: Callable[[], T], alike: Callable[[T], str]) -> T:
+    def on_every_rank(self, work: Callable[[], T], alike: Callable[[T], str]) -> T:
         """All processes do ``work``, and each returns its own result.
 
         What it raises in one is raised in all, and printed once. So is an InputError where ``alike``, a text made from
@@ -120,10 +120,10 @@ class World:
             result.append(work())
         except Exception as raised:
             error = raised
-        likeness = zlib.crc32(alike(result[0]).encode()) if result else 0
+        fingerprint = zlib.crc32(alike(result[0]).encode()) if result else 0
         is_input = error is None or isinstance(error, InputError)
         failed = 0 if error is None else self.size - self.rank
-        told = torch.tensor([failed, not is_input, likeness, -likeness], dtype=torch.float64)
+        told = torch.tensor([failed, not is_input, fingerprint, -fingerprint], dtype=torch.float64)
         distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self.group)  # text may have to be waited for
         bad, worse, high, low = told.tolist()
         if bad:

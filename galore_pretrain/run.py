@@ -22,13 +22,13 @@ from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
 from galore_pretrain.model.position import TrainingPosition
-from galore_pretrain.planning.budget import fitted, ways_out
+from galore_pretrain.planning.budget import fitted, memory_advice
 from galore_pretrain.planning.plan import Outline, Plan, measure
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import RunDirectory, log_config
 from galore_pretrain.rundir.environment import describe_environment
 from galore_pretrain.rundir.export import export
-from galore_pretrain.rundir.resume import Saver, again, check_inputs, going_on, is_finished, restore
+from galore_pretrain.rundir.resume import Saver, check_inputs, is_finished, resolve_resume, restore, resume_hint
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
 from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
@@ -40,7 +40,7 @@ from galore_pretrain.train.inputs import Inputs, open_inputs
 from galore_pretrain.train.metrics import MetricLogger, open_loggers
 from galore_pretrain.train.profile import Profile
 from galore_pretrain.train.schedule import Schedule
-from galore_pretrain.train.trainer import Trainer, TrainState, Unwatched, Watch
+from galore_pretrain.train.trainer import NoWatch, Trainer, TrainState, Watch
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable
     """
     started = time.monotonic()
     with joined(config) as world:
-        config, origins = world.from_main(lambda: (config, origins))  # its names hold the time
+        config, origins = world.on_rank_zero(lambda: (config, origins))  # its names hold the time
         directory = RunDirectory(Path(config.output), world)
         with directory.locked():
             prepared = prepare(config, origins, directory, world)
@@ -100,19 +100,19 @@ def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable
 def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirectory, world: World) -> Prepared | None:
     """Open and check everything that a run needs before its weights; None where the run is finished already."""
     output, schedule = directory.path, _schedule(config)
-    config, origins, found, kept = world.from_main(lambda: going_on(config, origins, output))
-    if found and world.from_main(lambda: is_finished(output, found, schedule)):
+    config, origins, found, kept = world.on_rank_zero(lambda: resolve_resume(config, origins, output))
+    if found and world.on_rank_zero(lambda: is_finished(output, found, schedule)):
         log.info("%s is finished; give another --output to train anew", output)
         return None
     revision = found.state.get("revision") if found else None
     if world.size > 1:  # all read what the first one finds
-        revision = world.from_main(lambda: open_inputs(config, revision).revision)
-    inputs = world.together(lambda: open_inputs(config, revision), lambda found: str(found.fingerprints()))
+        revision = world.on_rank_zero(lambda: open_inputs(config, revision).revision)
+    inputs = world.on_every_rank(lambda: open_inputs(config, revision), lambda found: str(found.fingerprints()))
     if found:
         check_inputs(config, found, inputs.fingerprints())
     outline = Outline.of(config, inputs.model)
     part = outline if world.mesh is None else Outline.of(config, inputs.model, world.mesh)
-    config, origins, planned = world.from_main(lambda: fitted(config, origins, part, world.mesh, kept=kept))
+    config, origins, planned = world.on_rank_zero(lambda: fitted(config, origins, part, world.mesh, kept=kept))
     log_config(config, origins)
     return Prepared(
         config=config,
@@ -140,7 +140,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     rows, sequences = inputs.rows, config.total_batch_size
     data = TrainingData(inputs.training, rows, sequences, config.seed, rank=world.rank, size=world.size)
     if found:
-        world.together(lambda: restore(found, model, optimizer, state, data), lambda done: "")
+        world.on_every_rank(lambda: restore(found, model, optimizer, state, data), lambda done: "")
     # Only now: what the folder holds may be of another method, and is refused then.
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, "processes": world.size}
     directory.write_config(config, prepared.origins, environment | describe_environment(device))
@@ -149,7 +149,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     saver = Saver(config, model, optimizer, state, totals.state, found, world)
     batches = read_ahead(data, pin=device.type == "cuda")
     factors = factors_of(config)
-    watch: Watch = Unwatched()
+    watch: Watch = NoWatch()
     if config.profile and world.is_main:
         watch = Profile(config.profile, directory.path / "profile", device, optimizer)
     trainer = Trainer(
@@ -186,7 +186,7 @@ def _make(prepared: Prepared, assembled: Assembled, when_stuck: Callable[[], Non
                 is_over = trainer.fit()
             saver.finish()
             if not is_over:
-                log.info("stopped after update %d; %s goes on there", trainer.state.step, again(prepared.config))
+                log.info("stopped after update %d; %s goes on there", trainer.state.step, resume_hint(prepared.config))
                 return 128 + (trainer.stop_signal or 0)
             conclude(prepared, assembled)
             return 0
@@ -217,7 +217,7 @@ def conclude(prepared: Prepared, assembled: Assembled) -> None:
         "optimizer_bytes": static.state,
         "wall_seconds": assembled.totals.seconds(),
         "checkpoint_stall_seconds": assembled.saver.stalled,
-        "planned_peak_bytes": world.from_main(lambda: _planned_peak(prepared)),
+        "planned_peak_bytes": world.on_rank_zero(lambda: _planned_peak(prepared)),
     }
     directory.write_summary(summary)
 
@@ -238,7 +238,7 @@ def _failures_explained(prepared: Prepared) -> Iterator[None]:
             raise
         raise TrainingFailedError(
             f"--output {config.output} cannot be written ({getattr(error, 'strerror', error)}); once it can be, "
-            f"{again(config)} goes on"
+            f"{resume_hint(config)} goes on"
         ) from error
 
 
@@ -246,7 +246,9 @@ def _out_of_memory(prepared: Prepared) -> str:
     config, expected = prepared.config, _planned_peak(prepared)
     peak = peak_memory_bytes(device_of(config))
     plan = "" if expected is None else f", {expected / 2**30:.2f} GiB were planned"
-    return f"out of memory: {peak / 2**30:.2f} GiB was the peak so far{plan}; what helps: {ways_out(config, most=3)}"
+    return (
+        f"out of memory: {peak / 2**30:.2f} GiB was the peak so far{plan}; what helps: {memory_advice(config, most=3)}"
+    )
 
 
 # Fitting the updates to the memory mostly takes no plan, and training needs none. So this one is made last: it would
@@ -272,7 +274,7 @@ def _loggers(prepared: Prepared, state: TrainState) -> list[MetricLogger]:
     config, directory, found = prepared.config, prepared.directory, prepared.found
     saved = found.state if found and found.is_in(directory.checkpoints) else {}
     loggers: list[MetricLogger] = []
-    prepared.world.from_main(
+    prepared.world.on_rank_zero(
         lambda: loggers.extend(open_loggers(config, directory.path, state.step, state.tokens_seen, saved))
     )
     return loggers

@@ -4,7 +4,7 @@
     python scripts/train_sample_tokenizer.py     # needs the extra ``sample``
 
 Unigram with T5's ids (pad 0, eos 1, unk 2) and T5's normalization; 1024 pieces so that llama_1m spends its parameters
-on matrices rather than on a vocabulary. Trained on the training split alone: validation text is unseen by it too.
+on matrices rather than on a vocabulary. LoadedModel on the training split alone: validation text is unseen by it too.
 """
 
 from pathlib import Path

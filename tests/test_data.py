@@ -549,7 +549,7 @@ def test_processes_share_the_rows_of_one(layout: str) -> None:
         assert torch.equal(torch.cat([part.input_ids for part in of_all]), batch.input_ids)
         assert torch.equal(torch.cat([part.labels for part in of_all]), batch.labels)
         assert sum(part.tokens for part in of_all) == batch.tokens
-        assert {part.likeness for part in of_all} == {of_all[0].likeness}
+        assert {part.fingerprint for part in of_all} == {of_all[0].fingerprint}
         assert of_all[0].state == batch.state
     assert sum(count for _, count in parts) <= asked + 4 if layout == "pad" else parts[0][1] == asked
 

@@ -73,7 +73,7 @@ def test_a_bad_gradient_changes_nothing_of_its_tensor(row: str, numerics: str, m
             if i > update:
                 break
             optimizer.step()
-        assert optimizer.take_faults().skipped == 3, kind
+        assert optimizer.read_skips().skipped == 3, kind
         for p, (weight, state) in zip(params, before, strict=True):
             assert torch.equal(p, weight)
             for name, value in optimizer.state[p].items():
@@ -112,7 +112,7 @@ def test_both_executions_and_every_device_skip_alike(
 
 
 def test_who_does_not_ask_is_told() -> None:
-    """In another trainer nobody calls ``take_faults``, and weights that silently stay would look like a plateau."""
+    """In another trainer nobody calls ``read_skips``, and weights that silently stay would look like a plateau."""
     p = torch.ones(4, requires_grad=True)
     rule, _ = build_rules("adamw", "sound")
     optimizer = RuleOptimizer([{"params": [p], "rule": rule}])

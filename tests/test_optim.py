@@ -25,7 +25,7 @@ from galore_pretrain.optim.projector import BASES, project, random_basis, sides
 from galore_pretrain.optim.sgd import SGD
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors import products
-from galore_pretrain.tensors.rounding import POOL, RandomBits, round_stochastic
+from galore_pretrain.tensors.rounding import PERIOD, RandomBits, round_stochastic
 from prescribed import gradients, parameters, train
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
@@ -356,7 +356,7 @@ def test_std_projects_the_side_that_leaves_less() -> None:
 
 
 def bits_for(seed: int) -> RandomBits:
-    return RandomBits(RandomBits.pool(seed, torch.device("cpu")), seed)
+    return RandomBits(RandomBits.table(seed, torch.device("cpu")), seed)
 
 
 def test_stochastic_rounding_keeps_the_mean_and_neighbours() -> None:
@@ -371,8 +371,8 @@ def test_stochastic_rounding_keeps_the_mean_and_neighbours() -> None:
 
 def test_random_streams_are_reproducible_and_apart() -> None:
     a, b = bits_for(3), bits_for(3)
-    assert torch.equal(a.take_rows(POOL + 100, 3, 50), b.take_rows(100, 3, 50))  # wherever a chunk begins
-    assert torch.equal(a.take("weight", POOL - 20, 50)[20:], b.take("weight", 0, 30))
+    assert torch.equal(a.take_rows(PERIOD + 100, 3, 50), b.take_rows(100, 3, 50))  # wherever a chunk begins
+    assert torch.equal(a.take("weight", PERIOD - 20, 50)[20:], b.take("weight", 0, 30))
     assert torch.equal(a.take("weight", 100, 50), b.take("weight", 0, 200)[100:150])
     streams = [a.take("weight", 0, 5000), a.take("exp_avg", 0, 5000), bits_for(4).take("weight", 0, 5000)]
     for i, one in enumerate(streams):
@@ -574,8 +574,8 @@ def test_refreshes_are_spread_whatever_the_groups() -> None:
 
 def test_parameters_that_rest_do_not_cost_new_random_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    original = RandomBits.pool
-    monkeypatch.setattr(RandomBits, "pool", staticmethod(lambda *args: drawn.append(1) or original(*args)))
+    original = RandomBits.table
+    monkeypatch.setattr(RandomBits, "table", staticmethod(lambda *args: drawn.append(1) or original(*args)))
     params = parameters([(8, 8)] * 6, torch.bfloat16)
     optimizer = RuleOptimizer([{"params": params, "rule": Adam()}])
     for i, p in enumerate(params):

@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rule: UpdateRule) -> None
             params[0].grad[2, 3] = torch.inf  # type: ignore[index]
         optimizer.step()
         assert torch.equal(params[0], before[0]) == (i == 1)
-    assert optimizer.take_faults().skipped == 1
+    assert optimizer.read_skips().skipped == 1
 
 
 def test_a_sum_of_terms_is_subtracted_as_its_terms_are() -> None:

@@ -22,7 +22,7 @@ from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.optim.update import Step
-from galore_pretrain.planning.budget import OUTSIDE, budget_of, choose, lower_bound, upper_bound, ways_out
+from galore_pretrain.planning.budget import OUTSIDE, budget_of, choose, lower_bound, memory_advice, upper_bound
 from galore_pretrain.planning.ledger import KINDS, Ledger, allocated_peak
 from galore_pretrain.planning.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
 from galore_pretrain.study import paper
@@ -132,12 +132,12 @@ def test_a_ledger_of_real_tensors() -> None:
     with ledger:
         with ledger.kind("weights"):
             weight = torch.zeros(1000)
-        ledger.place = "here"
+        ledger.moment = "here"
         view = torch.ones(500).view(5, 100)
         ledger.assign(view, "sums")
         del view
         assert ledger.now == 4000
-    assert (ledger.peak, ledger.place_of_peak, ledger.at_peak["weights"]) == (6000, "here", 4000)
+    assert (ledger.peak, ledger.moment_of_peak, ledger.at_peak["weights"]) == (6000, "here", 4000)
     assert set(ledger.at_peak) == set(KINDS)
     assert weight.sum() == 0
 
@@ -202,12 +202,14 @@ def test_one_micro_batch_where_sums_are_what_does_not_fit(small: str) -> None:
 
 def test_what_helps_is_what_is_not_done_yet(small: str) -> None:
     config, _, _ = chosen(small, 8 * GIB)
-    assert ways_out(config).startswith(
+    assert memory_advice(config).startswith(
         "--layerwise, --activation-checkpointing, a smaller --batch-size, a smaller --rank"
     )
     done = replace(config, layerwise=True, activation_checkpointing=True, batch_size=1, optim="galore_adamw8bit")
-    assert ways_out(done).startswith("--total-batch-size 1 (one micro-batch an update keeps no sums), a smaller --rank")
-    assert "8-bit" not in ways_out(done)
+    assert memory_advice(done).startswith(
+        "--total-batch-size 1 (one micro-batch an update keeps no sums), a smaller --rank"
+    )
+    assert "8-bit" not in memory_advice(done)
 
 
 def test_the_least_peak_is_told_where_nothing_can_fit(small: str) -> None:

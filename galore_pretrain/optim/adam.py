@@ -49,7 +49,7 @@ class Adam(UpdateRule):
             fused = self.store.fused_adam(grad, state, step, self.betas, self.eps)
             if fused is not None:
                 return Direction(fused, factor=-1.0)
-        if step.ok is None and self.kernel_suffices(step, grad.dtype) and state["exp_avg"].dtype == grad.dtype:
+        if step.valid is None and self.kernel_suffices(step, grad.dtype) and state["exp_avg"].dtype == grad.dtype:
             return self._fused(state["exp_avg"], state["exp_avg_sq"], grad, step)  # in place
         m, v = self.store.read(state, "exp_avg", step), self.store.read(state, "exp_avg_sq", step)
         grad = grad.to(m.dtype)
@@ -71,7 +71,7 @@ class Adam(UpdateRule):
             return False
         m, v = state["exp_avg"], state["exp_avg_sq"]
         if self.kernel_suffices(step, weight.dtype):
-            self._kernel(weight, grad, m, v, step.count, step.ok, step.lr, decay)
+            self._kernel(weight, grad, m, v, step.count, step.valid, step.lr, decay)
             return True
         if weight.dtype != torch.bfloat16:
             return False
@@ -79,7 +79,7 @@ class Adam(UpdateRule):
         copies = torch.empty(4, weight.numel(), dtype=torch.float32, device=weight.device)
         for copy, tensor in zip(copies, (*kept, grad), strict=True):
             copy.copy_(tensor)
-        self._kernel(copies[0], copies[3], copies[1], copies[2], step.count, step.ok, step.lr, decay)
+        self._kernel(copies[0], copies[3], copies[1], copies[2], step.count, step.valid, step.lr, decay)
         step.store_together(kept, copies[:3])
         return True
 
@@ -103,13 +103,13 @@ class Adam(UpdateRule):
         m: Tensor,
         v: Tensor,
         count: int,
-        ok: Tensor | None,
+        valid: Tensor | None,
         lr: float,
         decay: float,
     ) -> None:
         """Call torch's kernel directly: the way there through ``torch.optim`` takes longer than a chunk."""
         counts = torch.full((), float(count), device=weight.device)
-        skipped = None if ok is None else (~ok).float()
+        skipped = None if valid is None else (~valid).float()
         kernel = torch._fused_adam_ if self.decay == "l2" else torch._fused_adamw_
         kernel(
             [weight], [grad], [m], [v], [], [counts], lr=lr, beta1=self.betas[0], beta2=self.betas[1], eps=self.eps,
@@ -119,7 +119,9 @@ class Adam(UpdateRule):
     def _fused(self, m: Tensor, v: Tensor, grad: Tensor, step: Step) -> Direction:
         """Return the direction by the same kernel: it updates a weight of 0 at rate 1."""
         scratch = torch.zeros_like(grad)
-        self._kernel(scratch, grad, m, v, step.count, None, 1.0, 0.0)  # m and v are copies where they are stored if ok
+        self._kernel(
+            scratch, grad, m, v, step.count, None, 1.0, 0.0
+        )  # m and v are copies where they are stored if valid
         return Direction(scratch, factor=-1.0)
 
     def _composed(self, m: Tensor, v: Tensor, grad: Tensor, step: Step) -> Direction:

@@ -31,15 +31,15 @@ def to_checkpoint(rule: UpdateRule, state: State, p: Tensor, *, blocks: bool | N
     entries = {entry for name in in_blocks for entry in rule.stores()[name].entries(state, name)}
     saved: State = {}
     for name in (name for name in state if name not in entries):
-        place = rule.layout(name, state, shard)
-        saved[name] = state[name] if place is None else _distributed(state[name], place, p)
+        layout = rule.layout(name, state, shard)
+        saved[name] = state[name] if layout is None else _distributed(state[name], layout, p)
     if blocks is not False:
         saved |= _empty(rule, p, in_blocks)
     if blocks is None:
         return saved
-    for name, place in in_blocks.items():
-        here = rule.moment_values(state, name, place.part_shape)
-        values = whole(_distributed(here, _of_values(place, here), p))
+    for name, layout in in_blocks.items():
+        here = rule.moment_values(state, name, layout.part_shape)
+        values = whole(_distributed(here, _of_values(layout, here), p))
         if blocks:
             rule.set_moment_values(saved, name, values.cpu())
     return saved
@@ -51,21 +51,21 @@ def blocks_from_checkpoint(rule: UpdateRule, state: State, saved: State, p: Tens
     shard = shard_of(p)
     if shard is None:
         return
-    for name, place in _in_blocks(rule, state, shard).items():
-        values = rule.moment_values(saved, name, place.shape)
-        rule.set_moment_values(state, name, _of_values(place, values).of(values).to(p.device))
+    for name, layout in _in_blocks(rule, state, shard).items():
+        values = rule.moment_values(saved, name, layout.shape)
+        rule.set_moment_values(state, name, _of_values(layout, values).of(values).to(p.device))
 
 
 def _in_blocks(rule: UpdateRule, state: State, shard: Shard) -> dict[str, Shard]:
     """Return where the moments lie that are shared out and cannot be cut like their tensors, by name."""
-    places: dict[str, Shard] = {}
+    layouts: dict[str, Shard] = {}
     for name, store in rule.stores().items():
         is_padded = name in state and rule.has_slots(name)
         if is_padded or store.in_blocks(state, name):
-            place = rule.layout(name, state, shard)
-            if place is not None:
-                places[name] = place
-    return places
+            layout = rule.layout(name, state, shard)
+            if layout is not None:
+                layouts[name] = layout
+    return layouts
 
 
 def _empty(rule: UpdateRule, p: Tensor, names: dict[str, Shard]) -> State:
@@ -77,21 +77,21 @@ def _empty(rule: UpdateRule, p: Tensor, names: dict[str, Shard]) -> State:
     return {entry: torch.zeros(like[entry].shape, dtype=like[entry].dtype) for entry in entries}
 
 
-def _of_values(place: Shard, values: Tensor) -> Shard:
+def _of_values(layout: Shard, values: Tensor) -> Shard:
     """Return where values lie that may have slots before the tensor's own dimensions."""
-    more = values.ndim - len(place.shape)
-    return replace(place, dim=place.dim + more, shape=(*values.shape[:more], *place.shape))
+    more = values.ndim - len(layout.shape)
+    return replace(layout, dim=layout.dim + more, shape=(*values.shape[:more], *layout.shape))
 
 
-def _distributed(part: Tensor, place: Shard, p: Tensor) -> Tensor:
+def _distributed(part: Tensor, layout: Shard, p: Tensor) -> Tensor:
     """Return the DTensor whose ``part`` is here."""
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor import Shard as Placement
 
     mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-    placements = [*[Replicate()] * (mesh.ndim - 1), Placement(place.dim)]
-    stride = torch.empty(place.shape, device="meta").stride()
-    shape = torch.Size(place.shape)
+    placements = [*[Replicate()] * (mesh.ndim - 1), Placement(layout.dim)]
+    stride = torch.empty(layout.shape, device="meta").stride()
+    shape = torch.Size(layout.shape)
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 

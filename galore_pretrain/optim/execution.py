@@ -45,9 +45,9 @@ class SkipCounts:
 
     def count(self, step: Step) -> None:
         """Count what ``step`` left out."""
-        device = step.failures[0].device if step.ok is None else step.ok.device
+        device = step.failures[0].device if step.valid is None else step.valid.device
         none = torch.zeros((), dtype=torch.bool, device=device)
-        skipped = none if step.ok is None else ~step.ok
+        skipped = none if step.valid is None else ~step.valid
         new = torch.stack([skipped.long(), torch.stack([none, *step.failures]).sum()])
         self._counts[new.device] = self._counts[new.device] + new if new.device in self._counts else new
 
@@ -137,7 +137,7 @@ class PendingGradient:
 
     def set_bases(self, new: NewBases) -> None:
         """Take the new bases that were found in the gradient, and keep the compressed one alone."""
-        self.rule.set_bases(new, self.state, self.step.only_if(self.finite))
+        self.rule.set_bases(new, self.state, self.step.where_valid(self.finite))
         self.refresh_due = False
         self.compress()
 
@@ -251,7 +251,7 @@ class PendingGradients:
         self._pending.pop(p, None)
         is_seen = type(pending.finite) is Tensor and pending.finite.device.type == "cpu"
         if not (is_seen and pending.finite):
-            pending.step = pending.step.only_if(pending.finite)
+            pending.step = pending.step.where_valid(pending.finite)
         return pending
 
     def _finalize(self, pending: PendingGradient) -> None:
@@ -437,13 +437,13 @@ class Execution(ABC):
 
     def outcome(self) -> Outcome:
         """Return what came of the update that was completed. Waits for the device."""
-        faults = self._optimizer.take_faults()
+        faults = self._optimizer.read_skips()
         return Outcome(None if self._norm is None else float(self._norm), faults.skipped, faults.failed_refreshes)
 
     def discard(self) -> None:
         """Drop the gradients of an update that is not to be made."""
         self._optimizer.discard()
-        self._optimizer.take_faults()  # of an update that is not made
+        self._optimizer.read_skips()  # of an update that is not made
 
     def _accumulate(self, p: Tensor, *, compress: bool, measure: bool = False) -> None:
         if self._optimizer.observer is None:

@@ -249,7 +249,7 @@ class GaLore(UpdateRule):
             for name in state.keys() - _SIDES.keys():
                 state[name].zero_()
         if not known_true(new.found):
-            kept = torch.ones_like(new.found) if step.ok is None else step.ok
+            kept = torch.ones_like(new.found) if step.valid is None else step.valid
             step.failures.append(kept & ~new.found)
         if self.moments != "reset" and step.count > 1:
             change = BasisChange()
@@ -258,9 +258,9 @@ class GaLore(UpdateRule):
                 turned_right = None if right is None or new.right is None else right.float() @ new.right.T
                 change = BasisChange(True, turned_left, turned_right)
             self.inner.change_basis(
-                self._inner_state(state), change, self.compressed_step(state, step).only_if(new.found)
+                self._inner_state(state), change, self.compressed_step(state, step).where_valid(new.found)
             )
-        step = step.only_if(new.found)
+        step = step.where_valid(new.found)
         for basis, taken in ((left, new.left), (right, new.right)):
             if basis is not None and taken is not None:
                 step.store(basis, taken)

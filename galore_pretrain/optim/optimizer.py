@@ -45,7 +45,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     ``seed`` and the count of updates alone) or ``"nearest"``.
 
     A gradient that is not finite, or whose squares overflow, changes neither weight nor state, and is counted
-    (`take_faults`); where nobody asks for the count, a warning tells it every 100 steps.
+    (`read_skips`); where nobody asks for the count, a warning tells it every 100 steps.
     """
 
     observer: Observer | None = None
@@ -145,7 +145,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 self.update_param(p)
         self._steps_since_read += 1
-        if self._steps_since_read >= _PATIENCE and (faults := self.take_faults()) != Skips():
+        if self._steps_since_read >= _PATIENCE and (faults := self.read_skips()) != Skips():
             warnings.warn(
                 f"in the last {_PATIENCE} steps, {faults.skipped} gradients were not finite and their tensors skipped, "
                 f"and {faults.failed_refreshes} bases could not be renewed",
@@ -188,7 +188,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._update(weight, pending.grad, pending.state, slot, pending.step)
         if not here.is_contiguous():
             here.copy_(weight)  # else it was changed in place
-        if pending.step.ok is not None or pending.step.failures:
+        if pending.step.valid is not None or pending.step.failures:
             self._skips.count(pending.step)
 
     def _update_elements(self, weight: Tensor, pending: PendingGradient, slot: Slot) -> None:
@@ -279,7 +279,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             return None
         return self._noise.bits(self.slots[p].index, count, p.device)
 
-    def take_faults(self) -> Skips:
+    def read_skips(self) -> Skips:
         """Return what was skipped since the last call. Waits for the device."""
         self._steps_since_read = 0
         return self._skips.take()

@@ -174,17 +174,17 @@ def update_gathered(
     rule, shard, own = pending.rule, pending.step.shard, pending.state
     assert shard is not None
     assert distributor is not None
-    places = {name: rule.layout(name, own, shard) for name in own}
+    layouts = {name: rule.layout(name, own, shard) for name in own}
     whole: State = {}
-    for name, place in places.items():
-        whole[name] = own[name] if place is None else distributor.gather(own[name], place)
+    for name, layout in layouts.items():
+        whole[name] = own[name] if layout is None else distributor.gather(own[name], layout)
     grad = distributor.gather(pending.grad, shard)
     if decay and rule.decay == "l2":
         grad = torch.add(grad.float(), distributor.gather(weight, shard), alpha=decay)
     step = replace(pending.step, shard=None)
     rule.start(whole, step)
     direction = rule.update(grad, whole, step).of(shard)
-    for name, place in places.items():
-        if place is not None:
-            own[name].copy_(place.of(whole[name]))
+    for name, layout in layouts.items():
+        if layout is not None:
+            own[name].copy_(layout.of(whole[name]))
     return direction

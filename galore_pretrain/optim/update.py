@@ -18,7 +18,7 @@ class Step:
 
     ``count`` is 1 at the first update; ``lr`` the group's learning rate. ``seed`` is the parameter's, the same at every
     update; ``phase`` in [0, 1) its place among those that share its rule. ``bits`` are None where rounding is to
-    nearest. ``ok``: a scalar, whether the results may be kept; None means yes, and is the rule on a CPU. On other
+    nearest. ``valid``: a scalar, whether the results may be kept; None means yes, and is the rule on a CPU. On other
     devices nobody waits to see it: `store` looks at it there. ``failures`` gathers such scalars, one for each
     decomposition, true if it failed. ``shard``: of which part of the tensor this is the update; None means of all.
     """
@@ -29,7 +29,7 @@ class Step:
     phase: float = 0.0
     start: int = 0
     bits: RandomBits | None = None
-    ok: Tensor | None = None
+    valid: Tensor | None = None
     failures: list[Tensor] = field(default_factory=list)
     shard: Shard | None = None
 
@@ -38,7 +38,7 @@ class Step:
         if start == 0:
             return self
         return Step(
-            self.count, self.lr, self.seed, self.phase, self.start + start, self.bits, self.ok, self.failures,
+            self.count, self.lr, self.seed, self.phase, self.start + start, self.bits, self.valid, self.failures,
             self.shard,
         )  # fmt: skip  # dataclasses.replace takes five times as long
 
@@ -61,7 +61,7 @@ class Step:
         return part.shape if self.shard is None else self.shard.shape
 
     def store(self, target: Tensor, value: Tensor, stream: str = "") -> None:
-        """``target`` takes ``value``, of its shape, if ``ok``; ``value`` may be overwritten.
+        """``target`` takes ``value``, of its shape, if ``valid``; ``value`` may be overwritten.
 
         An fp32 value for a bf16 target is rounded stochastically with the bits of ``stream``, to nearest without one.
         """
@@ -85,13 +85,13 @@ class Step:
     def working_copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``tensor`` in ``dtype`` (None: its own), to be changed in place and then stored: itself where it can be."""
         dtype = dtype or tensor.dtype
-        return tensor if dtype == tensor.dtype and self.ok is None else tensor.to(dtype, copy=True)
+        return tensor if dtype == tensor.dtype and self.valid is None else tensor.to(dtype, copy=True)
 
     def _keep(self, target: Tensor, value: Tensor) -> None:
-        target.copy_(value if self.ok is None else torch.where(self.ok, value.to(target.dtype), target))
+        target.copy_(value if self.valid is None else torch.where(self.valid, value.to(target.dtype), target))
 
-    def only_if(self, condition: Tensor) -> "Step":
+    def where_valid(self, condition: Tensor) -> "Step":
         """Return the update whose results are kept only if ``condition``, a scalar, holds as well."""
         if known_true(condition):
             return self
-        return replace(self, ok=condition if self.ok is None else condition & self.ok)
+        return replace(self, valid=condition if self.valid is None else condition & self.valid)

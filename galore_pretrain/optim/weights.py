@@ -47,7 +47,7 @@ class DenseWeights:
         has_scales = direction.row is not None or direction.column is not None
         if direction.rest is not None:
             _subtract_sum(weight, direction, decay, decay_first, step)
-        elif step.ok is None and not has_scales and _is_plain(weight, direction, step):
+        elif step.valid is None and not has_scales and _is_plain(weight, direction, step):
             alpha = -direction.factor if direction.scaled else -direction.factor * step.lr
             if decay and decay_first:
                 weight.add_(weight, alpha=-decay)

@@ -80,7 +80,7 @@ def bars(rows: Sequence[str], plans: Sequence[Plan]) -> dict[str, dict[str, int]
     return found
 
 
-def ways_out(config: RunConfig, most: int = 9) -> str:
+def memory_advice(config: RunConfig, most: int = 9) -> str:
     """What would take less than the updates of ``config`` do, in words, the best first."""
     total, size = config.total_batch_size, config.batch_size * processes()
     ways = [] if config.layerwise else ["--layerwise"]
@@ -116,7 +116,7 @@ def fitted(
         raise InputError(
             f"the {'peak' if kept else 'smallest peak found'} is {plan.peak_bytes / 2**30:.2f} GiB "
             f"({describe(plan.config)}), and {budget / 2**30:.2f} GiB are to be had ({source_of(config)}); "
-            f"what helps: {ways_out(plan.config)}"
+            f"what helps: {memory_advice(plan.config)}"
         )
     if plan:
         log.info("%s: %.2f of %.2f GiB", describe(config), plan.peak_bytes / 2**30, budget / 2**30)

@@ -32,7 +32,7 @@ class Ledger(TorchDispatchMode):
     """Counts the bytes of every tensor that is made while it is active, until its storage is freed.
 
     Works on real tensors and on fake ones, which take no memory. ``peak`` is the largest sum, ``at_peak`` what it
-    was made of, and ``place`` what `place` said at that moment. A new tensor is of the kind that `kind` set last; with
+    was made of, and ``moment_of_peak`` what `moment` said then. A new tensor is of the kind that `kind` set last; with
     none set, an activation where autograd records and a temporary elsewhere; `assign` corrects it later.
     """
 
@@ -40,7 +40,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.at_peak = dict.fromkeys(KINDS, 0)
-        self.place = self.place_of_peak = ""
+        self.moment = self.moment_of_peak = ""
         self._held = dict.fromkeys(KINDS, 0)
         self._live: dict[int, list[Any]] = {}  # id of a storage -> [weak reference, bytes, kind]
         self._kind: str | None = None
@@ -126,4 +126,4 @@ class Ledger(TorchDispatchMode):
         if total > self._high:
             self._high, self._held_high = total, {kind: size + more.get(kind, 0) for kind, size in self._held.items()}
             if total > self.peak:
-                self.peak, self.at_peak, self.place_of_peak = total, self._held_high, self.place
+                self.peak, self.at_peak, self.moment_of_peak = total, self._held_high, self.moment

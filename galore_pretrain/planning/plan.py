@@ -169,7 +169,7 @@ def measure(
         _watch(ledger, model)
         optimizer.observer = _Filing(ledger, optimizer, each=every_update)
         make_heaviest_updates(config, model, optimizer, execution, min(config.micro_batches, 2))
-    return Plan(config, ledger.peak, ledger.at_peak, ledger.place_of_peak)
+    return Plan(config, ledger.peak, ledger.at_peak, ledger.moment_of_peak)
 
 
 @contextmanager
@@ -233,7 +233,7 @@ def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
 
     def say(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            ledger.place = name
+            ledger.moment = name
 
         return hook
 
@@ -243,7 +243,7 @@ def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
 
     def gradient(name: str) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
-            ledger.place = f"backward, at {name}"
+            ledger.moment = f"backward, at {name}"
             if p.grad is not None:
                 ledger.assign(p.grad, "gradients")
 
@@ -279,7 +279,7 @@ class _Filing:
     def observe(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
         """Do a piece of the optimizer's work, or replay what one like it held."""
         if name == "complete":
-            self._ledger.place = "updates after backward"
+            self._ledger.moment = "updates after backward"
         if p is None or name == "refresh":
             work()
             return

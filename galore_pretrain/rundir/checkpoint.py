@@ -117,10 +117,10 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], 
     left of it then, and what was there before still is. Each process of ``world`` writes its part of the tensors."""
     aside, several = folder.with_name(folder.name + ".partial"), world.size > 1
     try:
-        world.from_main(lambda: _begin(aside))
+        world.on_rank_zero(lambda: _begin(aside))
         writer = HuggingFaceStorageWriter(str(aside), fqn_to_index_mapping=_files(tensors), save_distributed=several)
         dcp.save(dict(tensors), storage_writer=writer, no_dist=not several, process_group=world.group)
-        world.from_main(lambda: _complete(aside, folder, state))
+        world.on_rank_zero(lambda: _complete(aside, folder, state))
     except (OSError, CheckpointException, SafetensorError) as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)

@@ -42,8 +42,8 @@ class RunDirectory:
         the first one has just made.
         """
         with ExitStack() as held:
-            self._world.from_main(lambda: held.enter_context(_lock(self.path)))
-            self._world.together(self.check_shared, lambda found: "")
+            self._world.on_rank_zero(lambda: held.enter_context(_lock(self.path)))
+            self._world.on_every_rank(self.check_shared, lambda found: "")
             yield
 
     def check_shared(self) -> None:
@@ -57,17 +57,17 @@ class RunDirectory:
         being written, and for the exported model."""
         updates = config.steps or (config.max_tokens or 0) // (config.total_batch_size * config.max_length)
         kept = config.keep + (updates // config.keep_every if config.keep_every else 0)  # when the run is over
-        self._world.from_main(lambda: _check_space(self.path, checkpoint_bytes, kept))
+        self._world.on_rank_zero(lambda: _check_space(self.path, checkpoint_bytes, kept))
 
     def write_config(self, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
         """Write ``config.json``: every resolved value with its origin, and what else the run depends on."""
         resolved = {name: {"value": value, "origin": origins[name]} for name, value in asdict(config).items()}
         content = {"format": FORMAT, "config": resolved, **environment}
-        self._world.from_main(lambda: write_json(self.path / "config.json", content))
+        self._world.on_rank_zero(lambda: write_json(self.path / "config.json", content))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``: how the run ended. Its numbers are also the last three log lines."""
-        self._world.from_main(lambda: _write_summary(self.path, summary))
+        self._world.on_rank_zero(lambda: _write_summary(self.path, summary))
 
     def keep_rows(self, step: int, batch: Batch, loss: float) -> None:
         """Keep the rows of an update that was skipped, those of all processes, for a look, in ``skipped/``; of the

@@ -24,7 +24,7 @@ def export(folder: Path, model: Any, tokenizer: Tokenizer, world: World = ALONE)
     """A plain Hugging Face folder of model and tokenizer, written aside and then named: by one process, to which the
     others give their parts."""
     state = dense_state(model, keep=world.is_main)
-    world.from_main(lambda: _write_model(folder, model, state, tokenizer))
+    world.on_rank_zero(lambda: _write_model(folder, model, state, tokenizer))
 
 
 def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:

@@ -26,7 +26,7 @@ from galore_pretrain.train.inputs import architecture_for
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A model in evaluation mode, its tokenizer, and how its text is read: as in the run that made it, or as told."""
 
     model: LlamaForCausalLM
@@ -34,7 +34,7 @@ class Trained:
     config: RunConfig
 
 
-def load(path: Path, given: Mapping[str, Any], device: torch.device) -> Trained:
+def load(path: Path, given: Mapping[str, Any], device: torch.device) -> LoadedModel:
     """The model of a checkpoint, of a run's newest one, or of a Hugging Face folder, which says nothing of its text.
 
     ``given`` replaces fields of the run's config. InputError where ``path`` is none of these.
@@ -51,7 +51,7 @@ def load(path: Path, given: Mapping[str, Any], device: torch.device) -> Trained:
         tokenizer = load_tokenizer(config.tokenizer)
         model = model_for(config, architecture_for(config, tokenizer), device, fresh=False)
         found.load(checkpoint.model_tensors(model), part="model.")
-        return Trained(model.eval(), tokenizer, config)
+        return LoadedModel(model.eval(), tokenizer, config)
     if _architectures(path / "config.json") != ["LlamaForCausalLM"]:
         raise InputError(
             f"{path}: neither a run, a checkpoint (a folder with state.json) nor a folder of a LlamaForCausalLM"
@@ -68,7 +68,7 @@ def load(path: Path, given: Mapping[str, Any], device: torch.device) -> Trained:
         loaded = LlamaForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True).to(device)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: its weights cannot be loaded ({first_line(error)})") from error
-    return Trained(without_masks(loaded).eval(), load_tokenizer(config.tokenizer), config)
+    return LoadedModel(without_masks(loaded).eval(), load_tokenizer(config.tokenizer), config)
 
 
 def _architectures(file: Path) -> Any:
@@ -78,7 +78,7 @@ def _architectures(file: Path) -> Any:
         return None
 
 
-def perplexity(trained: Trained, device: torch.device) -> Evaluation:
+def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     """Loss and perplexities over the validation text, as a run finds them."""
     config = trained.config
     check_hub(config.data, config.tokenizer)
@@ -90,7 +90,9 @@ def perplexity(trained: Trained, device: torch.device) -> Evaluation:
 
 
 @torch.no_grad()
-def continue_text(trained: Trained, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int) -> str:
+def continue_text(
+    trained: LoadedModel, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int
+) -> str:
     """``prompt`` and up to ``tokens`` tokens that the model sets behind it; ``temperature`` 0 takes the likeliest."""
     model, tokenizer = trained.model, trained.tokenizer
     ids = tokenizer.encode([prompt])[0].tolist() or [tokenizer.eos_id]  # what ends a document stands before the next

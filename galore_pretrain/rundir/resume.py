@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def going_on(
+def resolve_resume(
     config: RunConfig, origins: Mapping[str, str], output: Path
 ) -> tuple[RunConfig, Mapping[str, str], Saved | None, bool]:
     """Find out how a run goes on, if it has begun.
@@ -46,7 +46,7 @@ def going_on(
     saved_norm = found.state["config"].get("clip_norm")
     if origins["clip_norm"] == CHOSEN and saved_norm is not None:  # another would be clipped, were it chosen anew
         config, origins = replace(config, clip_norm=saved_norm), {**origins, "clip_norm": "as before"}
-    before = as_before(config, origins, found)
+    before = restore_execution(config, origins, found)
     config, origins = before or (config, origins)
     if (differences := config.differences(found.state["config"])) and not config.resume_with_changes:
         raise InputError(
@@ -56,7 +56,7 @@ def going_on(
     return config, origins, found, before is not None
 
 
-def again(config: RunConfig) -> str:
+def resume_hint(config: RunConfig) -> str:
     """The command line that goes on with a run, in words."""
     resume = " and --resume auto" if config.resume == "never" else ""
     return f"the same command with --output {config.output}{resume}"
@@ -90,7 +90,9 @@ def find_checkpoint(config: RunConfig, output: Path) -> Saved | None:
     return checkpoint.opened(found)
 
 
-def as_before(config: RunConfig, origins: Mapping[str, str], found: Saved) -> tuple[RunConfig, dict[str, str]] | None:
+def restore_execution(
+    config: RunConfig, origins: Mapping[str, str], found: Saved
+) -> tuple[RunConfig, dict[str, str]] | None:
     """The way in which the run was going, where no flag says otherwise; None where it cannot. The memory that is free
     now may suggest another, which would change roundings."""
     saved = found.state["config"]
@@ -192,7 +194,7 @@ class Saver:
         self.wait()
         self._tried = moment
         try:
-            extra = self._world.from_main(self._extra)
+            extra = self._world.on_rank_zero(self._extra)
         except OSError as error:
             self._missed(state.step, error.strerror or str(error))
             return
@@ -236,7 +238,7 @@ class Saver:
         if self._written != self._moment():
             raise TrainingFailedError(
                 f"update {self._state.step} could not be saved in {self._config.output}; once it can be, "
-                f"{again(self._config)} goes on from update {self.saved_step or 0}"
+                f"{resume_hint(self._config)} goes on from update {self.saved_step or 0}"
             )
 
     def wait(self) -> None:

@@ -7,48 +7,50 @@ from torch import Tensor
 
 from galore_pretrain.tensors.chunks import chunk_elements
 
-POOL = 524_287
+PERIOD = 524_287
 """Random numbers after which a stream repeats: a prime, so that no row of a matrix gets the bits of another."""
 _UPDATES_A_TABLE, _TABLES = 64, 2
-_BETWEEN = 65_537  # between the places of streams that are read together
+_BETWEEN = 65_537  # between the offsets of streams that are read together
 
 
 class RandomBits:
     """Streams of uniform 16-bit integers for one update of one parameter.
 
-    All streams read one pool, each from a place of its own that changes with every update, and the pool is drawn anew
+    All streams read one table, each from a place of its own that changes with every update, and the table is drawn anew
     now and then: generating bits for each element would cost more than the rest of an update. Elements half a million
     apart get the same bits, which unbiased rounding does not mind.
     """
 
-    def __init__(self, pool: Tensor, seed: int) -> None:
-        self._pool, self._seed = pool, seed
-        self._places: dict[str, int] = {}  # of the streams, in the pool
+    def __init__(self, table: Tensor, seed: int) -> None:
+        self._table, self._seed = table, seed
+        self._offsets: dict[str, int] = {}  # of the streams, in the table
 
     @staticmethod
-    def pool(seed: int, device: torch.device) -> Tensor:
+    def table(seed: int, device: torch.device) -> Tensor:
         """Return what streams are read from: int32 in [0, 2¹⁶), the same for equal seeds on a device."""
         generator = torch.Generator(device).manual_seed(seed)
-        words = torch.empty(-(-POOL // 4), dtype=torch.int64, device=device)
+        words = torch.empty(-(-PERIOD // 4), dtype=torch.int64, device=device)
         words.random_(-(1 << 63), None, generator=generator)  # all 64 bits: four numbers at the price of one
-        once = words.view(torch.int16)[:POOL].to(torch.int32).bitwise_and_(0xFFFF)
-        size = POOL + chunk_elements(device) + 3 * _BETWEEN  # so that none that starts within the pool runs out of it
-        return once.repeat(-(-size // POOL))[:size]
+        once = words.view(torch.int16)[:PERIOD].to(torch.int32).bitwise_and_(0xFFFF)
+        size = (
+            PERIOD + chunk_elements(device) + 3 * _BETWEEN
+        )  # so that none that starts within the period runs out of it
+        return once.repeat(-(-size // PERIOD))[:size]
 
     def take(self, stream: str, start: int, count: int) -> Tensor:
         """Numbers ``start`` to ``start + count`` of the stream, at most `chunk_elements` of them. Not to be changed."""
-        if stream not in self._places:
-            self._places[stream] = derive_seed(self._seed, stream)
-        first = (self._places[stream] + start) % POOL
-        return self._pool[first : first + count]
+        if stream not in self._offsets:
+            self._offsets[stream] = derive_seed(self._seed, stream)
+        first = (self._offsets[stream] + start) % PERIOD
+        return self._table[first : first + count]
 
     def take_rows(self, start: int, rows: int, count: int) -> Tensor:
         """Numbers ``start`` to ``start + count`` of so many streams (rows × count), of four at most.
 
         They are one stream, each row further on than the one before.
         """
-        first = (self._seed + start) % POOL
-        return self._pool.as_strided((rows, count), (_BETWEEN, 1), first)
+        first = (self._seed + start) % PERIOD
+        return self._table.as_strided((rows, count), (_BETWEEN, 1), first)
 
 
 class NoiseTables:
@@ -68,7 +70,7 @@ class NoiseTables:
         if key not in self._tables:
             if len(self._tables) >= _TABLES:
                 del self._tables[next(iter(self._tables))]
-            self._tables[key] = RandomBits.pool(derive_seed(self._seed, key[1]), device)
+            self._tables[key] = RandomBits.table(derive_seed(self._seed, key[1]), device)
         return RandomBits(self._tables[key], derive_seed(self._seed, index, count))
 
 

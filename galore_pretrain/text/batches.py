@@ -238,7 +238,7 @@ class Batch:
         return replace(self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory())
 
     @property
-    def likeness(self) -> str:
+    def fingerprint(self) -> str:
         """Alike in processes that read the same text."""
         return f"{self.state} {self.check}"
 

@@ -51,7 +51,7 @@ class Watch(Protocol):
         ...
 
 
-class Unwatched:
+class NoWatch:
     """A watch that does nothing."""
 
     def span(self, part: str) -> AbstractContextManager[None]:
@@ -129,7 +129,7 @@ class Trainer:
     device: torch.device
     world: World = ALONE
     position: TrainingPosition = field(default_factory=TrainingPosition)
-    watch: Watch = field(default_factory=Unwatched)
+    watch: Watch = field(default_factory=NoWatch)
     stop_signal: int | None = field(default=None, init=False)
     _may_leave: bool = field(default=False, init=False)
 
@@ -277,7 +277,9 @@ class Trainer:
     def _timed_step(self, batches: "Iterator[Batch]") -> Metrics:
         started, tokens = time.perf_counter(), self.state.tokens_seen
         with self.watch.span("data"):
-            batch = self.world.together(lambda: self._leaving(lambda: next(batches)), lambda read: read.likeness)
+            batch = self.world.on_every_rank(
+                lambda: self._leaving(lambda: next(batches)), lambda read: read.fingerprint
+            )
         metrics = self.train_step(batch)
         if self.state.skipped >= MAX_SKIPPED:
             kept = self.checkpoints.saved_step
