@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 from click.core import ParameterSource
 
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
+from galore_pretrain.config.options import Processes
 from galore_pretrain.config.resolve import left_out
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, own_length
@@ -25,20 +26,27 @@ from galore_pretrain.text.hub import check_hub
 from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import find_tokenizer
 
+if TYPE_CHECKING:
+    from galore_pretrain.planning.plan import Plan
+
 
 class _Root(click.Group):
-    """Without a subcommand, trains; ``--help`` shows training's options, then the subcommands."""
+    """A group that trains without a subcommand. ``--help`` shows training's options, then the subcommands."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put ``train`` before arguments that name no subcommand."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             raise click.UsageError(f"no command {args[0]!r}; choose from {', '.join(self.commands)}")
-        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help", "--version")):
+        named = (*self.commands, "-h", "--help", "--version")
+        if not args or args[0] not in named:
             args = ["train", *args]
-        if args[0] in self.commands and args[0] != "train" and "RANK" in os.environ:
+        is_subcommand = args[0] in self.commands and args[0] != "train"
+        if is_subcommand and "RANK" in os.environ:
             raise InputError(f"{args[0]} is one process's work: start it without torchrun")
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write training's options before the subcommands."""
         self.commands["train"].format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
 
@@ -107,71 +115,83 @@ def plan(
     Of several processes, or with --flops, also what an update computes and sends, and what bounds its speed.
     """
     if paper:
-        given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
-        others = [p.opts[-1] for p in given if p.name not in ("paper", "as_json", "debug")]
-        if others:
-            raise InputError(
-                f"--paper prints the paper's own tables, whatever {', '.join(others)} may say; leave it out"
-            )
-        return _print_paper(as_json)
-    os.environ |= {
-        "WORLD_SIZE": str(nodes * gpus_per_node),
-        "LOCAL_WORLD_SIZE": str(gpus_per_node),
-    }  # as torchrun would
-    if (link or network) and (nodes * gpus_per_node == 1 or not flops):
-        why = (
-            "bound nothing by themselves; give --flops"
-            if nodes * gpus_per_node > 1
-            else "one process sends nothing; give --gpus-per-node or --nodes"
-        )
-        raise InputError(f"--link and --network: {why}")
+        return _print_paper(ctx, as_json)
+    processes = Processes(nodes * gpus_per_node, gpus_per_node)
+    if link or network:
+        _check_rates(processes, flops)
     if picture and not compare:
         raise InputError(
             f"--picture {picture}: only --compare draws; give it rows, such as --compare adamw,galore_adamw"
         )
-    rows = list(dict.fromkeys(row.strip() for row in compare.split(","))) if compare else [values["optim"]]
-    configs = [resolved(ctx, values | {"optim": row} | (left_out(row) if compare else {})) for row in rows]
+    if compare:
+        rows = list(dict.fromkeys(row.strip() for row in compare.split(",")))
+        flags_of_rows = [values | {"optim": row} | left_out(row) for row in rows]
+    else:
+        rows, flags_of_rows = [values["optim"]], [values]
+    configs = [resolved(ctx, flags_of_row, processes)[0] for flags_of_row in flags_of_rows]
 
     with _importing():
         from galore_pretrain import dist
         from galore_pretrain.planning import budget, traffic  # torch and transformers
         from galore_pretrain.study import pictures
 
-    available, source = budget.budget_of(configs[0][0]), budget.source_of(configs[0][0])
+    first = configs[0]
+    available = budget.budget_of(first)
+    source = budget.source_of(first)
     speeds = traffic.Speeds(flops, link, network)
-    found, updates = [], []
-    for config, origins in configs:
+    plans = []
+    answers, tables = {}, []
+    for row, config in zip(rows, configs, strict=True):
         with dist.imagined(config) as mesh:
-            found.append(budget.planned(config, origins, available, mesh))
-            updates.append(traffic.count(found[-1].config, mesh) if mesh is not None or flops else None)
+            row_plan = budget.planned(config, available, mesh)
+            update = traffic.count(row_plan.config, mesh) if mesh is not None or flops else None
+        plans.append(row_plan)
+        answers[row] = row_plan.as_json(available) | ({"update": update.as_json(speeds)} if update else {})
+        tables.append(_table(row_plan, available, source) + (f"\n{update.table(speeds)}" if update else ""))
+
     if as_json:
-        answers = [
-            plan.as_json(available) | ({"update": update.as_json(speeds)} if update else {})
-            for plan, update in zip(found, updates, strict=True)
-        ]
-        click.echo(json.dumps(dict(zip(rows, answers, strict=True)) if compare else answers[0], indent=2))
-    for plan, update in zip(found, updates, strict=True) if not as_json else ():
-        click.echo(plan.table(available, source))
-        if plan.peak_bytes > available:
-            click.echo(f"what helps: {budget.memory_advice(plan.config)}")
-        if update:
-            click.echo(update.table(speeds))
-        click.echo("\n" if compare else "", nl=False)
-    first = configs[0][0]
+        click.echo(json.dumps(answers if compare else answers[rows[0]], indent=2))
+    else:
+        click.echo("\n\n".join(tables))
     if picture or (compare and not as_json):
         name = Path(first.model).stem
         picture = picture or Path(f"memory-{name}.png")
         title = f"{name} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
-        pictures.draw_memory(picture, title, budget.bars(rows, found), available)
+        pictures.draw_memory(picture, title, budget.bars(rows, plans), available)
         click.echo(f"drawn: {picture}", err=as_json)
     return 0
 
 
-def _print_paper(as_json: bool) -> int:
+def _check_rates(processes: Processes, flops: float | None) -> None:
+    """Raise InputError where the rates of --link and --network bound nothing."""
+    if processes.total == 1:
+        raise InputError("--link and --network: one process sends nothing; give --gpus-per-node or --nodes")
+    if not flops:
+        raise InputError("--link and --network: bound nothing by themselves; give --flops")
+
+
+def _table(plan: "Plan", available: int, source: str) -> str:
+    """Return the table of what a run would take, and what helps where that is more than the ``available`` bytes."""
+    from galore_pretrain.planning.budget import memory_advice
+
+    table = plan.table(available, source)
+    if plan.peak_bytes > available:
+        table += f"\nwhat helps: {memory_advice(plan.config)}"
+    return table
+
+
+def _print_paper(ctx: click.Context, as_json: bool) -> int:
+    """Print the paper's memory tables. InputError where other flags are given, which would say nothing."""
+    given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
+    others = [p.opts[-1] for p in given if p.name not in ("paper", "as_json", "debug")]
+    if others:
+        raise InputError(f"--paper prints the paper's own tables, whatever {', '.join(others)} may say; leave it out")
     from galore_pretrain.study import paper
 
-    tables = {"paper": paper.by_the_papers_rule(), "exact": paper.exact()} if as_json else {}
-    click.echo(json.dumps(tables, indent=2) if as_json else paper.report())
+    if as_json:
+        click.echo(json.dumps({"paper": paper.by_the_papers_rule(), "exact": paper.exact()}, indent=2))
+    else:
+        click.echo(paper.report())
     return 0
 
 
@@ -203,7 +223,8 @@ def sweep(
     Flags go to every run. The same command goes on where it was stopped.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    model, output = given.get("model"), Path(given.pop("output", None) or f"sweeps/{Path(kind).stem}")
+    output = Path(given.pop("output", f"sweeps/{Path(kind).stem}"))
+    model = given.get("model")
     if model is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
     if not {"steps", "max_tokens"} & given.keys():
@@ -211,7 +232,7 @@ def sweep(
     if kind == "lr" and "lr" in given:
         raise InputError(f"--lr {given['lr']:g}: sweep lr has a grid of its own; leave it out")
     lines = entries(kind, model, given.pop("optim", None))
-    first = given.pop("seed", None) or 0
+    first = given.pop("seed", 0)
     try:
         factors = [float(factor) for factor in (tune_matrices or "").split(",") if factor]
     except ValueError as error:
@@ -254,15 +275,16 @@ _TEXT = ("data", "eval_data", "bad_data", "tokenizer", "layout", "max_length", "
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print what a program can read.")
 def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
-    """Perplexity of a checkpoint, a run or a Hugging Face folder, on the run's own validation text or on another."""
+    """Tell the perplexity of a checkpoint, a run or a Hugging Face folder, on its own validation text or on another."""
     given = {name: value for name, value in values.items() if value is not None}
     with _importing():
-        from galore_pretrain.rundir import loaded as trained
+        from galore_pretrain.rundir import loaded
         from galore_pretrain.train import build
 
-    loaded = trained.load(path, given, where := build.device_named(device))
-    config = loaded.config
-    numbers = trained.perplexity(loaded, where).metrics()
+    torch_device = build.device_named(device)
+    model = loaded.load(path, given, torch_device)
+    config = model.config
+    numbers = loaded.perplexity(model, torch_device).metrics()
     if as_json:
         click.echo(json.dumps(numbers, indent=2))
         return 0
@@ -280,12 +302,12 @@ def export(path: Path, folder: Path) -> int:
     if folder.exists():
         raise InputError(f"{folder} exists; name a new folder")
     with _importing():
-        from galore_pretrain.rundir import loaded as trained
+        from galore_pretrain.rundir import loaded
         from galore_pretrain.rundir.export import export as write_model
         from galore_pretrain.train import build
 
-    loaded = trained.load(path, {}, build.device_named("cpu"))
-    write_model(folder, loaded.model, loaded.tokenizer)
+    model = loaded.load(path, {}, build.device_named("cpu"))
+    write_model(folder, model.model, model.tokenizer)
     click.echo(f"written: {folder}")
     return 0
 
@@ -301,18 +323,20 @@ def export(path: Path, folder: Path) -> int:
 def generate(path: Path, prompt: str, tokens: int, temperature: float, top_p: float, seed: int, device: str) -> int:
     """Continue PROMPT with the model of a checkpoint, a run or a Hugging Face folder."""
     with _importing():
-        from galore_pretrain.rundir import loaded as trained
+        from galore_pretrain.rundir import loaded
         from galore_pretrain.train import build
 
-    loaded = trained.load(path, {}, build.device_named(device))
-    click.echo(trained.continue_text(loaded, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed))
+    model = loaded.load(path, {}, build.device_named(device))
+    text = loaded.continue_text(model, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
+    click.echo(text)
     return 0
 
 
 def _let_cuda_grow_segments() -> None:
-    """Fragments of CUDA's allocator would take from a card what no plan can know. What the user has set stays.
+    """Make CUDA's allocator grow its segments, unless the user has set it up otherwise.
 
-    To be called before torch is imported: its allocator reads this once.
+    Fragments of fixed segments would take from a card what no plan can know. This must be called before torch is
+    imported: its allocator reads the setting once.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -322,7 +346,7 @@ def _let_cuda_grow_segments() -> None:
 # them takes a fifth of the time of the import, and a second when the program ends.
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Imports of torch that are made meanwhile are not searched for garbage, neither now nor later."""
+    """Import torch and what needs it inside without a search for garbage among what is made, now or later."""
     if "torch" in sys.modules:  # then what is new may be garbage, of whoever imported it
         yield
         return
@@ -335,12 +359,13 @@ def _importing() -> Iterator[None]:
 
 
 class _TqdmHandler(logging.Handler):
-    """Log lines on stderr, above a progress bar where there is one."""
+    """A handler that writes log lines to stderr, above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one line. A full disk or a terminal that is gone is no reason to stop."""
         from tqdm import tqdm
 
-        with contextlib.suppress(OSError, ValueError):  # a full disk, a terminal that is gone: no reason to stop
+        with contextlib.suppress(OSError, ValueError):
             tqdm.write(_tagged(self.format(record)), file=sys.stderr)
 
 
@@ -355,7 +380,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Our own warnings are log lines, each once; what libraries tell their developers is kept from the user."""
+    """Log each of our own warnings once; what libraries tell their developers is kept from the user."""
     del category, lineno, file, line
     if str(message) in _shown:
         return
@@ -366,7 +391,7 @@ def _show_warning(
 
 @dataclass
 class _Ending:
-    """How the program has to end. ``at_once``: Python's orderly way out would wait for what a run has left behind."""
+    """Says how the program ends: ``at_once`` where Python's own exit would wait for what a run has left behind."""
 
     at_once: bool = False
 
@@ -376,7 +401,7 @@ class _Ending:
 
 
 def main() -> None:
-    """The entry point: exceptions become one line and an exit code."""
+    """Run the command line; exceptions become one line and an exit code."""
     logger = logging.getLogger("galore_pretrain")
     logger.setLevel(logging.INFO if _is_main() else logging.WARNING)
     if not logger.handlers:
@@ -384,7 +409,8 @@ def main() -> None:
     warnings.showwarning = _show_warning
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of --profile, before torch reads it
-    debug, ending = "--debug" in sys.argv[1:], _Ending()
+    debug = "--debug" in sys.argv[1:]
+    ending = _Ending()
     try:
         code = cli(standalone_mode=False, obj=ending)
     except click.ClickException as error:
@@ -398,7 +424,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        code = _fail(error, f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", 1, debug)
+        message = " ".join(str(error).split())
+        code = _fail(error, f"{type(error).__name__}: {message} (--debug shows where)", 1, debug)
     _exit(code if isinstance(code, int) else 0, ending)
 
 
@@ -412,12 +439,14 @@ def _exit(code: int, ending: _Ending) -> NoReturn:
 
 
 def _is_main() -> bool:
-    """Of the processes that torchrun has started, one speaks for all."""
+    """Return whether this process speaks for all that torchrun has started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _tagged(line: str) -> str:
-    return line if _is_main() else f"[process {os.environ['RANK']}] {line}"
+    if _is_main():
+        return line
+    return f"[process {os.environ['RANK']}] {line}"
 
 
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
@@ -430,10 +459,10 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
 
 
 def _is_reported_here(error: BaseException) -> bool:
-    """Whether this process is the one that prints an error, which others may have too."""
-    known = error if isinstance(error, RunError) else error.__cause__
-    if isinstance(known, RunError) and known.reported_by is not None:
-        return known.reported_by == int(os.environ.get("RANK", "0"))
+    """Return whether this process is the one that prints an error, which others may have too."""
+    run_error = error if isinstance(error, RunError) else error.__cause__
+    if isinstance(run_error, RunError) and run_error.reported_by is not None:
+        return run_error.reported_by == int(os.environ.get("RANK", "0"))
     # What a user gets wrong is found by all processes of a host, and printed by one of them; so is a run's own end.
     is_found_by_all = isinstance(error, (RunError, click.ClickException))
     return not is_found_by_all or os.environ.get("LOCAL_RANK", "0") == "0"

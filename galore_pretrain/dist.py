@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from galore_pretrain.config.options import RunConfig, processes, processes_here
+from galore_pretrain.config.options import RunConfig
 from galore_pretrain.errors import InputError, ProcessFailedError, RunError, TrainingFailedError
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ ALONE = World()
 @contextmanager
 def joined(config: RunConfig) -> Iterator[World]:
     """Join the processes that torchrun has started, if they are not joined yet; alone, this one is all of them."""
-    size = processes()
+    size = config.processes.total
     if size == 1:
         yield ALONE
         return
@@ -158,8 +158,9 @@ def joined(config: RunConfig) -> Iterator[World]:
     if config.device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {config.device}: each of {size} processes takes its own; use auto, cuda or cpu")
     if kind == "cuda":
-        if (there := torch.cuda.device_count()) < processes_here():
-            raise InputError(f"torchrun started {processes_here()} processes here, and there are {there} GPUs")
+        here, gpus = config.processes.here, torch.cuda.device_count()
+        if gpus < here:
+            raise InputError(f"torchrun started {here} processes here, and there are {gpus} GPUs")
         torch.cuda.set_device(local)
     timeout = timedelta(seconds=config.distributed_timeout)
     device = torch.device(kind, local if kind == "cuda" else 0)
@@ -189,7 +190,7 @@ def _mesh(config: RunConfig, kind: str) -> Any:
     """The mesh of the processes: replicas × shards, or shards alone."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    size, here = processes(), processes_here()
+    size, here = config.processes.total, config.processes.here
     shards = {"full": size, "hybrid": here, "none": 1}[config.shard]
     if size % shards:
         raise InputError(f"--shard hybrid: {size} processes are not a multiple of the {here} on this host")
@@ -200,14 +201,14 @@ def _mesh(config: RunConfig, kind: str) -> Any:
 
 @contextmanager
 def imagined(config: RunConfig) -> Iterator[Any]:
-    """Yield the mesh of a run of as many processes as the environment names, none of which exists, for its plan."""
-    if processes() == 1:
+    """Yield the mesh of a run of as many processes as ``config`` names, none of which exists, for its plan."""
+    if config.processes.total == 1:
         yield None
         return
     from torch import distributed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    distributed.init_process_group("fake", rank=0, world_size=processes(), store=FakeStore())
+    distributed.init_process_group("fake", rank=0, world_size=config.processes.total, store=FakeStore())
     try:
         yield _mesh(config, _kind(config))
     finally:

@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.resolve import CHOSEN
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 class Prepared:
     """All that is known of a run before its weights exist.
 
-    ``found`` is the checkpoint that it goes on from. ``planned`` is the plan of its updates, where fitting them to the
+    ``saved`` is the checkpoint that it goes on from. ``plan`` is the plan of its updates, where fitting them to the
     memory took one. ``outline`` is of the whole run, ``part`` of this process's share of it.
     """
 
@@ -59,10 +60,10 @@ class Prepared:
     world: World
     directory: RunDirectory
     inputs: Inputs
-    found: Saved | None
+    saved: Saved | None
     outline: Outline
     part: Outline
-    planned: Plan | None
+    plan: Plan | None
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,28 @@ def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable
 
 def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirectory, world: World) -> Prepared | None:
     """Open and check everything that a run needs before its weights; None where the run is finished already."""
-    output, schedule = directory.path, _schedule(config)
-    config, origins, found, kept = world.on_rank_zero(lambda: resolve_resume(config, origins, output))
-    if found and world.on_rank_zero(lambda: is_finished(output, found, schedule)):
+    output = directory.path
+    schedule = _schedule(config)
+    config, saved = world.on_rank_zero(lambda: resolve_resume(config, output))
+    if saved and world.on_rank_zero(lambda: is_finished(output, saved, schedule)):
         log.info("%s is finished; give another --output to train anew", output)
         return None
-    revision = found.state.get("revision") if found else None
+
+    revision = saved.state.get("revision") if saved else None
     if world.size > 1:  # all read what the first one finds
         revision = world.on_rank_zero(lambda: open_inputs(config, revision).revision)
-    inputs = world.on_every_rank(lambda: open_inputs(config, revision), lambda found: str(found.fingerprints()))
-    if found:
-        check_inputs(config, found, inputs.fingerprints())
-    outline = Outline.of(config, inputs.model)
-    part = outline if world.mesh is None else Outline.of(config, inputs.model, world.mesh)
-    config, origins, planned = world.on_rank_zero(lambda: fitted(config, origins, part, world.mesh, kept=kept))
+    inputs = world.on_every_rank(lambda: open_inputs(config, revision), lambda opened: str(opened.fingerprints()))
+    if saved:
+        check_inputs(config, saved, inputs.fingerprints())
+
+    outline = part = Outline.of(config, inputs.model)
+    if world.mesh is not None:
+        part = Outline.of(config, inputs.model, world.mesh)
+    is_restored = saved is not None and not config.undecided
+    choice = world.on_rank_zero(lambda: fitted(config, part, world.mesh, is_restored=is_restored))
+    config = choice.config
+    if is_restored:
+        origins = {name: "as before" if origin == CHOSEN else origin for name, origin in origins.items()}
     log_config(config, origins)
     return Prepared(
         config=config,
@@ -120,35 +129,42 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         world=world,
         directory=directory,
         inputs=inputs,
-        found=found,
+        saved=saved,
         outline=outline,
         part=part,
-        planned=planned,
+        plan=choice.plan,
     )
 
 
 def assemble(prepared: Prepared, started: float) -> Assembled:
     """Build the parts of a run, put back what a checkpoint holds, and join them."""
-    config, world, inputs, found = prepared.config, prepared.world, prepared.inputs, prepared.found
-    directory, device, position, state = prepared.directory, device_of(config), TrainingPosition(), TrainState()
-    model = model_for(config, inputs.model, device, fresh=found is None, mesh=world.mesh, position=position)
+    config, saved = prepared.config, prepared.saved
+    world, directory, inputs = prepared.world, prepared.directory, prepared.inputs
+    device = device_of(config)
+    position = TrainingPosition()
+    state = TrainState()
+
+    model = model_for(config, inputs.model, device, fresh=saved is None, mesh=world.mesh, position=position)
     optimizer = optimizer_for(config, build.prepare(config, model), world.mesh)
     if config.compile:
         build.compile_layers(model)
     execution = execution_for(config, optimizer)
     announce(config, device, optimizer, world)
-    rows, sequences = inputs.rows, config.total_batch_size
-    data = TrainingData(inputs.training, rows, sequences, config.seed, rank=world.rank, size=world.size)
-    if found:
-        world.on_every_rank(lambda: restore(found, model, optimizer, state, data), lambda done: "")
+
+    sequences = config.total_batch_size
+    data = TrainingData(inputs.training, inputs.rows, sequences, config.seed, rank=world.rank, size=world.size)
+    if saved:
+        world.on_every_rank(lambda: restore(saved, model, optimizer, state, data), lambda done: "")
     # Only now: what the folder holds may be of another method, and is refused then.
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, "processes": world.size}
     directory.write_config(config, prepared.origins, environment | describe_environment(device))
+
     loggers = _loggers(prepared, state)
-    totals = RunTotals(device, inputs, loggers, found.state if found else {}, started)
-    saver = Saver(config, model, optimizer, state, totals.state, found, world)
+    totals = RunTotals(device, inputs, loggers, saved.state if saved else {}, started)
+    saver = Saver(config, model, optimizer, state, totals.state, saved, world)
     batches = read_ahead(data, pin=device.type == "cuda")
     factors = factors_of(config)
+    after_update = partial(factors.after_update, model, optimizer) if factors else lambda step: None
     watch: Watch = NoWatch()
     if config.profile and world.is_main:
         watch = Profile(config.profile, directory.path / "profile", device, optimizer)
@@ -158,7 +174,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         optimizer=optimizer,
         execution=execution,
         schedule=_schedule(config),
-        after_update=partial(factors.after_update, model, optimizer) if factors else lambda step: None,
+        after_update=after_update,
         evaluate=Evaluator(config, model, inputs, device, world).evaluate,
         checkpoints=saver,
         keep_rows=directory.keep_rows,
@@ -178,7 +194,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
 
 
 def _make(prepared: Prepared, assembled: Assembled, when_stuck: Callable[[], None]) -> int:
-    """Let the trainer run to the end of the schedule, or to a signal; the exit code."""
+    """Train to the end of the schedule, or to a signal, and return the exit code."""
     trainer, saver = assembled.trainer, assembled.saver
     with on_stop(trainer.stop):
         try:
@@ -202,17 +218,18 @@ def conclude(prepared: Prepared, assembled: Assembled) -> None:
 
     Bytes of weights and state are those of the method, whoever shares them; peaks those of the largest process.
     """
-    world, directory, state = prepared.world, prepared.directory, assembled.trainer.state
-    reached = assembled.totals.peaks()  # exporting is not training
-    export(directory.model, assembled.trainer.model, prepared.inputs.tokenizer, world)
+    world, directory = prepared.world, prepared.directory
+    trainer, state = assembled.trainer, assembled.trainer.state
+    peaks = assembled.totals.peaks()  # before the export, which is not training
+    export(directory.model, trainer.model, prepared.inputs.tokenizer, world)
     static = prepared.outline.static
-    allocator, process = (int(peak) for peak in world.largest(*reached))
+    allocator_peak, process_peak = world.largest(*peaks)
     summary = {
         "steps": state.step,
         "tokens_seen": state.tokens_seen,
         **state.evaluation,
-        "peak_memory_bytes": allocator,
-        "process_peak_bytes": process,
+        "peak_memory_bytes": int(allocator_peak),
+        "process_peak_bytes": int(process_peak),
         "weights_bytes": static.weights,
         "optimizer_bytes": static.state,
         "wall_seconds": assembled.totals.seconds(),
@@ -224,7 +241,7 @@ def conclude(prepared: Prepared, assembled: Assembled) -> None:
 
 @contextmanager
 def _failures_explained(prepared: Prepared) -> Iterator[None]:
-    """Memory that ran out and a disk that is full are each told in one line, with what helps."""
+    """Turn memory that ran out and a disk that is full into errors of one line, with what helps."""
     config = prepared.config
     try:
         yield
@@ -236,29 +253,31 @@ def _failures_explained(prepared: Prepared) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_ROOM:
             raise
+        why = getattr(error, "strerror", error)
         raise TrainingFailedError(
-            f"--output {config.output} cannot be written ({getattr(error, 'strerror', error)}); once it can be, "
-            f"{resume_hint(config)} goes on"
+            f"--output {config.output} cannot be written ({why}); once it can be, {resume_hint(config)} goes on"
         ) from error
 
 
 def _out_of_memory(prepared: Prepared) -> str:
-    config, expected = prepared.config, _planned_peak(prepared)
+    config = prepared.config
     peak = peak_memory_bytes(device_of(config))
-    plan = "" if expected is None else f", {expected / 2**30:.2f} GiB were planned"
-    return (
-        f"out of memory: {peak / 2**30:.2f} GiB was the peak so far{plan}; what helps: {memory_advice(config, most=3)}"
-    )
+    planned = _planned_peak(prepared)
+    text = f"out of memory: {peak / 2**30:.2f} GiB was the peak so far"
+    if planned is not None:
+        text += f", {planned / 2**30:.2f} GiB were planned"
+    return f"{text}; what helps: {memory_advice(config, most=3)}"
 
 
 # Fitting the updates to the memory mostly takes no plan, and training needs none. So this one is made last: it would
 # keep the first update waiting.
 def _planned_peak(prepared: Prepared) -> int | None:
-    """The peak of the run's plan, in bytes. The run is over, and must not fail for it: None where it cannot be made."""
-    if prepared.planned:
-        return prepared.planned.peak_bytes
+    """Return the peak of the run's plan in bytes; None where it cannot be planned, for a run must not fail of that."""
+    if prepared.plan:
+        return prepared.plan.peak_bytes
     try:
-        return measure(prepared.config, prepared.inputs.model, prepared.world.mesh, outline=prepared.part).peak_bytes
+        plan = measure(prepared.config, prepared.inputs.model, prepared.world.mesh, outline=prepared.part)
+        return plan.peak_bytes
     except Exception as error:
         log.warning("its memory could not be planned: %s", error)
         return None
@@ -270,11 +289,13 @@ def _schedule(config: RunConfig) -> Schedule:
 
 
 def _loggers(prepared: Prepared, state: TrainState) -> list[MetricLogger]:
-    """The loggers of the run; none in other processes than the main one."""
-    config, directory, found = prepared.config, prepared.directory, prepared.found
-    saved = found.state if found and found.is_in(directory.checkpoints) else {}
+    """Open the loggers of the run; there are none in other processes than the main one."""
+    config, directory, saved = prepared.config, prepared.directory, prepared.saved
+    logged = {}  # what the loggers themselves have saved
+    if saved and saved.is_in(directory.checkpoints):
+        logged = saved.state
     loggers: list[MetricLogger] = []
     prepared.world.on_rank_zero(
-        lambda: loggers.extend(open_loggers(config, directory.path, state.step, state.tokens_seen, saved))
+        lambda: loggers.extend(open_loggers(config, directory.path, state.step, state.tokens_seen, logged))
     )
     return loggers

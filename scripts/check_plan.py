@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from galore_pretrain.config.options import RunConfig, processes
+from galore_pretrain.config.options import Processes, RunConfig
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.dist import imagined, joined
 from galore_pretrain.meters import process_peak_bytes
@@ -75,13 +75,14 @@ def in_fresh_process(means: str, values: dict[str, Any], threads: int, processes
 
 def one(means: str, values: dict[str, Any]) -> int:
     warnings.simplefilter("ignore")
-    config, _ = resolve(values, dict.fromkeys(values, "flag"))
-    small = {"model": "llama_1m", "total_batch_size": processes(), "batch_size": 1, "rank": None, "max_length": 8}
+    processes = Processes.started()
+    config, _ = resolve(values, dict.fromkeys(values, "flag"), processes)
+    small = {"model": "llama_1m", "total_batch_size": processes.total, "batch_size": 1, "rank": None, "max_length": 8}
     if means == "plan":
         with imagined(config) as mesh:
             return MEANS[means](config, mesh)
     with joined(config) as world:
-        updates(resolve(values | small, {})[0], world.mesh)  # libraries load their kernels at first use
+        updates(resolve(values | small, {}, processes)[0], world.mesh)  # libraries load their kernels at first use
         return MEANS[means](config, world.mesh) if world.is_main else MEANS["process"](config, world.mesh)
 
 

@@ -31,7 +31,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the p
 import torch
 from torch import Tensor, distributed, multiprocessing
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import Processes, RunConfig
 from galore_pretrain.config.resolve import resolve, without_meaning
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import InputError
@@ -124,7 +124,7 @@ class Cell:
         given |= {"optim": self.row, "dtype": dtype, "numerics": numerics, "layerwise": layerwise}
         given |= {"batch_size": ROWS // micro // (2 if self.sharing else 1), "grad_clip": 0.5 * clip}
         given["model"] = str(folder / f"{given['model']}.json")
-        return resolve(given, dict.fromkeys(given, "flag"))[0]
+        return resolve(given, dict.fromkeys(given, "flag"), Processes.started())[0]
 
 
 def cells() -> Iterator[Cell]:

@@ -8,13 +8,12 @@ nothing is due, and what the one before, in which all bases are, sent for them.
 
 import itertools
 import json
-import os
 import sys
 from typing import Any
 
 from torch import distributed
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import Processes, RunConfig
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.dist import joined
 from galore_pretrain.model.llama_config import load_model_config
@@ -31,12 +30,11 @@ def config_of(model: str, row: str, shard: str, reduce: str, rank: int) -> RunCo
     given |= {"grad_clip": 0.0, "dtype": "bfloat16"}
     if "galore" in row:
         given |= {"refresh": "together", "rank": rank, "update_proj_gap": 1000}
-    return resolve(given, dict.fromkeys(given, "flag"))[0]
+    return resolve(given, dict.fromkeys(given, "flag"), Processes(4, 2))[0]
 
 
 def main() -> None:
     model, rows, rank = sys.argv[1], sys.argv[2].split(","), int(sys.argv[3])
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
     found = {}
     with joined(config_of(model, rows[0], "full", "full", rank)):
         for row, (shard, reduce) in itertools.product(rows, WAYS):

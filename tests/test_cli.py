@@ -21,7 +21,7 @@ from galore_pretrain.cli import _is_reported_here, cli
 from galore_pretrain.config.flags import RunCommand, with_run_options
 from galore_pretrain.config.flags import flags as flags_of_a_run
 from galore_pretrain.config.flags import resolved as resolve_options
-from galore_pretrain.config.options import RunConfig, parse_count
+from galore_pretrain.config.options import FLAGS, RunConfig, parse_count
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError, ProcessFailedError, TrainingFailedError
 from galore_pretrain.optim import RuleOptimizer
@@ -132,7 +132,7 @@ def test_changing_over_to_layerwise_and_another_budget(tiny_config: str, finishe
 
 def test_config_json_says_where_values_come_from(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
-    assert set(config["config"]) == set(RunConfig.__dataclass_fields__)
+    assert set(config["config"]) == set(FLAGS)
     assert config["config"]["rank"] == {"value": 4, "origin": "flag"}
     assert config["config"]["lr"] == {"value": 0.01, "origin": "recipe: GaLore scripts/benchmark_c4"}
     assert config["config"]["layout"]["origin"] == "default"

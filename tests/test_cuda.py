@@ -96,11 +96,11 @@ def test_a_card_gives_no_more_than_it_shows(
 def test_micro_batches_on_a_card_are_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is room, as many rows as keep a GPU from waiting for Python, and the whole update where it can be."""
     for total, sizes in ((512, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]), (96, [1, 2, 4, 8, 16, 32, 96]), (15, [1, 15])):
-        config, origins = config_of(total_batch_size=total, numerics="sound", grad_clip=0.0)
+        config, _ = config_of(total_batch_size=total, numerics="sound", grad_clip=0.0)
         with monkeypatch.context() as patched:
             card(patched, 79, 80)
             assert budget._sizes(config) == sizes
-            plain = [c for c, _ in budget._candidates(config, origins) if not c.layerwise]
+            plain = [c for c in budget._candidates(config) if not c.layerwise]
             costs = {c.batch_size: budget._cost(c) for c in plain if not c.activation_checkpointing}
             assert min(costs, key=lambda size: costs[size]) == max(sizes)
             assert costs[1] > costs[max(sizes)]

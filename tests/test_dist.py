@@ -132,7 +132,7 @@ def test_updates_of_parts_are_those_of_the_whole(processes: int) -> None:
 
 
 @pytest.mark.slow
-def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path) -> None:
     """What four processes on two hosts send in an update, and for bases; reducing projected gradients sends less."""
     deeper = tmp_path / "deeper.json"  # than what the plan counts
     deeper.write_text(json.dumps(json.loads(Path(tiny_config).read_text()) | {"num_hidden_layers": 3}))
@@ -140,8 +140,6 @@ def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path, monkey
     done = torchrun(4, str(Path(__file__).with_name("messages.py")), str(deeper), rows, "4")
     assert done.returncode == 0, done.stderr[-5000:]
     sent = json.loads(done.stdout)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for name, real in sent.items():
         row, shard, reduce = name.split()
         config = config_of(str(deeper), row, shard, reduce, 4)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from galore_pretrain.cli import cli
 from galore_pretrain.config.options import RunConfig, parse_bytes
-from galore_pretrain.config.resolve import CHOSEN, resolve
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.llama import build_model
@@ -145,11 +145,12 @@ def test_a_ledger_of_real_tensors() -> None:
 GIB = 2**30
 
 
-def chosen(model: str, budget: int, **given: Any) -> tuple[RunConfig, dict[str, str], Plan | None]:
+def chosen(model: str, budget: int, **given: Any) -> tuple[RunConfig, Plan | None]:
     values = {"model": model, "optim": "galore_adamw", "data": "sample", "max_length": 64, "rank": 32, "grad_clip": 1.0}
     values |= {"total_batch_size": 64, "steps": 100, "dtype": "float32", "memory_budget": budget + OUTSIDE} | given
-    config, origins = resolve(values, dict.fromkeys(values, "flag"))
-    return choose(config, origins, budget_of(config))
+    config, _ = resolve(values, dict.fromkeys(values, "flag"))
+    choice = choose(config, budget_of(config))
+    return choice.config, choice.plan
 
 
 def how(config: RunConfig) -> tuple[bool, bool, int, str | None]:
@@ -159,10 +160,10 @@ def how(config: RunConfig) -> tuple[bool, bool, int, str | None]:
 def test_the_budget_decides(small: str) -> None:
     """Plenty: nothing is searched. Less: what costs least arithmetic of what fits; another norm only where nothing that
     clips the full one does."""
-    config, origins, plan = chosen(small, 8 * GIB)
+    config, plan = chosen(small, 8 * GIB)
     assert plan is None
     assert how(config) == (False, False, 8, "full")
-    assert origins["layerwise"] == origins["batch_size"] == CHOSEN
+    assert config.undecided == {"layerwise", "activation_checkpointing", "batch_size", "clip_norm"}
     architecture = load_model_config(small)
 
     def peak(layerwise: bool, checkpointing: bool, size: int) -> int:
@@ -171,20 +172,20 @@ def test_the_budget_decides(small: str) -> None:
 
     for expected in ((False, False, 4, "full"), (True, True, 2, "projected")):
         budget = peak(*expected[:3])
-        config, _, plan = chosen(small, budget)
+        config, plan = chosen(small, budget)
         assert how(config) == expected
         assert plan is not None
         assert (plan.config, plan.peak_bytes) == (config, budget)
 
 
 def test_flags_stay_whatever_the_budget(small: str) -> None:
-    config, _, plan = chosen(small, 10 * 2**20, layerwise=False, activation_checkpointing=False, batch_size=2)
+    config, plan = chosen(small, 10 * 2**20, layerwise=False, activation_checkpointing=False, batch_size=2)
     assert how(config) == (False, False, 2, "full")
     assert plan is not None
     assert plan.peak_bytes > 10 * 2**20
-    config, _, _ = chosen(small, 8 * GIB, clip_norm="projected", layerwise=True)
+    config, _ = chosen(small, 8 * GIB, clip_norm="projected", layerwise=True)
     assert how(config)[0::3] == (True, "projected")
-    config, _, plan = chosen(small, 30 * 2**20, numerics="reference", layerwise=False, activation_checkpointing=True)
+    config, plan = chosen(small, 30 * 2**20, numerics="reference", layerwise=False, activation_checkpointing=True)
     assert config.batch_size == 8  # on which that loss depends
 
 
@@ -192,16 +193,16 @@ def test_one_micro_batch_where_sums_are_what_does_not_fit(small: str) -> None:
     """Layerwise updates of one micro-batch, however large, keep no sums, and know the full norm."""
     given = {"total_batch_size": 16, "max_length": 8, "layerwise": True}
     architecture = load_model_config(small)
-    config, _, _ = chosen(small, 8 * GIB, **given)
+    config, _ = chosen(small, 8 * GIB, **given)
     whole = measure(replace(config, batch_size=16, activation_checkpointing=True, clip_norm="full"), architecture)
     parts = measure(replace(config, batch_size=1, activation_checkpointing=True, clip_norm="projected"), architecture)
     assert whole.peak_bytes < parts.peak_bytes
-    config, _, _ = chosen(small, whole.peak_bytes, **given)
+    config, _ = chosen(small, whole.peak_bytes, **given)
     assert how(config) == (True, True, 16, "full")
 
 
 def test_what_helps_is_what_is_not_done_yet(small: str) -> None:
-    config, _, _ = chosen(small, 8 * GIB)
+    config, _ = chosen(small, 8 * GIB)
     assert memory_advice(config).startswith(
         "--layerwise, --activation-checkpointing, a smaller --batch-size, a smaller --rank"
     )
@@ -213,7 +214,7 @@ def test_what_helps_is_what_is_not_done_yet(small: str) -> None:
 
 
 def test_the_least_peak_is_told_where_nothing_can_fit(small: str) -> None:
-    config, _, plan = chosen(small, 2**20, grad_clip=0.0)
+    config, plan = chosen(small, 2**20, grad_clip=0.0)
     assert how(config) == (True, True, 1, None)
     assert plan is not None
 

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.optim import build_optimizer
 from galore_pretrain.rundir import checkpoint, resume
@@ -161,7 +161,8 @@ def test_a_disk_without_room_is_told_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=39_000_000_000))
-    config, directory = RunConfig(model="-", steps=10, keep=2), RunDirectory(tmp_path)
+    config, _ = resolve({"model": "llama_60m", "data": "sample", "steps": 10, "keep": 2}, {})
+    directory = RunDirectory(tmp_path)
     directory.check_space(config, 9_000_000_000)
     assert not caplog.records
     directory.check_space(config, 10_000_000_000)
@@ -215,7 +216,7 @@ def _saver(
 ) -> tuple[resume.Saver, Any, TrainState]:
     model, state = build_tiny(), TrainState(step=3)
     optimizer = build_optimizer(model, "galore_adamw8bit", lr=0.1, rank=4)
-    config = RunConfig(model="-", output=str(output), keep=2)
+    config, _ = resolve({"model": "llama_60m", "data": "sample", "output": str(output), "keep": 2}, {})
     return resume.Saver(config, model, optimizer, state, extra), model, state
 
 

@@ -21,7 +21,7 @@ def make_run(folder: Path, loss: float, *, updates: int = 20, done: int = 20, **
     values = {"model": "llama_60m", "optim": "galore_adamw", "data": "sample", "steps": updates, "eval_every": 5}
     config, origins = resolve(values | given, {})
     folder.mkdir(parents=True)
-    entries = {name: {"value": value, "origin": origins[name]} for name, value in vars(config).items()}
+    entries = {name: {"value": value, "origin": origins[name]} for name, value in config.values().items()}
     (folder / "config.json").write_text(json.dumps({"config": entries}))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, done + 1):

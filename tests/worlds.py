@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from galore_pretrain import cli, run
-from galore_pretrain.config.options import processes
+from galore_pretrain.config.options import Processes
 from galore_pretrain.tensors.shards import local
 from own_rules import register
 
@@ -34,7 +34,7 @@ def check_replicas(folder: Path, model: Any, *rest: Any) -> None:
     if mesh is not None:
         states = optimizers[-1].state.values()
         bases = [digest(value) for state in states for name, value in state.items() if name.endswith("basis")]
-        everywhere: list[Any] = [None] * processes()
+        everywhere: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(everywhere, bases)
         assert all(other == bases for other in everywhere), "bases differ between processes"
     export(folder, model, *rest)
@@ -50,7 +50,7 @@ def noted(*arguments: Any) -> Any:
 
 
 def main() -> None:
-    if processes() > 1:
+    if Processes.started().total > 1:
         distributed.init_process_group("gloo")
     register()
     logging.getLogger("galore_pretrain").addHandler(logging.StreamHandler(sys.stderr))

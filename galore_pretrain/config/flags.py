@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Container
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,10 @@ import click
 from click.core import ParameterSource
 
 from galore_pretrain.config.options import (
+    FLAGS,
     GROUPS,
     Flag,
+    Processes,
     RunConfig,
     parse_betas,
     parse_bytes,
@@ -85,17 +86,23 @@ def with_run_options(command: Callable[..., int]) -> Callable[..., int]:
 
 def flags(names: Container[str] | None = None) -> list[click.Parameter]:
     """The options of all fields of `RunConfig`, or of those named."""
-    return [_option(f.name, f.metadata["flag"]) for f in fields(RunConfig) if names is None or f.name in names]
+    return [_option(name, flag) for name, flag in FLAGS.items() if names is None or name in names]
 
 
-def resolved(ctx: click.Context, values: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
-    """The complete config from a command's options, and where each value came from."""
+def resolved(
+    ctx: click.Context, values: dict[str, Any], processes: Processes | None = None
+) -> tuple[RunConfig, dict[str, str]]:
+    """Return the complete config from a command's options, and where each value came from.
+
+    ``processes`` are those that torchrun has started, if no others are named.
+    """
     given = {name: value for name, value in values.items() if value is not None}
     from_file = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP}
     if {"model", "optim"} & (given.keys() - from_file):  # of another run, only what its user said holds for this one
         said: set[str] = ctx.meta.get("said", from_file)
         given = {name: value for name, value in given.items() if name not in from_file - said}
-    return resolve(given, {name: str(ctx.meta["run_json"]) if name in from_file else "flag" for name in given})
+    sources = {name: str(ctx.meta["run_json"]) if name in from_file else "flag" for name in given}
+    return resolve(given, sources, processes or Processes.started())
 
 
 def _read_run_json(ctx: click.Context, path: Path | None) -> None:
@@ -105,7 +112,6 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"--config {path}: not readable as JSON ({error})") from error
-    names = {f.name for f in fields(RunConfig)}
     if isinstance(values, dict) and isinstance(resolved := values.get("config"), dict):
         # a run's own config.json, perhaps edited: what it was, but for its place
         entries = {k: v if isinstance(v, dict) else {"value": v, "origin": "flag"} for k, v in resolved.items()}
@@ -114,12 +120,12 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
         }
         origins = {k: str(v.get("origin", "flag")) for k, v in entries.items()}
         ctx.meta["said"] = {k for k, origin in origins.items() if origin == "flag" or origin.endswith(".json")}
-    if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in names]):
+    if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in FLAGS]):
         what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "not a JSON object"
         raise InputError(f'--config {path}: {what}; keys are the long flags, such as "total_batch_size"')
-    for f in fields(RunConfig):
-        for key in {f.name, f.name.replace("_", "-")} & values.keys():
-            if not _fits(values[key], f.metadata["flag"].kind):
+    for name, flag in FLAGS.items():
+        for key in {name, name.replace("_", "-")} & values.keys():
+            if not _fits(values[key], flag.kind):
                 raise InputError(
                     f"--config {path}: {key} is {values[key]!r}, which --{key.replace('_', '-')} cannot be"
                 )

@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -28,15 +28,20 @@ def parse_count(text: str) -> int:
     return int(number)
 
 
-def processes() -> int:
-    """Return the number of processes of the run (WORLD_SIZE), or the number that ``plan`` was asked about."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+@dataclass(frozen=True)
+class Processes:
+    """Says how many processes make a run: ``total`` of them, ``here`` of them on this host."""
+
+    total: int = 1
+    here: int = 1
+
+    @classmethod
+    def started(cls) -> "Processes":
+        """Return what torchrun has started (WORLD_SIZE, LOCAL_WORLD_SIZE): one process where it has not."""
+        return cls(int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def processes_here() -> int:
-    """Return the number of those on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
+ONE_PROCESS = Processes()
 
 RECIPE = "recipe"
 
@@ -78,10 +83,12 @@ def parse_betas(text: str) -> tuple[float, float]:
 class Flag:
     """Says what the command line needs of a field. ``kind``: a type, the choices, or a parser of strings.
 
-    Numbers are at ``least``, or ``above``, a bound. ``shown`` stands for the default in the help. A ``free`` flag may
-    change when a run is resumed: it does not change what is computed.
+    ``default`` is None where `resolve` fills the field in, or where None means that it is not in use. Numbers are at
+    ``least``, or ``above``, a bound. ``shown`` stands for the default in the help. A ``free`` flag may change when a
+    run is resumed: it does not change what is computed.
     """
 
+    default: Any
     help: str
     kind: type | tuple[str, ...] | Callable[[str], Any]
     group: str
@@ -94,7 +101,25 @@ class Flag:
 def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
     if default is not None and "shown" not in more:
         more["shown"] = {True: "on", False: "off"}[default] if kind is bool else str(default)
-    return field(default=default, metadata={"flag": Flag(help, kind, group, **more)})
+    return field(metadata={"flag": Flag(default, help, kind, group, **more)})
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Says how an update is executed. That changes its memory and its speed, and its result by roundings alone.
+
+    ``batch_size`` is in sequences a micro-batch. ``clip_norm`` is the norm that is clipped, None where none is: only
+    of some executions the full one is known.
+    """
+
+    layerwise: bool
+    activation_checkpointing: bool
+    batch_size: int
+    clip_norm: str | None
+
+
+EXECUTION = tuple(f.name for f in fields(Execution))
+"""The flags that say how an update is executed. The memory budget decides on those that the user left out."""
 
 
 CLIP_NORMS = ("full", "projected")
@@ -116,7 +141,11 @@ _TENTH = "a tenth, at most 1000"
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run, one field a flag. After `resolve`, a field is None only where its type says so: not in use."""
+    """A training run, one field a flag, but for the last two. A field is None only where its type says so: not in use.
+
+    `resolve` makes it. ``processes`` make the run. ``undecided`` names the flags of its execution that may still be
+    changed to fit the memory budget.
+    """
 
     model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", str, METHOD, shown="required")
     optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}.", str, METHOD)
@@ -248,25 +277,45 @@ class RunConfig:
     name: str | None = _flag(None, "wandb name of the run.", str, OUTPUT, free=True, shown="name of the folder")
     tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="none")
 
+    processes: Processes = ONE_PROCESS
+    undecided: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """Return the config of a run from its saved values; a flag that it did not have yet takes its default."""
+        return cls(**{name: values.get(name, flag.default) for name, flag in FLAGS.items()})
+
+    def values(self) -> dict[str, Any]:
+        """Return the value of each flag, as a checkpoint and ``config.json`` hold them."""
+        return {name: getattr(self, name) for name in FLAGS}
+
+    @property
+    def execution(self) -> Execution:
+        """Return how the updates are executed, or will be where the memory budget has no objection."""
+        return Execution(self.layerwise, self.activation_checkpointing, self.batch_size, self.clip_norm)
+
     @property
     def micro_batches(self) -> int:
         """Return the number of micro-batches of an update, in each process."""
-        return self.total_batch_size // (self.batch_size * processes())
+        return self.total_batch_size // (self.batch_size * self.processes.total)
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
         changed = [
-            (f.name, getattr(self, f.name))
-            for f in fields(self)
-            if f.name in saved and not self._is_free(f) and _plain(getattr(self, f.name)) != _plain(saved[f.name])
+            (name, value)
+            for name, value in self.values().items()
+            if name in saved and not self._is_free(name) and _plain(value) != _plain(saved[name])
         ]
         given = [(name, value) for name, value in changed if value is not None] or changed  # not what follows from them
         return [f"--{name.replace('_', '-')} {value} (was {saved[name]})" for name, value in given]
 
-    def _is_free(self, f: Field[Any]) -> bool:
+    def _is_free(self, name: str) -> bool:
         """The mean of micro-batch means, which reference numerics take, depends on the micro-batch."""
-        flag: Flag = f.metadata["flag"]
-        return flag.free and not (f.name == "batch_size" and self.numerics == "reference")
+        return FLAGS[name].free and not (name == "batch_size" and self.numerics == "reference")
+
+
+FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(RunConfig) if "flag" in f.metadata}
+"""What the command line knows of each field, by its name."""
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ def recipe(model: str, optim: str) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def _printed_tokens(model: str) -> tuple[int, str]:
+def printed_tokens(model: str) -> tuple[int, str]:
     table = _recipes()["tokens"]
     if model not in table:
         known = ", ".join(name for name in table if name != "source")

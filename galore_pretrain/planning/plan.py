@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from galore_pretrain.config.options import RunConfig, processes
+from galore_pretrain.config.options import RunConfig
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import Execution
 from galore_pretrain.planning.ledger import Ledger
@@ -65,9 +65,9 @@ class Plan:
 
     def table(self, budget: int, source: str) -> str:
         """What a person reads; ``source`` says where the budget comes from."""
-        config = self.config
+        config, processes = self.config, self.config.processes.total
         rank = f" of rank {config.rank}" if config.rank else ""
-        each = f", each of {processes()} processes (--shard {config.shard})" if processes() > 1 else ""
+        each = f", each of {processes} processes (--shard {config.shard})" if processes > 1 else ""
         lines = [
             f"{Path(config.model).stem} in {config.dtype}, {config.optim}{rank}, updates of "
             f"{config.total_batch_size} × {config.max_length} tokens{each}"

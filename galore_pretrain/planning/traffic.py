@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig
 
-from galore_pretrain.config.options import RunConfig, processes_here
+from galore_pretrain.config.options import RunConfig
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.planning.plan import faked, make_update
 from galore_pretrain.tensors.chunks import ChunkSample
@@ -120,7 +120,7 @@ def _refresh(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
     found: Counts = defaultdict(float)
     if mesh is None or not config.update_proj_gap:
         return found
-    size, shards, here = mesh.size(), mesh.size(-1), processes_here()
+    size, shards, here = mesh.size(), mesh.size(-1), config.processes.here
     optimizer = optimizer_for(config, model_for(config, architecture, "meta", mesh=mesh), mesh)
     for p in optimizer.slots:
         bases = sum(4 * b.numel() for b in optimizer.rule_of(p).bases(optimizer.tensors(p)) if b is not None)
@@ -147,7 +147,7 @@ def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int)
         execution = execution_for(config, optimizer)
         for state in optimizer.state.values():
             state["step"] = 1
-        counter = Counter(sample)
+        counter = Counter(sample, config.processes.here)
         with counter:
             make_update(config, model, execution, parts)
         return counter.found
@@ -156,8 +156,9 @@ def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int)
 class Counter(TorchDispatchMode):
     """Counts products and messages of what is done while it is active, on fake tensors or real ones."""
 
-    def __init__(self, sample: ChunkSample | None = None) -> None:
+    def __init__(self, sample: ChunkSample | None = None, processes_here: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._here = processes_here
         self._sample = sample or ChunkSample()
         self.found: Counts = defaultdict(float)
 
@@ -176,14 +177,14 @@ class Counter(TorchDispatchMode):
 
         group = next(distributed.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
         ranks = distributed.get_process_group_ranks(group)
-        host = distributed.get_rank() // processes_here()
-        size, here = len(ranks), sum(rank // processes_here() == host for rank in ranks)
+        host = distributed.get_rank() // self._here
+        size, here = len(ranks), sum(rank // self._here == host for rank in ranks)
         tensors = [x for part in args for x in (part if isinstance(part, list) else [part]) if isinstance(x, Tensor)]
         largest = max(x.nbytes for x in tensors)
         if name == "gather_":  # to one, who alone has lists for it
             is_owner = bool(args[0] and args[0][0])
             self.found["gather", False] += tensors[0].nbytes * (here - 1) * is_owner
-            self.found["gather", True] += tensors[0].nbytes * (size - here) * is_owner * processes_here()  # on average
+            self.found["gather", True] += tensors[0].nbytes * (size - here) * is_owner * self._here  # on average
             return
         name, sent = {
             "_allgather_base_": ("all-gather", largest * (size - 1) / size),
@@ -192,7 +193,7 @@ class Counter(TorchDispatchMode):
             "broadcast_": ("broadcast", largest),
         }[name]
         if here < size:  # as many such groups as processes on a host that are not in this one
-            self.found[name, True] += sent * processes_here() / here
+            self.found[name, True] += sent * self._here / here
         if here > 1:
             self.found[name, False] += sent
 

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,10 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, world: World = ALONE) -> None:
-        self.path, self._world = path, world
-        self.checkpoints, self.model = path / "checkpoints", path / "model"
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self._world = world
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -41,27 +42,31 @@ class RunDirectory:
         Where nothing was written, the folder is left as it was. InputError where a process does not see the lock that
         the first one has just made.
         """
-        with ExitStack() as held:
-            self._world.on_rank_zero(lambda: held.enter_context(_lock(self.path)))
-            self._world.on_every_rank(self.check_shared, lambda found: "")
+        with ExitStack() as stack:
+            self._world.on_rank_zero(lambda: stack.enter_context(_lock(self.path)))
+            self._world.on_every_rank(self.check_shared, lambda result: "")
             yield
 
     def check_shared(self) -> None:
-        """InputError where the lock is not seen, in this process alone."""
+        """Raise InputError where this process does not see the lock that the first one has made."""
         if not (self.path / ".lock").exists():
             unseen = "the first process writes there, and it is not seen here; all hosts must share it"
             raise InputError(f"--output {self.path}: {unseen}")
 
     def check_space(self, config: RunConfig, checkpoint_bytes: int) -> None:
-        """Log a warning where the disk has no room for as many more checkpoints as there will be at once, one of them
-        being written, and for the exported model."""
+        """Log a warning where the disk has no room for the checkpoints that are still to come and the exported model.
+
+        Of the checkpoints, those count that will be there at once, one of them being written.
+        """
         updates = config.steps or (config.max_tokens or 0) // (config.total_batch_size * config.max_length)
-        kept = config.keep + (updates // config.keep_every if config.keep_every else 0)  # when the run is over
+        kept = config.keep
+        if config.keep_every:
+            kept += updates // config.keep_every  # when the run is over
         self._world.on_rank_zero(lambda: _check_space(self.path, checkpoint_bytes, kept))
 
     def write_config(self, config: RunConfig, origins: Mapping[str, str], environment: Mapping[str, Any]) -> None:
         """Write ``config.json``: every resolved value with its origin, and what else the run depends on."""
-        resolved = {name: {"value": value, "origin": origins[name]} for name, value in asdict(config).items()}
+        resolved = {name: {"value": value, "origin": origins[name]} for name, value in config.values().items()}
         content = {"format": FORMAT, "config": resolved, **environment}
         self._world.on_rank_zero(lambda: write_json(self.path / "config.json", content))
 
@@ -70,8 +75,10 @@ class RunDirectory:
         self._world.on_rank_zero(lambda: _write_summary(self.path, summary))
 
     def keep_rows(self, step: int, batch: Batch, loss: float) -> None:
-        """Keep the rows of an update that was skipped, those of all processes, for a look, in ``skipped/``; of the
-        first twenty. Rows that cannot be written are a warning."""
+        """Write the rows of an update that was skipped to ``skipped/``, for a look: those of all processes.
+
+        Of the first twenty such updates. Rows that cannot be written are a warning.
+        """
         gathered = self._world.gathered
         rows = {"input_ids": gathered(batch.input_ids), "labels": gathered(batch.labels)}
         if not self._world.is_main:
@@ -92,7 +99,7 @@ class RunDirectory:
 
 @contextmanager
 def _lock(output: Path) -> Iterator[None]:
-    """Hold the lock of a folder; InputError where it cannot be written, or another run holds its lock."""
+    """Hold the lock of a folder; InputError where the folder cannot be written, or another run holds its lock."""
     try:
         is_new = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
@@ -122,8 +129,10 @@ def _lock(output: Path) -> Iterator[None]:
 
 
 def _check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
-    more, free = max(1, kept + 1 - present(output / "checkpoints")), shutil.disk_usage(output).free
-    if (needed := checkpoint_bytes * (more + 1)) > free:
+    more = max(1, kept + 1 - present(output / "checkpoints"))
+    needed = checkpoint_bytes * (more + 1)  # the exported model is not larger than a checkpoint
+    free = shutil.disk_usage(output).free
+    if needed > free:
         log.warning(
             "--output %s: %.1f GB are free, and %d more checkpoints of %.1f GB and the model may take %.1f GB; make "
             "room, or give a smaller --keep",
@@ -134,7 +143,7 @@ def _check_space(output: Path, checkpoint_bytes: int, kept: int) -> None:
 def log_config(config: RunConfig, origins: Mapping[str, str]) -> None:
     """Log the values that are not defaults, origin by origin."""
     by_origin: dict[str, list[str]] = {}
-    for name, value in asdict(config).items():
+    for name, value in config.values().items():
         if value is not None and origins[name] != "default":
             by_origin.setdefault(origins[name], []).append(f"{name} {value}")
     for origin, settings in by_origin.items():
@@ -143,10 +152,14 @@ def log_config(config: RunConfig, origins: Mapping[str, str]) -> None:
 
 def _write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     write_json(output / "summary.json", summary)
-    steps, tokens, seconds = summary["steps"], summary["tokens_seen"], summary["wall_seconds"]
-    log.info("done: %d updates, %s tokens in %.0f s; %s", steps, f"{tokens:,}", seconds, output)
-    planned, peak, process = (summary[f"{name}_bytes"] for name in ("planned_peak", "peak_memory", "process_peak"))
-    parts = [] if planned is None else [f"{planned / 2**30:.2f} GiB of tensors planned"]
+    tokens = f"{summary['tokens_seen']:,}"
+    log.info("done: %d updates, %s tokens in %.0f s; %s", summary["steps"], tokens, summary["wall_seconds"], output)
+    planned = summary["planned_peak_bytes"]
+    peak = summary["peak_memory_bytes"]
+    process = summary["process_peak_bytes"]
+    parts = []
+    if planned is not None:
+        parts.append(f"{planned / 2**30:.2f} GiB of tensors planned")
     if peak != process:  # a CPU's allocator does not tell
         parts.append(f"{peak / 2**30:.2f} GiB of tensors on the device")
     parts.append(f"{process / 2**30:.2f} GiB of the process, its program and libraries included")
@@ -155,7 +168,7 @@ def _write_summary(output: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(output: Path) -> dict[str, Any]:
-    """The content of ``summary.json`` under ``output``; empty where there is none."""
+    """Return the content of ``summary.json`` under ``output``; empty where there is none."""
     try:
         summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
     except (OSError, ValueError):

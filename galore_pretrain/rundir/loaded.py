@@ -44,10 +44,10 @@ def load(path: Path, given: Mapping[str, Any], device: torch.device) -> LoadedMo
         found = checkpoint.opened(path)
     if found is not None:
         saved = found.state["config"]
-        known = {name: value for name, value in saved.items() if name in RunConfig.__dataclass_fields__}
+        known = dict(saved)
         if "data" in given and "eval_data" not in given:
             known["eval_data"] = None
-        config = replace(RunConfig(**known), **given)
+        config = replace(RunConfig.of(known), **given)
         tokenizer = load_tokenizer(config.tokenizer)
         model = model_for(config, architecture_for(config, tokenizer), device, fresh=False)
         found.load(checkpoint.model_tensors(model), part="model.")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from galore_pretrain.config.options import RunConfig, processes
-from galore_pretrain.config.resolve import CHOSEN, with_execution
+from galore_pretrain.config.options import Execution, RunConfig
+from galore_pretrain.config.resolve import known_norm, with_execution
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.meters import spare_bytes
@@ -28,131 +28,144 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def resolve_resume(
-    config: RunConfig, origins: Mapping[str, str], output: Path
-) -> tuple[RunConfig, Mapping[str, str], Saved | None, bool]:
+def resolve_resume(config: RunConfig, output: Path) -> tuple[RunConfig, Saved | None]:
     """Find out how a run goes on, if it has begun.
 
-    Returns config and origins as the run was going, the checkpoint that it goes on from, and whether it goes on as
-    before. InputError where the options compute something else than those that the checkpoint was made with.
+    Returns the config with the execution as it was, and the checkpoint that the run goes on from. InputError where the
+    options compute something else than those that the checkpoint was made with.
     """
-    found = find_checkpoint(config, output)
-    if found is None:
+    saved = find_checkpoint(config, output)
+    if saved is None:
         if read_summary(output):
             raise InputError(
                 f"--output {output} holds a finished run without its checkpoints, which would be lost; give another"
             )
-        return config, origins, None, False
-    saved_norm = found.state["config"].get("clip_norm")
-    if origins["clip_norm"] == CHOSEN and saved_norm is not None:  # another would be clipped, were it chosen anew
-        config, origins = replace(config, clip_norm=saved_norm), {**origins, "clip_norm": "as before"}
-    before = restore_execution(config, origins, found)
-    config, origins = before or (config, origins)
-    if (differences := config.differences(found.state["config"])) and not config.resume_with_changes:
+        return config, None
+    before = saved.state["config"]
+    saved_norm = before.get("clip_norm")
+    if "clip_norm" in config.undecided and saved_norm is not None:  # another would be clipped, were it chosen anew
+        config = replace(config, clip_norm=saved_norm, undecided=config.undecided - {"clip_norm"})
+    execution = saved_execution(config, before)
+    if execution is not None:
+        config = replace(with_execution(config, execution), undecided=frozenset())
+    differences = config.differences(before)
+    if differences and not config.resume_with_changes:
         raise InputError(
-            f"{found.folder} was made with other options: {', '.join(differences)}; repeat the old ones, "
+            f"{saved.folder} was made with other options: {', '.join(differences)}; repeat the old ones, "
             "give another --output, or insist with --resume-with-changes"
         )
-    return config, origins, found, before is not None
+    return config, saved
 
 
 def resume_hint(config: RunConfig) -> str:
-    """The command line that goes on with a run, in words."""
-    resume = " and --resume auto" if config.resume == "never" else ""
-    return f"the same command with --output {config.output}{resume}"
+    """Return the command line that goes on with a run, in words."""
+    hint = f"the same command with --output {config.output}"
+    if config.resume == "never":
+        hint += " and --resume auto"
+    return hint
 
 
 def find_checkpoint(config: RunConfig, output: Path) -> Saved | None:
-    """The checkpoint that ``--resume`` means: the newest whole one of the folder, none, or one that is named, or what
-    came of that in the folder."""
+    """Return the checkpoint that ``--resume`` means, None for a fresh start.
+
+    That is the newest whole one of the folder, or one that is named, or what came of that one in the folder.
+    """
     root = output / "checkpoints"
     if config.resume == "auto":
         return checkpoint.newest(root, set_aside=True)
     if config.resume == "never":
-        if later := checkpoint.later_than(root, None):
+        later = checkpoint.later_than(root, None)
+        if later:
             raise InputError(
                 f"--resume never: {output} already holds {later[-1]}; give another --output, or remove that one"
             )
         return None
-    found = Path(config.resume)
-    if not found.is_dir():
-        raise InputError(f"--resume {found}: no such folder; give auto, never, or a checkpoint's folder")
-    if not checkpoint.is_checkpoint(found):
-        raise InputError(f"--resume {found}: not a checkpoint, which is a folder with state.json")
-    own = None if found.resolve().parent == root.resolve() else checkpoint.newest(root, set_aside=True)
-    if own is not None and own.state.get("origin") == str(found.resolve()):  # the same command, once more
-        return own
-    if later := checkpoint.later_than(root, found):
+    named = Path(config.resume)
+    if not named.is_dir():
+        raise InputError(f"--resume {named}: no such folder; give auto, never, or a checkpoint's folder")
+    if not checkpoint.is_checkpoint(named):
+        raise InputError(f"--resume {named}: not a checkpoint, which is a folder with state.json")
+    is_from_outside = named.resolve().parent != root.resolve()
+    if is_from_outside:
+        newest = checkpoint.newest(root, set_aside=True)
+        if newest is not None and newest.state.get("origin") == str(named.resolve()):  # the same command, once more
+            return newest
+    later = checkpoint.later_than(root, named)
+    if later:
         raise InputError(
-            f"--resume {found}: {output} also holds {', '.join(later)}, which would be overtaken; "
+            f"--resume {named}: {output} also holds {', '.join(later)}, which would be overtaken; "
             "remove those checkpoints, or give another --output"
         )
-    return checkpoint.opened(found)
+    return checkpoint.opened(named)
 
 
-def restore_execution(
-    config: RunConfig, origins: Mapping[str, str], found: Saved
-) -> tuple[RunConfig, dict[str, str]] | None:
-    """The way in which the run was going, where no flag says otherwise; None where it cannot. The memory that is free
-    now may suggest another, which would change roundings."""
-    saved = found.state["config"]
-    chosen = {
-        name: saved.get(name) if origins[name] == CHOSEN else getattr(config, name)
-        for name in ("layerwise", "activation_checkpointing", "batch_size")
-    }
-    if None in chosen.values():
+# The memory that is free now may suggest another execution than the run had, and that would change roundings.
+def saved_execution(config: RunConfig, saved: Mapping[str, Any]) -> Execution | None:
+    """Return how a run's updates were executed, where no flag says otherwise; None where that goes no more.
+
+    ``saved`` are the values of the config in its checkpoint.
+    """
+    names = config.undecided - {"clip_norm"}
+    values = asdict(config.execution) | {name: saved.get(name) for name in names}
+    if any(values[name] is None for name in names):
         return None
-    if config.total_batch_size % (chosen["batch_size"] * processes()):  # another total batch, refused elsewhere
-        return None
+    if "clip_norm" in config.undecided:  # nothing was clipped before
+        values["clip_norm"] = known_norm(config.values() | values, config.processes)
+    execution = Execution(**values)
     try:
-        return with_execution(config, origins, **chosen)
-    except InputError:  # so many micro-batches a process, layerwise, do not know the norm that was clipped
+        with_execution(config, execution)
+    except InputError:
+        # Another total batch or number of processes: so many micro-batches, layerwise, may not know the norm that was
+        # clipped, or the micro-batch may not divide what a process is given.
         return None
+    return execution
 
 
-def check_inputs(config: RunConfig, found: Saved, inputs: Mapping[str, str]) -> None:
-    """InputError where what the run reads is not what it was."""
-    before = found.state.get("inputs", {})
+def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> None:
+    """Raise InputError where what the run reads is not what it was. ``inputs`` are fingerprints, by name."""
+    before = saved.state.get("inputs", {})
     changed = [name for name, value in inputs.items() if before.get(name, value) != value]
     if changed and not config.resume_with_changes:
         raise InputError(
-            f"{found.folder} was made with another {' and '.join(changed)} than there is now; restore it, "
+            f"{saved.folder} was made with another {' and '.join(changed)} than there is now; restore it, "
             "give another --output, or insist with --resume-with-changes"
         )
 
 
-def is_finished(output: Path, found: Saved, schedule: Schedule) -> bool:
-    """Whether ``output`` holds all that the run has to leave."""
-    trained = found.state["trainer"]
-    written = read_summary(output).get("steps") == trained["step"] and (output / "model").is_dir()
-    return written and schedule.is_over(trained["step"], trained["tokens_seen"])
+def is_finished(output: Path, saved: Saved, schedule: Schedule) -> bool:
+    """Return whether ``output`` holds all that the run has to leave."""
+    trained = saved.state["trainer"]
+    if not schedule.is_over(trained["step"], trained["tokens_seen"]):
+        return False
+    return read_summary(output).get("steps") == trained["step"] and (output / "model").is_dir()
 
 
 def restore(
-    found: Saved, model: torch.nn.Module, optimizer: "RuleOptimizer", state: "TrainState", data: TrainingData
+    saved: Saved, model: torch.nn.Module, optimizer: "RuleOptimizer", state: "TrainState", data: TrainingData
 ) -> None:
-    """Put everything back as it was when ``found`` was written."""
+    """Put everything back as it was when the checkpoint was written."""
     tensors = checkpoint.named_tensors(model, optimizer, load=True)
-    found.load(tensors)
+    saved.load(tensors)
     checkpoint.take_loaded(optimizer, tensors)
-    state.load_state_dict(found.state["trainer"])
+    state.load_state_dict(saved.state["trainer"])
     if state.data is not None:
         data.load_state_dict(state.data)
-    checkpoint.restore_counts(optimizer, found.state["counts"])
+    checkpoint.restore_counts(optimizer, saved.state["counts"])
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], next(model.parameters()).device)
-    log.info("going on from %s at update %d", found.folder, state.step)
+    log.info("going on from %s at update %d", saved.folder, state.step)
 
 
 class Saver:
-    """Writes a run's checkpoints. Where the last one took longer than an update, the next is copied and written in the
-    background, if the process is alone and the host's memory has room for the copy. One that cannot be written is a
-    warning: the run goes on.
+    """Writes a run's checkpoints. One that cannot be written is a warning: the run goes on.
 
-    ``extra`` is asked at each for what else goes into it; an OSError of its means that there can be none now.
-    ``found``: the checkpoint that the run goes on from. ``stalled``: seconds that training waited for them all, in the
-    processes before this one too.
+    Where the last one took longer than an update, the next is copied and written in the background, if the process is
+    alone and the host's memory has room for the copy.
+
+    ``extra`` is called at each for what else goes into it; if it raises OSError, there can be no checkpoint now.
+    ``resumed`` is the checkpoint that the run goes on from. ``stalled`` counts the seconds that training waited for
+    all checkpoints, those before the run was last resumed included.
     """
 
     def __init__(
@@ -162,35 +175,45 @@ class Saver:
         optimizer: "RuleOptimizer",
         state: "TrainState",
         extra: Callable[[], Mapping[str, Any]],
-        found: Saved | None = None,
+        resumed: Saved | None = None,
         world: World = ALONE,
     ) -> None:
         self._config, self._model, self._optimizer, self._state = config, model, optimizer, state
         self._extra, self._world = extra, world
         self._root = Path(config.output) / "checkpoints"
-        own = found is not None and found.is_in(self._root)
-        self._tried = self._written = self._moment() if own else None
-        self._origin = None if found is None else found.state.get("origin") if own else str(found.folder.resolve())
-        self.stalled = float(found.state.get("stalled", 0.0)) if found else 0.0
+        self._tried: tuple[int, bool] | None = None  # the moment that was last tried to save
+        self._written: tuple[int, bool] | None = None  # the moment of the newest checkpoint on disk
+        self._origin: str | None = None  # the checkpoint of another run that this one began from
+        self.stalled = 0.0
+        if resumed is not None:
+            self.stalled = float(resumed.state.get("stalled", 0.0))
+            self._origin = str(resumed.folder.resolve())
+            if resumed.is_in(self._root):
+                self._origin = resumed.state.get("origin")
+                self._tried = self._written = self._moment()
         self._taken = 0.0  # seconds that the last one took to be written
-        self._since = time.monotonic(), state.step
+        self._since = (time.monotonic(), state.step)  # the end of the last call of `save`, and its update
         self._thread: threading.Thread | None = None
 
     @property
     def saved_step(self) -> int | None:
-        """The update that the newest checkpoint of this run's is of; None where there is none."""
-        return self._written[0] if self._written else None
+        """Return the update after which the run's newest checkpoint was made; None where there is none."""
+        if self._written is None:
+            return None
+        return self._written[0]
 
     def _moment(self) -> tuple[int, bool]:
-        """What tells two states of the run apart: an evaluation may be due after an update, or done."""
+        """Return what tells two states of the run apart: an evaluation may be due after an update, or done."""
         return self._state.step, self._state.unlogged is None
 
     def save(self) -> None:
         """Save everything as it is now, for `restore`, unless that was tried already."""
-        started, state, moment = time.monotonic(), self._state, self._moment()
+        started = time.monotonic()
+        state, moment = self._state, self._moment()
         if moment == self._tried:
             return
-        update = (started - self._since[0]) / max(1, state.step - self._since[1])
+        last_time, last_step = self._since
+        seconds_an_update = (started - last_time) / max(1, state.step - last_step)
         self.wait()
         self._tried = moment
         try:
@@ -200,7 +223,7 @@ class Saver:
             return
         tensors = checkpoint.named_tensors(self._model, self._optimizer)
         meta = {
-            "config": asdict(self._config),
+            "config": self._config.values(),
             "trainer": state.state_dict(),
             "counts": checkpoint.named_counts(self._optimizer),
             "stalled": self.stalled,
@@ -208,18 +231,22 @@ class Saver:
             **extra,
         }
         keep = None if state.skipped else self._config.keep  # what is saved among skipped updates pushes out no other
-        copy = self._copied(tensors) if self._taken > update and self._world.size == 1 else None
+        copy = None
+        if self._taken > seconds_an_update and self._world.size == 1:
+            copy = self._copied(tensors)
         if copy is not None:
             self._thread = threading.Thread(target=self._write, args=(moment, copy, meta, keep))
             self._thread.start()
         else:
             self._write(moment, tensors, meta, keep)
-        self._since = time.monotonic(), state.step
-        self.stalled += self._since[0] - started
+        ended = time.monotonic()
+        self._since = (ended, state.step)
+        self.stalled += ended - started
 
     def _copied(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-        """Returns a copy of the tensors on the host; None where its memory has no room."""
-        if sum(tensor.nbytes for tensor in tensors.values()) > spare_bytes():
+        """Return a copy of the tensors on the host; None where its memory has no room."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > spare_bytes():
             return None
         try:
             return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -248,7 +275,9 @@ class Saver:
             self._thread = None
 
     def _missed(self, step: int, why: str) -> None:
-        have = f"that of update {self.saved_step} is kept" if self.saved_step else "there is none yet"
+        have = "there is none yet"
+        if self.saved_step:
+            have = f"that of update {self.saved_step} is kept"
         log.warning("the checkpoint of update %d cannot be written (%s): going on; %s", step, why, have)
 
     def _write(
@@ -260,6 +289,7 @@ class Saver:
         except checkpoint.NotWrittenError as error:
             self._missed(moment[0], str(error))
             return
-        self._written, self._taken = moment, time.monotonic() - started
+        self._written = moment
+        self._taken = time.monotonic() - started
         if keep is not None and self._world.is_main:
             checkpoint.prune(self._root, keep, self._config.keep_every)

@@ -4,13 +4,13 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import FLAGS
 from galore_pretrain.errors import InputError
 
 SETTING = (
@@ -128,7 +128,7 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
 
 
 def _by_method(group: Sequence[Result]) -> dict[str, list[Result]]:
-    names = [f.name for f in fields(RunConfig) if not f.metadata["flag"].free and f.name not in _NOT_THE_METHOD]
+    names = [name for name, flag in FLAGS.items() if not flag.free and name not in _NOT_THE_METHOD]
     methods: dict[str, list[Result]] = {}
     for result in group:
         alike = [other.config for other in group if other.base == result.base]

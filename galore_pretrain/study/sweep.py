@@ -18,7 +18,7 @@ from typing import Any
 
 from galore_pretrain.config.flags import RunCommand, flags, resolved
 from galore_pretrain.config.options import find_model
-from galore_pretrain.config.resolve import CHOSEN, without_meaning
+from galore_pretrain.config.resolve import without_meaning
 from galore_pretrain.errors import InputError
 from galore_pretrain.signals import on_stop
 from galore_pretrain.study.paper import printed
@@ -279,7 +279,7 @@ def _check_folder(run: Planned) -> None:
         config, _ = resolved(context, context.params)
     try:
         saved = json.loads((run.folder / "config.json").read_text())["config"]
-        values = {name: entry["value"] for name, entry in saved.items() if entry["origin"] != CHOSEN}
+        values = {name: entry["value"] for name, entry in saved.items() if name not in config.undecided}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the run will write it anew
         return
     if changed := config.differences(values):

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
@@ -59,7 +58,7 @@ def open_loggers(
         project=config.wandb_project,
         name=config.name or folder.name,
         tags=[tag for tag in (config.tags or "").split(",") if tag],
-        config=asdict(config),
+        config=config.values(),
         run_id=saved.get("wandb_id"),
     )
     return [lines, progress, wandb]
