@@ -124,8 +124,8 @@ class World:
         #   is_serious   1 where it raised anything but an InputError
         #   fingerprint  of the text, and its negative: the largest of both are opposite where all have the same
         # float64 holds all of these exactly. A process whose work went well raises, in place of an error of its own,
-        # one that names the first that failed. Where one failure is serious, the run fails with the exit code of that,
-        # and processes that have an InputError give theirs up.
+        # one that names the first that failed. Where one failure is serious, all end with the exit code of that, and
+        # processes that have an InputError give theirs up.
         if self.size == 1:
             return work()
         from torch import distributed

@@ -262,8 +262,8 @@ def _find_files(data: str, flag: str = "--data") -> list[Path]:
         raise InputError(f"{flag} {data}: no such file, folder or pattern; choose {choices}")
     for file in files:
         if not readers.is_known(file):
-            known = ".json, .jsonl, .parquet or .txt, plain or compressed"
-            raise InputError(f"{flag} {file}: unknown kind of file; use {known}")
+            kinds = ".json, .jsonl, .parquet or .txt, plain or compressed"
+            raise InputError(f"{flag} {file}: unknown kind of file; use {kinds}")
     if not files:
         raise InputError(f"{flag} {data}: holds no .json, .jsonl, .parquet or .txt file")
     return files
