@@ -91,6 +91,7 @@ class Documents:
         self._start = start
 
     def __iter__(self) -> Iterator[_PlacedText]:
+        """Yield documents without end; InputError if there is none at all."""
         start = self._start
         epoch, shard, document, taken = start.epoch, start.shard, start.document, start.taken
         bad_data = self._source.bad_data
@@ -374,6 +375,7 @@ class TrainingData:
         self._start = Position.of(state)
 
     def __iter__(self) -> Iterator[Batch]:
+        """Yield this process's batches without end."""
         start = self._start
         documents = _with_offset(Documents(self._source, self._seed, start), start.offset)
         rows = self._rows(documents, self._share)

@@ -71,6 +71,7 @@ def is_text(value: object) -> bool:
 
 
 def _open_zst(path: Path) -> BinaryIO:
+    """Open a file of Zstandard, which Python's library cannot read."""
     import pyarrow
 
     file = pyarrow.OSFile(str(path))

@@ -79,6 +79,7 @@ class SentencePieceTokenizer:
             raise InputError(f"--tokenizer {path}: has no end-of-sequence piece (</s>), which separates documents")
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
+        """Return the token ids of each text, or at least its ``first`` ones."""
         # Where no piece goes across a space, what stands before one has the same ids, whatever follows. So a long text
         # is cut at a space, after as many characters as should hold the ids wanted. Where they do not, as in a text of
         # long words or of digits, the whole text is tokenized after all.
@@ -98,9 +99,11 @@ class SentencePieceTokenizer:
         return ids
 
     def _encode(self, texts: list[str]) -> list[Ids]:
+        """Return all token ids of each text."""
         return self._processor.encode(texts, return_type="numpy")  # type: ignore[no-any-return]
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, without control tokens."""
         text_ids = [i for i in ids if not self._processor.is_control(i)]
         return str(self._processor.decode(text_ids))
 
@@ -188,6 +191,7 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
+        """Return all token ids of each text."""
         if not texts:  # which the library does not take
             return []
         with self._lock:  # the library's own tokenizer is one thread's
@@ -195,6 +199,7 @@ class HuggingFaceTokenizer:
         return [np.array(self._without_control(ids), np.int32) for ids in encoded]
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, without control tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _without_control(self, ids: list[int]) -> list[int]:
@@ -212,6 +217,7 @@ class HuggingFaceTokenizer:
         return harmless
 
     def save(self, folder: Path, model_max_length: int) -> None:
+        """Write the tokenizer's files, with ``model_max_length`` among its settings."""
         self._tokenizer.model_max_length = model_max_length
         self._tokenizer.save_pretrained(folder)
 
