@@ -24,9 +24,10 @@ _PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, of which this one has number ``rank``. ``mesh``: replicas × shards, or shards alone.
+    """The processes of a run, of which this one has number ``rank``.
 
-    ``group`` is for what one process does while the others wait, however long; they still notice if it ends.
+    ``mesh`` is a ``DeviceMesh`` of replicas × shards, or of shards alone. ``group`` is for what one process does while
+    the others wait, however long; they still notice if it ends. Alone, a process has neither.
     """
 
     rank: int = 0
@@ -41,7 +42,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Returns ``values`` summed over the processes, in all of them."""
+        """Return ``values`` summed over the processes, in all of them, on the device where they were."""
         if self.size == 1:
             return values
         from torch import distributed
@@ -51,18 +52,20 @@ class World:
         return total.to(values.device)
 
     def total(self, *values: int) -> tuple[int, ...]:
-        """Returns each number summed over the processes."""
+        """Return each number summed over the processes."""
         if self.size == 1:
             return values
         from torch import distributed
 
-        found = torch.tensor(values, dtype=torch.int64, device=self.device)
-        distributed.all_reduce(found)
-        return tuple(found.tolist())
+        totals = torch.tensor(values, dtype=torch.int64, device=self.device)
+        distributed.all_reduce(totals)
+        return tuple(totals.tolist())
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Returns what all processes have as one tensor, one after another. It has one shape in all, and is on the
-        host."""
+        """Return the tensors of all processes as one, joined along the first dimension, in all of them.
+
+        ``tensor`` has one shape in all processes, and is on the host.
+        """
         if self.size == 1:
             return tensor
         from torch import distributed
@@ -72,22 +75,27 @@ class World:
         return torch.cat(parts)
 
     def largest(self, *values: float) -> tuple[float, ...]:
-        """Returns the largest value of each number over the processes."""
+        """Return the largest value of each number over the processes."""
         if self.size == 1:
             return values
         from torch import distributed
 
-        found = torch.tensor(values, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return tuple(found.tolist())
+        maxima = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(maxima, distributed.ReduceOp.MAX)
+        return tuple(maxima.tolist())
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """The main process does ``work``. All return its result, or raise what it raised, which that process prints."""
+        """Do ``work`` in the main process; return its result, or raise what it raised, in all.
+
+        The main process alone prints the error.
+        """
+        # The others wait in the broadcast, for as long as the work takes, and it brings them the result or the error.
+        # So none goes on with work that has failed, to wait for the main process in some later collective.
         if self.size == 1:
             return work()
         from torch import distributed
 
-        answer: list[Any] = [None, None]
+        answer: list[Any] = [None, None]  # the result, the error
         if self.is_main:
             try:
                 answer[0] = work()
@@ -105,11 +113,19 @@ class World:
         raise error
 
     def on_every_rank(self, work: Callable[[], T], alike: Callable[[T], str]) -> T:
-        """All processes do ``work``, and each returns its own result.
+        """Do ``work`` in every process; each returns its own result.
 
         What it raises in one is raised in all, and printed once. So is an InputError where ``alike``, a text made from
         the result, is not the same in all: what they read differs.
         """
+        # All must take the same way out, or those that go on wait for the others in their next collective, until a
+        # time limit. So each says in four numbers how its work went, and all get the largest of each number:
+        #   failed       0, or size - rank where the work raised: the largest is that of the first process that did
+        #   is_serious   1 where it raised anything but an InputError
+        #   fingerprint  of the text, and its negative: the largest of both are opposite where all have the same
+        # float64 holds all of these exactly. A process whose work went well raises, in place of an error of its own,
+        # one that names the first that failed. Where one failure is serious, all end with the exit code of that, and
+        # processes that have an InputError give theirs up.
         if self.size == 1:
             return work()
         from torch import distributed
@@ -120,30 +136,44 @@ class World:
             result.append(work())
         except Exception as raised:
             error = raised
-        fingerprint = zlib.crc32(alike(result[0]).encode()) if result else 0
-        is_input = error is None or isinstance(error, InputError)
-        failed = 0 if error is None else self.size - self.rank
-        told = torch.tensor([failed, not is_input, fingerprint, -fingerprint], dtype=torch.float64)
-        distributed.all_reduce(told, distributed.ReduceOp.MAX, group=self.group)  # text may have to be waited for
-        bad, worse, high, low = told.tolist()
-        if bad:
-            speaker = int(self.size - bad)  # the first that failed
-            if error is None or (worse and is_input):  # all must take the same way out
-                error = (TrainingFailedError if worse else InputError)(f"process {speaker} has failed")
+        fingerprint = 0
+        if result:
+            fingerprint = zlib.crc32(alike(result[0]).encode())
+        failed = 0
+        if error is not None:
+            failed = self.size - self.rank
+        is_serious = not (error is None or isinstance(error, InputError))
+        status = torch.tensor([failed, is_serious, fingerprint, -fingerprint], dtype=torch.float64)
+        # By the group that waits long, since one process may have to wait for its text.
+        distributed.all_reduce(status, distributed.ReduceOp.MAX, group=self.group)
+        most_failed, any_serious, highest, minus_lowest = status.tolist()
+        if most_failed:
+            speaker = int(self.size - most_failed)
+            if error is None or (any_serious and not is_serious):
+                kind: type[RunError] = InputError
+                if any_serious:
+                    kind = TrainingFailedError
+                error = kind(f"process {speaker} has failed")
             if isinstance(error, RunError):
-                error.reported_by = speaker if is_input else self.rank
+                error.reported_by = speaker
+                if is_serious:
+                    error.reported_by = self.rank
             raise error
-        if high != -low:
+        if highest != -minus_lowest:
             raise InputError("the processes do not read the same text: give all hosts the same files", reported_by=0)
         return result[0]
 
 
 ALONE = World()
+"""The world of a run of one process."""
 
 
 @contextmanager
 def joined(config: RunConfig) -> Iterator[World]:
-    """Join the processes that torchrun has started, if they are not joined yet; alone, this one is all of them."""
+    """Join the processes that torchrun has started, if they are not joined yet; alone, this one is all of them.
+
+    Raises InputError where they cannot be joined, and TrainingFailedError where another one has ended meanwhile.
+    """
     size = config.processes.total
     if size == 1:
         yield ALONE
@@ -151,26 +181,32 @@ def joined(config: RunConfig) -> Iterator[World]:
     from torch import distributed
 
     try:
-        rank, local = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK"))
+        rank = int(os.environ["RANK"])
+        local_rank = int(os.environ["LOCAL_RANK"])
     except KeyError as error:
         raise InputError(f"WORLD_SIZE is {size}, and there is no {error}: let torchrun start the processes") from error
-    kind = _kind(config)
     if config.device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {config.device}: each of {size} processes takes its own; use auto, cuda or cpu")
+    kind = _kind(config)
+    device = torch.device(kind, 0)
     if kind == "cuda":
-        here, gpus = config.processes.here, torch.cuda.device_count()
-        if gpus < here:
-            raise InputError(f"torchrun started {here} processes here, and there are {gpus} GPUs")
-        torch.cuda.set_device(local)
+        gpus = torch.cuda.device_count()
+        if gpus < config.processes.here:
+            raise InputError(f"torchrun started {config.processes.here} processes here, and there are {gpus} GPUs")
+        device = torch.device(kind, local_rank)
+        torch.cuda.set_device(local_rank)
     timeout = timedelta(seconds=config.distributed_timeout)
-    device = torch.device(kind, local if kind == "cuda" else 0)
-    if is_new := not distributed.is_initialized():
-        _join({"cuda": "nccl", "cpu": "gloo"}[kind], timeout, device)
+    is_new = not distributed.is_initialized()
+    if is_new:
+        _join(timeout, device)
     try:
-        mesh, group = _mesh(config, kind), distributed.new_group(backend="gloo", timeout=max(timeout, _PATIENCE))
+        mesh = _mesh(config, kind)
+        group = distributed.new_group(backend="gloo", timeout=max(timeout, _PATIENCE))
         yield World(rank, size, device, mesh, group)
     except RuntimeError as error:
-        if not (isinstance(error, distributed.DistError) or "gloo" in str(error).lower()):
+        # gloo raises plain RuntimeErrors.
+        is_of_processes = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
+        if not is_of_processes:
             raise
         raise TrainingFailedError(
             f"another process has ended, or not answered for --distributed-timeout {config.distributed_timeout} s; "
@@ -182,21 +218,25 @@ def joined(config: RunConfig) -> Iterator[World]:
 
 
 def _kind(config: RunConfig) -> str:
-    """The kind of device that every process has: cuda or cpu."""
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    """Return the kind of device that every process has: cuda or cpu."""
+    if config.device != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    return "cpu"
 
 
 def _mesh(config: RunConfig, kind: str) -> Any:
-    """The mesh of the processes: replicas × shards, or shards alone."""
+    """Return the mesh of the processes: replicas × shards, or shards alone."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    size, here = config.processes.total, config.processes.here
-    shards = {"full": size, "hybrid": here, "none": 1}[config.shard]
+    size = config.processes.total
+    on_host = config.processes.here
+    shards = {"full": size, "hybrid": on_host, "none": 1}[config.shard]
     if size % shards:
-        raise InputError(f"--shard hybrid: {size} processes are not a multiple of the {here} on this host")
+        raise InputError(f"--shard hybrid: {size} processes are not a multiple of the {on_host} on this host")
     if shards == size:
         return init_device_mesh(kind, (shards,), mesh_dim_names=("shards",))
-    return init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("replicas", "shards"))
+    replicas = size // shards
+    return init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicas", "shards"))
 
 
 @contextmanager
@@ -215,19 +255,31 @@ def imagined(config: RunConfig) -> Iterator[Any]:
         distributed.destroy_process_group()
 
 
-def _join(backend: str, timeout: timedelta, device: torch.device) -> None:
-    """Make the process group, as ``init_process_group`` does by itself but for one thing: processes that torchrun
-    starts once more on a host do not find the addresses of those before them. torch 2.13 gives both one store (of eight
-    such starts, three hung or failed).
+def _join(timeout: timedelta, device: torch.device) -> None:
+    """Make the process group, of nccl for GPUs and of gloo for CPUs, as ``init_process_group`` does by itself.
 
-    On several hosts the number of restarts is each host's own; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a store
-    for each start.
+    The difference is that processes that torchrun starts once more do not find the addresses of those before them.
     """
+    # torch 2.13 gives the processes of all starts on a host one store; of eight such starts, three hung or failed. So
+    # the keys of each start get a prefix. On several hosts the number of restarts is each host's own, so that it can be
+    # no common prefix; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a store for each start.
     from torch import distributed
 
     store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # NCCL that knows its GPU makes its communicators here, so that what is wrong with them is told here.
-    gpu = device if device.type == "cuda" else None
-    distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=gpu)
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = distributed.PrefixStore(f"start {restarts}", store)
+    backend = "gloo"
+    device_id = None
+    if device.type == "cuda":
+        # NCCL that knows its GPU makes its communicators here, so that what is wrong with them is told here.
+        backend = "nccl"
+        device_id = device
+    distributed.init_process_group(
+        backend,
+        timeout=timeout,
+        store=store,
+        rank=rank,
+        world_size=size,
+        device_id=device_id,
+    )

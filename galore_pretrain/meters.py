@@ -8,59 +8,86 @@ from pathlib import Path
 
 import torch
 
+_KIB = 1024
 _CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (  # of version 2 and 1; what is used includes files that the kernel keeps as long as there is room
+_CGROUP_FILES = (  # of version 2 and 1: the limit, what is used, a table, and that table's line on files
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What errors of the CPU's allocator and of CUDA's libraries say when there is no more memory."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was allocated at once: by CUDA's allocator on a GPU, by the whole process on a CPU."""
+    """Return the most bytes allocated at once: by CUDA's allocator on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return process_peak_bytes()
 
 
 def process_peak_bytes() -> int:
-    """The largest resident set of this process so far."""
-    with contextlib.suppress(OSError, KeyError):  # Linux: what getrusage tells there may be that of the parent
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
+    """Return the largest resident set of this process so far, in bytes."""
+    # Of Linux: what getrusage tells there may be that of the parent.
+    with contextlib.suppress(OSError, KeyError):
+        return _number(Path("/proc/self/status"), "VmHWM:") * _KIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "darwin":  # which counts bytes, where others count KiB
+        return peak
+    return peak * _KIB
 
 
 def resident_bytes() -> int:
     """Return what this process holds now, in bytes; the most it has held where the system does not say."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pages = Path("/proc/self/statm").read_text().split()[1]
     except OSError:
         return process_peak_bytes()
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def spare_bytes() -> int:
-    """Host memory that a copy may take: what stays free if this process grows to its peak again, less 1 GiB."""
-    return available_bytes(torch.device("cpu")) - (process_peak_bytes() - resident_bytes()) - 2**30
+    """Return the bytes of host memory that a copy may take."""
+    # The process may grow to its peak again, so that much must stay free, and 1 GiB for all else.
+    available = available_bytes(torch.device("cpu"))
+    growth = process_peak_bytes() - resident_bytes()
+    return available - growth - 2**30
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that there is no more memory: of CUDA's allocator, the CPU's or Python's."""
-    told = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in told)
+    """Return whether an exception says that there is no more memory: of CUDA's allocator, the CPU's or Python's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    message = str(error)
+    return any(words in message for words in _NO_MEMORY)
 
 
 def available_bytes(device: torch.device) -> int:
     """Return the bytes that are free on ``device`` now; on a CPU, of the machine's memory or the container's share."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit, used, kinds, files in _CGROUP_FILES:
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    bounds = [installed]
+    for limit, used, table, files in _CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or "max"
-            stat = dict(line.split() for line in (_CGROUP / kinds).read_text().splitlines())
-            taken = int((_CGROUP / used).read_text()) - int(stat[files])
-            free.append(int((_CGROUP / limit).read_text()) - taken)
+            bounds.append(_container_bytes(limit, used, table, files))
     with contextlib.suppress(OSError):
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    return min(free)
+        bounds.append(_number(Path("/proc/meminfo"), "MemAvailable:") * _KIB)
+    return min(bounds)
+
+
+def _container_bytes(limit: str, used: str, table: str, files: str) -> int:
+    """Return the bytes that are free in this process's container, by the files of its cgroup."""
+    # What is used includes files that the kernel keeps in memory as long as there is room.
+    kept_files = _number(_CGROUP / table, files)
+    taken = int((_CGROUP / used).read_text()) - kept_files
+    return int((_CGROUP / limit).read_text()) - taken
+
+
+def _number(file: Path, key: str) -> int:
+    """Return the number that follows ``key`` on its line of a table; KeyError if there is no such line."""
+    for line in file.read_text().splitlines():
+        words = line.split()
+        if words[:1] == [key]:
+            return int(words[1])
+    raise KeyError(key)

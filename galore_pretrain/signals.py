@@ -9,47 +9,54 @@ from threading import Thread
 from types import FrameType
 
 _TOGETHER = 1.0
-"""Seconds within which several are one: a scheduler or a terminal signals every process of a job, and a sweep's own
-runs then hear of it twice."""
+"""Seconds within which several signals count as one.
+
+A scheduler or a terminal signals every process of a job, and a sweep's own runs then get the signal twice.
+"""
 
 
 @contextmanager
 def on_stop(stop: Callable[[int], None]) -> Iterator[None]:
     """Call ``stop`` with the number of the first signal that comes meanwhile.
 
-    One that comes a second later ends the process at once, by 128 + its number, even where the interpreter waits for a
-    library and could call no handler.
+    One that comes a second later ends the process at once, with exit code 128 + its number.
     """
+    # Python calls handlers in the main thread, between two of its instructions: never while that waits for a library.
+    # So the second signal is left to a thread. The interpreter writes the number of each signal to a pipe as soon as
+    # it comes, whatever the main thread does, and the thread reads it there.
     caught = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup wants it
         caught.append(signal.SIGHUP)
-    told: list[int] = []
+    received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         del frame
-        if not told:
-            told.append(number)
+        if not received:
+            received.append(number)
             stop(number)
 
     def watch() -> None:
         first = None
         while numbers := os.read(reader, 1):
-            if numbers[0] not in caught:
+            number = numbers[0]
+            if number not in caught:
                 continue
-            first = first or time.monotonic()
-            if time.monotonic() - first > _TOGETHER:
-                os._exit(128 + numbers[0])
+            now = time.monotonic()
+            if first is None:
+                first = now
+            if now - first > _TOGETHER:
+                os._exit(128 + number)
         os.close(reader)
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = [(number, signal.signal(number, handle)) for number in caught]
-    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous = [(number, signal.signal(number, handle)) for number in caught]
+    previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(woken)
-        for number, handler in before:
+        signal.set_wakeup_fd(previous_writer)
+        for number, handler in previous:
             signal.signal(number, handler)
-        os.close(writer)
+        os.close(writer)  # which ends the thread

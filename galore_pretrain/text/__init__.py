@@ -1,1 +1,1 @@
-"""From files and hubs to batches of tokens."""
+"""Text, from files and hubs to batches of tokens."""

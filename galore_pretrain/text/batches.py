@@ -1,8 +1,8 @@
 """Text to batches: shuffled documents → token rows → batches, each stage resumable from a few integers.
 
-`Documents` walks a source's shards in a seeded order and shuffles blocks of documents; `TokenRows` tokenizes them and
-lays them out in rows; `TrainingData` stacks rows. The position after a row travels with it, so whatever is read
-ahead, a checkpoint holds the position of what was trained on.
+`Documents` walks a source's shards in a seeded order and shuffles blocks of documents. `TokenRows` tokenizes them and
+lays them out in rows. `TrainingData` stacks rows. The position after a row travels with it, so a checkpoint holds the
+position of what was trained on, whatever has been read ahead.
 """
 
 import contextlib
@@ -26,21 +26,26 @@ from galore_pretrain.text.sources import NOTHING_READ, DocumentSource, Tally
 from galore_pretrain.text.tokenizer import Ids, Tokenizer
 
 IGNORE = -100
+"""The label of padding, which the loss leaves out."""
 BLOCK = 4096
 """Documents that are shuffled among themselves; a resumed run reads the block it stopped in again."""
 _TOKENIZE = 256  # documents a call to the tokenizer
 _AHEAD = 1 << 18  # tokens that are read before they are needed: those of a few calls to the tokenizer
 _EMPTY = 100_000  # documents in a row without a token, after which the data are refused rather than read for ever
+_NO_IDS = np.empty(0, np.int32)
 
 log = logging.getLogger(__name__)
+
+
+# -- documents --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Position:
     """Says where the next document stands: ``taken`` documents into the block that starts at ``document`` of a shard.
 
-    ``shard`` counts in the order of the epoch. ``offset`` counts tokens already used of the document, by ``pack``.
-    ``tally`` is of what was read before the block.
+    ``shard`` counts in the order of the epoch. ``offset`` of the document's tokens were used already, by ``pack``.
+    ``tally`` counts what was read before the block.
     """
 
     epoch: int = 0
@@ -51,69 +56,107 @@ class Position:
     tally: Tally = NOTHING_READ
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the position in plain JSON values."""
         return asdict(self)
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
-        """The inverse of `state_dict`."""
-        tally = {**state["tally"], "broken": tuple(state["tally"]["broken"])}
-        return cls(**{**state, "tally": Tally(**tally)})
+        """Return the position that `state_dict` was called on."""
+        counts = dict(state["tally"])
+        counts["broken"] = tuple(counts["broken"])  # a list where the state comes from JSON
+        values = dict(state)
+        values["tally"] = Tally(**counts)
+        return cls(**values)
+
+
+_PlacedText = tuple[Position, str, Position]  # a document's position, its text, the position after it
+_BlockStart = tuple[int, int]  # a shard's place in the order of the epoch, a document's in the shard
 
 
 class Documents:
-    """An endless sequence of shuffled documents: shards in a new order each epoch, documents shuffled within blocks."""
+    """An endless sequence of shuffled documents: shards in a new order each epoch, documents shuffled within blocks.
+
+    Iterating yields the position of a document, its text, and the position after it.
+    """
+
+    # All of the order follows from the seed, so that a position needs no generator's state. An epoch's shards are
+    # permuted by (seed, epoch). Read in that order, their documents are cut into blocks of BLOCK, which may span
+    # several shards, and a block is permuted by (seed, epoch, where it starts). A resumed run reads the block it
+    # stopped in from its start, and passes over those of the permuted documents that were taken. Reading them counts
+    # them once more, which is why a position carries the tally from before its block.
 
     def __init__(self, source: DocumentSource, seed: int, start: Position) -> None:
-        self._source, self._seed, self._start = source, seed, start
+        self._source = source
+        self._seed = seed
+        self._start = start
 
-    def __iter__(self) -> Iterator[tuple[Position, str, Position]]:
-        """(position of the document, its text, position after it)"""
-        start, bad_data = self._start, self._source.bad_data
+    def __iter__(self) -> Iterator[_PlacedText]:
+        """Yield documents without end; InputError if there is none at all."""
+        start = self._start
         epoch, shard, document, taken = start.epoch, start.shard, start.document, start.taken
+        bad_data = self._source.bad_data
         bad_data.go_on(start.tally)
         tally = start.tally
         while True:
-            found = (shard, document) != (0, 0)
-            for block, first, after in self._blocks(epoch, shard, document):
-                found = True
-                order = np.random.default_rng([self._seed, epoch, *first]).permutation(len(block))
-                before, tally = tally, bad_data.tally
-                here, following = Position(epoch, *first, taken, 0, before), Position(epoch, *after, 0, 0, tally)
-                for i in range(taken, len(block)):
-                    there = Position(epoch, *first, i + 1, 0, before) if i + 1 < len(block) else following
-                    yield here, block[order[i]], there
-                    here = there
+            is_empty = (shard, document) == (0, 0)  # elsewhere, documents were read before the run stopped
+            for texts, block_start, next_start in self._blocks(epoch, shard, document):
+                is_empty = False
+                before = Position(epoch, *block_start, taken, tally=tally)
+                tally = bad_data.tally
+                after = Position(epoch, *next_start, tally=tally)
+                yield from self._shuffled(texts, before, after)
                 taken = 0
-            if not found:
-                raise InputError(
-                    f"--data: no document in {len(self._source.shards)} files, the first {self._source.shards[0]}"
-                )
-            epoch, shard, document = epoch + 1, 0, 0
-            if epoch & (epoch - 1) == 0:  # 1, 2, 4, …: said a few times, however short the text
+            if is_empty:
+                shards = self._source.shards
+                raise InputError(f"--data: no document in {len(shards)} files, the first {shards[0]}")
+            epoch += 1
+            shard = 0
+            document = 0
+            is_power_of_two = epoch & (epoch - 1) == 0
+            if is_power_of_two:  # said a few times, however short the text
                 log.info("the end of the data is read for time %d: from here on they repeat", epoch)
 
-    def _blocks(
-        self, epoch: int, shard: int, document: int
-    ) -> Iterator[tuple[list[str], tuple[int, int], tuple[int, int]]]:
-        """Runs of `BLOCK` documents across shard boundaries: (texts, where the run starts, where the next one does)."""
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._source.shards))
-        block: list[str] = []
-        first = (shard, document)
+    def _blocks(self, epoch: int, shard: int, document: int) -> Iterator[tuple[list[str], _BlockStart, _BlockStart]]:
+        """Yield blocks of `BLOCK` texts across the ends of shards, each with its own start and that of the next."""
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(len(self._source.shards))
+        texts: list[str] = []
+        block_start = (shard, document)
         for place in range(shard, len(order)):
-            for position, text in self._source.read(int(order[place]), document if place == shard else 0):
-                block.append(text)
-                if len(block) == BLOCK:
-                    yield block, first, (place, position)
-                    block, first = [], (place, position)
-        if block:
-            yield block, first, (len(order), 0)
+            for position, text in self._source.read(int(order[place]), document):
+                texts.append(text)
+                if len(texts) == BLOCK:
+                    next_start = (place, position)
+                    yield texts, block_start, next_start
+                    texts = []
+                    block_start = next_start
+            document = 0  # only the first shard is read from its middle
+        if texts:
+            yield texts, block_start, (len(order), 0)
+
+    def _shuffled(self, texts: list[str], start: Position, next_block: Position) -> Iterator[_PlacedText]:
+        """Yield a block's texts in shuffled order, from ``start`` on, each between its position and the next one's."""
+        rng = np.random.default_rng([self._seed, start.epoch, start.shard, start.document])
+        order = rng.permutation(len(texts))
+        position = start
+        for i in range(start.taken, len(texts)):
+            after = replace(start, taken=i + 1)
+            if after.taken == len(texts):
+                after = next_block
+            yield position, texts[order[i]], after
+            position = after
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of token ids and the labels that follow them; ``real`` ids are not padding. ``after`` and ``offset``: the
-    document that comes next, and how many tokens of it were used. ``check``: of its text, where rows are shared out."""
+    """One row of token ids and the label of each; ``real`` of the ids are not padding.
+
+    ``after`` is the position of the document that comes next, of which ``offset`` tokens were used. ``check`` is a
+    checksum of the row's text, where rows are shared out and a document is a row.
+    """
 
     input_ids: Ids
     labels: Ids
@@ -125,13 +168,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Share:
-    """Rows ``first:stop`` of every ``of``: what one of several processes takes of an update's."""
+    """Rows ``first:stop`` of every ``of`` rows: what one of several processes takes of each update's."""
 
     first: int = 0
     stop: int = 1
     of: int = 1
 
     def __contains__(self, number: int) -> bool:
+        """Return whether row ``number``, counted from the first of the stream, is in the share."""
         return self.first <= number % self.of < self.stop
 
 
@@ -147,85 +191,129 @@ class TokenRows:
     """
 
     def __init__(self, tokenizer: Tokenizer, layout: str, max_length: int) -> None:
-        self._tokenizer, self._layout, self._max_length = tokenizer, layout, max_length
+        self._tokenizer = tokenizer
+        self._layout = layout
+        self._max_length = max_length
 
-    def __call__(self, documents: Iterable[tuple[Position, str, Position]], share: Share = ALL) -> Iterator[Row]:
-        """All rows, of which those outside of ``share`` may be empty: nobody has to tokenize what another does."""
+    def __call__(self, documents: Iterable[_PlacedText], share: Share = ALL) -> Iterator[Row]:
+        """Yield all rows. Those outside of ``share`` may be empty: a process need not tokenize what another does."""
         groups = _in_groups(iter(documents), _TOKENIZE)
-        return self._pad(groups, share) if self._layout == "pad" else self._pack(self._tokenize(groups))
+        if self._layout == "pad":
+            return self._pad(groups, share)
+        return self._pack(self._tokenize(groups))
 
-    def _tokenize(self, groups: Iterable[list[tuple[Position, str, Position]]]) -> Iterator[_Tokenized]:
+    def _pad(self, groups: Iterable[list[_PlacedText]], share: Share) -> Iterator[Row]:
+        """Yield one row a document; a document of white space alone is none."""
+        # Every process reads and numbers all documents, so that all agree on a row's number and on the position after
+        # it. It tokenizes its own share alone, and sends on the rows of others empty, with a checksum of their text:
+        # by these, processes that read different files notice it.
+        number = 0
         empty = 0
         for group in groups:
-            ids = self._tokenizer.encode([text for _, text, _ in group])
-            yield [(here, tokens) for (here, _, _), tokens in zip(group, ids, strict=True) if len(tokens)]
-            empty = _still_empty(empty, len(group), ids)
+            documents = [(text, after) for _, text, after in group if text and not text.isspace()]
+            texts = [text for text, _ in documents]
+            own_texts = [text for i, text in enumerate(texts, number) if i in share]
+            encoded = self._tokenizer.encode(own_texts, self._max_length - 1)
+            own_ids = iter(encoded)
+            for i, (text, after) in enumerate(documents, number):
+                check = None
+                if share is not ALL:
+                    check = zlib.crc32(text.encode())
+                if i in share:
+                    yield self._padded(next(own_ids), after, check)
+                else:
+                    yield Row(_NO_IDS, _NO_IDS, 0, after, check=check)
+            number += len(documents)
+            # Where all of a group's rows are others', its texts have to do.
+            empty = _count_empty(empty, len(group), encoded or texts)
 
-    def _pad(self, groups: Iterable[list[tuple[Position, str, Position]]], share: Share) -> Iterator[Row]:
-        """A document of white space alone is no row."""
-        length, eos, number, empty = self._max_length, self._tokenizer.eos_id, 0, 0
+    def _padded(self, ids: Ids, after: Position, check: int | None) -> Row:
+        """Return a document's row: ids d₁ … dₙ, the end marker, padding, with labels d₂ … dₙ, the end marker, none."""
+        length = self._max_length
+        real = min(len(ids), length - 1)
+        # Any id may stand for padding, since nothing attends to it; this one is the document's end marker as well.
+        input_ids = np.full(length, self._tokenizer.eos_id, np.int32)
+        input_ids[:real] = ids[:real]
+        labels = np.full(length, IGNORE, np.int32)
+        labels[:real] = input_ids[1 : real + 1]
+        return Row(input_ids, labels, real + 1, after, check=check)
+
+    def _tokenize(self, groups: Iterable[list[_PlacedText]]) -> Iterator[_Tokenized]:
+        """Yield the position and the token ids of each document that has any, group by group."""
+        empty = 0
         for group in groups:
-            kept = [(text, after) for _, text, after in group if text and not text.isspace()]
-            ids = self._tokenizer.encode([text for i, (text, _) in enumerate(kept, number) if i in share], length - 1)
-            input_ids = np.full((len(ids), length), eos, np.int32)  # any id: nothing attends to padding
-            labels = np.full((len(ids), length), IGNORE, np.int32)
-            own = 0
-            for i, (text, after) in enumerate(kept, number):
-                check = None if share is ALL else zlib.crc32(text.encode())
-                if i not in share:
-                    yield Row(_NOTHING, _NOTHING, 0, after, check=check)
-                    continue
-                real = min(len(ids[own]), length - 1)
-                input_ids[own, :real] = ids[own][:real]
-                labels[own, :real] = input_ids[own, 1 : real + 1]
-                yield Row(input_ids[own], labels[own], real + 1, after, check=check)
-                own += 1
-            number += len(kept)
-            empty = _still_empty(empty, len(group), ids or kept)
+            encoded = self._tokenizer.encode([text for _, text, _ in group])
+            tokenized: _Tokenized = []
+            for (position, _, _), ids in zip(group, encoded, strict=True):
+                if len(ids):
+                    tokenized.append((position, ids))
+            yield tokenized
+            empty = _count_empty(empty, len(group), encoded)
 
     def _pack(self, groups: Iterable[_Tokenized]) -> Iterator[Row]:
-        length, end = self._max_length, np.array([self._tokenizer.eos_id], np.int32)
-        held = _NOTHING
-        begins: list[int] = []  # where in held the first token of each document is, or would be
-        places: list[Position] = []
+        """Yield full rows, cut from the joined documents."""
+        # The ids of all documents, each followed by an end marker, are one long stream. Row r has the ids
+        # [rL, (r+1)L) of it, L = max_length, and as labels the ids one further on, so a row takes L + 1 ids and its
+        # last one is the next row's first. `stream` holds the ids that no row has used yet. begins[i] is the place in
+        # it of the first id of document positions[i], negative where earlier rows have used that. The position that
+        # goes with a row is the document in which the next row begins, with the number of its ids used before.
+        length = self._max_length
+        end_marker = np.array([self._tokenizer.eos_id], np.int32)
+        stream = _NO_IDS
+        begins: list[int] = []
+        positions: list[Position] = []
         for group in groups:
-            parts, size = [held], len(held)
-            for here, tokens in group:
-                begins.append(size - here.offset)
-                places.append(here)
-                parts += (tokens[here.offset :], end)
-                size += len(tokens) - here.offset + 1
-            held, used, document = np.concatenate(parts), 0, 0
-            while len(held) - used > length:
-                row = held[used : used + length + 1]
+            parts = [stream]
+            size = len(stream)
+            for position, ids in group:
+                unused = ids[position.offset :]
+                begins.append(size - position.offset)
+                positions.append(position)
+                parts += (unused, end_marker)
+                size += len(unused) + 1
+            stream = np.concatenate(parts)
+            used = 0
+            document = 0
+            while len(stream) - used > length:
+                window = stream[used : used + length + 1]
                 used += length
                 document = bisect_right(begins, used, document) - 1
-                yield Row(row[:-1], row[1:], length, places[document], used - begins[document])
-            held = held[used:]
-            begins, places = [begin - used for begin in begins[document:]], places[document:]
+                offset = used - begins[document]
+                yield Row(window[:-1], window[1:], length, positions[document], offset)
+            stream = stream[used:]
+            begins = [begin - used for begin in begins[document:]]
+            positions = positions[document:]
 
 
-_NOTHING = np.empty(0, np.int32)
-
-
-def _in_groups(documents: Iterator[Any], size: int) -> Iterator[list[Any]]:
+def _in_groups(documents: Iterator[_PlacedText], size: int) -> Iterator[list[_PlacedText]]:
+    """Yield the documents in lists of ``size``; the last one may be shorter."""
     while group := list(islice(documents, size)):
         yield group
 
 
-def _still_empty(count: int, more: int, found: Sequence[Sized]) -> int:
-    """Documents in a row without a token, after so many ``more`` with what was ``found`` in them; InputError where they
-    are too many."""
-    count = 0 if any(map(len, found)) else count + more
+def _count_empty(before: int, documents: int, contents: Sequence[Sized]) -> int:
+    """Return how many documents in a row hold no token: ``before`` so many, then so many ``documents`` of a group.
+
+    ``contents`` are those of the group. Raises InputError where the documents without a token are too many.
+    """
+    if any(len(content) for content in contents):
+        return 0
+    count = before + documents
     if count > _EMPTY:
         raise InputError(f"--data: {count} documents in a row hold no token at all")
     return count
 
 
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Batch:
-    """A process's rows of one update: ``input_ids`` and ``labels`` (sequences × length, int64), in which ``tokens`` are
-    not padding; and the position after the rows of all."""
+    """A process's rows of one update, and the position after the rows of all processes.
+
+    ``input_ids`` and ``labels`` are (sequences × length, int64), in which ``tokens`` ids are not padding. ``check`` is
+    a checksum of what all processes should have read alike.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -235,32 +323,148 @@ class Batch:
 
     def pinned(self) -> "Batch":
         """Return the batch in page-locked memory."""
-        return replace(self, input_ids=self.input_ids.pin_memory(), labels=self.labels.pin_memory())
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+        )
 
     @property
     def fingerprint(self) -> str:
-        """Alike in processes that read the same text."""
+        """Return a text that is alike in processes that read the same text."""
         return f"{self.state} {self.check}"
 
     @property
     def label_tokens(self) -> int:
-        """Labels that are counted by the loss."""
+        """Return the number of labels that the loss counts."""
         return int((self.labels != IGNORE).sum())
 
 
-def read_ahead(batches: Iterable[Batch], *, pin: bool) -> Generator[Batch, None, None]:
-    """``batches``, read by a thread before they are asked for: as many as make up `_AHEAD` tokens, and two at least.
+class TrainingData:
+    """An endless iterable of shuffled batches, starting after the loaded state if there is one.
 
-    Tokenizing and decompressing leave the interpreter to others meanwhile. What goes wrong is raised where the batch
-    would have come. With ``pin``, tensors are where a GPU can copy them from while it computes.
+    ``sequences`` are the rows of an update, of which process ``rank`` of ``size`` gets its part.
     """
+
+    # Rows are given out in the order of one stream, whatever the number of processes: of every `sequences` rows the
+    # first process takes the first part, the second the next, and so on. So an update sees the same rows however many
+    # processes share them, and the position after it, that of its last row, is the same in all.
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        rows: TokenRows,
+        sequences: int,
+        seed: int,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
+        self._source = source
+        self._rows = rows
+        self._sequences = sequences
+        self._seed = seed
+        self._share = ALL
+        if size > 1:
+            part = sequences // size
+            first = rank * part
+            self._share = Share(first, first + part, sequences)
+        self._start = Position()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the batch that carried ``state``."""
+        self._start = Position.of(state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this process's batches without end."""
+        start = self._start
+        documents = _with_offset(Documents(self._source, self._seed, start), start.offset)
+        rows = self._rows(documents, self._share)
+        if start != Position():
+            began = time.monotonic()
+            first = next(rows)
+            rows = chain([first], rows)
+            log.info("the place in the text was found again in %.1f s", time.monotonic() - began)
+        while True:
+            update = list(islice(rows, self._sequences))
+            yield stack(update, self._share)
+
+
+def _with_offset(documents: Iterable[_PlacedText], offset: int) -> Iterator[_PlacedText]:
+    """Yield the endless documents, the first with the number of its tokens that were used before the run stopped."""
+    remaining = iter(documents)
+    position, text, after = next(remaining)
+    yield replace(position, offset=offset), text, after
+    yield from remaining
+
+
+def stack(rows: Sequence[Row], share: Share = ALL) -> Batch:
+    """Return those of an update's rows that are in ``share`` as one batch, with the position after all of them."""
+    own_rows = [row for number, row in enumerate(rows) if number in share]
+    input_ids = np.stack([row.input_ids for row in own_rows])
+    labels = np.stack([row.labels for row in own_rows])
+    check = 0
+    if share is not ALL:
+        check = _checksum(rows)
+    last = rows[-1]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids.astype(np.int64)),
+        labels=torch.from_numpy(labels.astype(np.int64)),
+        tokens=sum(row.real for row in own_rows),
+        state=replace(last.after, offset=last.offset).state_dict(),
+        check=check,
+    )
+
+
+def _checksum(rows: Sequence[Row]) -> int:
+    """Return a checksum of what all processes read: of each row's text, or of its ids where those are in all."""
+    check = 0
+    for row in rows:
+        content = row.input_ids.tobytes()
+        if row.check is not None:
+            content = row.check.to_bytes(4, "little")
+        check = zlib.crc32(content, check)
+    return check
+
+
+def validation_rows(source: DocumentSource, rows: TokenRows, tokens: int) -> list[Row]:
+    """Return the source's first rows, in its own order, until they hold ``tokens`` real tokens or there are no more."""
+
+    def documents() -> Iterator[_PlacedText]:
+        for shard in range(len(source.shards)):
+            for position, text in source.read(shard, 0):
+                yield Position(), text, Position(0, shard, position)
+
+    chosen: list[Row] = []
+    seen = 0
+    for row in rows(documents()):
+        chosen.append(row)
+        seen += row.real
+        if seen >= tokens:
+            break
+    if not chosen:
+        raise InputError(f"--data: no validation document in {len(source.shards)} files; give --eval-data PATH")
+    return chosen
+
+
+# -- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def read_ahead(batches: Iterable[Batch], *, pin: bool) -> Generator[Batch, None, None]:
+    """Yield ``batches``, read by a thread before they are asked for: `_AHEAD` tokens of them, and two at least.
+
+    What goes wrong is raised where the batch would have come. With ``pin``, tensors are where a GPU can copy them from
+    while it computes.
+    """
+    # A thread is enough: tokenizing and decompressing leave the interpreter to others meanwhile. The queue is what
+    # bounds the reader. It holds two batches until the first one tells how large they are.
     ready: Queue[Batch | BaseException | None] = Queue(2)  # None: there are no more
     is_over = threading.Event()
 
-    def put(found: Batch | BaseException | None) -> None:
+    def put(item: Batch | BaseException | None) -> None:
+        # A full queue is looked at again and again, since nobody will empty it once the reading is over.
         while not is_over.is_set():
             with contextlib.suppress(Full):
-                ready.put(found, timeout=0.2)
+                ready.put(item, timeout=0.2)
                 break
 
     def read() -> None:
@@ -277,82 +481,13 @@ def read_ahead(batches: Iterable[Batch], *, pin: bool) -> Generator[Batch, None,
     thread = threading.Thread(target=read, daemon=True)  # it may wait for a hub that is away
     thread.start()
     try:
-        while (found := ready.get()) is not None:
-            if isinstance(found, BaseException):
-                raise found
-            yield found
+        while True:
+            item = ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
     finally:
         is_over.set()
         thread.join(timeout=1)
-
-
-class TrainingData:
-    """An endless iterable of shuffled batches, starting at ``state`` if one was loaded. Process ``rank`` of ``size``
-    gets its part of an update's rows."""
-
-    def __init__(
-        self, source: DocumentSource, rows: TokenRows, sequences: int, seed: int, rank: int = 0, size: int = 1
-    ) -> None:
-        self._source, self._rows, self._sequences, self._seed = source, rows, sequences, seed
-        own = sequences // size
-        self._share = Share(rank * own, (rank + 1) * own, sequences) if size > 1 else ALL
-        self._start = Position()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the batch that carried ``state``."""
-        self._start = Position.of(state)
-
-    def __iter__(self) -> Iterator[Batch]:
-        documents = _with_offset(Documents(self._source, self._seed, self._start), self._start.offset)
-        rows = self._rows(documents, self._share)
-        if self._start != Position():
-            started = time.monotonic()
-            rows = chain([next(rows)], rows)
-            log.info("the place in the text was found again in %.1f s", time.monotonic() - started)
-        while True:
-            yield stack(list(islice(rows, self._sequences)), self._share)
-
-
-def _with_offset(
-    documents: Iterable[tuple[Position, str, Position]], offset: int
-) -> Iterator[tuple[Position, str, Position]]:
-    """Tell the first document how much of it was used before the run stopped."""
-    for here, text, after in documents:
-        yield (replace(here, offset=offset) if offset else here), text, after
-        offset = 0
-
-
-def stack(rows: Sequence[Row], share: Share = ALL) -> Batch:
-    """Rows as one batch of tensors, of those in ``share``."""
-    own = [row for number, row in enumerate(rows) if number in share]
-    check = 0
-    for row in rows if share is not ALL else ():
-        known = row.input_ids.tobytes() if row.check is None else row.check.to_bytes(4, "little")
-        check = zlib.crc32(known, check)
-    return Batch(
-        input_ids=torch.from_numpy(np.stack([row.input_ids for row in own]).astype(np.int64)),
-        labels=torch.from_numpy(np.stack([row.labels for row in own]).astype(np.int64)),
-        tokens=sum(row.real for row in own),
-        state=replace(rows[-1].after, offset=rows[-1].offset).state_dict(),
-        check=check,
-    )
-
-
-def validation_rows(source: DocumentSource, rows: TokenRows, tokens: int) -> list[Row]:
-    """The first rows of the source, in its own order, until they hold ``tokens`` real tokens or there are no more."""
-
-    def documents() -> Iterator[tuple[Position, str, Position]]:
-        for shard in range(len(source.shards)):
-            for position, text in source.read(shard, 0):
-                yield Position(), text, Position(0, shard, position)
-
-    kept: list[Row] = []
-    seen = 0
-    for row in rows(documents()):
-        kept.append(row)
-        seen += row.real
-        if seen >= tokens:
-            break
-    if not kept:
-        raise InputError(f"--data: no validation document in {len(source.shards)} files; give --eval-data PATH")
-    return kept

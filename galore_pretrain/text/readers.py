@@ -15,50 +15,67 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _PASSAGE = 1000  # characters after which a .txt document may end
+_PART = 1 << 16  # bytes of decompressed text that are read at a time
 
 
 @dataclass(frozen=True)
 class Flaw:
-    """Stands where a document was expected, as in ``line 7 is not JSON (…)``, or so many ``documents``; ``is_end``:
-    nothing more of the file can be read."""
+    """Stands where a document was expected, as in ``line 7 is not JSON (…)``, or where so many ``documents`` were.
+
+    ``is_end``: nothing more of the file can be read.
+    """
 
     what: str
     is_end: bool = False
     documents: int = 1
 
 
-Found = Iterator[tuple[int, str | Flaw]]
+Entries = Iterator[tuple[int, str | Flaw]]
+"""Documents and flaws, each with the position after it."""
 
 
-def read(path: Path, start: int) -> Found:
-    """The documents of a file from position ``start`` on, each with the position after it. OSError where the system
-    cannot read it, which may pass."""
-    return _READERS[kind_of(path)](path, start)
+def read(path: Path, start: int) -> Entries:
+    """Yield the documents of a file from position ``start`` on, each with the position after it.
+
+    Raises OSError where the system cannot read the file, which may pass.
+    """
+    reader = _READERS[kind_of(path)]
+    return reader(path, start)
 
 
 def is_known(path: Path) -> bool:
-    """Whether there is a reader for such a file."""
+    """Return whether there is a reader for such a file."""
     return kind_of(path) in _READERS
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says how a file is laid out, whatever compresses it."""
-    suffixes = [s for s in path.suffixes if s not in _OPENERS]
-    return suffixes[-1] if suffixes else ""
+    """Return the suffix that says how a file is laid out, whatever compresses it; empty if there is none."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _OPENERS]
+    if not suffixes:
+        return ""
+    return suffixes[-1]
 
 
 def is_text(value: object) -> bool:
-    """Whether ``value`` is a string that can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    """Return whether ``value`` is a string that can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and value.encode() is not None
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
 
 
 def _open_zst(path: Path) -> BinaryIO:
+    """Open a file of Zstandard, which Python's library cannot read."""
     import pyarrow
 
-    stream: BinaryIO = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    file = pyarrow.OSFile(str(path))
+    stream: BinaryIO = pyarrow.CompressedInputStream(file, "zstd")
     return stream
 
 
@@ -70,121 +87,165 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def _open(path: Path) -> Any:
+    """Open a file for reading the bytes that it holds once decompressed."""
+    opener = _OPENERS.get(path.suffix)
+    if opener is None:
+        return path.open("rb")
+    return opener(path)
+
+
 class _BrokenError(Exception):
     """A file that cannot be read on."""
 
 
+def _is_fault_of_file(error: Exception) -> bool:
+    """Return whether an error says that a file is damaged, rather than that the system failed or memory ran out."""
+    if isinstance(error, MemoryError):
+        return False
+    # Decoders raise OSError as well, but without one of the system's numbers.
+    is_of_system = isinstance(error, OSError) and bool(error.errno)
+    return not is_of_system
+
+
 def _lines(path: Path) -> Iterator[bytes]:
-    """All lines that stand before what cannot be read (of zst, but the last 64 KiB): ``read1`` gives out what was
-    decompressed before it fails."""
-    opener, number = _OPENERS.get(path.suffix), 0
-    unfinished: list[bytes] = []
+    """Yield all lines, each with its end, that stand before what cannot be read; _BrokenError says where that is."""
+    # `read1` gives out what was decompressed before the decoder fails, all but the last 64 KiB of zst. `readline` would
+    # lose what stands in its buffer.
+    number = 0
+    unfinished: list[bytes] = []  # parts of a line whose end was not read yet
     try:
-        with opener(path) if opener else path.open("rb") as stream:
-            while part := stream.read1(1 << 16):
-                *lines, last = part.split(b"\n")
-                for line in lines:
-                    unfinished.append(line)
+        with _open(path) as stream:
+            while part := stream.read1(_PART):
+                *ends, rest = part.split(b"\n")
+                for end in ends:
+                    unfinished.append(end)
                     number += 1
                     yield b"".join(unfinished) + b"\n"
                     unfinished.clear()
-                unfinished.append(last)
+                unfinished.append(rest)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's, not a decoder's
+        if not _is_fault_of_file(error):
             raise
         raise _BrokenError(f"cannot be read after line {number} ({error})") from error
-    if any(unfinished):
-        yield b"".join(unfinished)
+    last = b"".join(unfinished)
+    if last:
+        yield last
 
 
-def _read_jsonl(path: Path, start: int) -> Found:
+# -- kinds of files ---------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: Path, start: int) -> Entries:
+    """Yield the text of each line's object; a position is a number of lines, blank ones included."""
     number = start
+    lines = islice(_lines(path), start, None)
     try:
-        for number, line in enumerate(islice(_lines(path), start, None), start + 1):
+        for number, line in enumerate(lines, start + 1):
             if line.strip():
-                yield number, _text_of(line, number)
+                yield number, _text_of_line(line, number)
     except _BrokenError as error:
         yield number, Flaw(str(error), is_end=True)
 
 
-def _text_of(line: bytes, number: int) -> str | Flaw:
+def _text_of_line(line: bytes, number: int) -> str | Flaw:
+    """Return the string under "text" of a line of JSON."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         return Flaw(f"line {number} is not JSON ({error}); one object a line is expected")
-    text = document.get("text") if isinstance(document, dict) else None
+    text = None
+    if isinstance(document, dict):
+        text = document.get("text")
     if not isinstance(text, str):
         return Flaw(f'line {number} has no string under "text"; each line is {{"text": "…"}}')
-    return text if is_text(text) else Flaw(f"line {number} has half a surrogate pair, which is no character")
+    if not is_text(text):
+        return Flaw(f"line {number} has half a surrogate pair, which is no character")
+    return text
 
 
-def _read_parquet(path: Path, start: int) -> Found:
+def _read_parquet(path: Path, start: int) -> Entries:
+    """Yield the texts of the column "text"; a position is a number of rows."""
+    # Rows are decoded a row group at a time, so one that cannot be decoded takes all rows of its group with it. Groups
+    # that end before `start` are passed over by their number of rows, which stands in the file's footer.
     import pyarrow.parquet
 
     unreadable = (OSError, ValueError, pyarrow.ArrowException)
-
-    def flaw(error: Exception, what: str, **kinds: Any) -> Flaw:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):  # no fault of the file
-            raise error
-        return Flaw(f"{what} ({error})", **kinds)
-
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
         if "text" not in names:
             raise ValueError(f'it has no column "text"; its columns: {", ".join(names)}')
     except unreadable as error:
-        yield start, flaw(error, "cannot be read as parquet", is_end=True)
+        if not _is_fault_of_file(error):
+            raise
+        yield start, Flaw(f"cannot be read as parquet ({error})", is_end=True)
         return
-    position = 0
+    group_end = 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
-        if position + rows > start:
-            try:
-                texts = file.read_row_group(group, columns=["text"]).column(0)[max(0, start - position) :]
-            except unreadable as error:
-                what = f"rows {position + 1} to {position + rows} cannot be read"
-                yield position + rows, flaw(error, what, documents=rows)
-            else:
-                for row, text in enumerate(texts, max(position, start) + 1):
-                    yield row, _text_of_row(text, row)
-        position += rows
+        group_start = group_end
+        group_end += rows
+        if group_end <= start:
+            continue
+        skipped = max(0, start - group_start)
+        try:
+            column = file.read_row_group(group, columns=["text"]).column(0)
+        except unreadable as error:
+            if not _is_fault_of_file(error):
+                raise
+            what = f"rows {group_start + 1} to {group_end} cannot be read ({error})"
+            yield group_end, Flaw(what, documents=rows)
+            continue
+        for row, text in enumerate(column[skipped:], group_start + skipped + 1):
+            yield row, _text_of_row(text, row)
 
 
 def _text_of_row(scalar: Any, row: int) -> str | Flaw:
+    """Return the string that a scalar of pyarrow holds."""
     try:
         text = scalar.as_py()
     except UnicodeDecodeError as error:
         return Flaw(f"row {row} is not UTF-8 ({error.reason} at byte {error.start})")
-    return text if isinstance(text, str) else Flaw(f"row {row} has no text ({text!r})")
+    if not isinstance(text, str):
+        return Flaw(f"row {row} has no text ({text!r})")
+    return text
 
 
-def _read_txt(path: Path, start: int) -> Found:
-    """Passages: lines gathered to 1000 characters and ended by a blank line, or by any line past four times that."""
+def _read_txt(path: Path, start: int) -> Entries:
+    """Yield passages of plain text; a position is a number of passages."""
+    # Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a
+    # paragraph. Text without blank lines is cut after any line past four times that. Where a passage ends depends on
+    # all lines before it, so the file is read from its beginning whatever the position.
     passage: list[str] = []
-    number, length = 0, 0
+    length = 0
+    number = 0  # of passages that have ended
     try:
-        for i, line in enumerate(_lines(path), 1):
+        for line_number, line in enumerate(_lines(path), 1):
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 if number >= start:
-                    yield number, Flaw(f"line {i} is not UTF-8 ({error.reason} at byte {error.start})")
+                    yield number, Flaw(f"line {line_number} is not UTF-8 ({error.reason} at byte {error.start})")
                 continue
             passage.append(text)
             length += len(text)
-            if (length >= _PASSAGE and not text.strip()) or length >= 4 * _PASSAGE:
+            is_whole = length >= _PASSAGE and not text.strip()
+            is_too_long = length >= 4 * _PASSAGE
+            if is_whole or is_too_long:
                 number += 1
                 if number > start:
                     yield number, "".join(passage).strip()
-                passage, length = [], 0
+                passage = []
+                length = 0
     except _BrokenError as error:
         yield number, Flaw(str(error), is_end=True)
-    if number >= start and "".join(passage).strip():
-        yield number + 1, "".join(passage).strip()
+    last = "".join(passage).strip()
+    if last and number >= start:
+        yield number + 1, last
 
 
-_READERS: dict[str, Callable[[Path, int], Found]] = {
+_READERS: dict[str, Callable[[Path, int], Entries]] = {
     ".json": _read_jsonl,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

@@ -19,9 +19,11 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.text.hub import T5, download, first_line, is_hub_id
 
 Ids = NDArray[np.int32]
+"""Token ids of one text."""
 _PROBES = ["The quick brown fox, 1984: it's here.", "Zürich — naïve café", "a  b\n\nc\td"]
+_SPACE = "\u2581"  # what SentencePiece writes for it in a piece
 _CHARACTERS = 6  # of a text that are tried for each token wanted: English has some 4.5 a token of T5's
-_MODEL_FILES = ("spiece.model", "tokenizer.model")
+_MODEL_FILES = ("spiece.model", "tokenizer.model")  # as T5's and LLaMA's classes of transformers look for them
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +39,15 @@ class Tokenizer(Protocol):
     """SHA-256 of the vocabulary, so that a run can tell that it goes on with the same one."""
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
-        """Token ids of each text, without a beginning or end marker; no text can produce a control token. Where the
-        ``first`` so many of each are enough, later ones may be missing."""
+        """Return the token ids of each text, without a beginning or end marker.
+
+        No text can produce a control token. Where the ``first`` so many ids of each are enough, later ones may be
+        missing.
+        """
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, without control tokens."""
+        """Return the text of token ids, without control tokens."""
         ...
 
     def save(self, folder: Path, model_max_length: int) -> None:
@@ -68,54 +73,63 @@ class SentencePieceTokenizer:
         self.vocab_size = int(self._processor.get_piece_size())
         self.eos_id = int(self._processor.eos_id())
         self.fingerprint = _sha256(path)
-        self._is_by_words = not any(
-            "\u2581" in piece[1:] for piece in self._processor.id_to_piece(list(range(self.vocab_size)))
-        )
+        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
+        self._is_by_words = not any(_SPACE in piece[1:] for piece in pieces)
         if self.eos_id < 0:
             raise InputError(f"--tokenizer {path}: has no end-of-sequence piece (</s>), which separates documents")
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
+        """Return the token ids of each text, or at least its ``first`` ones."""
+        # Where no piece goes across a space, what stands before one has the same ids, whatever follows. So a long text
+        # is cut at a space, after as many characters as should hold the ids wanted. Where they do not, as in a text of
+        # long words or of digits, the whole text is tokenized after all.
         if first is None or not self._is_by_words:
             return self._encode(texts)
-        # No piece goes across a space: what stands before one has the same ids, whatever follows.
-        most = _CHARACTERS * first
-        cuts = [text.rfind(" ", 0, most) if len(text) > most else -1 for text in texts]
-        ids = self._encode([text if cut < 0 else text[:cut] for text, cut in zip(texts, cuts, strict=True)])
-        if short := [i for i, cut in enumerate(cuts) if cut >= 0 and len(ids[i]) < first]:
-            for i, whole in zip(short, self._encode([texts[i] for i in short]), strict=True):
-                ids[i] = whole
+        beginnings = [_beginning(text, _CHARACTERS * first) for text in texts]
+        ids = self._encode(beginnings)
+        short: list[int] = []
+        for i, text in enumerate(texts):
+            is_cut = len(beginnings[i]) < len(text)
+            if is_cut and len(ids[i]) < first:
+                short.append(i)
+        if short:
+            whole = self._encode([texts[i] for i in short])
+            for i, whole_ids in zip(short, whole, strict=True):
+                ids[i] = whole_ids
         return ids
 
     def _encode(self, texts: list[str]) -> list[Ids]:
+        """Return all token ids of each text."""
         return self._processor.encode(texts, return_type="numpy")  # type: ignore[no-any-return]
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._processor.decode([i for i in ids if not self._processor.is_control(i)]))
+        """Return the text of token ids, without control tokens."""
+        text_ids = [i for i in ids if not self._processor.is_control(i)]
+        return str(self._processor.decode(text_ids))
 
     def save(self, folder: Path, model_max_length: int) -> None:
-        """Copies the model, and converts it with transformers' own classes if the ids come out the same."""
-        from tokenizers.processors import Sequence
-        from transformers import LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+        """Copy the model, and convert it with transformers' own classes if the ids come out the same."""
+        # A .model does not say which class of transformers treats text as it does. So each one is tried with a few
+        # texts, with the file under the name that it looks for. The last of them has runs of white space, which a
+        # class may treat differently and yet be the right one.
+        from transformers import LlamaTokenizer, T5Tokenizer
 
+        expected = [ids.tolist() for ids in self.encode(_PROBES)]
         for file, loader in zip(_MODEL_FILES, (T5Tokenizer, LlamaTokenizer), strict=True):
+            kwargs: dict[str, Any] = {}
+            if loader is T5Tokenizer:
+                kwargs["extra_ids"] = 0
             shutil.copyfile(self._path, folder / file)
-            kwargs: dict[str, Any] = {"extra_ids": 0} if loader is T5Tokenizer else {}
             try:
                 converted = loader.from_pretrained(folder, **kwargs)
                 ids = converted(_PROBES, add_special_tokens=False)["input_ids"]
             except Exception as error:  # whatever a class raises at a model that is not its own
                 log.debug("%s does not take %s: %s", loader.__name__, self._path, error)
                 ids = []
-            expected = [known.tolist() for known in self.encode(_PROBES)]
             if ids[:2] == expected[:2]:
                 if ids != expected:
                     log.warning("transformers' form of %s treats runs of white space differently", self._path)
-                backend, special = converted.backend_tokenizer, converted.special_tokens_map
-                backend.post_processor = Sequence([])  # T5's ends every text, a prompt too, with </s>
-                plain = PreTrainedTokenizerFast(
-                    tokenizer_object=backend, **{"model_max_length": model_max_length, **special}
-                )
-                plain.save_pretrained(folder)
+                _save_converted(converted, folder, model_max_length)
                 return
             (folder / file).unlink()
         shutil.copyfile(self._path, folder / _MODEL_FILES[0])
@@ -123,6 +137,30 @@ class SentencePieceTokenizer:
             "no transformers class gives the ids of %s; the model folder has the .model file alone",
             self._path,
         )
+
+
+def _beginning(text: str, most: int) -> str:
+    """Return ``text`` up to the last space among its first ``most`` characters, or all of it if there is no such."""
+    if len(text) <= most:
+        return text
+    space = text.rfind(" ", 0, most)
+    if space < 0:
+        return text
+    return text[:space]
+
+
+def _save_converted(tokenizer: Any, folder: Path, model_max_length: int) -> None:
+    """Save a tokenizer of transformers as a plain fast one, which adds no marker to a text."""
+    from tokenizers.processors import Sequence
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = Sequence([])  # T5's ends every text, a prompt too, with </s>
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{"model_max_length": model_max_length, **tokenizer.special_tokens_map},
+    )
+    plain.save_pretrained(folder)
 
 
 class HuggingFaceTokenizer:
@@ -139,39 +177,53 @@ class HuggingFaceTokenizer:
             raise InputError(f"--tokenizer {where}: has no fast tokenizer (tokenizer.json); give a .model file instead")
         if self._tokenizer.eos_token_id is None:
             raise InputError(f"--tokenizer {where}: has no end-of-sequence token, which separates documents")
-        self.name, self._lock = name, threading.Lock()
-        self.eos_id = int(self._tokenizer.eos_token_id)
-        control = set(self._tokenizer.all_special_ids) - {self._tokenizer.unk_token_id}
-        self._control = frozenset(control)
         vocabulary = self._tokenizer.get_vocab()
-        self.vocab_size = max(i for i in vocabulary.values() if i not in control or i == self.eos_id) + 1
-        self.fingerprint = hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()
         if len(vocabulary) < 100:  # what transformers builds, silently, from a file it did not understand
             raise InputError(f"--tokenizer {where}: only {len(vocabulary)} tokens; is tokenizer.json missing?")
+        self.name = name
+        self.eos_id = int(self._tokenizer.eos_token_id)
+        self._lock = threading.Lock()
+        # The ids that no text may produce. The end marker is one of them, but the data pipeline adds it by itself.
+        self._control = frozenset(self._tokenizer.all_special_ids) - {self._tokenizer.unk_token_id}
+        usable = set(vocabulary.values()) - (self._control - {self.eos_id})
+        self.vocab_size = max(usable) + 1
+        content = repr(sorted(vocabulary.items()))
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
+        """Return all token ids of each text."""
         if not texts:  # which the library does not take
             return []
         with self._lock:  # the library's own tokenizer is one thread's
             encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        kept = (ids if self._control.isdisjoint(ids) else self._without_control(ids) for ids in encoded)
-        return [np.array(ids, np.int32) for ids in kept]
+        return [np.array(self._without_control(ids), np.int32) for ids in encoded]
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, without control tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _without_control(self, ids: list[int]) -> list[int]:
-        """A text that spells a control token (``</s>``) must not act as one."""
+        """Return ids with the unknown token, if there is one, in place of each control token."""
+        # A text that spells a control token (``</s>``) must not act as one.
+        if self._control.isdisjoint(ids):
+            return ids
         unknown = self._tokenizer.unk_token_id
-        return [i if i not in self._control else unknown for i in ids if i not in self._control or unknown is not None]
+        harmless: list[int] = []
+        for i in ids:
+            if i not in self._control:
+                harmless.append(i)
+            elif unknown is not None:
+                harmless.append(unknown)
+        return harmless
 
     def save(self, folder: Path, model_max_length: int) -> None:
+        """Write the tokenizer's files, with ``model_max_length`` among its settings."""
         self._tokenizer.model_max_length = model_max_length
         self._tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """``t5`` (from the hub), ``sample`` (shipped), a ``.model`` file, a tokenizer folder, or a repository of the hub.
+    """Load ``t5`` (from the hub), ``sample`` (shipped), a ``.model`` file, a tokenizer's folder, or a hub's repository.
 
     Raises InputError for what is none of these, and where the hub is needed and cannot be reached.
     """
@@ -186,12 +238,17 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def find_tokenizer(name: str) -> Path | None:
-    """The file or folder that ``--tokenizer`` means; None for one of the hub. InputError where it is neither."""
+    """Return the file or folder that ``--tokenizer`` means, or None for one of the hub. InputError if it is neither."""
     path = Path(name)
     if name == "sample":
-        return Path(str(resources.files("galore_pretrain") / "tokenizers" / "sample.model"))
+        shipped = resources.files("galore_pretrain") / "tokenizers" / "sample.model"
+        return Path(str(shipped))
     if path.is_dir():
-        return next((path / file for file in _MODEL_FILES if (path / file).is_file()), path)
+        # A folder may hold both forms; SentencePiece's own is the faster one.
+        for file in _MODEL_FILES:
+            if (path / file).is_file():
+                return path / file
+        return path
     if path.is_file():
         return path
     if name == "t5" or is_hub_id(name):
@@ -202,4 +259,5 @@ def find_tokenizer(name: str) -> Path | None:
 
 
 def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
