@@ -282,7 +282,10 @@ class RunConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """Return the config of a run from its saved values; a flag that it did not have yet takes its default."""
+        """Return the config of a run from its saved values, which another version may have written.
+
+        Flags that are not known any more are passed over, those that were not known then take their defaults.
+        """
         return cls(**{name: values.get(name, flag.default) for name, flag in FLAGS.items()})
 
     def values(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run's model as a plain Hugging Face folder."""
+"""Write a run's model as a plain Hugging Face folder."""
 
 import json
 import os
@@ -21,13 +21,18 @@ _SHARD_SIZE = "1GB"
 
 
 def export(folder: Path, model: Any, tokenizer: Tokenizer, world: World = ALONE) -> None:
-    """A plain Hugging Face folder of model and tokenizer, written aside and then named: by one process, to which the
-    others give their parts."""
+    """Write ``model`` and ``tokenizer`` to ``folder``: transformers loads it without this package.
+
+    Factored matrices are written as dense ones. One process writes, to which the others give their parts of the
+    weights; all call this together.
+    """
     state = dense_state(model, keep=world.is_main)
     world.on_rank_zero(lambda: _write_model(folder, model, state, tokenizer))
 
 
+# As a checkpoint, the folder is whole or absent: it is written aside, forced to disk, and then renamed.
 def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    """Write the weights ``state``, the model's config and the tokenizer to ``folder``."""
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -35,10 +40,14 @@ def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenize
     # A shard's tensors are copied to the host together, and let go before the next shard's.
     model.save_pretrained(aside, state_dict=state, max_shard_size=_SHARD_SIZE)
     tokenizer.save(aside, model_max_length=model.config.max_position_embeddings)
-    config = json.loads((aside / "config.json").read_text())
-    write_json(aside / "config.json", config | {"use_cache": True})  # training has no use for a cache, generation has
+    config_file = aside / "config.json"
+    config = json.loads(config_file.read_text())
+    config["use_cache"] = True  # training has no use for a cache, generation has
+    write_json(config_file, config)
+    # safetensors makes its files private to the user. They get the mode of every other file instead.
+    mode = config_file.stat().st_mode
     for file in aside.glob("*.safetensors"):
-        file.chmod((aside / "config.json").stat().st_mode)  # safetensors makes them private to the user
+        file.chmod(mode)
     for file in aside.iterdir():
         sync(file)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What training left, loaded again: to be evaluated, exported, or to speak."""
+"""Load what training left, to evaluate it, export it, or have it continue a text."""
 
 import json
 from collections.abc import Mapping
@@ -27,35 +27,49 @@ from galore_pretrain.train.inputs import architecture_for
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, and how its text is read: as in the run that made it, or as told."""
+    """Holds a model in evaluation mode, its tokenizer, and the config that says how its text is read.
+
+    The config is that of the run that made the model, but for the fields that were replaced when it was loaded.
+    """
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
     config: RunConfig
 
 
-def load(path: Path, given: Mapping[str, Any], device: torch.device) -> LoadedModel:
-    """The model of a checkpoint, of a run's newest one, or of a Hugging Face folder, which says nothing of its text.
+def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
+    """Load the model of a run's newest checkpoint, of a checkpoint, or of a Hugging Face folder.
 
-    ``given`` replaces fields of the run's config. InputError where ``path`` is none of these.
+    ``overrides`` replaces fields of the run's config. A Hugging Face folder says nothing of its text, so for one they
+    are added to defaults. Raises InputError where ``path`` is none of these.
     """
-    found = checkpoint.newest(path / "checkpoints", set_aside=False)
-    if found is None and checkpoint.is_checkpoint(path):
-        found = checkpoint.opened(path)
-    if found is not None:
-        saved = found.state["config"]
-        known = dict(saved)
-        if "data" in given and "eval_data" not in given:
-            known["eval_data"] = None
-        config = replace(RunConfig.of(known), **given)
-        tokenizer = load_tokenizer(config.tokenizer)
-        model = model_for(config, architecture_for(config, tokenizer), device, fresh=False)
-        found.load(checkpoint.model_tensors(model), part="model.")
-        return LoadedModel(model.eval(), tokenizer, config)
-    if _architectures(path / "config.json") != ["LlamaForCausalLM"]:
-        raise InputError(
-            f"{path}: neither a run, a checkpoint (a folder with state.json) nor a folder of a LlamaForCausalLM"
-        )
+    saved = checkpoint.newest(path / "checkpoints", set_aside=False)
+    if saved is None and checkpoint.is_checkpoint(path):
+        saved = checkpoint.opened(path)
+    if saved is not None:
+        return _load_checkpoint(saved, overrides, device)
+    if _architectures(path / "config.json") == ["LlamaForCausalLM"]:
+        return _load_hugging_face(path, overrides, device)
+    raise InputError(
+        f"{path}: neither a run, a checkpoint (a folder with state.json) nor a folder of a LlamaForCausalLM"
+    )
+
+
+def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
+    """Load the model of a checkpoint, whatever version wrote it."""
+    fields = dict(saved.state["config"])
+    if "data" in overrides and "eval_data" not in overrides:
+        fields["eval_data"] = None  # the run's validation text belongs to the run's data
+    config = replace(RunConfig.of(fields), **overrides)
+    tokenizer = load_tokenizer(config.tokenizer)
+    architecture = architecture_for(config, tokenizer)
+    model = model_for(config, architecture, device, fresh=False)
+    saved.load(checkpoint.model_tensors(model), part="model.")
+    return LoadedModel(model.eval(), tokenizer, config)
+
+
+def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
+    """Load a plain Hugging Face folder, whoever wrote it."""
     values = {
         "model": str(path / "config.json"),
         "optim": "adamw",
@@ -63,15 +77,19 @@ def load(path: Path, given: Mapping[str, Any], device: torch.device) -> LoadedMo
         "tokenizer": str(path),
         "steps": 1,
     }
-    config, _ = resolve({**values, **given}, {})
-    try:  # of safetensors alone: a pickle could execute code
-        loaded = LlamaForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True).to(device)
+    config, _ = resolve({**values, **overrides}, {})
+    try:
+        # Only safetensors are read: loading a pickle can execute code.
+        loaded = LlamaForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
+        loaded.to(device)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: its weights cannot be loaded ({first_line(error)})") from error
-    return LoadedModel(without_masks(loaded).eval(), load_tokenizer(config.tokenizer), config)
+    model = without_masks(loaded)
+    return LoadedModel(model.eval(), load_tokenizer(config.tokenizer), config)
 
 
 def _architectures(file: Path) -> Any:
+    """Return the architectures that a Hugging Face config names; None where there is no such file."""
     try:
         return json.loads(file.read_text()).get("architectures")
     except (OSError, ValueError, AttributeError):
@@ -79,37 +97,51 @@ def _architectures(file: Path) -> Any:
 
 
 def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
-    """Loss and perplexities over the validation text, as a run finds them."""
+    """Evaluate a model over the validation text, as its run does."""
     config = trained.config
     check_hub(config.data, config.tokenizer)
-    rows = TokenRows(trained.tokenizer, config.layout, config.max_length)
+    layout = TokenRows(trained.tokenizer, config.layout, config.max_length)
     source = open_source(config.data, "validation", config.eval_data, config.bad_data)
-    text = validation_rows(source, rows, config.eval_tokens)
-    size, reference = config.batch_size, reference_batch(config)
-    return evaluate(trained.model, text, batch_size=size, reference_batch=reference, device=device)
+    rows = validation_rows(source, layout, config.eval_tokens)
+    return evaluate(
+        trained.model,
+        rows,
+        batch_size=config.batch_size,
+        reference_batch=reference_batch(config),
+        device=device,
+    )
 
 
 @torch.no_grad()
 def continue_text(
     trained: LoadedModel, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int
 ) -> str:
-    """``prompt`` and up to ``tokens`` tokens that the model sets behind it; ``temperature`` 0 takes the likeliest."""
+    """Return ``prompt`` and up to ``tokens`` tokens with which the model continues it.
+
+    ``temperature`` 0 takes the likeliest token each time. Otherwise tokens are drawn, with torch's ``seed``, from the
+    likeliest ones that make up ``top_p`` of the probability. Raises InputError where the prompt leaves no room.
+    """
     model, tokenizer = trained.model, trained.tokenizer
-    ids = tokenizer.encode([prompt])[0].tolist() or [tokenizer.eos_id]  # what ends a document stands before the next
-    room = model.config.max_position_embeddings - len(ids)
+    prompt_ids = tokenizer.encode([prompt])[0].tolist()
+    if not prompt_ids:
+        # In training, the end of a document stands before the next one: there, any text may begin.
+        prompt_ids = [tokenizer.eos_id]
+    positions = model.config.max_position_embeddings
+    room = positions - len(prompt_ids)
     if room < 1:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens; the model has {model.config.max_position_embeddings} positions"
-        )
+        raise InputError(f"the prompt has {len(prompt_ids)} tokens; the model has {positions} positions")
+    is_sampled = temperature > 0
+    sampling: dict[str, float] = {}
+    if is_sampled:
+        sampling = {"temperature": temperature, "top_p": top_p}
     torch.manual_seed(seed)
-    sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    written = model.generate(
-        torch.tensor([ids], device=model.device),
+    output_ids = model.generate(
+        torch.tensor([prompt_ids], device=model.device),
         max_new_tokens=min(tokens, room),
         use_cache=True,
-        do_sample=temperature > 0,
+        do_sample=is_sampled,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.eos_id,
         **sampling,
     )
-    return tokenizer.decode(written[0].tolist())
+    return tokenizer.decode(output_ids[0].tolist())

@@ -1,4 +1,4 @@
-"""What a run has taken over all of its starts: its time, and its peaks of memory."""
+"""Add up a run's time and peaks of memory over all of its starts."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from galore_pretrain.train.metrics import MetricLogger
 class RunTotals:
     """Adds this start's time and peaks to those of the starts before, which a checkpoint holds.
 
-    ``saved`` is the state of the checkpoint that the run goes on from, ``started`` when this process began, by
-    `time.monotonic`. ``loggers`` are the main process's, which alone is asked for `state`.
+    ``saved`` is the state of the checkpoint that the run goes on from, or empty. ``started`` is when this process
+    began, by `time.monotonic`. ``loggers`` are the main process's, which alone is asked for `state`.
     """
 
     def __init__(
@@ -26,23 +26,35 @@ class RunTotals:
         saved: Mapping[str, Any],
         started: float,
     ) -> None:
-        self._device, self._inputs, self._loggers, self._started = device, inputs, loggers, started
-        self._peaks, self._seconds = saved.get("peaks", (0, 0)), float(saved.get("wall_seconds", 0.0))
+        self._device = device
+        self._inputs = inputs
+        self._loggers = loggers
+        self._started = started
+        allocator, process = saved.get("peaks", (0, 0))
+        self._peaks_before = int(allocator), int(process)
+        self._seconds_before = float(saved.get("wall_seconds", 0.0))
 
     def peaks(self) -> tuple[int, int]:
-        """Bytes: (of the device's allocator, of the process)"""
-        allocator, process = self._peaks
-        return max(allocator, peak_memory_bytes(self._device)), max(process, process_peak_bytes())
+        """Return the peaks of memory in bytes: of the device's allocator, and of the process."""
+        allocator, process = self._peaks_before
+        allocator = max(allocator, peak_memory_bytes(self._device))
+        process = max(process, process_peak_bytes())
+        return allocator, process
 
     def seconds(self) -> float:
-        """Seconds that the run has taken so far."""
-        return self._seconds + time.monotonic() - self._started
+        """Return the seconds that the run has taken so far."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the run beside its training, in plain JSON values. OSError where a logger's lines
-        cannot be written."""
-        known: dict[str, Any] = {}
+        """Return what a checkpoint holds of the run beside its training, in plain JSON values.
+
+        Raises OSError where a logger's lines cannot be written.
+        """
+        state: dict[str, Any] = {}
         for logger in self._loggers:
-            known |= logger.state()
-        inputs = {"inputs": self._inputs.fingerprints(), "revision": self._inputs.revision}
-        return known | inputs | {"peaks": self.peaks(), "wall_seconds": self.seconds()}
+            state |= logger.state()
+        state["inputs"] = self._inputs.fingerprints()
+        state["revision"] = self._inputs.revision
+        state["peaks"] = self.peaks()
+        state["wall_seconds"] = self.seconds()
+        return state

@@ -1,6 +1,7 @@
-"""What a run says of itself when it begins to train: what is trained, where, and what updates which tensors."""
+"""Log lines at the start of training: what is trained, on which machine, and which rule updates which tensors."""
 
 import logging
+from typing import Any
 
 import torch
 
@@ -13,28 +14,58 @@ log = logging.getLogger(__name__)
 
 
 def announce(config: RunConfig, device: torch.device, optimizer: RuleOptimizer, world: World) -> None:
-    """Log what is trained, where, and what updates which tensors; warn of what a user would not want so."""
-    total = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    if world.size > 1:
-        where = f"{world.size} processes (--shard {config.shard}), each on {where}"
-    elif config.reduce == "projected":
+    """Log what is trained, where, and which rule updates which tensors; warn about options that are slow or useless."""
+    if config.reduce == "projected" and world.size == 1:
         log.warning("--reduce projected: one process sums with nobody; it makes the updates layerwise, and no more")
-    log.info("%s: %.1fM weights in %s on %s", config.model, total / 1e6, config.dtype, where)
+    weights = 0
+    for group in optimizer.param_groups:
+        weights += sum(p.numel() for p in group["params"])
+    hardware = _hardware(config, device, world)
+    log.info("%s: %.1fM weights in %s on %s", config.model, weights / 1e6, config.dtype, hardware)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):
         log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
-    micro_batches = config.micro_batches
-    if config.layerwise and not optimizer.projects and (micro_batches > 1 or config.grad_clip):
-        why = f"the sum over {micro_batches} micro-batches" if micro_batches > 1 else "clipping"
-        log.info("--layerwise saves no memory here: %s needs all gradients of %s", why, config.optim)
+    _explain_layerwise(config, optimizer)
     for group in optimizer.param_groups:
-        params = group["params"]
-        names = sorted({name.split(".")[-2] for name in group["param_names"]})
-        log.info(
-            "%s updates %d tensors, %.1fM weights, with %.1f MiB of state: %s",
-            describe(optimizer.rule_of(params[0])),
-            len(params),
-            sum(p.numel() for p in params) / 1e6,
-            optimizer.state_bytes(params) / 2**20,
-            ", ".join(names),
-        )
+        _announce_group(group, optimizer)
+
+
+def _hardware(config: RunConfig, device: torch.device, world: World) -> str:
+    """Name the device of each process, and the number of processes where there are several."""
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    if world.size == 1:
+        return name
+    return f"{world.size} processes (--shard {config.shard}), each on {name}"
+
+
+def _explain_layerwise(config: RunConfig, optimizer: RuleOptimizer) -> None:
+    """Log why layerwise updates save no memory, if they do not.
+
+    A rule that projects keeps sums and clips norms in its small space. Any other one needs the full gradients for both.
+    """
+    if not config.layerwise or optimizer.projects:
+        return
+    if config.micro_batches > 1:
+        reason = f"the sum over {config.micro_batches} micro-batches"
+    elif config.grad_clip:
+        reason = "clipping"
+    else:
+        return
+    log.info("--layerwise saves no memory here: %s needs all gradients of %s", reason, config.optim)
+
+
+def _announce_group(group: dict[str, Any], optimizer: RuleOptimizer) -> None:
+    """Log the rule of one parameter group, the size of its state, and the kinds of modules it updates."""
+    params = group["params"]
+    weights = sum(p.numel() for p in params)
+    # The part before ".weight" is the same in every decoder layer: q_proj, down_proj, input_layernorm.
+    kinds = {name.split(".")[-2] for name in group["param_names"]}
+    log.info(
+        "%s updates %d tensors, %.1fM weights, with %.1f MiB of state: %s",
+        describe(optimizer.rule_of(params[0])),
+        len(params),
+        weights / 1e6,
+        optimizer.state_bytes(params) / 2**20,
+        ", ".join(sorted(kinds)),
+    )

@@ -1,4 +1,4 @@
-"""Model, optimizer and execution of a run, from its config: what training does and what `plan` measures."""
+"""Build a run's model, optimizer and execution from its config, for training and for `plan` alike."""
 
 from types import MethodType
 from typing import Any
@@ -27,36 +27,39 @@ from galore_pretrain.optim import (
 
 
 def device_of(config: RunConfig) -> torch.device:
-    """The device of a run."""
+    """Return the device that a run's ``--device`` means; InputError where there is none."""
     return device_named(config.device)
 
 
 def device_named(name: str) -> torch.device:
-    """The device that ``--device`` means; InputError where there is none."""
+    """Return the device that ``name``, a value of ``--device``, means; InputError where there is none."""
+    explicit = name
+    if name == "auto":
+        explicit = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(explicit)
     except RuntimeError as error:
         raise InputError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device auto"
-        )
-    if device.type == "cuda" and device.index is not None:
-        # Libraries that ask for the current device, as checkpoints written in the background do, would otherwise make
-        # a second context of some 0.4 GiB on cuda:0.
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise InputError(f"--device {name}: this machine has {count} CUDA devices; use --device auto")
+        if device.index is not None:
+            # Libraries that ask for the current device, as checkpoints written in the background do, would otherwise
+            # make a second context of some 0.4 GiB on cuda:0.
+            torch.cuda.set_device(device)
     return device
 
 
 def factors_of(config: RunConfig) -> Factors | None:
-    """Return how the method factors the model's matrices, if it does."""
+    """Return how the method factors the model's matrices; None where it trains them as they are."""
     if not method(config.optim).factors_updated_by:
         return None
     assert config.rank is not None
     return Factors(
-        config.rank,
+        rank=config.rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout or 0.0,
         every=config.relora_every,
@@ -73,10 +76,16 @@ def model_for(
     mesh: Any = None,
     position: TrainingPosition | None = None,
 ) -> LlamaForCausalLM:
-    """The model that a run begins with, on ``device``; on ``meta``, or if not ``fresh``, without its weights. The
-    processes of ``mesh`` share it. ``position`` is where its trainer will say that it is."""
+    """Build the model that a run begins with, on ``device``, in the run's dtype.
+
+    On ``meta``, or if not ``fresh``, its weights are not initialized: a checkpoint's are loaded into them. The
+    processes of ``mesh`` share the weights. ``position`` is where the trainer will write which rows a forward pass is
+    of; layers with random numbers of their own read it.
+    """
     factors = factors_of(config)
 
+    # Called while the model is still on meta, so neither the dense matrices that factors replace nor the weights of
+    # other processes ever take memory.
     def change(model: LlamaForCausalLM) -> None:
         if factors:
             factors.apply(model, position)
@@ -91,33 +100,38 @@ def model_for(
         change=change,
         fresh=fresh,
     )
-    if factors and fresh and torch.device(device).type != "meta":
+    has_weights = fresh and torch.device(device).type != "meta"
+    if factors and has_weights:
         factors.initialize(model, architecture.initializer_range)
     return model
 
 
 def prepare(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """``model`` as it is trained."""
+    """Set ``model`` and torch up for training, and return the model."""
     # By default, cuBLAS may add up the parts of a long product in bf16. The published numbers were made so.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = config.numerics == "reference"
     if config.activation_checkpointing:
         # No layer draws from torch's generators, so their state need not be kept and set again for each one.
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        model.gradient_checkpointing_enable(options)
     model.train()
     return model
 
 
 def compile_layers(model: LlamaForCausalLM) -> None:
-    """Have torch compile each decoder layer when it is first run: all share the code of one."""
+    """Have torch compile each decoder layer when it first runs. All layers share the code compiled for one."""
     for decoder in model.model.layers:
         decoder.compile()
 
 
 def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -> RuleOptimizer:
-    """The optimizer of ``config.optim`` for ``model``, its state allocated; InputError where options do not fit it. The
-    processes of ``mesh`` share it."""
+    """Build the optimizer of ``config.optim`` for ``model``, its state allocated. The processes of ``mesh`` share it.
+
+    Raises InputError where the options do not fit the model.
+    """
+    # A method that factors the matrices, as LoRA, has another method update the factors: its own name otherwise.
     updater = method(method(config.optim).updater)
-    own = {OPTIONS[flag].argument: getattr(config, flag) for flag in updater.options}
+    method_options = {OPTIONS[flag].argument: getattr(config, flag) for flag in updater.options}
     try:
         optimizer = build_optimizer(
             model,
@@ -127,7 +141,7 @@ def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -
             weight_decay=config.weight_decay,
             matrix_lr_scale=config.matrix_lr_scale,
             seed=config.seed,
-            **own,
+            **method_options,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -137,9 +151,11 @@ def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -
 
 
 def execution_for(config: RunConfig, optimizer: RuleOptimizer) -> Execution:
-    """When that optimizer's updates run."""
-    mode: type[Layerwise | GlobalStep] = Layerwise if config.layerwise else GlobalStep
-    return mode(optimizer, config.grad_clip, projected=config.clip_norm == "projected")
+    """Build what runs the updates of ``optimizer``: during the backward pass if layerwise, or else all after it."""
+    execution: type[Layerwise | GlobalStep] = GlobalStep
+    if config.layerwise:
+        execution = Layerwise
+    return execution(optimizer, config.grad_clip, projected=config.clip_norm == "projected")
 
 
 def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
@@ -153,15 +169,14 @@ def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
-    projects = method(config.optim).projects
-    columns = {
-        module.weight
-        for name, module in model.named_modules()
-        if projects and is_projected(name, module) and _by_columns(module, config, mesh.size(-1))
-    }
+    by_columns = _weights_cut_by_columns(model, config, shards=mesh.size(-1))
+
+    def placement(p: nn.Parameter) -> Shard:
+        return Shard(1) if p in by_columns else Shard(0)
+
     options: dict[str, Any] = {
         "mesh": mesh["shards"] if config.reduce == "projected" else mesh,
-        "shard_placement_fn": lambda p: Shard(1) if p in columns else Shard(0),
+        "shard_placement_fn": placement,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
     for layer in model.model.layers:
@@ -170,13 +185,27 @@ def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    # FSDP2 gathers a module's weights only around methods that it knows. The losses read the head's weight without
+    # calling the head, so they become methods of the model.
     for loss in loss_methods:
         setattr(model, loss.__name__, MethodType(loss, model))
         register_fsdp_forward_method(model, loss.__name__)
 
 
+def _weights_cut_by_columns(model: nn.Module, config: RunConfig, shards: int) -> set[nn.Parameter]:
+    """Find the weights whose columns, not rows, are dealt out to ``shards`` processes."""
+    if not method(config.optim).projects:
+        return set()
+    weights = set()
+    for name, module in model.named_modules():
+        if is_projected(name, module) and _by_columns(module, config, shards):
+            weights.add(module.weight)
+    return weights
+
+
 def _by_columns(module: nn.Module, config: RunConfig, shards: int) -> bool:
+    """Whether a weight of m × n is projected from the left alone, and its n columns can be dealt out evenly."""
     m, n = module.weight.shape  # type: ignore[misc]
     left, right = sides(m, n, config.proj_type or "std")
     return left and not right and n % shards == 0

@@ -2,9 +2,11 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.recipes import reference_batch
@@ -18,7 +20,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss``: nats a label token. ``perplexity``: exp(loss). ``tokens``: real tokens that were read.
+    """Holds the numbers of one evaluation.
+
+    ``loss``: nats per label token. ``perplexity``: exp(loss). ``tokens``: real tokens that were read, without padding.
 
     ``reference_perplexity`` is what the published code prints: the mean of batch means, divided by one batch too many
     (its counter starts at 1), exponentiated. It reads lower than the truth, by exp(loss / (n + 1)) for n batches.
@@ -30,10 +34,16 @@ class Evaluation:
     tokens: int
 
     def metrics(self) -> dict[str, float]:
-        """The values under the keys of ``metrics.jsonl``."""
+        """Return the values under their keys in ``metrics.jsonl``."""
         return {f"eval_{name}": value for name, value in vars(self).items()}
 
 
+# Every label token weighs the same: the loss is Σ losses / Σ tokens over all rows, never a mean of means, in which the
+# tokens of a short row would weigh more. So each row leaves two numbers, the sum of its losses and the number of its
+# label tokens, in its column of one fp64 tensor of 2 × rows. Rows are dealt to the processes a batch at a time: process
+# r takes batches r, r + size, and so on, and leaves zeros in the columns of the others, so that one sum over the
+# processes completes the tensor. It stays on the device until then: a GPU is waited for once. The published number, a
+# mean of batch means, is made from the same row sums afterwards, whatever batch size was run.
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
@@ -51,59 +61,81 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    # Of each row: the sum of its losses, how many they are. On the device, which is then waited for but once.
-    found = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
+    sums_and_counts = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
     for start in range(0, len(rows), batch_size * world.size):
         first = start + world.rank * batch_size
-        own = rows[first : first + batch_size]
-        batch = stack(own or rows[:1])  # a process that has no more takes part all the same: it holds weights
+        share = rows[first : first + batch_size]
+        # A process without rows of its own runs one all the same: it holds weights that the others gather.
+        batch = stack(share or rows[:1])
+        input_ids = batch.input_ids.to(device)
         labels = batch.labels.to(device)
-        losses = token_losses(model, batch.input_ids.to(device), labels)
-        if own:
-            found[:, first : first + len(own)] = torch.stack([losses.double(), (labels >= 0).double()]).sum(2)
+        losses = token_losses(model, input_ids, labels)
+        if share:
+            is_label = labels >= 0
+            by_token = torch.stack([losses.double(), is_label.double()])  # 2 × rows of the batch × length
+            sums_and_counts[:, first : first + len(share)] = by_token.sum(2)
     model.train(was_training)
 
-    row_sums, row_counts = world.sum(found).cpu()
+    row_sums, row_counts = world.sum(sums_and_counts).cpu()
     loss = float(row_sums.sum() / row_counts.sum())
-    means = [
-        s.sum() / c.sum()
-        for s, c in zip(row_sums.split(reference_batch), row_counts.split(reference_batch), strict=True)
-    ]
-    reference = float(torch.stack(means).sum()) / (len(means) + 1)
-    tokens = sum(row.real for row in rows)
-    return Evaluation(loss, _exp(loss), _exp(reference), tokens)
+    reference_loss = _reference_loss(row_sums.split(reference_batch), row_counts.split(reference_batch))
+    return Evaluation(
+        loss=loss,
+        perplexity=_exp(loss),
+        reference_perplexity=_exp(reference_loss),
+        tokens=sum(row.real for row in rows),
+    )
+
+
+def _reference_loss(batch_sums: Sequence[Tensor], batch_counts: Sequence[Tensor]) -> float:
+    """Compute the published code's loss: the sum of the n batch means, divided by n + 1.
+
+    Each tensor holds the sums of losses, or the label tokens, of the rows of one batch.
+    """
+    means = []
+    for sums, counts in zip(batch_sums, batch_counts, strict=True):
+        means.append(sums.sum() / counts.sum())
+    return float(torch.stack(means).sum()) / (len(means) + 1)
 
 
 class Evaluator:
-    """Evaluates a run's model on the same rows each time, which are read once, when first needed."""
+    """Evaluates a run's model, always on the same rows, which are read when they are first needed."""
 
     def __init__(
         self, config: RunConfig, model: torch.nn.Module, inputs: Inputs, device: torch.device, world: World
     ) -> None:
-        self._config, self._model, self._inputs, self._device, self._world = config, model, inputs, device, world
+        self._config = config
+        self._model = model
+        self._inputs = inputs
+        self._device = device
+        self._world = world
         self._rows: list[Row] = []
 
     def evaluate(self) -> Evaluation:
-        """The model as it is now."""
-        config = self._config
+        """Evaluate the model as it is now."""
         if not self._rows:
             self._rows = self._read()
         return evaluate(
             self._model,
             self._rows,
-            batch_size=config.batch_size,
-            reference_batch=reference_batch(config),
+            batch_size=self._config.batch_size,
+            reference_batch=reference_batch(self._config),
             device=self._device,
             world=self._world,
         )
 
     def _read(self) -> list[Row]:
+        """Read validation rows of ``--eval-tokens`` real tokens, or all that there are."""
         wanted = self._config.eval_tokens
         rows = validation_rows(self._inputs.validation, self._inputs.rows, wanted)
-        if (found := sum(row.real for row in rows)) < wanted // 2:
-            log.info("the validation text has %s tokens, fewer than --eval-tokens %s", f"{found:,}", f"{wanted:,}")
+        tokens = sum(row.real for row in rows)
+        if tokens < wanted // 2:
+            log.info("the validation text has %s tokens, fewer than --eval-tokens %s", f"{tokens:,}", f"{wanted:,}")
         return rows
 
 
 def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    """Compute exp(loss), or infinity where Python's own would raise OverflowError."""
+    if loss < 700:
+        return math.exp(loss)
+    return math.inf

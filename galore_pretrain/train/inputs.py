@@ -1,4 +1,4 @@
-"""What a run reads, opened and found to fit together before any weight exists."""
+"""Open everything that a run reads, and check that it fits together, before any weight exists."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model's architecture, both splits of the text, and the rows of tokens that they become."""
+    """Holds the model's architecture, both splits of the text, and how they become rows of tokens."""
 
     model: LlamaConfig
     training: DocumentSource
@@ -25,11 +25,13 @@ class Inputs:
 
     @property
     def revision(self) -> str | None:
-        """The commit of a text on the hub."""
-        return self.training.revision if isinstance(self.training, HubDataset) else None
+        """Return the commit of a text on the hub; None for any other text."""
+        if isinstance(self.training, HubDataset):
+            return self.training.revision
+        return None
 
     def fingerprints(self) -> dict[str, str]:
-        """Return what must be the same when the run goes on: the same flags can name other files."""
+        """Return what must not change before the run is resumed: the same flags can name other files by then."""
         return {
             "model": json.dumps(self.model.to_diff_dict(), sort_keys=True),
             "training text": self.training.fingerprint,
@@ -39,32 +41,35 @@ class Inputs:
 
 
 def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
-    """Open everything that a run reads, of a text on the hub that ``revision``, by default the newest; InputError where
-    something is not there or does not fit the rest."""
-    data, bad = config.data, config.bad_data
+    """Open everything that a run reads. Of a text on the hub, ``revision`` is read: by default the newest.
+
+    Raises InputError where something is missing or does not fit the rest.
+    """
     training, validation = (
-        open_source(data, split, config.eval_data, bad, revision) for split in ("train", "validation")
+        open_source(config.data, split, config.eval_data, config.bad_data, revision)
+        for split in ("train", "validation")
     )
     tokenizer = load_tokenizer(config.tokenizer)
-    model = architecture_for(config, tokenizer)
+    architecture = architecture_for(config, tokenizer)
     rows = TokenRows(tokenizer, config.layout, config.max_length)
-    validation_rows(validation, rows, tokens=1)  # a first one, to know that there are any
-    return Inputs(model, training, validation, tokenizer, rows)
+    # Reading one row fails now, not hours later at the first evaluation, where there is no validation text.
+    validation_rows(validation, rows, tokens=1)
+    return Inputs(architecture, training, validation, tokenizer, rows)
 
 
 def architecture_for(config: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
-    """The model's architecture with the tokenizer's control tokens; InputError where the two do not fit."""
-    model = load_model_config(config.model)
-    if tokenizer.vocab_size > model.vocab_size:
+    """Return the model's architecture with the tokenizer's control tokens; InputError where the two do not fit."""
+    architecture = load_model_config(config.model)
+    vocabulary, positions = architecture.vocab_size, architecture.max_position_embeddings
+    if tokenizer.vocab_size > vocabulary:
         raise InputError(
             f"--tokenizer {tokenizer.name} produces ids up to {tokenizer.vocab_size - 1}, but --model {config.model} "
-            f"has a vocabulary of {model.vocab_size}; use another of the two"
+            f"has a vocabulary of {vocabulary}; use another of the two"
         )
-    if config.max_length > model.max_position_embeddings:
+    if config.max_length > positions:
         raise InputError(
-            f"--max-length {config.max_length} exceeds the {model.max_position_embeddings} positions of "
-            f"--model {config.model}"
+            f"--max-length {config.max_length} exceeds the {positions} positions of --model {config.model}"
         )
-    model.eos_token_id = tokenizer.eos_id
-    model.bos_token_id = None  # no row begins with one
-    return model
+    architecture.eos_token_id = tokenizer.eos_id
+    architecture.bos_token_id = None  # no row begins with one
+    return architecture

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSON Lines file always, a progress bar or plain lines, and wandb."""
+"""Send the numbers of a run to a JSON Lines file, to a progress bar or plain lines, and to wandb."""
 
 import contextlib
 import json
@@ -22,42 +22,48 @@ log = logging.getLogger(__name__)
 
 
 class MetricLogger(Protocol):
-    """Takes the numbers of one update."""
+    """Takes the numbers of one update at a time."""
 
     def log(self, metrics: Metrics, step: int) -> None:
-        """``metrics`` under the keys of ``metrics.jsonl``; ``step`` updates are complete."""
+        """Take ``metrics``, under the keys of ``metrics.jsonl``, after ``step`` complete updates."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold of it, in plain JSON values, once all of it is kept. OSError where it cannot
-        be now."""
+        """Return what a checkpoint must hold of the logger, in plain JSON values, once everything logged is safe.
+
+        Raises OSError where it cannot be made safe now.
+        """
         ...
 
     def close(self) -> bool:
-        """Take no more. Returns whether it has come to its end: if not, Python's own exit would wait for it."""
+        """Take no more. Return whether the logger has ended: if not, Python's own exit would wait for it."""
         ...
 
 
 def open_loggers(
     config: RunConfig, folder: Path, step: int, tokens_seen: int, saved: Mapping[str, Any]
 ) -> list[MetricLogger]:
-    """The loggers of a run that has come so far. ``saved`` is the state of a checkpoint in this very ``folder``, whose
-    files are then continued."""
+    """Open the loggers of a run that has made ``step`` updates with ``tokens_seen`` real tokens.
+
+    ``saved`` is the state of a checkpoint in this very ``folder``, whose files are then continued; or empty.
+    """
     path = folder / "metrics.jsonl"
     if not saved and path.exists() and path.stat().st_size:
-        os.replace(path, older := path.with_name("metrics.jsonl.old"))
+        older = path.with_name("metrics.jsonl.old")
+        os.replace(path, older)
         log.warning("no checkpoint was written here: starting anew; the lines of before are in %s", older)
     lines = JsonLines(path, size=saved.get("metrics_bytes", 0))
     if config.steps:
         progress = Progress(config.steps, "step", step)
     else:
         progress = Progress(config.max_tokens or 0, "token", tokens_seen)
+    tags = (config.tags or "").split(",")
     wandb = Wandb(
         config.wandb,
         folder,
         project=config.wandb_project,
         name=config.name or folder.name,
-        tags=[tag for tag in (config.tags or "").split(",") if tag],
+        tags=[tag for tag in tags if tag],
         config=config.values(),
         run_id=saved.get("wandb_id"),
     )
@@ -72,17 +78,24 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        self.path, self._waiting, self._warned = path, b"", False
+        self.path = path
+        self._waiting = b""
+        self._warned = False
         self._file = path.open("ab", buffering=0)
         if self._file.tell() < size:
             log.warning("%s is shorter than the checkpoint remembers; its end is missing", path)
-            size = path.read_bytes().rfind(b"\n") + 1  # without the line that is cut
+            size = path.read_bytes().rfind(b"\n") + 1  # up to the last complete line
         self._file.truncate(size)
         self._size = self._file.seek(0, os.SEEK_END)
 
     def log(self, metrics: Metrics, step: int) -> None:
-        values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
-        self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+        """Write one line, or keep it until it can be written. The first failure in a row is a warning."""
+        line: Metrics = {"step": step}
+        for key, value in metrics.items():
+            # JSON has no word for infinities and NaN.
+            is_non_finite = isinstance(value, float) and not math.isfinite(value)
+            line[key] = None if is_non_finite else value
+        self._waiting += json.dumps(line).encode() + b"\n"
         try:
             self._write()
         except OSError as error:
@@ -91,15 +104,17 @@ class JsonLines:
             self._warned = True
 
     def sync(self) -> int:
-        """Force the lines to disk; the size of the file then. OSError where they cannot be written."""
+        """Force the lines to disk, and return the file's size in bytes. OSError where they cannot be written."""
         self._write()
         os.fsync(self._file.fileno())
         return self._size
 
     def state(self) -> dict[str, Any]:
+        """Return the file's size once its lines are on disk: a resumed run cuts it there."""
         return {"metrics_bytes": self.sync()}
 
     def close(self) -> bool:
+        """Write what is waiting, if that can be done now, and close the file."""
         with contextlib.suppress(OSError):
             self._write()
         if self._waiting:
@@ -108,7 +123,11 @@ class JsonLines:
         return True
 
     def _write(self) -> None:
-        """All that waits, or nothing of it: a disk that fills up may take half a line."""
+        """Append all waiting lines or none of them. OSError where that fails.
+
+        A disk that fills up may take half a line, which is cut off again: now, or where that fails too, before the next
+        attempt.
+        """
         if os.fstat(self._file.fileno()).st_size != self._size:
             self._file.truncate(self._size)
         written = 0
@@ -116,71 +135,116 @@ class JsonLines:
             while written < len(self._waiting):
                 written += self._file.write(self._waiting[written:])
         except OSError:
-            with contextlib.suppress(OSError):  # else before the next attempt
+            with contextlib.suppress(OSError):
                 self._file.truncate(self._size)
             raise
-        self._size, self._waiting, self._warned = self._size + written, b"", False
+        self._size += written
+        self._waiting = b""
+        self._warned = False
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a line every ten seconds and at every evaluation."""
+    """A tqdm bar on a terminal; elsewhere a line every ten seconds and at every evaluation.
+
+    ``total`` and ``done`` count what ``unit`` names: ``step`` (updates) or ``token`` (real tokens).
+    """
 
     def __init__(self, total: int, unit: str, done: int) -> None:
-        self._total, self._unit = total, unit
-        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self._started, self._done_before, self._next_line = time.monotonic(), done, 0.0
+        self._total = total
+        self._unit = unit
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=unit,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        self._started = time.monotonic()
+        self._done_before = done
+        self._next_line = 0.0
 
     def log(self, metrics: Metrics, step: int) -> None:
-        done = min(self._total, step if self._unit == "step" else int(metrics["tokens_seen"] or 0))
-        text = describe(metrics)
-        evaluated = "eval_perplexity" in metrics
+        """Move the bar, or log a line if it is time for one."""
+        done = step
+        if self._unit == "token":
+            done = int(metrics["tokens_seen"] or 0)
+        done = min(self._total, done)
         if self._bar.disable:
-            now = time.monotonic()
-            if evaluated or now >= self._next_line or done >= self._total:
-                left = (now - self._started) / max(1, done - self._done_before) * (self._total - done)
-                log.info("%s %d/%d  %s  left %s", self._unit, done, self._total, text, tqdm.format_interval(left))
-                self._next_line = now + 10
+            self._log_line(metrics, done)
+        else:
+            self._move_bar(metrics, done, step)
+
+    def _log_line(self, metrics: Metrics, done: int) -> None:
+        """Log a line with an evaluation, at the end, and ten seconds after the last one."""
+        now = time.monotonic()
+        is_due = now >= self._next_line or done >= self._total
+        if not (is_due or _has_evaluation(metrics)):
             return
-        with contextlib.suppress(OSError):  # a terminal that is gone
+        seconds_a_unit = (now - self._started) / max(1, done - self._done_before)
+        seconds_left = seconds_a_unit * (self._total - done)
+        time_left = tqdm.format_interval(seconds_left)
+        log.info("%s %d/%d  %s  left %s", self._unit, done, self._total, describe(metrics), time_left)
+        self._next_line = now + 10
+
+    def _move_bar(self, metrics: Metrics, done: int, step: int) -> None:
+        """Move the bar on; leave a line above it at an evaluation."""
+        text = describe(metrics)
+        with contextlib.suppress(OSError):  # the terminal may be gone
             self._bar.update(done - self._bar.n)
             self._bar.set_postfix_str(text)
-            if evaluated:
+            if _has_evaluation(metrics):
                 self._bar.write(f"step {step}  {text}", file=sys.stderr)
 
     def state(self) -> dict[str, Any]:
+        """Return nothing: a resumed run's bar begins at the trainer's own counts."""
         return {}
 
     def close(self) -> bool:
+        """Leave the bar on the terminal as it is."""
         with contextlib.suppress(OSError):
             self._bar.close()
         return True
 
 
+def _has_evaluation(metrics: Metrics) -> bool:
+    """Whether the numbers are of an update after which the model was evaluated."""
+    return "eval_perplexity" in metrics
+
+
 def describe(metrics: Metrics) -> str:
-    """The numbers of one update as a person reads them."""
-    loss, rate = metrics["loss"], metrics["tokens_per_second"] or 0
-    parts = [f"loss {loss:.4f}", f"ppl {_exp(loss):.4g}"] if loss is not None else ["loss none"]
-    parts += [
-        f"lr {metrics['lr']:.3g}",
-        f"{rate:,.0f} tok/s",
-        f"mem {(metrics['peak_memory_bytes'] or 0) / 2**30:.2f} GiB",
-    ]
+    """Return the numbers of one update as a person reads them."""
+    loss = metrics["loss"]
+    rate = metrics["tokens_per_second"] or 0
+    memory = (metrics["peak_memory_bytes"] or 0) / 2**30
+    parts = ["loss none"]
+    if loss is not None:
+        parts = [f"loss {loss:.4f}", f"ppl {_exp(loss):.4g}"]
+    parts.append(f"lr {metrics['lr']:.3g}")
+    parts.append(f"{rate:,.0f} tok/s")
+    parts.append(f"mem {memory:.2f} GiB")
     if metrics.get("eval_perplexity") is not None:
         parts.append(f"| validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.4g}")
     return "  ".join(parts)
 
 
 def _exp(loss: float) -> float:
+    """Compute exp(loss), but of 700 at most: Python's own raises OverflowError beyond 709."""
     return math.exp(min(loss, 700.0))
 
 
-_WAITING, _FINISH = 10_000, 60.0
+_WAITING = 10_000  # lines that wandb may have to take yet, before it is given up
+_FINISH = 60.0  # seconds that wandb has at the end of a run
 
 
+# A service that only watches must not slow a run down or end it. wandb's own calls can block, for instance without a
+# network, so a thread of ours makes them all and takes the lines from a queue. The training loop only ever puts a line
+# into that queue, which never waits. A queue that is full, or any exception, turns wandb off for the run.
 class Wandb:
-    """The same numbers at wandb. Whatever goes wrong there is one warning here; the run goes on, and waits for nothing:
-    lines are handed over by a thread, `_WAITING` at most, and at the end it has `_FINISH` seconds. Where it has not
-    ended even then, its own clean-up, when Python exits, would wait for it without limit.
+    """Sends the same numbers to wandb. Whatever goes wrong there is one warning here, and the run goes on.
+
+    The run waits for nothing: a thread hands the lines over, at most `_WAITING` of them are held back, and at the end
+    it has `_FINISH` seconds. Where it has not ended even then, wandb's own clean-up, when Python exits, would wait for
+    it without limit.
 
     ``mode``: ``online``, ``offline``, ``disabled``, or ``auto``: online with an API key, else offline. Never prompts.
     """
@@ -198,13 +262,9 @@ class Wandb:
     ) -> None:
         self._run: Any = None
         self._is_on = False
-        self._waiting: Queue[tuple[int, Metrics] | None] = Queue(_WAITING)
+        self._waiting: Queue[tuple[int, Metrics] | None] = Queue(_WAITING)  # None: there are no more
         self.run_id = run_id
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-        elif mode == "online" and not _has_key():
-            log.warning("--wandb online: no API key (WANDB_API_KEY or wandb login); logging offline")
-            mode = "offline"
+        mode = _resolve_mode(mode)
         if mode == "disabled":
             return
         try:
@@ -230,6 +290,7 @@ class Wandb:
         self._thread.start()
 
     def log(self, metrics: Metrics, step: int) -> None:
+        """Queue the numbers. A queue that is full turns wandb off with a warning."""
         if not self._is_on:
             return
         try:
@@ -239,33 +300,52 @@ class Wandb:
             self._is_on = False
 
     def state(self) -> dict[str, Any]:
+        """Return the id of wandb's run, which a resumed run continues."""
         return {"wandb_id": self.run_id}
 
     def close(self) -> bool:
+        """Give the thread `_FINISH` seconds to hand over what is queued; return whether it has ended."""
         if self._run is None:
             return True
         with contextlib.suppress(Full):
             self._waiting.put_nowait(None)
         self._thread.join(_FINISH)
-        if is_stuck := self._thread.is_alive():
+        is_stuck = self._thread.is_alive()
+        if is_stuck:
             log.warning("wandb has not taken everything within %.0f s, and is left; metrics.jsonl has it all", _FINISH)
         return not is_stuck
 
     def _hand_over(self) -> None:
-        run, step = self._run, 0
+        """Give wandb the queued lines, up to the None behind the last one; the thread's work."""
+        step = 0
         try:
             while (item := self._waiting.get()) is not None:
                 step, metrics = item
-                run.log(metrics, step=step)
-            run.finish()
+                self._run.log(metrics, step=step)
+            self._run.finish()
         except Exception as error:
             log.warning("wandb is off from step %d on: %s", step, error)
             self._is_on = False
+            # A run that is left open is finished by wandb's clean-up when Python exits, which would be waited for.
             with contextlib.suppress(Exception):
-                run.finish()  # else its clean-up would do so, and be waited for
+                self._run.finish()
+
+
+def _resolve_mode(mode: str) -> str:
+    """Return the mode that wandb is started in. Online it needs an API key: without one, it would prompt for it."""
+    if mode == "auto":
+        configured = os.environ.get("WANDB_MODE")
+        if configured:
+            return configured
+        return "online" if _has_key() else "offline"
+    if mode == "online" and not _has_key():
+        log.warning("--wandb online: no API key (WANDB_API_KEY or wandb login); logging offline")
+        return "offline"
+    return mode
 
 
 def _has_key() -> bool:
+    """Whether there is an API key where wandb looks for one: in the environment, or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()

@@ -1,4 +1,4 @@
-"""Where the time of an update goes: a table of its parts, and torch's trace of it."""
+"""Measure where the time of an update goes: a table of its parts, and torch's trace of it."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from galore_pretrain.optim import RuleOptimizer
 
 log = logging.getLogger(__name__)
-_WARM_UP = 2  # updates of a process that are not looked at: libraries load, allocators and caches fill
+_WARM_UP = 2  # first updates of a process, which are not timed: libraries load, allocators and caches fill
 _PARTS = ("data", "forward", "backward", "optimizer", "refresh", "logging", "evaluation", "checkpoint")
 _MEANING = {
     "data": "waiting for text",
@@ -28,6 +28,9 @@ _MEANING = {
 }
 
 
+# Spans nest: the optimizer's span lies inside the backward pass where updates are layerwise. A stack holds the spans
+# that are open. Whenever one opens or closes, the time since the last such moment goes to the span that was innermost
+# until then. So every moment counts for one part alone, and the parts and "other" add up to the whole.
 class Profile:
     """Times ``updates`` updates of a run after the first two, and writes ``folder``/table.txt and trace.json.gz.
 
@@ -36,16 +39,21 @@ class Profile:
     """
 
     def __init__(self, updates: int, folder: Path, device: torch.device, optimizer: RuleOptimizer) -> None:
-        self._updates, self._folder, self._device = updates, folder, device
-        self._done, self._since, self._seconds = -_WARM_UP, 0.0, 0.0
+        self._updates = updates
+        self._folder = folder
+        self._device = device
+        self._optimizer = optimizer
+        self._done = -_WARM_UP  # updates, of those that are timed
+        self._since = 0.0  # when a span last opened or closed
+        self._seconds = 0.0  # when the first timed update began; once the last has ended, how long all took
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._stack: list[str] = []
-        self._torch: Any = None
-        self._optimizer = optimizer
+        self._profiler: Any = None
 
     def observe(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
-        """Do a piece of the optimizer's work, as a span of its own: a new basis, or else an update's other work."""
-        with self.span("refresh" if name == "refresh" else "optimizer"):
+        """Do a piece of the optimizer's work as a span of its own: a new basis, or else an update's other work."""
+        part = "refresh" if name == "refresh" else "optimizer"
+        with self.span(part):
             work()
 
     @contextmanager
@@ -53,7 +61,8 @@ class Profile:
         """Time what is done inside as ``part`` of an update."""
         self._switch()
         self._stack.append(part)
-        with record_function(part) if self._torch else contextlib.nullcontext():
+        named = record_function(part) if self._profiler else contextlib.nullcontext()
+        with named:
             try:
                 yield
             finally:
@@ -61,57 +70,71 @@ class Profile:
                 self._stack.pop()
 
     def _switch(self) -> None:
-        if self._device.type == "cuda" and self._torch:
+        """Count the time since the last switch for the innermost open span."""
+        if self._device.type == "cuda" and self._profiler:
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         if self._stack:
-            self._spent[self._stack[-1]] += now - self._since
+            innermost = self._stack[-1]
+            self._spent[innermost] += now - self._since
         self._since = now
 
     def update_done(self) -> str | None:
-        """Count an update; return the table after the last of those that are looked at."""
+        """Count an update; return the table after the last of those that are timed."""
         self._done += 1
         if self._done == 0:
-            activities = [ProfilerActivity.CPU]
-            activities += [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
-            self._optimizer.observer = self
-            self._torch = profile(activities=activities)
-            self._torch.__enter__()
-            self._spent.clear()
-            self._seconds = time.perf_counter()
-        return self.close() if self._done == self._updates else None
+            self._start()
+        if self._done == self._updates:
+            return self.close()
+        return None
+
+    def _start(self) -> None:
+        """Begin to time, once the warm-up is over."""
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._optimizer.observer = self
+        self._profiler = profile(activities=activities)
+        self._profiler.__enter__()
+        self._spent.clear()
+        self._seconds = time.perf_counter()
 
     def close(self) -> str | None:
-        """Write what was seen, if that is not done; the table."""
+        """Stop timing and write the files; return the table, or None if that was done before."""
         self._optimizer.observer = None
-        seen, self._torch = self._torch, None
-        if seen is not None:
+        profiler = self._profiler
+        self._profiler = None
+        if profiler is not None:
             self._seconds = time.perf_counter() - self._seconds
-            seen.__exit__(None, None, None)
+            profiler.__exit__(None, None, None)
         if self._done <= 0:
             return f"--profile: the run ended with its first {_WARM_UP} updates, which do not count"
-        if seen is None:
+        if profiler is None:
             return None
-        table = self._table(seen)
+        table = self._table(profiler)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / "table.txt").write_text(table + "\n")
-            seen.export_chrome_trace(str(self._folder / "trace.json.gz"))
-        except (OSError, RuntimeError) as error:  # no reason to stop
+            profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        except (OSError, RuntimeError) as error:  # a run does not stop for a profile
             log.warning("%s cannot be written (%s)", self._folder, error)
         return table
 
-    def _table(self, seen: Any) -> str:
+    def _table(self, profiler: Any) -> str:
+        """Lay out the milliseconds an update of each part, its share of the time, and torch's heaviest operations."""
         updates = min(self._done, self._updates)
-        named = sum(self._spent.values())
-        spent = {**{part: self._spent[part] for part in _PARTS}, "other": max(0.0, self._seconds - named)}
-        apart = spent["evaluation"] + spent["checkpoint"]
-        lines = [
-            f"{updates} updates, {1000 * (self._seconds - apart) / updates:.1f} ms each without what is between them"
-        ]
+        spent = {part: self._spent[part] for part in _PARTS}
+        spent["other"] = max(0.0, self._seconds - sum(self._spent.values()))
+        in_updates = self._seconds - (spent["evaluation"] + spent["checkpoint"])
+        lines = [f"{updates} updates, {1000 * in_updates / updates:.1f} ms each without what is between them"]
         for part, seconds in spent.items():
-            share = f"{1000 * seconds / updates:9.1f} ms {100 * seconds / self._seconds:5.1f} %"
-            lines.append(f"{part:<11}{share}   {_MEANING.get(part, '')}".rstrip())
-        sort = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-        heaviest = seen.key_averages().table(sort_by=sort, row_limit=10, max_name_column_width=48)
-        return "\n".join([*lines, "", "the ten heaviest operations, by their own time:", str(heaviest)])
+            milliseconds = 1000 * seconds / updates
+            percent = 100 * seconds / self._seconds
+            meaning = _MEANING.get(part, "")
+            lines.append(f"{part:<11}{milliseconds:9.1f} ms {percent:5.1f} %   {meaning}".rstrip())
+        sort_key = "self_cpu_time_total"
+        if self._device.type == "cuda":
+            sort_key = "self_device_time_total"
+        heaviest = profiler.key_averages().table(sort_by=sort_key, row_limit=10, max_name_column_width=48)
+        lines += ["", "the ten heaviest operations, by their own time:", str(heaviest)]
+        return "\n".join(lines)

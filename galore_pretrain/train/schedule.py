@@ -28,32 +28,60 @@ class Schedule:
     relora_every: int | None = None
     relora_warmup: int | None = None
 
+    # The rate is that of one long schedule. ReLoRA (Lialin et al., 2023) merges its factors into the weights every
+    # `relora_every` updates and begins new ones, whose moments are empty. Adam's first steps with empty moments are
+    # large, so the paper restarts warm: after each merge, the long rate is multiplied by a ramp from 0 to 1 over
+    # `relora_warmup` updates. Before the first merge, the long schedule's own warm-up does that.
     def lr_at(self, step: int, tokens_before: int = 0, tokens_in_update: int = 0) -> float:
-        """The rate of update ``step`` (0 is the first), ``tokens_before`` real tokens into the run."""
-        rate = self._global_rate(step, tokens_before, tokens_in_update)
+        """Return the rate of update ``step`` (0 is the first), ``tokens_before`` real tokens into the run."""
+        steps, tokens = step, tokens_before
+        if self._asks_at_the_end:
+            steps += 1
+            tokens += tokens_in_update
+        rate = self._long_rate(steps, tokens)
         if not self.relora_every or not self.relora_warmup or step < self.relora_every:
             return rate
-        since = step % self.relora_every + (self.numerics == "sound")
-        return rate * min(1.0, since / self.relora_warmup)
+        since_merge = step % self.relora_every
+        if self._asks_at_the_end:
+            since_merge += 1
+        return rate * min(1.0, since_merge / self.relora_warmup)
 
-    def _global_rate(self, step: int, tokens_before: int, tokens_in_update: int) -> float:
-        at_end = self.numerics == "sound"
-        done_steps = step + at_end
-        done_tokens = tokens_before + at_end * tokens_in_update
-        position, length = (done_tokens, self.max_tokens) if self.steps is None else (done_steps, self.steps)
-        assert length is not None
-        if self.warmup_steps is None:
-            warmup = length / 10
-        elif self.steps is not None:
-            warmup = self.warmup_steps
+    @property
+    def _asks_at_the_end(self) -> bool:
+        """Whether an update's rate is that of its end, not of its beginning."""
+        return self.numerics == "sound"
+
+    def _long_rate(self, steps: int, tokens: int) -> float:
+        """Compute the rate after ``steps`` updates and ``tokens`` real tokens, without ReLoRA's restarts."""
+        if self.steps is not None:
+            position, length = steps, self.steps
         else:
-            # Tokens that the warm-up will have taken, at the rate of tokens an update so far: exact when it ends.
-            warmup = position * self.warmup_steps / done_steps if done_steps else 1.0
+            assert self.max_tokens is not None
+            position, length = tokens, self.max_tokens
+        warmup = self._warmup_length(steps, position, length)
         if position < warmup:
             return self.lr * position / warmup
+        # Where the warm-up takes the whole run, nothing is left to decay over: 1e-9 keeps the division defined.
         progress = min(1.0, (position - warmup) / max(length - warmup, 1e-9))
-        height = 1.0 - progress if self.scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * height)
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * self._height(progress))
+
+    def _height(self, progress: float) -> float:
+        """Fall from 1 to 0 in the scheduler's shape, as ``progress`` through the decay goes from 0 to 1."""
+        if self.scheduler == "linear":
+            return 1.0 - progress
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    def _warmup_length(self, steps: int, position: int, length: int) -> float:
+        """Return the length of the warm-up in the run's own unit, updates or tokens."""
+        if self.warmup_steps is None:
+            return length / 10
+        if self.steps is not None:
+            return self.warmup_steps
+        if steps == 0:
+            return 1.0  # any length above 0: the position is 0, and so is the rate
+        # Updates hold different numbers of real tokens. The tokens that the warm-up will have taken are estimated from
+        # those of an update so far, which is exact when it ends.
+        return position * self.warmup_steps / steps
 
     def is_over(self, step: int, tokens_seen: int) -> bool:
         """Whether ``step`` updates and ``tokens_seen`` real tokens complete the run."""

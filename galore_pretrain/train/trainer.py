@@ -1,4 +1,4 @@
-"""The training loop. It is handed its parts, built; it knows nothing of optimizers' rules, data sources or wandb."""
+"""The training loop. It is given its parts ready-made; it knows nothing of optimizers' rules, data sources or wandb."""
 
 import logging
 import math
@@ -20,34 +20,34 @@ from galore_pretrain.train.metrics import MetricLogger, Metrics
 from galore_pretrain.train.schedule import Schedule
 
 if TYPE_CHECKING:  # for their types alone: the trainer is handed its parts
-    from galore_pretrain.optim import Execution
+    from galore_pretrain.optim import Execution, Outcome
     from galore_pretrain.text.batches import Batch
     from galore_pretrain.train.evaluate import Evaluation
 
 MAX_SKIPPED = 10
-"""Updates in a row with a loss that is not finite, or beyond the guard, or such gradients, after which a run stops."""
+"""Skipped updates in a row after which a run stops. Their loss or gradients were not finite, or the loss too large."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class _StopRequested(BaseException):
-    """Raised by `Trainer.stop` where nothing is lost by it. ``except Exception`` must not take it."""
+    """Raised by `Trainer.stop` where no work is lost. Not an Exception: ``except Exception`` must not catch it."""
 
 
 class Watch(Protocol):
-    """A profiler is told what the trainer spends its time on."""
+    """A profiler, which the trainer tells what it spends its time on."""
 
     def span(self, part: str) -> AbstractContextManager[None]:
-        """Time inside is spent on this ``part`` of an update."""
+        """Count the time inside the context as spent on this ``part`` of an update."""
         ...
 
     def update_done(self) -> str | None:
-        """Called after each update; returns a text to log, or None."""
+        """Note that an update is complete; return a text to log, or None."""
         ...
 
     def close(self) -> str | None:
-        """Called after the last update, whenever that is; returns a text to log, or None."""
+        """Note that no update will follow; return a text to log, or None."""
         ...
 
 
@@ -55,32 +55,39 @@ class NoWatch:
     """A watch that does nothing."""
 
     def span(self, part: str) -> AbstractContextManager[None]:
+        """Return a context that measures nothing."""
         return nullcontext()
 
     def update_done(self) -> str | None:
+        """Return no text to log."""
         return None
 
     def close(self) -> str | None:
+        """Return no text to log."""
         return None
 
 
 class Checkpoints(Protocol):
-    """Where the state of a run is kept."""
+    """Writes the state of a run to disk."""
 
     @property
     def saved_step(self) -> int | None:
-        """The number of the update that the newest checkpoint is of."""
+        """Return the number of the update after which the newest checkpoint was written; None before the first."""
         ...
 
     def save(self) -> None:
-        """Keep the state as it is now, if that is not done."""
+        """Write the state as it is now, unless that was done already."""
         ...
 
 
 @dataclass
 class TrainState:
-    """All that the loop itself has to remember: a few integers, the last evaluation, and the numbers of an update whose
-    evaluation was due when the run was stopped."""
+    """All that the loop itself has to remember.
+
+    ``step``: updates complete. ``tokens_seen``: their real tokens. ``skipped``: updates skipped in a row, up to now.
+    ``data``: the position in the text. ``evaluation``: the last one. ``unlogged``: the numbers of an update whose
+    evaluation was due when the run was stopped; None otherwise.
+    """
 
     step: int = 0
     tokens_seen: int = 0
@@ -90,7 +97,7 @@ class TrainState:
     unlogged: Metrics | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain JSON values."""
+        """Return the fields as plain JSON values."""
         return vars(self).copy()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,11 +110,11 @@ class Trainer:
     """Runs updates until the schedule is over; evaluates, logs and saves on the way.
 
     ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` is
-    called, and a checkpoint kept, every so many updates and after the last one. ``after_update`` is called with the
-    number of each update but the last, and may change the model. ``mean_of_means`` averages the loss as the published
-    code does. ``keep_rows`` is handed the number, the rows and the loss of an update that was skipped, as one is whose
-    loss is beyond ``max_loss``. The processes of ``world`` share the rows of an update. ``position``, which the model
-    was built with, says before each forward pass what it is of; ``watch`` is told what the time is spent on.
+    called every ``eval_every`` updates, a checkpoint saved every ``save_every``, and both after the last update.
+    ``after_update`` is called with the number of each update but the last, and may change the model. ``mean_of_means``
+    averages the loss as the published code does. An update whose loss exceeds ``max_loss`` is skipped; ``keep_rows`` is
+    called with the number, the rows and the loss of each skipped update. The processes of ``world`` share the rows of
+    an update. The trainer writes into ``position``, which the model was built with, which rows a forward pass is of.
     """
 
     model: Any
@@ -134,7 +141,7 @@ class Trainer:
     _may_leave: bool = field(default=False, init=False)
 
     def fit(self) -> bool:
-        """Train to the end of the schedule, or until `stop` is called; return whether it is the end."""
+        """Train to the end of the schedule, or until `stop` is called; return whether the end was reached."""
         self.model.train()
         try:
             self._run()
@@ -144,27 +151,38 @@ class Trainer:
             self.checkpoints.save()
             raise
         finally:
-            if said := self.watch.close():
-                log.info("%s", said)
+            _log_report(self.watch.close())
         self.checkpoints.save()
         return self._is_over() and self.state.unlogged is None
 
     def _run(self) -> None:
-        state, batches = self.state, iter(self.batches)
-        due = False
-        while state.unlogged is not None or not (self._is_over() or self._is_asked_to_stop()):
+        """Make updates until the schedule is over or a stop is asked for, and save every ``save_every`` updates."""
+        state = self.state
+        batches = iter(self.batches)
+        save_is_due = False
+        while self._has_work():
             self._advance(batches)
-            due = due or state.step % self.save_every == 0
-            if due and not state.skipped:  # a checkpoint among skipped updates would push out the last good one
+            if state.step % self.save_every == 0:
+                save_is_due = True
+            # A checkpoint among skipped updates would push out the last good one, so it waits for a sound update.
+            if save_is_due and not state.skipped:
                 with self.watch.span("checkpoint"):
                     self.checkpoints.save()
-                due = False
-            if said := self.watch.update_done():
-                log.info("%s", said)
+                save_is_due = False
+            _log_report(self.watch.update_done())
+
+    def _has_work(self) -> bool:
+        """Whether another update is to be made, or one that is complete is still to be evaluated and logged."""
+        if self.state.unlogged is not None:
+            return True
+        return not (self._is_over() or self._is_asked_to_stop())
 
     def stop(self, number: int) -> None:
         """Ask for an end, as a signal's handler does: the update in progress is completed and saved, and `fit` returns.
-        Neither text that does not come nor an evaluation is waited for; the latter is made when the run goes on."""
+
+        Neither text that does not come nor an evaluation is waited for; the latter is made when the run is resumed.
+        ``number`` is the signal's.
+        """
         self.stop_signal = number
         if self._may_leave:
             self._may_leave = False
@@ -177,6 +195,8 @@ class Trainer:
             self.stop_signal = int(number) or None
         return self.stop_signal is not None
 
+    # An update's numbers are kept in the state until they are logged. A run that is stopped during the evaluation saves
+    # them with its checkpoint, and the resumed run begins with that evaluation: its metrics.jsonl has no gap.
     def _advance(self, batches: "Iterator[Batch]") -> None:
         """Make one update, evaluate if that is due, and log both."""
         state = self.state
@@ -192,111 +212,175 @@ class Trainer:
         state.unlogged = None
 
     def _leaving(self, work: Callable[[], T]) -> T:
-        """Do work that a signal may end in the middle. One of several processes does it to its end: the others wait."""
+        """Do ``work`` that a signal may interrupt. With several processes it is done to its end: the others wait."""
         if self.world.size > 1:
             return work()
         self._may_leave = True
         try:
+            # The signal may have come before `_may_leave` was set, when its handler did not raise.
             if self.stop_signal:
                 raise _StopRequested
             return work()
         finally:
             self._may_leave = False
 
+    # One training step:
+    # 1. Count the tokens of the update over all processes. The loss is divided by that count, and the learning rate may
+    #    depend on it. The rate is written before the backward pass, in which layerwise updates happen already.
+    # 2. Run the micro-batches forward and backward. A loss that is not sound ends the update before its backward pass.
+    # 3. Complete the update: layerwise, only what is left of it; otherwise all of it. Or discard its gradients.
+    # 4. Read the loss and the outcome. The device is waited for here and nowhere before, when it has all of its work.
+    # 5. Move the state on. A skipped update counts as one: its rows are used up, and the schedule moves on.
     def train_step(self, batch: "Batch") -> Metrics:
-        """Make one update. Layerwise updates need the learning rate in backward already: it is written before."""
+        """Make one update with the rows of ``batch``; return its numbers under the keys of ``metrics.jsonl``."""
         state = self.state
         tokens, label_tokens = self.world.total(batch.tokens, batch.label_tokens)
         lr = self.schedule.lr_at(state.step, state.tokens_seen, tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        total, goes_on = self._forward_backward(batch, label_tokens)
+        total_loss, goes_on = self._forward_backward(batch, label_tokens)
+        outcome = None
         with self.watch.span("optimizer"):
             if goes_on:
                 self.execution.complete()
             else:
                 self.execution.discard()
-            loss = total.item()  # here a GPU is waited for: it has got all the work of the update
-            outcome = self.execution.outcome() if goes_on else None
-        is_sound = self._is_sound(loss)
-        state.skipped = 0 if is_sound and outcome and not outcome.skipped else state.skipped + 1
-        if not is_sound:
-            level = logging.WARNING if self.world.is_main else logging.DEBUG
-            log.log(level, "the loss of update %d is %s: skipped", state.step + 1, loss)
-        if state.skipped:
-            self.keep_rows(state.step + 1, batch, loss)
+            loss = total_loss.item()
+            if goes_on:
+                outcome = self.execution.outcome()
+        self._count_skipped(batch, loss, outcome)
         state.step += 1
         state.tokens_seen += tokens
         state.data = batch.state
         if not self._is_over():
             self.after_update(state.step)
         metrics: Metrics = {"loss": loss, "lr": lr, "tokens_seen": state.tokens_seen}
-        if outcome is None or not is_sound:
+        if outcome is None or not self._is_sound(loss):
             return metrics
         if outcome.skipped and self.world.is_main:
             log.warning("update %d: %d gradients were not finite, their tensors skipped", state.step, outcome.skipped)
-        if outcome.grad_norm is not None:
-            metrics["grad_norm"] = outcome.grad_norm
-        counts = {"skipped_tensors": outcome.skipped, "failed_refreshes": outcome.failed_refreshes}
-        return metrics | {name: count for name, count in counts.items() if count}
+        return metrics | _outcome_metrics(outcome)
 
+    def _count_skipped(self, batch: "Batch", loss: float, outcome: "Outcome | None") -> None:
+        """Count an update whose loss or gradients were not sound as skipped, and keep its rows to be looked at."""
+        state = self.state
+        loss_is_sound = self._is_sound(loss)
+        if loss_is_sound and outcome and not outcome.skipped:
+            state.skipped = 0
+            return
+        state.skipped += 1
+        if not loss_is_sound:
+            level = logging.WARNING if self.world.is_main else logging.DEBUG
+            log.log(level, "the loss of update %d is %s: skipped", state.step + 1, loss)
+        self.keep_rows(state.step + 1, batch, loss)
+
+    # The rows of an update are run `batch_size` at a time. The loss of a micro-batch is its sum of cross-entropies,
+    # divided by the label tokens of the whole update, over all processes: the gradients add up to those of the update's
+    # mean, however its rows are cut. The published code divides by the label tokens of the micro-batch and by the
+    # number of micro-batches instead, so a token counts more in a micro-batch of short rows.
+    #
+    # A loss that is not sound should end the update before its backward pass, in which layerwise updates would already
+    # write weights. On a CPU, looking at a loss is free. On a GPU it waits for the device, so without `max_loss` it is
+    # not done: a gradient that is not finite is skipped there tensor by tensor, on the device.
     def _forward_backward(self, batch: "Batch", label_tokens: int) -> tuple[Tensor, bool]:
-        """Compute the gradients of the mean loss over the update's ``label_tokens``, whatever the micro-batch. Returns
-        that loss, a scalar in fp64 on the device, and whether the update goes on.
+        """Compute the gradients of the mean loss over the update's ``label_tokens``, whatever the micro-batch.
 
-        The published code averages the means of micro-batches instead (``mean_of_means``). A non-finite loss, or one
-        beyond ``max_loss``, ends the update before its backward pass. Where looking at a loss would wait for a GPU, and
-        there is no bound, that is done when the update is made: what is not finite is skipped tensor by tensor.
+        Returns that loss, a scalar in fp64 on the device, summed over the processes, and whether the update goes on.
         """
-        world, first = self.world, self.world.rank * len(batch.input_ids)
-        inputs, labels = batch.input_ids.split(self.batch_size), batch.labels.split(self.batch_size)
-        total = sum_ = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, (input_ids, targets) in enumerate(zip(inputs, labels, strict=True)):
-            parts = len(inputs) * world.size
-            divisor = max(1, int((targets >= 0).sum())) * parts if self.mean_of_means else max(1, label_tokens)
-            self.position.update, self.position.row = self.state.step, first + i * self.batch_size
+        world = self.world
+        inputs = batch.input_ids.split(self.batch_size)
+        labels = batch.labels.split(self.batch_size)
+        first_row = world.rank * len(batch.input_ids)
+        looks_at_each = self._looks_at_each()
+        local_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        total_loss = local_loss
+        for i, (host_ids, host_labels) in enumerate(zip(inputs, labels, strict=True)):
+            divisor = max(1, label_tokens)
+            if self.mean_of_means:
+                micro_batches = len(inputs) * world.size
+                divisor = max(1, int((host_labels >= 0).sum())) * micro_batches
+            self.position.update = self.state.step
+            self.position.row = first_row + i * self.batch_size
             with self.watch.span("forward"):
-                ids, wanted = (part.to(self.device, non_blocking=True) for part in (input_ids, targets))
-                loss = mean_loss(self.model, ids, wanted, divisor)
-                sum_ += loss.detach()
-            if self._looks_at_each() and not self._is_sound((total := world.sum(sum_)).item()):
-                return total, False
+                input_ids = host_ids.to(self.device, non_blocking=True)
+                targets = host_labels.to(self.device, non_blocking=True)
+                loss = mean_loss(self.model, input_ids, targets, divisor)
+                local_loss += loss.detach()
+            if looks_at_each:
+                total_loss = world.sum(local_loss)
+                if not self._is_sound(total_loss.item()):
+                    return total_loss, False
             self.execution.begin(i, len(inputs))
             with self.watch.span("backward"):
                 loss.backward()
             del loss  # and its graph, before the next one is made
-        return total if self._looks_at_each() else world.sum(sum_), True
+        if not looks_at_each:
+            total_loss = world.sum(local_loss)
+        return total_loss, True
 
     def _looks_at_each(self) -> bool:
         """Whether the loss of each micro-batch is looked at before its backward pass."""
         return self.device.type == "cpu" or math.isfinite(self.max_loss)
 
     def _is_sound(self, loss: float) -> bool:
+        """Whether a loss is finite and not beyond ``max_loss``."""
         return math.isfinite(loss) and loss <= self.max_loss
 
     def _timed_step(self, batches: "Iterator[Batch]") -> Metrics:
-        started, tokens = time.perf_counter(), self.state.tokens_seen
+        """Read the rows of one update, make it, and return its numbers with its speed and the peaks of memory."""
+        started = time.perf_counter()
+        tokens_before = self.state.tokens_seen
         with self.watch.span("data"):
             batch = self.world.on_every_rank(
-                lambda: self._leaving(lambda: next(batches)), lambda read: read.fingerprint
+                lambda: self._leaving(lambda: next(batches)),
+                lambda read: read.fingerprint,
             )
         metrics = self.train_step(batch)
         if self.state.skipped >= MAX_SKIPPED:
-            kept = self.checkpoints.saved_step
-            raise TrainingFailedError(
-                f"{MAX_SKIPPED} updates in a row, up to {self.state.step}, had a loss or gradient that was not finite"
-                f"{'' if math.isinf(self.max_loss) else f' or exceeded --max-loss {self.max_loss:g}'}; "
-                + (f"the checkpoint of update {kept} is kept: go on" if kept else "there is no checkpoint yet: begin")
-                + (" from it with --resume-with-changes and a lower --lr" if kept else " anew with a lower --lr")
-            )
+            raise _too_many_skipped(self.state.step, self.max_loss, self.checkpoints.saved_step)
         seconds = time.perf_counter() - started
-        metrics["tokens_per_second"] = (self.state.tokens_seen - tokens) / seconds
-        metrics |= {"peak_memory_bytes": peak_memory_bytes(self.device), "process_peak_bytes": process_peak_bytes()}
+        metrics["tokens_per_second"] = (self.state.tokens_seen - tokens_before) / seconds
+        metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        metrics["process_peak_bytes"] = process_peak_bytes()
         return metrics
 
     def _evaluate(self) -> Metrics:
+        """Evaluate the model, and remember the numbers for the run's summary."""
         self.state.evaluation = self.evaluate().metrics()
         return {**self.state.evaluation}
 
     def _is_over(self) -> bool:
+        """Whether the schedule is complete."""
         return self.schedule.is_over(self.state.step, self.state.tokens_seen)
+
+
+def _outcome_metrics(outcome: "Outcome") -> Metrics:
+    """Return what is logged of an update's outcome: counts only where they are not 0."""
+    metrics: Metrics = {}
+    if outcome.grad_norm is not None:
+        metrics["grad_norm"] = outcome.grad_norm
+    if outcome.skipped:
+        metrics["skipped_tensors"] = outcome.skipped
+    if outcome.failed_refreshes:
+        metrics["failed_refreshes"] = outcome.failed_refreshes
+    return metrics
+
+
+def _too_many_skipped(step: int, max_loss: float, saved_step: int | None) -> TrainingFailedError:
+    """Make the error of a run whose updates up to ``step`` were skipped: what happened, and what helps."""
+    bound = ""
+    if math.isfinite(max_loss):
+        bound = f" or exceeded --max-loss {max_loss:g}"
+    advice = "there is no checkpoint yet: begin anew with a lower --lr"
+    if saved_step:
+        start = f"the checkpoint of update {saved_step} is kept: go on from it"
+        advice = f"{start} with --resume-with-changes and a lower --lr"
+    return TrainingFailedError(
+        f"{MAX_SKIPPED} updates in a row, up to {step}, had a loss or gradient that was not finite{bound}; {advice}"
+    )
+
+
+def _log_report(report: str | None) -> None:
+    """Log the text of a watch, if it has one."""
+    if report:
+        log.info("%s", report)
