@@ -53,9 +53,10 @@ class Adam(UpdateRule):
     # Algorithm 1 of the paper, element by element for a gradient g of any shape, at update t:
     #     m ← β₁ m + (1 − β₁) g         v ← β₂ v + (1 − β₂) g²
     #     m̂ = m / (1 − β₁ᵗ)             v̂ = v / (1 − β₂ᵗ)             direction = m̂ / (√v̂ + ε)
-    # It is computed in the first of four ways that applies: bitsandbytes' kernel for 8-bit moments; torch's kernel in
-    # place, on the moments as they are stored; torch's kernel on fp32 copies; the same in single operations. A kernel
-    # passes over memory once where single operations do so eight times, and memory is what an update waits for.
+    # It is computed in the first of four ways that applies: by bitsandbytes' kernel for 8-bit moments; by torch's
+    # kernel on the moments as they are stored; by torch's kernel on the moments in fp32, as the store reads them; in
+    # single operations. A kernel passes over memory once where single operations do so eight times, and memory is what
+    # an update waits for.
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         """Advance both moments by ``grad`` and return the direction, shaped as ``grad``."""
         if not self.store.is_dense and not self.scaled:

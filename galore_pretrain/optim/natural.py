@@ -134,9 +134,9 @@ class Natural(UpdateRule):
         inner_state = self._inner_state(state)
         return update_in_chunks(self.inner, natural, inner_state, step)
 
-    # Of the Gram matrix HᵀH only the row and column of the newest gradient have changed: its products with all columns,
-    # s dot products of n elements, summed over the processes that share g out. Columns not yet filled have products of
-    # 0, and so get weights of 0.
+    # Only one row and column of the Gram matrix HᵀH change, those of the newest gradient. They are its products with
+    # all columns: s dot products of n elements, summed over the processes that share g out. Columns that are not filled
+    # yet have products of 0, and so get weights of 0.
     def _weights(
         self,
         slots: list[State],
@@ -159,7 +159,7 @@ class Natural(UpdateRule):
         step.store(state["gram"], gram)
         unit = torch.zeros_like(products)
         unit[newest] = 1.0
-        # What parallel gradients differ by below fp32's resolution is rounding, and must not be divided by λ alone.
+        # Parallel gradients differ by rounding, below fp32's resolution. That must not be divided by λ alone.
         trace = gram.diagonal().sum()
         damping = self.damping + 1e-13 * trace
         identity = torch.eye(self.history, dtype=gram.dtype, device=gram.device)
@@ -186,7 +186,8 @@ class Natural(UpdateRule):
         values = self.store.read(part, "history", no_step)
         return values.double()
 
-    # Gradients of two subspaces have no products in common, and the old ones are not kept to be projected anew.
+    # A product of gradients means nothing if they lie in two subspaces, and the full gradients behind the old ones are
+    # gone, so they cannot be projected anew.
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
         """Begin the history anew, and let the inner rule change its basis."""
         for name in ("gram", *self.store.entries(state, "history")):
