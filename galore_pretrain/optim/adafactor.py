@@ -1,7 +1,7 @@
 """Adafactor: a matrix's second moment as one number a row and one a column."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
@@ -32,125 +32,235 @@ class Adafactor(UpdateRule):
     clip_threshold: float = 1.0
     published: bool = False
     store: MomentStore = field(default_factory=Dense)
-    layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType({"row": Layout.OF_ROWS, "column": Layout.OF_COLUMNS})
+    layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType(
+        {
+            "row": Layout.OF_ROWS,
+            "column": Layout.OF_COLUMNS,
+        }
+    )
 
     def __post_init__(self) -> None:
-        if not (self.beta1 is None or 0 <= self.beta1 < 1) or not self.clip_threshold > 0:
+        beta1_is_valid = self.beta1 is None or 0 <= self.beta1 < 1
+        if not beta1_is_valid or not self.clip_threshold > 0:
             raise ValueError(f"beta1 {self.beta1} must be in [0, 1), clip_threshold {self.clip_threshold} positive")
 
     @property
     def scope(self) -> Scope:
+        """A part can be updated by itself; means over the whole tensor are asked of the step."""
         return Scope.PARTS
 
     def stores(self) -> Mapping[str, MomentStore]:
-        return {} if self.beta1 is None else {"exp_avg": self.store}
+        """Return the store of the first moment, where there is one."""
+        if self.beta1 is None:
+            return {}
+        return {"exp_avg": self.store}
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
+        """Return ``row`` (m) and ``column`` (n) for an m × n matrix, else ``exp_avg_sq`` of its shape; all fp32 zeros.
+
+        With ``beta1`` there is ``exp_avg`` as well, as its store keeps it.
+        """
+        state: State = {}
         if like.ndim == 2:
-            state = {
-                name: like.new_zeros(n, dtype=torch.float32)
-                for name, n in zip(("row", "column"), like.shape, strict=True)
-            }
+            m, n = like.shape
+            state["row"] = like.new_zeros(m, dtype=torch.float32)
+            state["column"] = like.new_zeros(n, dtype=torch.float32)
         else:
-            state = {"exp_avg_sq": torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)}
+            state["exp_avg_sq"] = torch.zeros_like(
+                like,
+                dtype=torch.float32,
+                memory_format=torch.contiguous_format,
+            )
         if self.beta1 is None:
             return state
-        # what is published keeps the dtype of its arithmetic
-        return state | self.store.zeros("exp_avg", like.float() if self.published else like, shard)
+        # What is published keeps its first moment in the dtype of its arithmetic.
+        if self.published:
+            like = like.float()
+        return state | self.store.zeros("exp_avg", like, shard)
 
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
+        """Advance the second moment by ``grad`` and return the direction, that of a matrix in its factors."""
         if self.published:
             return self._published(grad.float(), state, step)
-        beta2 = 1.0 - step.count**self.decay_rate
-        if "row" not in state:
-            square = step.working_copy(state["exp_avg_sq"])
-            square.lerp_(grad.float().square().add_(self.epsilon), 1 - beta2)
-            direction = grad.float() * square.rsqrt()
-            step.store(state["exp_avg_sq"], square)
-            square = direction.square()
-            mean = step.total(square.sum()) / math.prod(step.shape(grad)) if step.shard else square.mean()
-            direction.div_((mean.sqrt_() / self.clip_threshold).clamp_(min=1.0))
-            return self._averaged(Direction(direction), state, step)
-        m, n = step.shape(grad)
-        row_mean, column_mean = (torch.zeros_like(state[name]) for name in ("row", "column"))
-        for start, block in _row_blocks(grad):
-            square = block.square_().add_(self.epsilon)
-            row_mean[start : start + len(block)] = square.mean(1)
-            column_mean += square.sum(0)
-        if step.shard is not None and step.shard.dim == 0:
-            column_mean = step.shard.sum(column_mean)
-        elif step.shard is not None:
-            row_mean = step.shard.sum(row_mean * (grad.shape[1] / n))
-        row, column = step.working_copy(state["row"]), step.working_copy(state["column"])
-        row.lerp_(row_mean, 1 - beta2)
-        column.lerp_(column_mean.div_(m), 1 - beta2)
-        row_factor, column_factor = (row / step.mean(row, 0)).rsqrt_(), column.rsqrt()
-        step.store(state["row"], row)
-        step.store(state["column"], column)
-        squares = [
-            (block.square_() @ column_factor.square()) @ row_factor[start : start + len(block)].square()
-            for start, block in _row_blocks(grad)
-        ]
-        square = torch.stack(squares).sum() if squares else row.new_zeros(())
-        rms = (step.total(square) / (m * n)).sqrt_()
-        row_factor.div_((rms / self.clip_threshold).clamp_(min=1.0))
-        return self._averaged(Direction(grad, row=row_factor, column=column_factor), state, step)
-
-    def _averaged(self, direction: Direction, state: State, step: Step) -> Direction:
-        """The first moment, which has taken in ``direction``; that itself where there is none."""
+        advance = self._factored if "row" in state else self._unfactored
+        direction = advance(grad, state, step)
         if self.beta1 is None:
             return direction
+        return self._averaged(direction, self.beta1, state, step)
+
+    # Algorithm 4 for a gradient G (m × n) at update t, with β₂ = 1 − t^−0.8 and means where the paper has sums:
+    #     R ← β₂ R + (1 − β₂) · means of G² + ε over each row             R: m
+    #     C ← β₂ C + (1 − β₂) · means of G² + ε over each column          C: n
+    #     V̂ = R Cᵀ / mean(R)        U = G / √V̂        direction = U / max(1, RMS(U) / d)
+    # V̂ has rank 1, so U is diag(√(mean(R) / R)) · G · diag(1 / √C), and the direction is returned in these factors.
+    # Nothing of size m × n is made: two passes over G, one for the means and one for RMS(U), take a block of its rows
+    # at a time. RMS(U) needs the sum of U² only, Σᵢ row_factorᵢ² Σⱼ Gᵢⱼ² column_factorⱼ²: two products by vectors.
+    def _factored(self, grad: Tensor, state: State, step: Step) -> Direction:
+        """Advance the row and column means of a matrix and return its direction."""
+        row, column = self._advance_means(grad, state, step)
+        row_factor = row / step.mean(row, 0)
+        row_factor.rsqrt_()
+        column_factor = column.rsqrt()
+        step.store(state["row"], row)
+        step.store(state["column"], column)
+
+        sums = []
+        rows = _rows(grad)
+        for start, stop in chunks(grad, grad.shape[0], rows):
+            block = grad[start:stop].to(torch.float32, copy=True)
+            row_sums = block.square_() @ column_factor.square()
+            row_squares = row_factor[start:stop].square()
+            sums.append(row_sums @ row_squares)
+        # There are no blocks where this process has no part of the matrix.
+        total = torch.stack(sums).sum() if sums else row.new_zeros(())
+        m, n = step.shape(grad)
+        rms = step.total(total) / (m * n)
+        rms.sqrt_()
+        excess = rms / self.clip_threshold
+        row_factor.div_(excess.clamp_(min=1.0))
+        return Direction(grad, row=row_factor, column=column_factor)
+
+    def _advance_means(self, grad: Tensor, state: State, step: Step) -> tuple[Tensor, Tensor]:
+        """Take the squares of a matrix into its row means (m) and column means (n); return both, still to be stored."""
+        beta2 = 1.0 - step.count**self.decay_rate
+        rate = 1 - beta2
+        m, n = step.shape(grad)
+        row_mean = torch.zeros_like(state["row"])
+        column_mean = torch.zeros_like(state["column"])
+        rows = _rows(grad)
+        for start, stop in chunks(grad, grad.shape[0], rows):
+            block = grad[start:stop].to(torch.float32, copy=True)
+            block.square_().add_(self.epsilon)
+            row_mean[start:stop] = block.mean(1)
+            column_mean += block.sum(0)
+        # Of a part of the rows, sums down the columns are incomplete; of a part of the columns, means along the rows.
+        shard = step.shard
+        if shard is not None and shard.dim == 0:
+            column_mean = shard.sum(column_mean)
+        elif shard is not None:
+            share = grad.shape[1] / n
+            row_mean = shard.sum(row_mean * share)
+        row = step.working_copy(state["row"])
+        column = step.working_copy(state["column"])
+        row.lerp_(row_mean, rate)
+        column_mean.div_(m)
+        column.lerp_(column_mean, rate)
+        return row, column
+
+    # A vector, or a tensor of more than two dimensions, has its second moment in full: V ← β₂ V + (1 − β₂)(G² + ε),
+    # U = G / √V. The rest is as for a matrix.
+    def _unfactored(self, grad: Tensor, state: State, step: Step) -> Direction:
+        """Advance the second moment of a tensor that is no matrix and return its direction, of its shape."""
+        beta2 = 1.0 - step.count**self.decay_rate
+        square = step.working_copy(state["exp_avg_sq"])
+        square.lerp_(grad.float().square().add_(self.epsilon), 1 - beta2)
+        direction = grad.float() * square.rsqrt()
+        step.store(state["exp_avg_sq"], square)
+        square = direction.square()
+        if step.shard is None:
+            mean = square.mean()
+        else:
+            total = step.total(square.sum())
+            elements = math.prod(step.shape(grad))
+            mean = total / elements
+        rms = mean.sqrt_()
+        excess = rms / self.clip_threshold
+        direction.div_(excess.clamp_(min=1.0))
+        return Direction(direction)
+
+    # The first moment averages directions, not gradients: m ← β₁ m + (1 − β₁) · direction. The direction is multiplied
+    # out a block of rows at a time, so that its m × n never exist in fp32.
+    def _averaged(
+        self,
+        direction: Direction,
+        beta1: float,
+        state: State,
+        step: Step,
+    ) -> Direction:
+        """Advance the first moment by ``direction`` and return it as the new direction."""
         grad = direction.left
         width = grad.shape[1:].numel()
-        for start, stop in chunks(grad, grad.shape[0], _rows(grad)):
-            part, here = self.store.narrow(state, "exp_avg", start * width, stop * width), step.at(start * width)
-            average = self.store.read(part, "exp_avg", here)
-            average.mul_(self.beta1).add_(direction.part(start, stop).whole().reshape(-1), alpha=1 - self.beta1)
-            self.store.write(part, "exp_avg", average, here)
+        rows = _rows(grad)
+        for start, stop in chunks(grad, grad.shape[0], rows):
+            first = start * width
+            last = stop * width
+            part = self.store.narrow(state, "exp_avg", first, last)
+            part_step = step.at(first)
+            average = self.store.read(part, "exp_avg", part_step)
+            average.mul_(beta1)
+            average.add_(direction.part(start, stop).whole().reshape(-1), alpha=1 - beta1)
+            self.store.write(part, "exp_avg", average, part_step)
         return Direction(state["exp_avg"])
 
+    # The same algorithm with the published code's own operations, so that results agree bit for bit: means by mul and
+    # add where `_factored` has lerp, U multiplied out in fp32, and the learning rate inside the first moment.
     def _published(self, grad: Tensor, state: State, step: Step) -> Direction:
+        """Advance the state by an fp32 ``grad`` and return the direction, its learning rate included."""
         beta2 = 1.0 - step.count**self.decay_rate
+        rate = 1 - beta2
         update = grad.square().add_(self.epsilon)
         if "row" in state:
-            row, column = step.working_copy(state["row"]), step.working_copy(state["column"])
-            row.mul_(beta2).add_(step.mean(update, 1), alpha=1 - beta2)
-            column.mul_(beta2).add_(step.mean(update, 0), alpha=1 - beta2)
-            update = torch.mul((row / step.mean(row, 0)).rsqrt_()[:, None], column[None].rsqrt()).mul_(grad)
+            row = step.working_copy(state["row"])
+            column = step.working_copy(state["column"])
+            row.mul_(beta2)
+            row_mean = step.mean(update, 1)
+            row.add_(row_mean, alpha=rate)
+            column.mul_(beta2)
+            column_mean = step.mean(update, 0)
+            column.add_(column_mean, alpha=rate)
+            row_factor = row / step.mean(row, 0)
+            row_factor.rsqrt_()
+            column_factor = column[None].rsqrt()
+            update = torch.mul(row_factor[:, None], column_factor)
+            update.mul_(grad)
             step.store(state["row"], row)
             step.store(state["column"], column)
         else:
             square = step.working_copy(state["exp_avg_sq"])
-            square.mul_(beta2).add_(update, alpha=1 - beta2)
-            update = square.rsqrt().mul_(grad)
+            square.mul_(beta2)
+            square.add_(update, alpha=rate)
+            update = square.rsqrt()
+            update.mul_(grad)
             step.store(state["exp_avg_sq"], square)
-        norm = update.norm(2) if step.shard is None else step.total(update.square().sum()).sqrt_()
-        rms = norm / math.prod(step.shape(update)) ** 0.5
-        update.div_((rms / self.clip_threshold).clamp_(min=1.0)).mul_(step.lr)
+        if step.shard is None:
+            norm = update.norm(2)
+        else:
+            norm = step.total(update.square().sum())
+            norm.sqrt_()
+        elements = math.prod(step.shape(update))
+        rms = norm / elements**0.5
+        excess = rms / self.clip_threshold
+        update.div_(excess.clamp_(min=1.0))
+        update.mul_(step.lr)
         if self.beta1 is not None:
             average = self.store.read(state, "exp_avg", step)
-            update = average.mul_(self.beta1).add_(update, alpha=1 - self.beta1).clone()
+            average.mul_(self.beta1)
+            average.add_(update, alpha=1 - self.beta1)
+            # Storing may overwrite the average with its rounded values. The weight moves by the exact ones.
+            update = average.clone()
             self.store.write(state, "exp_avg", average, step)
         return Direction(update, scaled=True)
 
+    # For coordinates x → A x (A is r × r) taken as uncorrelated, second moments are mapped by the squares of A's
+    # entries: the row means by those of the left change, the column means by those of the right one.
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
-        """Row and column means are second moments along the side that the basis spans."""
+        """Express row and column means, second moments along the side that the basis spans, in a new basis."""
         if not change.project:
             return
         if change.left is not None:
-            step.store(state["row"], change.left.square() @ state["row"])
+            row = change.left.square() @ state["row"]
+            step.store(state["row"], row)
         if change.right is not None:
-            step.store(state["column"], state["column"] @ change.right.square())
+            column = state["column"] @ change.right.square()
+            step.store(state["column"], column)
         if self.beta1 is not None:
-            mean = change.mean(self.store.read(state, "exp_avg", step).float())
+            mean = self.store.read(state, "exp_avg", step).float()
+            mean = change.mean(mean)
             self.store.write(state, "exp_avg", mean, step)
 
 
 def _rows(matrix: Tensor) -> int:
-    return max(1, chunk_elements(matrix.device) // max(1, matrix.shape[1:].numel()))
-
-
-def _row_blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, fp32 copy) of blocks of rows."""
-    for start, stop in chunks(matrix, matrix.shape[0], _rows(matrix)):
-        yield start, matrix[start:stop].to(torch.float32, copy=True)
+    """Return how many rows of a matrix are worked on at a time, at least one."""
+    width = matrix.shape[1:].numel()
+    rows = chunk_elements(matrix.device) // max(1, width)
+    return max(1, rows)

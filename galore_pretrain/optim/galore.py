@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar
@@ -28,7 +28,11 @@ from galore_pretrain.tensors.chunks import SMALL_CHUNK
 from galore_pretrain.tensors.shards import Shard
 from galore_pretrain.tensors.values import gradient_norm, known_true
 
-_SIDES: dict[str, Side] = {"left_basis": "left", "right_basis": "right"}
+_Bases = tuple[Tensor | None, Tensor | None]
+_SIDES: dict[str, Side] = {
+    "left_basis": "left",
+    "right_basis": "right",
+}
 
 
 @dataclass(frozen=True)
@@ -56,56 +60,69 @@ class GaLore(UpdateRule):
     moments: str = "keep"
     published: bool = False
     upcast: bool = False
-
     layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType(
-        {"left_basis": Layout.EVERYWHERE, "right_basis": Layout.EVERYWHERE}
+        {
+            "left_basis": Layout.EVERYWHERE,
+            "right_basis": Layout.EVERYWHERE,
+        }
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.basis, str) and self.basis not in BASES:
             raise ValueError(f"basis {self.basis!r} is unknown; choose from {', '.join(BASIS_NAMES)}")
-        for name, value, known in (("refresh", self.refresh, REFRESHES), ("moments", self.moments, MOMENTS)):
-            if value not in known:
-                raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(known)}")
-        for name, number in (("rank", self.rank), ("update_proj_gap", self.update_proj_gap)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} {number!r} must be a whole number of at least 1")
+        _check_choice("refresh", self.refresh, REFRESHES)
+        _check_choice("moments", self.moments, MOMENTS)
+        _check_count("rank", self.rank)
+        _check_count("update_proj_gap", self.update_proj_gap)
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"scale {self.scale} must be finite and not negative")
-        sides(1, 1, self.proj_type)
+        sides(1, 1, self.proj_type)  # refuses an unknown one
 
     @property
     def decay(self) -> Decay:
+        """Weight decay is the inner rule's."""
         return self.inner.decay
 
     @property
     def scope(self) -> Scope:
+        """A part can be updated by itself, where `init` does not refuse the inner rule."""
         return Scope.PARTS
 
     @property
     def projects(self) -> bool:
+        """Sums of micro-batches are kept in low rank."""
         return True
 
     def stores(self) -> Mapping[str, MomentStore]:
+        """Return the moment stores of the inner rule."""
         return self.inner.stores()
 
     def layout(self, name: str, state: State, shard: Shard) -> Shard | None:
         """Return where a state tensor lies: bases everywhere, the inner rule's where the low-rank gradient lies."""
         if name in self.layouts:
             return None
-        low = self.low_shard(state, shard)
-        return None if low is None else self.inner.layout(name, state, low)
+        low_shard = _low_shard(state, shard)
+        if low_shard is None:
+            return None
+        return self.inner.layout(name, state, low_shard)
 
     def has_slots(self, name: str) -> bool:
+        """Whether a moment of the inner rule has slots of padded length."""
         return self.inner.has_slots(name)
 
     def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the values of a moment of the inner rule."""
         return self.inner.moment_values(state, name, shape)
 
     def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
+        """Keep what `moment_values` returned."""
         self.inner.set_moment_values(state, name, values)
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
+        """Return ``left_basis`` (m × r) and ``right_basis`` (r × n), one or both, and the inner rule's state.
+
+        ValueError for a tensor that is no matrix, and for an inner rule that cannot update a part of one.
+        """
         if like.ndim != 2:
             raise ValueError(
                 f"GaLore projects matrices; a tensor of shape {tuple(like.shape)} belongs into a group without rank"
@@ -114,183 +131,316 @@ class GaLore(UpdateRule):
             like = like.float()
         m, n = like.shape if shard is None else shard.shape
         left, right = sides(m, n, self.proj_type)
-        if self.rank > min(m, n):  # one text for all matrices, so that it is shown once
-            warnings.warn(
-                f"GaLore rank {self.rank} exceeds the shorter side of some matrices, and is clipped to it there",
-                stacklevel=2,
-            )
-        r = min(self.rank, m, n)
-        state = {"left_basis": self._basis_zeros(like, m, r)} if left else {}
-        state |= {"right_basis": self._basis_zeros(like, r, n)} if right else {}
-        low = like.new_empty(r if left else like.shape[0], r if right else like.shape[1])
+        r = _clipped_rank(self.rank, m, n)
+        low_m, low_n = like.shape
+        state: State = {}
+        if left:
+            state["left_basis"] = _empty_basis(like, m, r, self.published)
+            low_m = r
+        if right:
+            state["right_basis"] = _empty_basis(like, r, n, self.published)
+            low_n = r
+        low = like.new_empty(low_m, low_n)
         low_shard = None if shard is None else shard.low_rank(left, right, r)
-        if low_shard is not None and not self.inner.scope.allows(low_shard):
-            raise ValueError(
-                f"{type(self.inner).__name__} needs the whole low-rank gradient (scope {self.inner.scope.name}), of "
-                "which each process has a part here: use --shard none, or one process"
-            )
+        _check_scope(self.inner, low_shard)
         return state | self.inner.init(low, low_shard)
-
-    def _basis_zeros(self, like: Tensor, rows: int, columns: int) -> Tensor:
-        """Return an empty basis.
-
-        A ``published`` one lies column by column, as LAPACK leaves it: on some processors a product has other last bits
-        if its factor lies otherwise.
-        """
-        return like.new_zeros(columns, rows).T if self.published else like.new_zeros(rows, columns)
 
     def start(self, state: State, step: Step) -> None:
         """Give every matrix a random orthonormal basis before its first update, which depends on its seed alone."""
         if step.count > 1:
             return
         for name, side in _SIDES.items():
-            if (basis := state.get(name)) is not None:
-                basis.copy_(random_basis((basis.shape[0], basis.shape[1]), side, step.seed, basis.device))
+            basis = state.get(name)
+            if basis is not None:
+                rows, columns = basis.shape
+                basis.copy_(random_basis((rows, columns), side, step.seed, basis.device))
 
+    # R = PᵀG, GQᵀ or PᵀGQᵀ for G (m × n), P (m × r) and Q (r × n). Where processes share out a side that is projected,
+    # each has a term of R only, and all terms are summed. A side that is not projected stays shared out in R.
     def compress(self, grad: Tensor, state: State, step: Step) -> Tensor:
-        """Return the low-rank gradient in the basis in use, contiguous.
+        """Return the low-rank gradient in the basis in use, contiguous: r × n, m × r or r × r.
 
         It is linear in ``grad``, so the parts of a sum can be projected one by one, and a factor applied afterwards.
-        Of a part of the gradient no process needs another's, unless the side that is projected is shared out. Then all
-        have the whole of it.
         """
         shard = step.shard
-        if shard is None:
-            left, right = state.get("left_basis"), state.get("right_basis")
-        else:
-            left, right = self._parts(state, shard)
+        left = state.get("left_basis")
+        right = state.get("right_basis")
+        if shard is not None:
+            left, right = _parts(left, right, shard)
         if self.upcast:
             grad = grad.float()
         if self.published:
             low = project(grad, left, right).contiguous()
         elif grad.dtype == torch.float32:
-            low = grad if right is None else grad @ right.T
-            low = (low if left is None else (low.T @ left).T).contiguous()
+            # These are the products of `project_fast`, without the calls: a small matrix takes no longer than they do.
+            low = grad
+            if right is not None:
+                low = low @ right.T
+            if left is not None:
+                low = (low.T @ left).T
+            low = low.contiguous()
         else:
             low = project_fast(grad, left, right)
-        if shard is None or self.low_shard(state, shard) is not None:
+        if shard is None or _low_shard(state, shard) is not None:
             return low
-        return shard.sum(low.float()).to(low.dtype)
+        total = shard.sum(low.float())
+        return total.to(low.dtype)
 
+    # The paper's Algorithm 2: the inner rule turns the low-rank gradient R into a direction N of its shape, and the
+    # weight moves by α P N, α N Q or α P N Q. This is returned as two factors, m × r and r × n, whose product is first
+    # formed when it is added to the weight. Only ``published`` forms it here, since that code rounds it.
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         """Advance the inner rule by the low-rank gradient and project its direction back, in factors."""
-        if step.shard is None:
-            left, right, low_step = state.get("left_basis"), state.get("right_basis"), step
-        else:
-            left, right = self._parts(state, step.shard)
+        left = state.get("left_basis")
+        right = state.get("right_basis")
+        low_step = step
+        if step.shard is not None:
+            left, right = _parts(left, right, step.shard)
             low_step = self.compressed_step(state, step)
-        if self.moments == "reset":
+        if self.moments == "reset":  # the bias corrections begin anew with the moments
             low_step = replace(low_step, count=self._age(step))
-        dtype, inner_state = grad.dtype, self._inner_state(state)
+        dtype = grad.dtype
+        inner_state = self._inner_state(state)
         if grad.numel() <= SMALL_CHUNK:
             low = self.inner.update(grad, inner_state, low_step)
         else:
             low = update_in_chunks(self.inner, grad, inner_state, low_step)
         if low.rest is not None:
             low = low.merged()
-        is_plain = low.right is None and low.row is None and low.column is None
-        narrow = low.left if is_plain else low.whole()
+        narrow = low.left
+        if low.right is not None or low.row is not None or low.column is not None:
+            narrow = low.whole()
         if narrow.dtype != dtype:
             narrow = narrow.to(dtype)
-        if left is not None:
-            tall, wide = (left, narrow) if right is None else (left @ narrow, right)
-        else:
+        if left is None:
             assert right is not None
             tall, wide = narrow, right
-        if self.published:
-            return Direction((tall @ wide).mul_(self.scale), factor=low.factor, scaled=low.scaled)
-        return Direction(tall, wide, self.scale * low.factor, scaled=low.scaled)
+        elif right is None:
+            tall, wide = left, narrow
+        else:
+            tall, wide = left @ narrow, right
+        if not self.published:
+            factor = self.scale * low.factor
+            return Direction(tall, wide, factor, scaled=low.scaled)
+        whole = tall @ wide
+        whole.mul_(self.scale)
+        return Direction(whole, factor=low.factor, scaled=low.scaled)
 
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
+        """Raise TypeError: GaLore is the rule that changes bases."""
         raise TypeError("GaLore has a basis of its own; it is not run inside another")
-
-    def _first_refresh(self, step: Step) -> int:
-        """Updates before the one that brings the first refresh."""
-        return 0 if self.refresh == "together" else int(step.phase * max(1, self.update_proj_gap // 10))
 
     def next_refresh(self, step: Step) -> int:
         """Return the number of the first update, from this one on, that begins with a new basis."""
-        since = step.count - 1 - self._first_refresh(step)
-        return step.count + (-since if since < 0 else -since % self.update_proj_gap)
+        since = _since_first_refresh(self.refresh, self.update_proj_gap, step)
+        if since < 0:
+            return step.count - since
+        return step.count + -since % self.update_proj_gap
 
     def _age(self, step: Step) -> int:
-        """The number of the update among those since the last refresh that was due, from 1."""
-        since = step.count - 1 - self._first_refresh(step)
-        return step.count if since < 0 else since % self.update_proj_gap + 1
+        """Return the number of the update among those since the last refresh that was due, from 1."""
+        since = _since_first_refresh(self.refresh, self.update_proj_gap, step)
+        if since < 0:
+            return step.count
+        return since % self.update_proj_gap + 1
 
     def find_bases(self, grad: Tensor, state: State) -> NewBases:
-        """Return new bases from the whole gradient."""
+        """Return new bases from the whole gradient; those in use, and false, where a decomposition raises."""
         if self.upcast:
             grad = grad.float()
-        find = BASES[self.basis] if isinstance(self.basis, str) else self.basis
         left, right = self.bases(state)
-        try:
-            new_left = None if left is None else find(grad, left.shape[1], "left", left)
-            new_right = None if right is None else find(grad, right.shape[0], "right", right)
-        except torch.linalg.LinAlgError:
-            old_left, old_right = (None if basis is None else basis.float() for basis in (left, right))
-            return NewBases(old_left, old_right, torch.zeros((), dtype=torch.bool, device=grad.device))
-        # A gradient of zeros has no subspace; whatever a decomposition makes of it is no better than the basis in use.
-        found = gradient_norm(grad) > 0
-        for basis in (new_left, new_right):
-            if basis is not None:
-                found &= torch.linalg.vector_norm(basis).isfinite()
-        return NewBases(new_left, new_right, found)
+        return _find_bases(self.basis, grad, left, right)
 
     def empty_bases(self, state: State) -> NewBases:
         """Return what `find_bases` returns, for another process's bases to be written into."""
-        left, right = (None if b is None else torch.empty_like(b, dtype=torch.float32) for b in self.bases(state))
-        return NewBases(left, right, torch.ones((), device=next(iter(state.values())).device))
+        left, right = self.bases(state)
+        device = next(iter(state.values())).device
+        found = torch.ones((), device=device)
+        return NewBases(_empty_in_fp32(left), _empty_in_fp32(right), found)
 
+    # Nobody waits to see `new.found`: all that is written depends on it, on the device. A failed refresh changes
+    # neither basis nor moments, but for ``reset``, whose moments begin anew whenever a refresh is due.
     def set_bases(self, new: NewBases, state: State, step: Step) -> None:
         """Take new bases and tell the inner rule; what failed is noted in ``step.failures``."""
         left, right = self.bases(state)
-        if self.moments == "reset" and step.count > 1:
+        has_moments = step.count > 1
+        if has_moments and self.moments == "reset":
             for name in state.keys() - _SIDES.keys():
                 state[name].zero_()
-        if not known_true(new.found):
-            kept = torch.ones_like(new.found) if step.valid is None else step.valid
-            step.failures.append(kept & ~new.found)
-        if self.moments != "reset" and step.count > 1:
+        _note_failure(new.found, step)
+        if has_moments and self.moments != "reset":
             change = BasisChange()
             if self.moments == "project":
-                turned_left = None if left is None or new.left is None else new.left.T @ left.float()
-                turned_right = None if right is None or new.right is None else right.float() @ new.right.T
-                change = BasisChange(True, turned_left, turned_right)
-            self.inner.change_basis(
-                self._inner_state(state), change, self.compressed_step(state, step).where_valid(new.found)
-            )
+                change = _overlap(left, right, new)
+            low_step = self.compressed_step(state, step)
+            low_step = low_step.where_valid(new.found)
+            self.inner.change_basis(self._inner_state(state), change, low_step)
         step = step.where_valid(new.found)
-        for basis, taken in ((left, new.left), (right, new.right)):
-            if basis is not None and taken is not None:
-                step.store(basis, taken)
+        if left is not None and new.left is not None:
+            step.store(left, new.left)
+        if right is not None and new.right is not None:
+            step.store(right, new.right)
 
     def _inner_state(self, state: State) -> State:
         """Return the state tensors of the inner rule."""
         return {name: value for name, value in state.items() if name not in _SIDES}
 
-    def bases(self, state: State) -> tuple[Tensor | None, Tensor | None]:
-        """The (left, right) basis in use, whole; one of them may not be."""
+    def bases(self, state: State) -> _Bases:
+        """Return the (left, right) basis in use, whole; either may be absent, not both."""
         return state.get("left_basis"), state.get("right_basis")
-
-    def low_shard(self, state: State, shard: Shard | None) -> Shard | None:
-        """Return where the low-rank gradient of a part of a matrix lies."""
-        left, right = self.bases(state)
-        rank = min(basis.shape[side] for basis, side in ((left, 1), (right, 0)) if basis is not None)
-        return None if shard is None else shard.low_rank(left is not None, right is not None, rank)
-
-    def _parts(self, state: State, shard: Shard | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return what of the bases in use meets the part at hand."""
-        left, right = self.bases(state)
-        if shard is None:
-            return left, right
-        return left if left is None else shard.part(left, 0), right if right is None else shard.part(right, 1)
 
     def compressed_step(self, state: State, step: Step) -> Step:
         """Return the step of the low-rank gradient."""
-        return step if step.shard is None else replace(step, shard=self.low_shard(state, step.shard)).placed()
+        if step.shard is None:
+            return step
+        low_shard = _low_shard(state, step.shard)
+        low_step = replace(step, shard=low_shard)
+        return low_step.placed()
 
 
 def is_projected(module_name: str, module: torch.nn.Module) -> bool:
-    """The paper's targets: the linear layers of attention and MLP; not embeddings, norms or the head."""
-    return isinstance(module, torch.nn.Linear) and ("attn" in module_name or "mlp" in module_name)
+    """Whether the paper projects the weight of a module.
+
+    These are the linear layers of attention and MLP; not embeddings, norms or the head.
+    """
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    return "attn" in module_name or "mlp" in module_name
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError for a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
+
+
+def _check_count(name: str, number: int) -> None:
+    """Raise ValueError for a number that is not whole or is below 1."""
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} {number!r} must be a whole number of at least 1")
+
+
+def _clipped_rank(rank: int, m: int, n: int) -> int:
+    """Return the rank of the projection of an m × n matrix, with a warning where it is not the one asked for."""
+    if rank > min(m, n):
+        # One text for all matrices, so that it is shown once.
+        warnings.warn(
+            f"GaLore rank {rank} exceeds the shorter side of some matrices, and is clipped to it there",
+            stacklevel=3,
+        )
+    return min(rank, m, n)
+
+
+def _check_scope(inner: UpdateRule, low_shard: Shard | None) -> None:
+    """Raise ValueError for an inner rule that cannot update a part of the low-rank gradient by itself."""
+    if low_shard is not None and not inner.scope.allows(low_shard):
+        raise ValueError(
+            f"{type(inner).__name__} needs the whole low-rank gradient (scope {inner.scope.name}), of "
+            "which each process has a part here: use --shard none, or one process"
+        )
+
+
+# A published basis lies column by column, as LAPACK leaves it: on some processors a product has other last bits if its
+# factor lies otherwise.
+def _empty_basis(like: Tensor, rows: int, columns: int, published: bool) -> Tensor:
+    """Return a basis of zeros of that shape, in the dtype of ``like``."""
+    if published:
+        return like.new_zeros(columns, rows).T
+    return like.new_zeros(rows, columns)
+
+
+def _low_shard(state: State, shard: Shard) -> Shard | None:
+    """Return which part of the low-rank gradient a part of a matrix gives; None where every process has all of it."""
+    left = state.get("left_basis")
+    right = state.get("right_basis")
+    ranks = []
+    if left is not None:
+        ranks.append(left.shape[1])
+    if right is not None:
+        ranks.append(right.shape[0])
+    rank = min(ranks)
+    return shard.low_rank(left is not None, right is not None, rank)
+
+
+def _parts(left: Tensor | None, right: Tensor | None, shard: Shard) -> _Bases:
+    """Return the rows of the left basis and the columns of the right one that meet the part at hand of a matrix."""
+    if left is not None:
+        left = shard.part(left, 0)
+    if right is not None:
+        right = shard.part(right, 1)
+    return left, right
+
+
+# Refreshing all matrices at one update would stall it. So the phases of the matrices in [0, 1) spread the first
+# refreshes over T/10 updates; not over all T, since until its first refresh a matrix is projected by a random basis.
+def _since_first_refresh(refresh: str, gap: int, step: Step) -> int:
+    """Return how many updates ago the first refresh of a matrix was due, negative before it."""
+    first = 1
+    if refresh == "staggered":
+        spread = max(1, gap // 10)
+        first += int(step.phase * spread)
+    return step.count - first
+
+
+# LAPACK, on a CPU, raises where it fails. On a device a failure shows in the values alone, so ``found`` is a tensor
+# that nobody waits for. A gradient of zeros has no subspace; whatever a decomposition makes of it is no better than
+# the basis in use.
+def _find_bases(
+    basis: str | BasisFn,
+    grad: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+) -> NewBases:
+    """Return new bases of an m × n gradient, one for each basis in use (m × r, r × n)."""
+    find = BASES[basis] if isinstance(basis, str) else basis
+    new_left, new_right = None, None
+    try:
+        if left is not None:
+            new_left = find(grad, left.shape[1], "left", left)
+        if right is not None:
+            new_right = find(grad, right.shape[0], "right", right)
+    except torch.linalg.LinAlgError:
+        failed = torch.zeros((), dtype=torch.bool, device=grad.device)
+        return NewBases(_in_fp32(left), _in_fp32(right), failed)
+    found = gradient_norm(grad) > 0
+    for new in (new_left, new_right):
+        if new is not None:
+            found &= torch.linalg.vector_norm(new).isfinite()
+    return NewBases(new_left, new_right, found)
+
+
+def _note_failure(found: Tensor, step: Step) -> None:
+    """Gather in ``step.failures`` whether a refresh of a valid update failed, unless it is seen to have succeeded."""
+    if known_true(found):
+        return
+    valid = step.valid
+    if valid is None:
+        valid = torch.ones_like(found)
+    step.failures.append(valid & ~found)
+
+
+# A low-rank gradient X = PᵀG stands for the gradient P X, which the new basis P' sees as P'ᵀP X. Likewise from the
+# right, X = GQᵀ becomes X QQ'ᵀ. Both overlaps are r × r, and orthogonal only if the subspace stayed.
+def _overlap(left: Tensor | None, right: Tensor | None, new: NewBases) -> BasisChange:
+    """Return the change of coordinates from the bases in use to new ones, in fp32."""
+    left_overlap = None
+    if left is not None and new.left is not None:
+        left_overlap = new.left.T @ left.float()
+    right_overlap = None
+    if right is not None and new.right is not None:
+        right_overlap = right.float() @ new.right.T
+    return BasisChange(True, left_overlap, right_overlap)
+
+
+def _in_fp32(basis: Tensor | None) -> Tensor | None:
+    """Return a basis, if there is one, in fp32."""
+    if basis is None:
+        return None
+    return basis.float()
+
+
+def _empty_in_fp32(basis: Tensor | None) -> Tensor | None:
+    """Return an uninitialized fp32 tensor shaped as a basis, if there is one."""
+    if basis is None:
+        return None
+    return torch.empty_like(basis, dtype=torch.float32)

@@ -23,14 +23,18 @@ class MomentStore(Protocol):
     """Keeps one moment of a parameter under ``name`` in that parameter's state."""
 
     def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
-        """The entries of ``state`` that hold a moment of ``like``'s shape, on its device. All zero bytes mean zero.
+        """Return entries of ``state`` that hold a moment of zeros of ``like``'s shape, on its device.
 
+        Entries whose bytes are all zero stand for a moment of zeros, so zeroing them begins a moment anew.
         ``shard``: the part of a tensor that ``like`` is; None means that it is all of it.
         """
         ...
 
     def read(self, state: State, name: str, step: Step) -> Tensor:
-        """The moment in the dtype that the rule computes in; changing it in place is allowed, ``write`` must follow."""
+        """Return the moment in the dtype that the rule computes in.
+
+        It may be changed in place, if ``write`` follows.
+        """
         ...
 
     def write(self, state: State, name: str, value: Tensor, step: Step) -> None:
@@ -38,7 +42,7 @@ class MomentStore(Protocol):
         ...
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
-        """Views of the entries that hold the elements ``start:stop`` of the flattened moment.
+        """Return views of the entries that hold the elements ``start:stop`` of the flattened moment.
 
         Both are multiples of 256, unless ``stop`` is the end.
         """
@@ -56,7 +60,14 @@ class MomentStore(Protocol):
         ...
 
     def fused_adam(
-        self, grad: Tensor, state: State, step: Step, betas: tuple[float, float], eps: float, *, always: bool = False
+        self,
+        grad: Tensor,
+        state: State,
+        step: Step,
+        betas: tuple[float, float],
+        eps: float,
+        *,
+        always: bool = False,
     ) -> Tensor | None:
         """Advance both of Adam's moments in one pass and return its direction × −1; None where no kernel does that."""
         ...
@@ -75,26 +86,43 @@ class Dense:
     is_dense: ClassVar[bool] = True
 
     def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
+        """Return one contiguous tensor of zeros, in the shape and dtype of ``like``."""
         return {name: torch.zeros_like(like, memory_format=torch.contiguous_format)}
 
     def read(self, state: State, name: str, step: Step) -> Tensor:
-        return step.working_copy(state[name], None if self.rounding == "nearest" else torch.float32)
+        """Return the moment in fp32, or in its own dtype where arithmetic is in that."""
+        if self.rounding == "nearest":
+            return step.working_copy(state[name])
+        return step.working_copy(state[name], torch.float32)
 
     def write(self, state: State, name: str, value: Tensor, step: Step) -> None:
+        """Keep ``value``, rounded with the random bits of the stream ``name`` where it is fp32 and the moment bf16."""
         step.store(state[name], value, stream=name)
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
-        return {name: state[name].view(-1)[start:stop]}
+        """Return a view of the elements ``start:stop``; a dense moment can be cut anywhere."""
+        flat = state[name].view(-1)
+        return {name: flat[start:stop]}
 
     def entries(self, state: State, name: str) -> tuple[str, ...]:
+        """Return the one name."""
         return (name,)
 
     def in_blocks(self, state: State, name: str) -> bool:
+        """No elements share a scale."""
         return False
 
     def fused_adam(
-        self, grad: Tensor, state: State, step: Step, betas: tuple[float, float], eps: float, *, always: bool = False
+        self,
+        grad: Tensor,
+        state: State,
+        step: Step,
+        betas: tuple[float, float],
+        eps: float,
+        *,
+        always: bool = False,
     ) -> Tensor | None:
+        """Return None: torch's kernel for dense moments is called by the rule itself."""
         return None
 
 
@@ -110,25 +138,39 @@ class Blockwise8bit:
     is_dense: ClassVar[bool] = False
 
     def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
-        if math.prod(like.shape if shard is None else shard.shape) < _SMALL:
+        """Return bytes of ``like``'s shape and fp32 scales, one a block; of a small moment one fp32 tensor."""
+        shape = like.shape if shard is None else shard.shape
+        if math.prod(shape) < _SMALL:
             return {name: torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)}
+        # The map is made here, since a step of fake tensors cannot look at values.
+        _code_values(signed=not name.endswith("_sq"))
         blocks = -(-like.numel() // _BLOCK)
-        _code_values(not name.endswith("_sq"))  # made here, since a step of fake tensors cannot look at values
         return {
             name: torch.zeros_like(like, dtype=torch.uint8, memory_format=torch.contiguous_format),
             f"{name}_absmax": like.new_zeros(blocks, dtype=torch.float32),
         }
 
+    # Dynamic quantization (arXiv 2110.02861, §2): element i of block b is scale[b] · code[byte[i]]. The code has 256
+    # values in [−1, 1] (unsigned: [0, 1]), dense near 0 on a scale of powers of ten, for moments of one block differ by
+    # orders of magnitude. A block's scale is the largest magnitude in it, so an outlier costs only its 256 neighbours.
     def read(self, state: State, name: str, step: Step) -> Tensor:
-        moment, scale = state[name], state.get(f"{name}_absmax")
+        """Return the moment in fp32, dequantized from its bytes and scales."""
+        moment = state[name]
+        scale = state.get(f"{name}_absmax")
         if scale is None:
             return step.working_copy(moment)
         from bitsandbytes import functional
 
-        code = _code(name, moment)
-        return torch.as_tensor(functional.dequantize_blockwise(moment, absmax=scale, code=code, blocksize=_BLOCK))
+        values = functional.dequantize_blockwise(
+            moment,
+            absmax=scale,
+            code=_code(name, moment),
+            blocksize=_BLOCK,
+        )
+        return torch.as_tensor(values)
 
     def write(self, state: State, name: str, value: Tensor, step: Step) -> None:
+        """Keep ``value`` in new scales, and in the bytes of the nearest values of the code."""
         if f"{name}_absmax" not in state:
             step.store(state[name], value)
             return
@@ -141,40 +183,61 @@ class Blockwise8bit:
         step.store(state[f"{name}_absmax"], how.absmax)
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
-        part = {name: state[name].view(-1)[start:stop]}
-        if (scale := state.get(f"{name}_absmax")) is not None:
-            part[f"{name}_absmax"] = scale[start // _BLOCK : -(-stop // _BLOCK)]
+        """Return views of the bytes ``start:stop`` and of the scales of their blocks."""
+        flat = state[name].view(-1)
+        part = {name: flat[start:stop]}
+        scale = state.get(f"{name}_absmax")
+        if scale is not None:
+            first_block = start // _BLOCK
+            end_block = -(-stop // _BLOCK)
+            part[f"{name}_absmax"] = scale[first_block:end_block]
         return part
 
     def entries(self, state: State, name: str) -> tuple[str, ...]:
+        """Return the names of the bytes and the scales; of a small moment, its one name."""
         return tuple(entry for entry in (name, f"{name}_absmax") if entry in state)
 
     def in_blocks(self, state: State, name: str) -> bool:
+        """Whether the moment is large enough to be kept in blocks that share a scale."""
         return f"{name}_absmax" in state
 
     def fused_adam(
-        self, grad: Tensor, state: State, step: Step, betas: tuple[float, float], eps: float, *, always: bool = False
+        self,
+        grad: Tensor,
+        state: State,
+        step: Step,
+        betas: tuple[float, float],
+        eps: float,
+        *,
+        always: bool = False,
     ) -> Tensor | None:
-        """Adam's direction × −1 by bitsandbytes' own kernel, which reads, updates and writes both moments in one pass.
+        """Return Adam's direction × −1 by bitsandbytes' kernel, which updates both moments in the same pass.
 
-        None where the composed rule is as good or the kernel does not apply: on a CPU it is the same sequence of
+        Return None where the composed rule is as good or the kernel does not apply: on a CPU it is the same sequence of
         operations (``always`` runs it there too), and small moments are dense.
         """
         names = ["exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax"]
-        if not (grad.is_cuda or always) or names[2] not in state or not grad.numel():
+        if not grad.is_cuda and not always:
+            return None
+        if "exp_avg_absmax" not in state or not grad.numel():
             return None
         from bitsandbytes import functional
 
         parts = [step.working_copy(state[name]) for name in names]
+        moment1, moment2, scale1, scale2 = parts
         scratch = torch.zeros_like(grad, dtype=torch.float32)
-        grad, codes = grad.float(), (_code("exp_avg", grad), _code("exp_avg_sq", grad))
+        grad = grad.float()
+        code1 = _code("exp_avg", grad)
+        code2 = _code("exp_avg_sq", grad)
+        # The kernel updates a weight. One of 0, at the rate 1, becomes the direction with its sign turned. `beta3` and
+        # `alpha` belong to another optimizer of the same kernel (AdEMAMix).
         with ordered_on_default_stream(grad.device):
             functional.optimizer_update_8bit_blockwise(
                 "adam",
                 g=grad,
                 p=scratch,
-                state1=parts[0],
-                state2=parts[1],
+                state1=moment1,
+                state2=moment2,
                 beta1=betas[0],
                 beta2=betas[1],
                 beta3=0.0,
@@ -182,23 +245,24 @@ class Blockwise8bit:
                 eps=eps,
                 step=step.count,
                 lr=1.0,
-                qmap1=codes[0],
-                qmap2=codes[1],
-                absmax1=parts[2],
-                absmax2=parts[3],
+                qmap1=code1,
+                qmap2=code2,
+                absmax1=scale1,
+                absmax2=scale2,
             )
         for name, part in zip(names, parts, strict=True):
             step.store(state[name], part)
         return scratch
 
 
+# bitsandbytes' `quantize_blockwise` and `optimizer_update_8bit_blockwise` take no stream and launch on the default one
+# (its csrc/ops.cu), which torch's other streams do not wait for. FSDP2 calls the hooks of layerwise updates on a stream
+# of its own. Without both waits, moments are computed from gradients that are not there yet, in silence.
 @contextmanager
 def ordered_on_default_stream(device: torch.device) -> Iterator[None]:
-    """Runs CUDA's default stream behind the current stream, and the current stream behind what is launched meanwhile.
+    """Order what is launched on CUDA's default stream meanwhile after the current stream's work, and before its next.
 
-    bitsandbytes' `quantize_blockwise` and `optimizer_update_8bit_blockwise` take no stream and launch on the default
-    one (its csrc/ops.cu), which torch's other streams do not wait for. FSDP2 calls the hooks of layerwise updates on a
-    stream of its own. Without both waits, moments are computed from gradients that are not there yet, in silence.
+    Nothing happens where the current stream is the default one, or the device has no streams.
     """
     streams = current_and_default_stream(device)
     if streams is None:
@@ -211,25 +275,32 @@ def ordered_on_default_stream(device: torch.device) -> Iterator[None]:
 
 
 def current_and_default_stream(device: torch.device) -> tuple[Any, Any] | None:
-    """The current and the default CUDA stream of ``device``; None where they are one, or there are none."""
+    """Return the current and the default CUDA stream of ``device``; None where they are one, or there are none."""
     if device.type != "cuda":
         return None
-    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
-    return None if current == default else (current, default)
+    current = torch.cuda.current_stream(device)
+    default = torch.cuda.default_stream(device)
+    if current == default:
+        return None
+    return current, default
 
 
 @cache
-def _code_values(signed: bool) -> list[float]:
+def _code_values(*, signed: bool) -> list[float]:
+    """Return the 256 values of bitsandbytes' dynamic map, in [−1, 1], or in [0, 1] where not signed."""
     from bitsandbytes import functional
 
-    return [float(value) for value in functional.create_dynamic_map(signed=signed).tolist()]
+    code = functional.create_dynamic_map(signed=signed)
+    return [float(value) for value in code.tolist()]
 
 
 def _code(name: str, like: Tensor) -> Tensor:
-    """The 256 values that a byte of the moment ``name`` stands for, in units of its block's scale."""
+    """Return the 256 values that a byte of the moment ``name`` stands for, in units of its block's scale."""
     signed = not name.endswith("_sq")
-    if type(like) is not Tensor or like.is_meta:  # a fake tensor must not outlive its mode
-        return torch.tensor(_code_values(signed), device=like.device)
-    if (like.device, signed) not in _codes:
-        _codes[like.device, signed] = torch.tensor(_code_values(signed), device=like.device)
-    return _codes[like.device, signed]
+    if type(like) is not Tensor or like.is_meta:
+        # It is made anew, and not kept: a fake tensor must not outlive its mode.
+        return torch.tensor(_code_values(signed=signed), device=like.device)
+    key = like.device, signed
+    if key not in _codes:
+        _codes[key] = torch.tensor(_code_values(signed=signed), device=like.device)
+    return _codes[key]

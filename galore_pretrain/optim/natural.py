@@ -36,7 +36,10 @@ class Natural(UpdateRule):
     damping: float = 1e-3
     store: MomentStore = field(default_factory=Dense)
     layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType(
-        {"gram": Layout.EVERYWHERE, "history": Layout.LIKE_PARAMETER}
+        {
+            "gram": Layout.EVERYWHERE,
+            "history": Layout.LIKE_PARAMETER,
+        }
     )
 
     def __post_init__(self) -> None:
@@ -45,92 +48,155 @@ class Natural(UpdateRule):
 
     @property
     def decay(self) -> Decay:
+        """Weight decay is the inner rule's."""
         return self.inner.decay
 
     @property
     def scope(self) -> Scope:
+        """A part can be updated by itself; products of whole gradients are asked of the step."""
         return Scope.PARTS
 
     def stores(self) -> Mapping[str, MomentStore]:
+        """Return the store of the history, and those of the inner rule."""
         return {"history": self.store, **self.inner.stores()}
 
     def layout(self, name: str, state: State, shard: Shard) -> Shard | None:
-        return super().layout(name, state, shard) if name in self.layouts else self.inner.layout(name, state, shard)
+        """Return where a state tensor lies; of one that is not this rule's, what the inner rule says."""
+        if name in self.layouts:
+            return super().layout(name, state, shard)
+        return self.inner.layout(name, state, shard)
 
     def has_slots(self, name: str) -> bool:
+        """Whether a moment has slots of padded length: the history has, one for each gradient."""
         return name == "history" or self.inner.has_slots(name)
 
     def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the values of a moment; of the history, its slots × ``shape``, without what pads them."""
         if name != "history":
             return self.inner.moment_values(state, name, shape)
-        values = self.store.read(state, name, Step(count=0)).view(self.history, -1)
-        return values[:, : prod(shape)].reshape(self.history, *shape)
+        no_step = Step(count=0)
+        values = self.store.read(state, name, no_step)
+        values = values.view(self.history, -1)
+        unpadded = values[:, : prod(shape)]
+        return unpadded.reshape(self.history, *shape)
 
     def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
+        """Keep what `moment_values` returned."""
         if name != "history":
             self.inner.set_moment_values(state, name, values)
             return
-        padded = torch.zeros(state[name].shape, dtype=torch.float32, device=values.device)
-        padded[:, : values[0].numel()] = values.flatten(1)
-        self.store.write(state, name, padded, Step(count=0))
+        shape = state[name].shape
+        padded = torch.zeros(shape, dtype=torch.float32, device=values.device)
+        elements = values[0].numel()
+        padded[:, :elements] = values.flatten(1)
+        no_step = Step(count=0)
+        self.store.write(state, name, padded, no_step)
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
+        """Return ``gram`` (s × s, fp64), ``history`` (s slots of ``like``, padded) and the inner rule's state."""
         gram = like.new_zeros(self.history, self.history, dtype=torch.float64)
-        slots = like.new_empty(self.history, _padded(like.numel()))
-        return {"gram": gram} | self.store.zeros("history", slots) | self.inner.init(like, shard)
+        length = _padded(like.numel())
+        slots = like.new_empty(self.history, length)
+        state = {"gram": gram}
+        state |= self.store.zeros("history", slots)
+        state |= self.inner.init(like, shard)
+        return state
 
+    # The natural gradient of a low-rank gradient g of n elements. H is n × s, its columns the last s gradients, and
+    #     g̃ = (λI + HHᵀ)⁻¹ g = (λI + HHᵀ)⁻¹ H e = H (λI + HᵀH)⁻¹ e
+    # where e is the unit vector of g's own column. The n × n matrix is never made: the s × s system gives a weight for
+    # each column, and g̃ is the sum of the columns by these weights. The history is a ring: update t replaces the
+    # column (t − 1) mod s, so HᵀH changes in one row and one column. H is read in pieces of a chunk, as fp64.
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
+        """Take ``grad`` into the history, and return the inner rule's direction for the natural gradient."""
+        device = grad.device
+        elements = grad.numel()
+        length = _padded(elements)
+        padded = torch.zeros(length, dtype=torch.float32, device=device)
+        padded[:elements] = grad.reshape(-1)
+        columns = min(step.count, self.history)
+        slots = [self._slot(state, i) for i in range(columns)]
         newest = (step.count - 1) % self.history
-        padded = torch.zeros(_padded(grad.numel()), dtype=torch.float32, device=grad.device)
-        padded[: grad.numel()] = grad.reshape(-1)
-        self.store.write(self._slot(state, newest), "history", padded.clone(), step.at(newest * len(padded)))
-        columns = range(min(step.count, self.history))
-        parts = list(chunks(padded, len(padded), chunk_elements(grad.device)))
+        newest_step = step.at(newest * length)
+        # A store may overwrite what it is given with rounded values, and `padded` is still needed.
+        self.store.write(slots[newest], "history", padded.clone(), newest_step)
 
-        products = torch.zeros(self.history, dtype=torch.float64, device=grad.device)
-        for piece in parts:
-            g = self._column(state, newest, *piece)
-            for i in columns:
-                products[i] += torch.dot(self._column(state, i, *piece), g)
+        size = chunk_elements(device)
+        pieces = list(chunks(padded, length, size))
+        weights = self._weights(slots, newest, pieces, state, step)
+        for start, stop in pieces:
+            # In fp64: the columns may be parallel gradients, whose weights of about 1/λ must cancel.
+            total = torch.zeros(stop - start, dtype=torch.float64, device=device)
+            for i, slot in enumerate(slots):
+                total.addcmul_(self._column(slot, start, stop), weights[i])
+            padded[start:stop] = total
+        natural = padded[:elements].view(grad.shape)
+        inner_state = self._inner_state(state)
+        return update_in_chunks(self.inner, natural, inner_state, step)
+
+    # Only one row and column of the Gram matrix HᵀH change, those of the newest gradient. They are its products with
+    # all columns: s dot products of n elements, summed over the processes that share g out. Columns that are not filled
+    # yet have products of 0, and so get weights of 0.
+    def _weights(
+        self,
+        slots: list[State],
+        newest: int,
+        pieces: list[tuple[int, int]],
+        state: State,
+        step: Step,
+    ) -> Tensor:
+        """Bring ``gram`` up to date and return (λI + HᵀH)⁻¹ e: the weight of each column in g̃ (s, fp64)."""
+        gram = state["gram"]
+        products = torch.zeros(self.history, dtype=torch.float64, device=gram.device)
+        for start, stop in pieces:
+            g = self._column(slots[newest], start, stop)
+            for i, slot in enumerate(slots):
+                products[i] += torch.dot(self._column(slot, start, stop), g)
         products = step.total(products)
-        gram = state["gram"].clone()
-        gram[newest] = gram[:, newest] = products
+        gram = gram.clone()
+        gram[newest] = products
+        gram[:, newest] = products
         step.store(state["gram"], gram)
         unit = torch.zeros_like(products)
         unit[newest] = 1.0
-        # What parallel gradients differ by below fp32's resolution is rounding, and must not be divided by λ alone.
-        damping = self.damping + 1e-13 * gram.diagonal().sum()
-        damped = gram + damping * torch.eye(self.history, dtype=gram.dtype, device=gram.device)
-        weights, _ = torch.linalg.solve_ex(damped, unit)  # unlike solve, waits for no device
-
-        for start, stop in parts:  # in fp64: of parallel gradients, weights of 1/λ must cancel
-            total = torch.zeros(stop - start, dtype=torch.float64, device=grad.device)
-            for i in columns:
-                total.addcmul_(self._column(state, i, start, stop), weights[i])
-            padded[start:stop] = total
-        rest = self._inner_state(state)
-        return update_in_chunks(self.inner, padded[: grad.numel()].view(grad.shape), rest, step)
+        # Parallel gradients differ by rounding, below fp32's resolution. That must not be divided by λ alone.
+        trace = gram.diagonal().sum()
+        damping = self.damping + 1e-13 * trace
+        identity = torch.eye(self.history, dtype=gram.dtype, device=gram.device)
+        damped = gram + damping * identity
+        # Unlike `solve`, `solve_ex` does not look whether it succeeded, which would wait for the device.
+        weights, _ = torch.linalg.solve_ex(damped, unit)
+        return torch.as_tensor(weights)
 
     def _inner_state(self, state: State) -> State:
         """Return the state tensors of the inner rule."""
-        own = {"gram", *self.store.entries(state, "history")}
-        return {name: value for name, value in state.items() if name not in own}
+        outer = {"gram", *self.store.entries(state, "history")}
+        return {name: value for name, value in state.items() if name not in outer}
 
     def _slot(self, state: State, i: int) -> State:
+        """Return views of the entries of the history that hold its column i."""
         length = state["history"].shape[1]
-        return self.store.narrow(state, "history", i * length, (i + 1) * length)
+        start = i * length
+        return self.store.narrow(state, "history", start, start + length)
 
-    def _column(self, state: State, i: int, start: int, stop: int) -> Tensor:
-        """Elements ``start:stop`` of column i of H, padded with zeros, in fp64."""
-        part = self.store.narrow(self._slot(state, i), "history", start, stop)
-        return self.store.read(part, "history", Step(count=0)).double()
+    def _column(self, slot: State, start: int, stop: int) -> Tensor:
+        """Return elements ``start:stop`` of the column of H in ``slot``, padded with zeros, in fp64."""
+        part = self.store.narrow(slot, "history", start, stop)
+        no_step = Step(count=0)
+        values = self.store.read(part, "history", no_step)
+        return values.double()
 
+    # A product of gradients means nothing if they lie in two subspaces, and the full gradients behind the old ones are
+    # gone, so they cannot be projected anew.
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
+        """Begin the history anew, and let the inner rule change its basis."""
         for name in ("gram", *self.store.entries(state, "history")):
             step.store(state[name], torch.zeros_like(state[name]))
-        self.inner.change_basis(self._inner_state(state), change, step)
+        inner_state = self._inner_state(state)
+        self.inner.change_basis(inner_state, change, step)
 
 
 def _padded(elements: int) -> int:
-    return -(-elements // _BLOCK) * _BLOCK
+    """Return the length of a slot for so many elements: whole blocks."""
+    blocks = -(-elements // _BLOCK)
+    return blocks * _BLOCK

@@ -22,17 +22,26 @@ BasisFn = Callable[[Tensor, int, Side, Tensor], Tensor]
 
 
 def sides(m: int, n: int, proj_type: str) -> tuple[bool, bool]:
-    """Whether an m × n gradient is projected from the (left, right). ``std`` keeps the shorter basis."""
+    """Return whether an m × n gradient is projected from the (left, right). ``std`` keeps the shorter basis.
+
+    ValueError for an unknown ``proj_type``.
+    """
     if proj_type not in PROJ_TYPES:
         raise ValueError(f"proj_type {proj_type!r} is unknown; choose from {', '.join(PROJ_TYPES)}")
     if proj_type == "full":
         return True, True
-    right = {"right": True, "left": False, "std": m >= n, "reverse_std": m < n}[proj_type]
+    from_the_right = {
+        "right": True,
+        "left": False,
+        "std": m >= n,
+        "reverse_std": m < n,
+    }
+    right = from_the_right[proj_type]
     return not right, right
 
 
 def project(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """PᵀG, GQᵀ or PᵀGQᵀ for P m × r and Q r × n, in the dtype of the bases: the published code's own products."""
+    """Return PᵀG, GQᵀ or PᵀGQᵀ in the dtype of the bases P (m × r) and Q (r × n): the published code's products."""
     low = grad
     if left is not None:
         low = left.T @ low.to(left.dtype)
@@ -41,94 +50,163 @@ def project(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return low
 
 
+# `product` and its like read a large matrix by blocks of rows, and want it first: PᵀG is computed as (GᵀP)ᵀ. Where both
+# sides are projected GQᵀ is the first product, since it needs no transposing.
 def project_fast(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Return PᵀG, GQᵀ or PᵀGQᵀ by `product`, contiguous, in the dtype of the gradient."""
     low = grad
     if right is not None:
         low = product(low, right.T)
     if left is not None:
-        turned = product_of_transposed(low, left)
-        low = (turned if turned.dtype == low.dtype else turned.to(low.dtype)).T
+        transposed = product_of_transposed(low, left)
+        if transposed.dtype != low.dtype:
+            transposed = transposed.to(low.dtype)
+        low = transposed.T
     return low.contiguous()
 
 
-def svd_basis(grad: Tensor, rank: int, side: Side, previous: Tensor) -> Tensor:
-    """The ``rank`` leading singular vectors (the paper's choice), each with its largest entry positive.
+# A singular vector is determined up to its sign, which rounding alone can flip. With moments carried over a refresh, a
+# flipped sign is a reversed coordinate. So each vector is multiplied by the sign of its entry of largest magnitude.
+def svd_basis(
+    grad: Tensor,
+    rank: int,
+    side: Side,
+    previous: Tensor,
+) -> Tensor:
+    """Return the ``rank`` leading singular vectors (the paper's choice), each with its largest entry positive.
 
-    A singular vector is determined up to its sign, which rounding alone can flip; with moments carried over a
-    refresh, a flipped sign is a reversed coordinate.
+    The result is m × r (left) or r × n (right) for an m × n gradient, in fp32.
     """
     basis = unsigned_svd_basis(grad, rank, side, previous)
     along = 0 if side == "left" else 1
-    return basis * basis.gather(along, basis.abs().argmax(along, keepdim=True)).sign()
+    largest = basis.abs().argmax(along, keepdim=True)
+    signs = basis.gather(along, largest).sign()
+    return basis * signs
 
 
-def unsigned_svd_basis(grad: Tensor, rank: int, side: Side, previous: Tensor) -> Tensor:
-    """The leading singular vectors with the signs that LAPACK gave them, as the published code takes them."""
+def unsigned_svd_basis(
+    grad: Tensor,
+    rank: int,
+    side: Side,
+    previous: Tensor,
+) -> Tensor:
+    """Return the leading singular vectors with the signs that LAPACK gave them, as the published code takes them."""
     del previous
     u, _, vh = torch.linalg.svd(grad.float(), full_matrices=False)
-    return torch.as_tensor(u[:, :rank] if side == "left" else vh[:rank])
+    if side == "left":
+        return torch.as_tensor(u[:, :rank])
+    return torch.as_tensor(vh[:rank])
 
 
-def randomized_basis(grad: Tensor, rank: int, side: Side, previous: Tensor) -> Tensor:
-    """One step of orthogonal iteration from the basis in use, which was random to begin with.
+# The randomized range finder with a power step of Halko et al. (arXiv 0909.4061, Algorithm 4.4). For the left basis P
+# (m × r) of G (m × n), with the basis in use as the test matrix:
+#     Z = GᵀP  (n × r)        Y = G Z = GGᵀP  (m × r)        P' = the Q of Y = QR
+# A right basis Q (r × n) is the left one of Gᵀ: Z = GQᵀ, Y = GᵀZ, transposed. These are two products with the gradient
+# and one thin QR, where a full SVD takes some twenty to forty times as long. Each vector grows out of its predecessor,
+# so its sign and its meaning to the moments carried over are kept.
+def randomized_basis(
+    grad: Tensor,
+    rank: int,
+    side: Side,
+    previous: Tensor,
+) -> Tensor:
+    """Return one step of orthogonal iteration from the basis in use, which was random to begin with.
 
-    The randomized range finder with a power step of Halko et al. (arXiv 0909.4061, Algorithm 4.4) in two products with
-    the gradient and one thin QR, where a full SVD takes some twenty to forty times as long. Each vector grows out of
-    its predecessor, so its sign and its meaning to the moments carried over are kept.
+    The result is m × r (left) or r × n (right) for an m × n gradient, in fp32.
     """
-    across, back = (product_of_transposed, product) if side == "left" else (product, product_of_transposed)
-    if not has_fast_bf16(grad.device) and grad.numel() <= 8 * chunk_elements(grad.device):
-        grad = grad.float()  # what is one block to both products is converted once
-    image = across(grad, previous if side == "left" else previous.T).float()
-    image /= torch.linalg.vector_norm(image).clamp(min=torch.finfo(torch.float32).tiny)  # no underflow in GᵀG
+    if side == "left":
+        across, back = product_of_transposed, product
+        test_matrix = previous
+    else:
+        across, back = product, product_of_transposed
+        test_matrix = previous.T
+    block = 8 * chunk_elements(grad.device)
+    is_one_block = grad.numel() <= block
+    if is_one_block and not has_fast_bf16(grad.device):
+        grad = grad.float()  # both products would convert it
+    image = across(grad, test_matrix).float()
+    # The length of Z has no meaning, but Y has squares of gradients, which could underflow. A gradient of zeros has
+    # length 0, and is not to become NaN.
+    tiny = torch.finfo(torch.float32).tiny
+    length = torch.linalg.vector_norm(image)
+    image /= length.clamp(min=tiny)
     basis = _orthonormal(back(grad, image))
-    return basis if side == "left" else basis.T
+    if side == "left":
+        return basis
+    return basis.T
 
 
-def random_basis(shape: tuple[int, int], side: Side, seed: int, device: torch.device) -> Tensor:
-    """An orthonormal basis (m × r left, r × n right) that depends on ``seed`` alone: where every matrix starts."""
-    if side == "right":
-        return random_basis((shape[1], shape[0]), "left", seed, device).T
-    return _orthonormal(torch.randn(shape, generator=_generator(seed, device), device=device))
+def random_basis(
+    shape: tuple[int, int],
+    side: Side,
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    """Return an orthonormal basis that depends on ``seed`` alone: where every matrix starts.
 
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    """The Q of a QR decomposition with positive diagonal R, which makes it unique. fp32.
-
-    On a CPU by Cholesky-QR, which is all matrix products, where its orthogonality can be vouched for: it is lost by the
-    square of the condition number, and gradients have steep spectra. So columns get one length, and where a Gram matrix
-    in fp32 does not do, one in fp64 is tried, and then Householder's QR. That alone elsewhere, where looking at the
-    error would wait for the device.
+    ``shape`` is m × r (left) or r × n (right). The result is fp32.
     """
+    if side == "right":
+        r, n = shape
+        transposed = random_basis((n, r), "left", seed, device)
+        return transposed.T
+    generator = _generator(seed, device)
+    matrix = torch.randn(shape, generator=generator, device=device)
+    return _orthonormal(matrix)
+
+
+# On a CPU it is found by Cholesky-QR, which is all matrix products, where its orthogonality can be vouched for. That is
+# lost by the square of the condition number, and gradients have steep spectra. So columns get one length, and where a
+# Gram matrix in fp32 does not do, one in fp64 is tried, and then Householder's QR. On other devices Householder's QR
+# alone is used, since looking at the error would wait for the device.
+def _orthonormal(matrix: Tensor) -> Tensor:
+    """Return the Q (m × r, fp32) of a QR decomposition with positive diagonal R, which makes it unique."""
     y = matrix.float()
-    for dtype in (torch.float32, torch.float64) if can_look(y) else ():
-        if (q := _cholesky_qr(y, dtype)) is not None:
-            return q
+    if can_look(y):
+        for dtype in (torch.float32, torch.float64):
+            basis = _cholesky_qr(y, dtype)
+            if basis is not None:
+                return basis
     q, r = torch.linalg.qr(y)
-    return torch.as_tensor(q * r.diagonal().sign().where(r.diagonal() != 0, 1.0))
+    diagonal = r.diagonal()
+    signs = diagonal.sign()
+    # The column of a 0 on the diagonal may have either sign, but must not be multiplied by 0.
+    signs = signs.where(diagonal != 0, 1.0)
+    return torch.as_tensor(q * signs)
 
 
+# With Y (m × r) = QR, YᵀY = RᵀR: the Cholesky factor of the Gram matrix (r × r) is R, and Q = Y R⁻¹. It is the Gram
+# matrix of the columns at length one, D⁻¹YᵀY D⁻¹ for D their lengths, that is decomposed: its condition number is
+# smaller, and R = (its factor) D. If that leaves more than rounding, a second pass over Q makes it orthonormal
+# (CholeskyQR2, Yamamoto et al. 2015), which it does where all entries of QᵀQ − I are well below 1.
 def _cholesky_qr(y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Cholesky-QR, and again if the first pass left more than rounding (Yamamoto et al. 2015); None if it failed."""
+    """Return the Q (m × r, fp32) of ``y`` with the Gram matrix in ``dtype``; None if it is not orthonormal enough."""
     gram = y.T.to(dtype) @ y.to(dtype)
-    lengths = gram.diagonal().sqrt()  # of the columns: what is decomposed is the Gram matrix of columns of length one
-    factor, failed = torch.linalg.cholesky_ex(gram / lengths / lengths[:, None], upper=True)
-    q = torch.as_tensor(torch.linalg.solve_triangular((factor * lengths).float(), y, upper=True, left=False))
+    lengths = gram.diagonal().sqrt()
+    scaled = gram / lengths / lengths[:, None]
+    factor, failed = torch.linalg.cholesky_ex(scaled, upper=True)
+    r = (factor * lengths).float()
+    q = torch.linalg.solve_triangular(r, y, upper=True, left=False)
+
     gram = q.T @ q
     gram.diagonal().sub_(1.0)
-    error = float(torch.linalg.vector_norm(gram, ord=torch.inf))
-    if int(failed) or not error < 0.1:
+    error = float(torch.linalg.vector_norm(gram, ord=torch.inf))  # the largest entry
+    if int(failed) or not error < 0.1:  # so that NaN fails
         return None
     if error < 1e-5:
-        return q
+        return torch.as_tensor(q)
     gram.diagonal().add_(1.0)
     factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
-    return torch.as_tensor(torch.linalg.solve_triangular(factor, q, upper=True, left=False))
+    q = torch.linalg.solve_triangular(factor, q, upper=True, left=False)
+    return torch.as_tensor(q)
 
 
 def _generator(seed: int, device: torch.device) -> torch.Generator | None:
-    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+    """Return a generator on the device; None on the meta device, which has none."""
+    if device.type == "meta":
+        return None
+    generator = torch.Generator(device)
+    return generator.manual_seed(seed)
 
 
 BASES: dict[str, BasisFn] = {
