@@ -45,9 +45,8 @@ def product_of_transposed(wide: Tensor, thin: Tensor) -> Tensor:
     block_elements = _CHUNKS_PER_BLOCK * chunk_elements(wide.device)
     block_rows = max(1, block_elements // max(1, n))
     for start, stop in chunks(wide, m, block_rows):
-        wide_block = wide[start:stop].float()
-        thin_block = thin[start:stop].float()
-        out.addmm_(wide_block.T, thin_block)
+        # No names for the fp32 copies, which would keep them until the next block has its own.
+        out.addmm_(wide[start:stop].float().T, thin[start:stop].float())
     return out
 
 
