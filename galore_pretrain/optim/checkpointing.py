@@ -15,6 +15,8 @@ from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import UpdateRule
 from galore_pretrain.tensors.shards import Shard, shard_of, whole
 
+_Groups = Sequence[Mapping[str, Any]]
+
 
 # A dense state tensor lies as its rule says (`UpdateRule.layout`), and torch's own checkpoint writer handles the
 # DTensor that says so. Blocks of 256 elements are another matter: a part may begin in the middle of a block of the
@@ -120,7 +122,7 @@ def _distributed(part: Tensor, layout: Shard, p: Tensor) -> Tensor:
 
 def checked_state(
     state_dict: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
+    groups: _Groups,
     state: Mapping[Tensor, Mapping[str, Any]],
 ) -> dict[Tensor, dict[str, Any]]:
     """Return the saved state of each parameter, copied to its device.
@@ -146,7 +148,7 @@ def _copy(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _check_groups(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+def _check_groups(saved_groups: _Groups, groups: _Groups) -> None:
     """Raise ValueError where groups differ in number, size or rule."""
     saved_sizes = [len(group["params"]) for group in saved_groups]
     sizes = [len(group["params"]) for group in groups]

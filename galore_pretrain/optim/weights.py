@@ -32,7 +32,10 @@ class WeightStore(Protocol):
     """Whether a weight is the tensor itself, so that a kernel may update it in place."""
 
     def subtract(self, weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
-        """Make it ``weight - lr · direction - decay · weight``; decay sees the weight before or after the update."""
+        """Change ``weight`` to ``weight - lr · direction - decay · weight``.
+
+        Decay is taken from the weight before the update if ``decay_first``, else after it.
+        """
         ...
 
 
