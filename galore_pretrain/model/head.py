@@ -1,6 +1,6 @@
 """The head and its loss, a chunk of tokens at a time, so that the logits of a batch never exist together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,33 +15,42 @@ _HEAD_CHUNK = 512  # tokens whose logits exist at a time
 
 
 def mean_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
-    """Σ cross-entropy / ``divisor``, in nats: what a micro-batch of a training step contributes. A scalar in fp32.
+    """Return Σ cross-entropy / ``divisor``, in nats: what a micro-batch of a training step contributes.
 
     ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: already shifted; −100 is not counted. No padding
-    mask is needed, since attention is causal and padding stands at the end.
+    mask is needed, since attention is causal and padding stands at the end. The result is an fp32 scalar.
     """
     return _called(model, _mean_loss, input_ids, labels, divisor)
 
 
 def _mean_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    arguments = hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), 1.0 / divisor
-    loss: Tensor = _HeadLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    """Do the work of `mean_loss`."""
+    outputs = model.model(input_ids=input_ids, use_cache=False)
+    hidden = outputs.last_hidden_state.flatten(0, 1)  # batch × tokens × width -> all tokens × width
+    weight = model.lm_head.weight
+    scale = 1.0 / divisor
+    loss: Tensor = _HeadLoss.apply(hidden, weight, labels.flatten(), scale)  # type: ignore[no-untyped-call]
     return loss
 
 
 def token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each label, shaped as ``labels``, in fp32 and without gradients; 0 where a label is −100."""
+    """Return the cross-entropy of each label, shaped as ``labels``, in fp32; 0 where a label is −100. No gradients."""
     return _called(model, _token_losses, input_ids, labels)
 
 
 @torch.no_grad()
 def _token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    losses = [
-        F.cross_entropy((h @ model.lm_head.weight.T).float(), y, reduction="none")
-        for h, y in _chunks(hidden, labels.flatten())
-    ]
+    """Do the work of `token_losses`."""
+    outputs = model.model(input_ids=input_ids, use_cache=False)
+    hidden = outputs.last_hidden_state.flatten(0, 1)
+    hidden_chunks = hidden.split(_HEAD_CHUNK)
+    label_chunks = labels.flatten().split(_HEAD_CHUNK)
+    losses = []
+    for hidden_chunk, targets in zip(hidden_chunks, label_chunks, strict=True):
+        # No name for the logits in the model's dtype, so that they are freed once their fp32 copy is made.
+        logits = (hidden_chunk @ model.lm_head.weight.T).float()
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        del logits  # before those of the next chunk are made
     return torch.cat(losses).view(labels.shape)
 
 
@@ -50,83 +59,118 @@ loss_methods = (_mean_loss, _token_losses)
 gathers the weights, and after which it frees them."""
 
 
-def _called(model: LlamaForCausalLM, method: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    own = getattr(model, method.__name__, None)
-    return method(model, *arguments) if own is None else own(*arguments)
-
-
-def _chunks(hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(hidden.split(_HEAD_CHUNK), labels.split(_HEAD_CHUNK), strict=True)
+def _called(model: LlamaForCausalLM, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call ``function`` with ``model``: where processes share its weights, by the method of that name."""
+    method = getattr(model, function.__name__, None)
+    if method is None:
+        return function(model, *arguments)
+    result: Tensor = method(*arguments)
+    return result
 
 
 def _gradient_block(tokens: int, weight: Tensor) -> int:
-    """Tokens whose logits' gradients are kept for one product with the hidden states.
+    """Return how many tokens' logit gradients are kept for one product with the hidden states.
 
     In bf16 that product is rounded once at its end; summed over blocks it needs an fp32 copy of the weight. In fp32 it
     is added where it belongs.
     """
-    width = weight.shape[1]
     if weight.dtype == torch.float32:
         return _HEAD_CHUNK
-    return tokens if tokens <= 4 * width else width
+    # With a vocabulary of V and a width of d, all T tokens at once take 2TV bytes. Blocks of d tokens take 2dV, and
+    # besides an fp32 sum of 4dV and a bf16 product of 2dV to be added to it: as much as 4d tokens at once.
+    width = weight.shape[1]
+    if tokens <= 4 * width:
+        return tokens
+    return width
 
 
+# Two levels of chunks. The logits of _HEAD_CHUNK tokens are one product, which wants many rows. Softmax and its
+# gradient go over them several times, so on a CPU they are done for as few rows as its cache holds.
+#
+# With p = softmax(logits), the cross-entropy of label y is -log p[y] and its gradient by the logits is p - onehot(y).
+# Both come from log p: it is looked up at y, and then overwritten by exp(log p), from which 1 is taken at y. A label
+# of −100 is looked up at 0 instead and multiplied by ``is_counted``, which is 0 there.
 def _logits_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(Σ cross-entropy, its gradient × ``scale`` by the logits in the weight's dtype: tokens × vocabulary).
+    """Return Σ cross-entropy and ``scale`` times its gradient by the logits.
 
-    The gradient takes the place of the logits, some rows at a time: on a CPU, of what its cache holds.
+    ``hidden`` is tokens × width, ``weight`` vocabulary × width, ``labels`` are tokens. The sum is an fp32 scalar. The
+    gradient, tokens × vocabulary in the weight's dtype, takes the place of the logits.
     """
-    total, whole = hidden.new_zeros((), dtype=torch.float32), hidden.new_empty(len(hidden), len(weight))
-    rows = max(1, chunk_elements(hidden.device) // len(weight)) if hidden.device.type == "cpu" else _HEAD_CHUNK
-    for start, stop in chunks(hidden, len(hidden), _HEAD_CHUNK):
-        chunk, targets = whole[start:stop], labels[start:stop]
+    tokens, vocabulary = len(hidden), len(weight)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    logits_or_gradient = hidden.new_empty(tokens, vocabulary)
+    cache_rows = _HEAD_CHUNK
+    if hidden.device.type == "cpu":
+        cache_rows = max(1, chunk_elements(hidden.device) // vocabulary)
+    for start, stop in chunks(hidden, tokens, _HEAD_CHUNK):
+        chunk = logits_or_gradient[start:stop]
+        chunk_labels = labels[start:stop]
         torch.mm(hidden[start:stop], weight.T, out=chunk)
         losses = []
-        for first, last in chunks(chunk, len(chunk), rows):
-            logits, y = chunk[first:last], targets[first:last]
-            counted, index = y >= 0, y.clamp(min=0)[:, None]
+        for first, last in chunks(chunk, len(chunk), cache_rows):
+            logits = chunk[first:last]
+            targets = chunk_labels[first:last]
+            is_counted = targets >= 0
+            index = targets.clamp(min=0)[:, None]
             log_p = F.log_softmax(logits.float(), dim=-1)
-            losses.append(log_p.gather(1, index)[:, 0] * counted)
-            grad = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
-            logits.copy_(grad.mul_((counted * scale)[:, None]))
-            del log_p, grad
+            losses.append(log_p.gather(1, index)[:, 0] * is_counted)
+            gradient = log_p.exp_()
+            gradient.scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
+            gradient.mul_((is_counted * scale)[:, None])
+            logits.copy_(gradient)
+            del log_p, gradient  # two names of one fp32 block: the next one must not exist beside it
         total -= torch.cat(losses).sum()
-    return total, whole
+    return total, logits_or_gradient
 
 
+# The loss of T tokens over a vocabulary of V, from hidden states H (T × d) and the head's weight W (V × d).
+#
+# Autograd would keep the logits H Wᵀ (T × V), several times over in fp32, from forward to backward. But the loss is a
+# scalar, and its gradient dL by the logits is known as soon as they are. So forward does backward's work as well: for
+# each block of tokens it computes dL and, from it, dH = dL W (T × d) and dW = dLᵀ H (V × d), and drops dL. Backward
+# only multiplies both by the gradient that comes in. Nothing is computed twice.
+#
+# dW is a sum over all tokens. In fp32, each block is added to it. In bf16, adding would round at every block, so either
+# there is one block, whose product is rounded once, or the sum is kept in fp32: whichever `_gradient_block` finds to
+# take less memory.
 class _HeadLoss(torch.autograd.Function):
-    """The output projection and its loss, in chunks of tokens whose gradients are computed on the way forward.
+    """Computes the output projection and its loss in chunks of tokens, and both gradients on the way forward.
 
-    The logits of a whole micro-batch would take tokens × vocabulary fp32 numbers, several times over; here one chunk's
-    exist at a time, and none is computed twice. Logits are rounded to the model's dtype and then taken to fp32, as
-    transformers' own loss does. The weight's gradient is one product where that takes no more memory than an fp32 sum.
+    Logits are rounded to the model's dtype and then taken to fp32, as transformers' own loss does.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """Return ``scale`` · Σ cross-entropy, an fp32 scalar, and keep its gradients."""
         total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden, grad_weight = torch.empty_like(hidden), None
-        size = _gradient_block(len(hidden), weight)
-        for begin in range(0, len(hidden), size):
-            block, targets = hidden[begin : begin + size], labels[begin : begin + size]
-            losses, grad = _logits_gradient(block, weight, targets, scale)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight: Tensor | None = None
+        tokens = len(hidden)
+        size = _gradient_block(tokens, weight)
+        for begin in range(0, tokens, size):
+            end = begin + size
+            block = hidden[begin:end]
+            losses, grad_logits = _logits_gradient(block, weight, labels[begin:end], scale)
             total += losses
-            torch.mm(grad, weight, out=grad_hidden[begin : begin + size])
-            if size >= len(hidden):
-                grad_weight = product(grad.T, block)
+            torch.mm(grad_logits, weight, out=grad_hidden[begin:end])
+            if size >= tokens:
+                grad_weight = product(grad_logits.T, block)
             elif weight.dtype == torch.float32:
-                grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
-                grad_weight.addmm_(grad.T, block)
+                if grad_weight is None:
+                    grad_weight = torch.zeros_like(weight)
+                grad_weight.addmm_(grad_logits.T, block)
             else:
-                part = product(grad.T, block)
+                part = product(grad_logits.T, block)
                 grad_weight = part.float() if grad_weight is None else grad_weight.add_(part)
-            del grad
+            del grad_logits  # before the next block's is made
         assert grad_weight is not None
         ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)
         return total * scale
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Return the gradients by ``hidden`` and ``weight``, which forward has computed."""
+        grad_loss = grad_outputs[0]
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None  # the loss may be kept longer than these
-        return grad_hidden.mul_(grad_outputs[0]), grad_weight.mul_(grad_outputs[0]), None, None
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None

@@ -1,4 +1,4 @@
-"""transformers' ``LlamaForCausalLM`` from a JSON config: built on ``meta``, materialized once, in the run's dtype."""
+"""transformers' ``LlamaForCausalLM`` from its config: built on ``meta``, materialized once, in the run's dtype."""
 
 import hashlib
 from collections.abc import Callable
@@ -23,15 +23,17 @@ def build_model(
     change: Callable[[LlamaForCausalLM], None] | None = None,
     fresh: bool = True,
 ) -> LlamaForCausalLM:
-    """The model with fresh weights: matrices from N(0, ``initializer_range``), norms 1, biases 0. If not ``fresh``,
-    with whatever its memory held, for others to be loaded.
+    """Return the model with fresh weights: matrices from N(0, ``initializer_range``), norms 1, biases 0.
+
+    If not ``fresh``, the weights are whatever their memory held, for others to be loaded.
 
     Weights are allocated once, on ``device`` and in ``dtype``. Each is drawn on the CPU from its own stream, named by
     ``seed`` and the parameter's name, so the same seed gives the same weights on every device and however they are
     sharded. ``change`` may put other modules in, before there is memory for any.
     """
     with torch.device("meta"):
-        model = without_masks(LlamaForCausalLM(config).to(dtype))
+        model = LlamaForCausalLM(config).to(dtype)
+        model = without_masks(model)
         if change is not None:
             change(model)
     if torch.device(device).type == "meta":
@@ -40,13 +42,14 @@ def build_model(
     model.tie_weights()  # where the config says so: new storage has parted them
     with torch.device(device):
         model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is computed, and stays in fp32
-    for name, parameter in model.named_parameters() if fresh else ():
-        draw(name, parameter, config.initializer_range, seed)
+    if fresh:
+        for name, parameter in model.named_parameters():
+            draw(name, parameter, config.initializer_range, seed)
     return model
 
 
 def without_masks(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """``model``, attending causally without a mask, which ours never needs: padding stands at the end.
+    """Make ``model`` attend causally without a mask, and return it. Padding stands at the end and needs none.
 
     With the implementation named ``sdpa``, transformers looks at the positions of each batch for documents packed
     together, for which it would wait for the device, and makes a mask of fake tensors.
@@ -56,9 +59,12 @@ def without_masks(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
+# The stream of a parameter depends on its name and the seed alone. It is drawn in fp32 on the CPU, a block at a time,
+# and copied into the parameter's dtype and device: no device has a generator that gives another one's numbers, and no
+# fp32 copy of a large matrix exists.
 @torch.no_grad()
 def draw(name: str, parameter: Tensor, std: float, seed: int) -> None:
-    """Fill ``parameter`` with the fresh weights of that ``name``."""
+    """Fill ``parameter`` with the fresh weights of that ``name``: of N(0, ``std``) where it is a matrix."""
     if shard_of(parameter) is not None:
         whole = torch.empty(parameter.shape, dtype=parameter.dtype)
         draw(name, whole, std, seed)
@@ -66,10 +72,12 @@ def draw(name: str, parameter: Tensor, std: float, seed: int) -> None:
         return
     parameter = local(parameter)
     if parameter.ndim < 2:
-        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        is_bias = name.endswith("bias")
+        parameter.fill_(0.0 if is_bias else 1.0)
         return
     digest = hashlib.blake2b(f"{seed}.{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    stream_seed = int.from_bytes(digest, "big") >> 1
+    generator = torch.Generator().manual_seed(stream_seed)
     flat = parameter.view(-1)
     for start in range(0, flat.numel(), _INIT_BLOCK):
         block = flat[start : start + _INIT_BLOCK]

@@ -1,4 +1,4 @@
-"""The paper's baselines: matrices that are trained through two thin factors. Which, and what happens between updates.
+"""The paper's baselines: matrices that are trained through two thin factors.
 
 ``low_rank``: W = BA (Kamalakara et al., arXiv 2209.13569). ``lora``: W = W₀ + (α/r) BA, with W₀ random and frozen (Hu
 et al., arXiv 2106.09685). ``relora``: the same, where every so many updates BA becomes a part of W₀ and begins anew
@@ -26,8 +26,18 @@ if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
 
 
+# W₀ is out × in, A r × in and B out × r, stored in torch.nn.Linear's layout; x is rows × tokens × in. Forward goes
+# through the thin middle, s (x Aᵀ) Bᵀ + x W₀ᵀ, and so never makes BA (out × in). The scale s is multiplied into the
+# middle, rows × tokens × r, which is the smallest tensor on the way.
+#
+# Backward is autograd's, with g = dL/dy (rows × tokens × out): dB = s gᵀ (x Aᵀ), dA = s (g B)ᵀ x and dx = s g B A +
+# g W₀. W₀ is frozen: no gradient of its size is made, and x is kept for A alone.
 class FactoredLinear(nn.Module):
-    """y = W₀x + ``scale`` · B A drop(x) + bias, with A (r × in) and B (out × r) trained and W₀ frozen, or absent."""
+    """Computes y = W₀x + ``scale`` · B A drop(x) + bias, with A (r × in) and B (out × r) trained.
+
+    W₀ (``weight``, out × in) is frozen, or absent. The rank r is clipped to the shorter side of ``dense``, the layer
+    in whose place this one comes and whose weight becomes W₀.
+    """
 
     weight: nn.Parameter | None
 
@@ -41,43 +51,63 @@ class FactoredLinear(nn.Module):
         dropout: "Dropout | None" = None,
     ) -> None:
         super().__init__()
-        where = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-        self.weight = nn.Parameter(dense.weight.detach(), requires_grad=False) if frozen else None
+        device = dense.weight.device
+        dtype = dense.weight.dtype
+        self.weight = None
+        if frozen:
+            self.weight = nn.Parameter(dense.weight.detach(), requires_grad=False)
         self.bias = dense.bias
         rank = min(rank, *dense.weight.shape)
-        self.A = nn.Linear(dense.in_features, rank, bias=False, **where)
-        self.B = nn.Linear(rank, dense.out_features, bias=False, **where)
-        self.scale, self.dropout = scale, dropout
+        self.A = nn.Linear(dense.in_features, rank, bias=False, device=device, dtype=dtype)
+        self.B = nn.Linear(rank, dense.out_features, bias=False, device=device, dtype=dtype)
+        self.scale = scale
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return y (… × out) for ``x`` (… × in); with dropout, ``x`` is rows × tokens × in."""
         scale = self.scale
         if self.dropout is not None and self.training:
             dropped, probability = self.dropout.mask(x)
-            low, scale = self.A(x.masked_fill(dropped, 0)), scale / (1 - probability)
+            low = self.A(x.masked_fill(dropped, 0))
+            scale /= 1 - probability  # what is left makes up for what is dropped
         else:
             low = self.A(x)
-        y = F.linear(low if scale == 1.0 else low * scale, self.B.weight, self.bias)
-        return y if self.weight is None else y + F.linear(x, self.weight)
+        if scale != 1.0:
+            low = low * scale
+        y = F.linear(low, self.B.weight, self.bias)
+        if self.weight is None:
+            return y
+        return y + F.linear(x, self.weight)
 
     def dense(self) -> Tensor:
-        """The matrix that it computes with outside of training: out × in, in the weights' dtype, on the CPU."""
-        shape = self.B.out_features, self.A.in_features
+        """Return the matrix that it computes with outside of training: out × in, in the weights' dtype, on the CPU."""
+        matrix = torch.empty(self.B.out_features, self.A.in_features, dtype=self.A.weight.dtype)
         base = None if self.weight is None else whole(self.weight)
-        return self._sum_into(torch.empty(shape, dtype=self.A.weight.dtype), base, whole(self.B.weight))
+        return self._sum_into(matrix, base, whole(self.B.weight))
 
+    # ReLoRA's merge: W₀ ← W₀ + s BA. Processes share W₀ and B out by rows, and row i of the sum needs row i of both and
+    # all of A (r × in), which alone is gathered. Each process merges its own rows.
     def merge(self) -> None:
-        """W₀ becomes what `dense` is; A and B are not touched. Where they are shared out, both W₀ and B are by rows."""
+        """Make W₀ what `dense` is, in place. A and B are not touched."""
         assert self.weight is not None
         base = local(self.weight)
         self._sum_into(base, base, local(self.B.weight))
 
     @torch.no_grad()
     def _sum_into(self, target: Tensor, base: Tensor | None, b: Tensor) -> Tensor:
-        """``base`` + ``scale`` · BA for rows of B, in fp32 a block at a time; ``target`` may be ``base`` itself."""
+        """Write ``base`` + ``scale`` · BA into ``target``, which may be ``base`` itself, and return it.
+
+        ``b`` are rows of B (k × r), and ``target`` and ``base`` the same rows (k × in). The sum is made in fp32, a
+        block of rows at a time, and rounded once.
+        """
         a = whole(self.A.weight).float()
-        for start, stop in chunks(target, len(target), max(1, chunk_elements(a.device) // target.shape[1])):
-            rows = (b[start:stop].float() @ a).mul_(self.scale)
-            target[start:stop] = rows if base is None else rows.add_(base[start:stop])
+        width = target.shape[1]
+        block_rows = max(1, chunk_elements(a.device) // width)
+        for start, stop in chunks(target, len(target), block_rows):
+            block = (b[start:stop].float() @ a).mul_(self.scale)
+            if base is not None:
+                block.add_(base[start:stop])
+            target[start:stop] = block
         return target
 
 
@@ -85,7 +115,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def uncompiled(function: T) -> T:
-    """``function``, which torch's compiler leaves as it is."""
+    """Return ``function``, which torch's compiler leaves as it is."""
     left_alone: T = torch.compiler.disable(function)
     return left_alone
 
@@ -104,24 +134,34 @@ class Dropout:
     seed: int
     position: TrainingPosition
 
-    # 16 bits decide for each element, which take a fifth of the time of torch's bernoulli_ on a CPU. Each row has a
-    # stream of its own. A compiler has nothing to gain here, and would compile once for each layer.
+    # 16 random bits decide for each element whether it is dropped: as an int16 it is less than a limit, with the
+    # probability (limit + 2¹⁵) / 2¹⁶. Four such numbers are cut from one random int64, which takes a fifth of the time
+    # of torch's bernoulli_ on a CPU. Each row of x has a stream of its own, by its number in the update.
+    #
+    # A compiler has nothing to gain here, and would compile once for each layer.
     @uncompiled
     def mask(self, x: Tensor) -> tuple[Tensor, float]:
-        """What is dropped of ``x`` (rows × tokens × features), bool and shaped as it; the probability in 16 bits."""
-        size = x[0].numel()
-        words = torch.empty(len(x), -(-size // 4), dtype=torch.int64, device=x.device)
+        """Return what is dropped of ``x`` (rows × tokens × features), and the probability as 16 bits have it.
+
+        The mask is bool, shaped as ``x``, and true where an element is dropped.
+        """
+        row_elements = x[0].numel()
+        row_words = -(-row_elements // 4)
+        words = torch.empty(len(x), row_words, dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
-        for i, row in enumerate(words, self.position.row):
-            seed = derive_seed(self.seed, self.name, self.position.update, i)
-            row.random_(-(1 << 63), None, generator=generator.manual_seed(seed))
-        least = min(round(self.probability * 65536), 65535) - 32768
-        return (words.view(torch.int16)[:, :size] < least).view(x.shape), (least + 32768) / 65536
+        for row_number, row in enumerate(words, self.position.row):
+            seed = derive_seed(self.seed, self.name, self.position.update, row_number)
+            generator.manual_seed(seed)
+            row.random_(-(1 << 63), None, generator=generator)
+        dropped_values = min(round(self.probability * 65536), 65535)  # of the 2¹⁶: never all of them
+        limit = dropped_values - 32768
+        numbers = words.view(torch.int16)[:, :row_elements]
+        return (numbers < limit).view(x.shape), dropped_values / 65536
 
 
 @dataclass(frozen=True)
 class Factors:
-    """How a model's matrices are factored, with ``rank`` r. ``alpha`` is LoRA's α; None means that there is no W₀.
+    """Says how a model's matrices are factored, with ``rank`` r. ``alpha`` is LoRA's α; None: there is no W₀.
 
     ``every`` is the number of updates between two of ReLoRA's merges; None means that there are none.
     """
@@ -137,24 +177,35 @@ class Factors:
 
         ``position`` is where the model's trainer will say that it is; by default, it stays at the first row.
         """
+        has_base = self.alpha is not None
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        position = position or TrainingPosition()
-        matrices = [(n, m) for n, m in model.named_modules() if is_projected(n, m)]
+        if position is None:
+            position = TrainingPosition()
+        # A list, since the tree of modules that is walked is changed below.
+        matrices = [(name, module) for name, module in model.named_modules() if is_projected(name, module)]
         if any(self.rank > min(module.weight.shape) for _, module in matrices):
             warnings.warn(
-                f"rank {self.rank} exceeds the shorter side of some matrices, and is clipped to it there", stacklevel=2
+                f"rank {self.rank} exceeds the shorter side of some matrices, and is clipped to it there",
+                stacklevel=2,
             )
         for name, module in matrices:
-            parent, _, leaf = name.rpartition(".")
-            dropout = Dropout(name, self.dropout, self.seed, position) if self.dropout else None
-            frozen = self.alpha is not None
-            layer = FactoredLinear(module, self.rank, scale=scale, frozen=frozen, dropout=dropout)
-            setattr(model.get_submodule(parent), leaf, layer)
+            parent_name, _, leaf = name.rpartition(".")
+            dropout = None
+            if self.dropout:
+                dropout = Dropout(name, self.dropout, self.seed, position)
+            layer = FactoredLinear(module, self.rank, scale=scale, frozen=has_base, dropout=dropout)
+            parent = model.get_submodule(parent_name)
+            setattr(parent, leaf, layer)
 
+    # Spectral initialization: of the matrix W = U S Vᵀ that a full model would have begun with, B = U_r √S_r (out × r)
+    # and A = √S_r V_rᵀ (r × in), so that BA is its best approximation of rank r and both factors are of the same size.
     @torch.no_grad()
     def initialize(self, model: nn.Module, std: float) -> None:
-        """Without W₀, the best approximation of rank r of the matrix that a full model would have begun with (spectral
-        initialization, arXiv 2209.13569, §3.1); with it, A from U(−1/√in, 1/√in) and B zero, as LoRA's authors."""
+        """Draw the first factors of all layers; ``std`` is that of a full model's fresh matrices.
+
+        Without W₀: spectral initialization (arXiv 2209.13569, §3.1). With it: A from U(−1/√in, 1/√in) and B zero, as
+        LoRA's authors have it.
+        """
         for name, layer in layers(model):
             if layer.weight is not None:
                 self._begin(name, layer, 0)
@@ -162,14 +213,17 @@ class Factors:
             dense = torch.empty(layer.B.out_features, layer.A.in_features)
             draw(f"{name}.weight", dense, std, self.seed)
             u, s, vh = torch.linalg.svd(dense, full_matrices=False)
-            rank, root = layer.A.out_features, s.sqrt()
-            fill(layer.A.weight, root[:rank, None] * vh[:rank])
-            fill(layer.B.weight, u[:, :rank] * root[:rank])
+            rank = layer.A.out_features
+            root = s.sqrt()[:rank]
+            fill(layer.A.weight, root[:, None] * vh[:rank])
+            fill(layer.B.weight, u[:, :rank] * root)
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, optimizer: "RuleOptimizer", step: int) -> None:
-        """After update ``step`` (from 1): where it is time, BA becomes a part of W₀, and A, B and their moments begin
-        anew. What the model computes stays the same."""
+        """Merge BA into W₀ if that is due after update ``step`` (from 1), and begin anew with A, B and their moments.
+
+        What the model computes stays the same, since B begins at zero.
+        """
         if self.every is None or step % self.every:
             return
         for name, layer in layers(model):
@@ -178,34 +232,39 @@ class Factors:
             optimizer.reset([layer.A.weight, layer.B.weight])
 
     def _begin(self, name: str, layer: FactoredLinear, step: int) -> None:
+        """Draw a fresh A and make B zero. ``step`` counts the updates before."""
         bound = 1 / math.sqrt(layer.A.in_features)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, name, step))
-        fill(layer.A.weight, torch.empty(layer.A.weight.shape).uniform_(-bound, bound, generator=generator))
+        seed = derive_seed(self.seed, name, step)
+        generator = torch.Generator().manual_seed(seed)
+        fresh = torch.empty(layer.A.weight.shape)
+        fresh.uniform_(-bound, bound, generator=generator)
+        fill(layer.A.weight, fresh)
         local(layer.B.weight).zero_()
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, FactoredLinear]]:
-    """The factored layers of a model, with their names."""
+    """Yield the factored layers of a model, with their names."""
     for name, module in model.named_modules():
         if isinstance(module, FactoredLinear):
             yield name, module
 
 
 def dense_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """``model.state_dict()`` as that of a model without factors that computes the same; what is new is on the CPU.
+    """Return ``model.state_dict()`` as that of a model without factors that computes the same; new tensors on the CPU.
 
     Processes that share a model must all call this; those that do not ``keep`` the result only give their parts.
     """
     state = dict(model.state_dict())
     gathered: dict[int, Tensor] = {}  # embeddings that are tied to the head stay one tensor
-    for key, p in model.named_parameters(remove_duplicate=False):
-        if is_shared(p):
-            if id(p) not in gathered:
-                found = whole(p)  # which all ask for
-                gathered[id(p)] = found.cpu() if keep else torch.empty(0)
-            state[key] = gathered[id(p)]
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if not is_shared(p):
+            continue
+        if id(p) not in gathered:
+            full = whole(p)  # which all ask for
+            gathered[id(p)] = full.cpu() if keep else torch.empty(0)
+        state[name] = gathered[id(p)]
     for name, layer in layers(model):
-        for part in ("A.weight", "B.weight"):
-            del state[f"{name}.{part}"]
+        del state[f"{name}.A.weight"]
+        del state[f"{name}.B.weight"]
         state[f"{name}.weight"] = layer.dense()
     return state

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainingPosition:
-    """The next forward pass is of the rows from number ``row`` on of those of an ``update``, both counted from 0.
+    """Says which rows the next forward pass is of: those of update ``update`` from number ``row`` on, counted from 0.
 
     A trainer writes it before each forward pass; the layers that were built with it read it.
     """

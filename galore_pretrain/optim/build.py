@@ -13,19 +13,25 @@ from galore_pretrain.optim.methods import METHODS, NUMERICS, OPTIONS, ROWS, meth
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
 
+NamedParameter = tuple[str, torch.nn.Parameter]
 
-def composition_of(named: str) -> Composition:
-    """Return the rules that ``named`` stands for, which is a method's name or ``module:attribute``.
+
+def composition_of(name: str) -> Composition:
+    """Return the rules that ``name`` stands for, which is a method's name or ``module:attribute``.
 
     A rule, or a rule's class, is itself under both numerics.
     """
-    home = METHODS[named].home if named in METHODS else named
-    assert home is not None, f"{named} has no rule of its own"
-    module, _, attribute = home.partition(":")
-    found = getattr(import_module(module), attribute)
-    if isinstance(found, Composition):
-        return found
-    rule: UpdateRule = found() if isinstance(found, type) else found
+    home: str | None = name
+    if name in METHODS:
+        home = METHODS[name].home
+    assert home is not None, f"{name} has no rule of its own"
+    module_name, _, attribute = home.partition(":")
+    value = getattr(import_module(module_name), attribute)
+    if isinstance(value, Composition):
+        return value
+    if isinstance(value, type):
+        value = value()
+    rule: UpdateRule = value
     return Composition(rule, rule)
 
 
@@ -42,19 +48,21 @@ def build_rules(row: str, numerics: str, **options: Any) -> tuple[UpdateRule, Up
     if numerics not in NUMERICS:
         raise ValueError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
     if numerics == "reference" and options.get("basis") == "svd":
-        options["basis"] = "svd_unsigned"
+        options["basis"] = "svd_unsigned"  # the published code leaves the signs as its SVD returns them
     entry = method(row)
     if entry.factors_updated_by:
         way_out = f"give its factors to {entry.factors_updated_by!r}"
         raise ValueError(f"{entry.name} is a way to build a model, not an optimizer: {way_out}")
-    given = {name: value for name, value in options.items() if value is not None}
-    composed, composed_rest = composition_of(entry.name), composition_of(entry.companion or entry.name)
-    matrices, used = _configured(getattr(composed, numerics), given)
-    rest, used_by_rest = _configured(getattr(composed_rest, numerics), given)
-    if unused := given.keys() - used - used_by_rest:
+    values = {name: value for name, value in options.items() if value is not None}
+    matrices = composition_of(entry.name)
+    companion = composition_of(entry.companion or entry.name)
+    matrix_rule, used = _configured(getattr(matrices, numerics), values)
+    companion_rule, used_by_companion = _configured(getattr(companion, numerics), values)
+    unused = values.keys() - used - used_by_companion
+    if unused:
         option = min(unused)
         raise ValueError(f"{option} {options[option]} has no meaning for optimizer {entry.name}; leave it out")
-    return matrices, rest
+    return matrix_rule, companion_rule
 
 
 def build_optimizer(
@@ -68,7 +76,7 @@ def build_optimizer(
     seed: int = 0,
     **options: Any,
 ) -> RuleOptimizer:
-    """One optimizer for all trainable parameters of ``model``, in two groups: its matrices, and everything else.
+    """Return one optimizer for all trainable parameters of ``model``, in two groups: its matrices, and the rest.
 
     The matrices are the weights of each ``torch.nn.Linear`` with ``attn`` or ``mlp`` somewhere in its name, the choice
     of the paper and the published code. A GaLore row projects them; everything else gets the row's companion rule.
@@ -84,32 +92,50 @@ def build_optimizer(
     if layerwise:
         raise ValueError(f"optimizer {row!r} asks for layerwise updates, which are not an optimizer's: name {name!r}")
     rule, companion = build_rules(name, numerics, **options)
-    matrices = {f"{name}.weight" for name, module in model.named_modules() if is_projected(name, module)}
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [(n, p) for n, p in trained if n in matrices], "rule": rule, "lr_scale": matrix_lr_scale},
-        {"params": [(n, p) for n, p in trained if n not in matrices], "rule": companion, "lr_scale": 1.0},
-    ]
-    if not groups[0]["params"] and rule.projects:
+    matrices, rest = _matrices_and_rest(model)
+    if rule.projects and not matrices:
         raise ValueError(
             f"{row} found no matrix to project: no trained torch.nn.Linear of the model has attn or mlp in its name; "
             "put the matrices of your choice into a group with a rank, as GaLoreAdamW takes it"
         )
+    matrix_group: dict[str, Any] = {"params": matrices, "rule": rule, "lr_scale": matrix_lr_scale}
+    rest_group: dict[str, Any] = {"params": rest, "rule": companion, "lr_scale": 1.0}
+    groups = [group for group in (matrix_group, rest_group) if group["params"]]
     for group in groups:
-        group |= {"lr": lr * group["lr_scale"], "weight_decay": weight_decay}
-    return RuleOptimizer([g for g in groups if g["params"]], lr=lr, rounding=rounding_of(numerics), seed=seed)
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay
+    return RuleOptimizer(groups, lr=lr, rounding=rounding_of(numerics), seed=seed)
+
+
+def _matrices_and_rest(model: torch.nn.Module) -> tuple[list[NamedParameter], list[NamedParameter]]:
+    """Return the trained parameters of ``model``: its matrices of attention and MLP, and all others."""
+    matrix_names = {f"{name}.weight" for name, module in model.named_modules() if is_projected(name, module)}
+    matrices: list[NamedParameter] = []
+    rest: list[NamedParameter] = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name in matrix_names:
+            matrices.append((name, p))
+        else:
+            rest.append((name, p))
+    return matrices, rest
 
 
 def rounding_of(numerics: str) -> str:
     """Return how a bf16 weight takes an update: ``nearest`` or ``stochastic``."""
-    return "nearest" if numerics == "reference" else "stochastic"
+    if numerics == "reference":
+        return "nearest"
+    return "stochastic"
 
 
 _OPTION_OF_FIELD = {field: option.argument for option in OPTIONS.values() for field in option.fields}
 
 
-def _configured(part: Any, given: Mapping[str, Any]) -> tuple[Any, set[str]]:
-    """Return a rule with the options that are ``given`` in its fields, and the names of those that it has taken.
+# Rules are nested: GaLore has an inner rule, Adam a moment store. An option goes to every field that it names, at
+# whatever depth, and the names of the options that were used come back up, so that one without any use is refused.
+def _configured(part: Any, values: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """Return a rule with options' ``values`` in its fields, and the names of those that it has taken.
 
     An option sets the fields that `OPTIONS` names, or the field of its own name. Rules and moment stores inside of the
     rule take theirs likewise.
@@ -117,13 +143,16 @@ def _configured(part: Any, given: Mapping[str, Any]) -> tuple[Any, set[str]]:
     changes: dict[str, Any] = {}
     used: set[str] = set()
     for field in fields(part):
-        value = getattr(part, field.name)
-        option = field.name if field.name in given else _OPTION_OF_FIELD.get(field.name, field.name)
-        if option in given:
-            is_one_of_two = option == "betas" and field.name != "betas"
-            changes[field.name] = given[option][0] if is_one_of_two else given[option]
+        current = getattr(part, field.name)
+        option = field.name
+        if option not in values:
+            option = _OPTION_OF_FIELD.get(field.name, field.name)
+        if option in values:
+            value = values[option]
+            is_one_of_two = option == "betas" and field.name != "betas"  # SGD's momentum, Adafactor's beta1
+            changes[field.name] = value[0] if is_one_of_two else value
             used.add(option)
-        elif is_dataclass(value):
-            changes[field.name], used_inside = _configured(value, given)
+        elif is_dataclass(current):
+            changes[field.name], used_inside = _configured(current, values)
             used |= used_inside
     return replace(part, **changes), used

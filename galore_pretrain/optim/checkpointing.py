@@ -15,31 +15,39 @@ from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import UpdateRule
 from galore_pretrain.tensors.shards import Shard, shard_of, whole
 
+_Groups = Sequence[Mapping[str, Any]]
 
+
+# A dense state tensor lies as its rule says (`UpdateRule.layout`), and torch's own checkpoint writer handles the
+# DTensor that says so. Blocks of 256 elements are another matter: a part may begin in the middle of a block of the
+# whole tensor, so bytes and scales of the parts are not those of the whole. Therefore the fp32 values of all parts are
+# gathered, and a process that writes puts them into blocks anew.
 @torch.no_grad()
 def to_checkpoint(rule: UpdateRule, state: State, p: Tensor, *, blocks: bool | None = None) -> State:
-    """Return the state of ``p`` in that form: live tensors, which may be loaded into.
+    """Return the state of ``p`` as a checkpoint holds it: live tensors, which may be loaded into.
 
-    What is in blocks is new and on the CPU. To be loaded, it is empty, and `blocks_from_checkpoint` takes it back. To
-    be saved, it is filled with the values of all processes, which must all call this: in those where ``blocks`` is
-    true, and left out in the others.
+    What is in blocks is new and on the CPU. To be loaded (``blocks`` None), it is empty, and `blocks_from_checkpoint`
+    takes it back. To be saved, it is filled with the values of all processes, which must all call this: in those where
+    ``blocks`` is true, and left out in the others.
     """
     shard = shard_of(p)
     if shard is None:
         return state
-    in_blocks = _in_blocks(rule, state, shard)
-    entries = {entry for name in in_blocks for entry in rule.stores()[name].entries(state, name)}
+    block_layouts = _block_layouts(rule, state, shard)
+    block_entries = _entries(rule, block_layouts, state)
     saved: State = {}
-    for name in (name for name in state if name not in entries):
-        layout = rule.layout(name, state, shard)
-        saved[name] = state[name] if layout is None else _distributed(state[name], layout, p)
+    for name, value in state.items():
+        if name not in block_entries:
+            layout = rule.layout(name, state, shard)
+            saved[name] = value if layout is None else _distributed(value, layout, p)
     if blocks is not False:
-        saved |= _empty(rule, p, in_blocks)
+        saved |= _empty(rule, p, block_layouts)
     if blocks is None:
         return saved
-    for name, layout in in_blocks.items():
-        here = rule.moment_values(state, name, layout.part_shape)
-        values = whole(_distributed(here, _of_values(layout, here), p))
+    for name, layout in block_layouts.items():
+        part = rule.moment_values(state, name, layout.part_shape)
+        distributed = _distributed(part, _of_values(layout, part), p)
+        values = whole(distributed)  # every process takes part in this, also one that drops the result
         if blocks:
             rule.set_moment_values(saved, name, values.cpu())
     return saved
@@ -51,13 +59,14 @@ def blocks_from_checkpoint(rule: UpdateRule, state: State, saved: State, p: Tens
     shard = shard_of(p)
     if shard is None:
         return
-    for name, layout in _in_blocks(rule, state, shard).items():
+    for name, layout in _block_layouts(rule, state, shard).items():
         values = rule.moment_values(saved, name, layout.shape)
-        rule.set_moment_values(state, name, _of_values(layout, values).of(values).to(p.device))
+        part = _of_values(layout, values).of(values)
+        rule.set_moment_values(state, name, part.to(p.device))
 
 
-def _in_blocks(rule: UpdateRule, state: State, shard: Shard) -> dict[str, Shard]:
-    """Return where the moments lie that are shared out and cannot be cut like their tensors, by name."""
+def _block_layouts(rule: UpdateRule, state: State, shard: Shard) -> dict[str, Shard]:
+    """Return where the moments lie, by name, that are shared out and cannot be cut like their tensors."""
     layouts: dict[str, Shard] = {}
     for name, store in rule.stores().items():
         is_padded = name in state and rule.has_slots(name)
@@ -68,60 +77,88 @@ def _in_blocks(rule: UpdateRule, state: State, shard: Shard) -> dict[str, Shard]
     return layouts
 
 
-def _empty(rule: UpdateRule, p: Tensor, names: dict[str, Shard]) -> State:
-    """Return zeros for the entries of those moments, of the whole of ``p``, on the CPU."""
-    if not names:
+def _entries(rule: UpdateRule, moments: Mapping[str, Shard], state: State) -> list[str]:
+    """Return the names of all entries of ``state`` that hold these ``moments``."""
+    stores = rule.stores()
+    entries: list[str] = []
+    for name in moments:
+        entries.extend(stores[name].entries(state, name))
+    return entries
+
+
+def _empty(rule: UpdateRule, p: Tensor, moments: Mapping[str, Shard]) -> State:
+    """Return zeros for the entries of these ``moments``, of the whole of ``p``, on the CPU."""
+    if not moments:
         return {}
-    like = rule.init(torch.empty(p.shape, dtype=p.dtype, device="meta"))
-    entries = [entry for name in names for entry in rule.stores()[name].entries(like, name)]
-    return {entry: torch.zeros(like[entry].shape, dtype=like[entry].dtype) for entry in entries}
+    whole_p = torch.empty(p.shape, dtype=p.dtype, device="meta")
+    whole_state = rule.init(whole_p)
+    zeros: State = {}
+    for entry in _entries(rule, moments, whole_state):
+        like = whole_state[entry]
+        zeros[entry] = torch.zeros(like.shape, dtype=like.dtype)
+    return zeros
 
 
 def _of_values(layout: Shard, values: Tensor) -> Shard:
-    """Return where values lie that may have slots before the tensor's own dimensions."""
-    more = values.ndim - len(layout.shape)
-    return replace(layout, dim=layout.dim + more, shape=(*values.shape[:more], *layout.shape))
+    """Return where ``values`` lie, which may have slots (one dimension more) before the tensor's own dimensions."""
+    extra_dims = values.ndim - len(layout.shape)
+    shape = (*values.shape[:extra_dims], *layout.shape)
+    return replace(layout, dim=layout.dim + extra_dims, shape=shape)
 
 
 def _distributed(part: Tensor, layout: Shard, p: Tensor) -> Tensor:
-    """Return the DTensor whose ``part`` is here."""
+    """Return the DTensor of which this process has the ``part``, on the mesh of ``p``."""
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor import Shard as Placement
 
     mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-    placements = [*[Replicate()] * (mesh.ndim - 1), Placement(layout.dim)]
-    stride = torch.empty(layout.shape, device="meta").stride()
+    replicated_dims = mesh.ndim - 1  # a mesh is of replicas × shards, or of shards alone
+    placements = [*[Replicate()] * replicated_dims, Placement(layout.dim)]
+    # Shape and stride have to be said: from a part, torch would conclude that all parts are as long as this one.
     shape = torch.Size(layout.shape)
+    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def checked_state(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
+    state_dict: Mapping[str, Any],
+    groups: _Groups,
+    state: Mapping[Tensor, Mapping[str, Any]],
 ) -> dict[Tensor, dict[str, Any]]:
     """Return the saved state of each parameter, copied to its device.
 
     ValueError where groups, rules, names, shapes or dtypes differ.
     """
     saved_groups = state_dict["param_groups"]
-    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
-        raise ValueError("the saved optimizer has other parameter groups than this one")
-    for saved_group, group in zip(saved_groups, groups, strict=True):
-        if saved_group.get("settings") != group["settings"]:
-            raise ValueError(
-                f"the saved group was updated by {saved_group.get('settings', 'another optimizer')}; "
-                f"this one is by {group['settings']}"
-            )
+    saved_states = state_dict["state"]
+    _check_groups(saved_groups, groups)
     loaded: dict[Tensor, dict[str, Any]] = {}
     for saved_group, group in zip(saved_groups, groups, strict=True):
         for key, p in zip(saved_group["params"], group["params"], strict=True):
-            saved = state_dict["state"].get(key, {})
+            saved = saved_states.get(key, {})
             _check_shapes(saved, state[p])
             loaded[p] = {name: _copy(value, p.device) for name, value in saved.items()}
     return loaded
 
 
 def _copy(value: Any, device: torch.device) -> Any:
-    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+    """Return a copy of a tensor on ``device``; any other value itself."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    return value
+
+
+def _check_groups(saved_groups: _Groups, groups: _Groups) -> None:
+    """Raise ValueError where groups differ in number, size or rule."""
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    sizes = [len(group["params"]) for group in groups]
+    if saved_sizes != sizes:
+        raise ValueError("the saved optimizer has other parameter groups than this one")
+    for saved_group, group in zip(saved_groups, groups, strict=True):
+        settings = group["settings"]
+        if saved_group.get("settings") != settings:
+            saved_settings = saved_group.get("settings", "another optimizer")
+            raise ValueError(f"the saved group was updated by {saved_settings}; this one is by {settings}")
 
 
 def _check_shapes(saved: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -131,9 +168,9 @@ def _check_shapes(saved: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     for name, value in saved.items():
         if not isinstance(value, Tensor):
             continue
-        own = state[name]
-        if (value.shape, value.dtype) != (own.shape, own.dtype):
+        expected = state[name]
+        if value.shape != expected.shape or value.dtype != expected.dtype:
             raise ValueError(
                 f"the saved {name} is {value.dtype} {tuple(value.shape)}; "
-                f"this optimizer's is {own.dtype} {tuple(own.shape)}"
+                f"this optimizer's is {expected.dtype} {tuple(expected.shape)}"
             )

@@ -24,8 +24,8 @@ from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-_OF_GROUP = ("rank", "update_proj_gap", "scale", "proj_type")
-_NOT_OF_GROUP = {
+_GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
+_OPTIMIZER_SETTINGS = {
     "betas",
     "eps",
     "beta1",
@@ -47,59 +47,90 @@ class Options(TypedDict, total=False):
     seed: int
 
 
+# torch's contract is that ``param_groups`` hold all settings, and that they may be changed there at any time. A rule is
+# frozen. So before each step, the settings of each group are compared with those that its rule was made of, and where
+# they differ the group goes on by a new rule with the same state.
 class _DropIn(RuleOptimizer):
+    """Turns the settings of parameter groups, under their published names, into rules of the method ``row``."""
+
     row: ClassVar[str]
     _own: Mapping[str, Any] = MappingProxyType({})  # options of one class alone
 
     def __init__(
-        self, params: Params, lr: float, weight_decay: float, published: dict[str, Any], added: Options
+        self,
+        params: Params,
+        lr: float,
+        weight_decay: float,
+        published: dict[str, Any],
+        added: Options,
     ) -> None:
-        if unknown := added.keys() - Options.__annotations__.keys():
-            example = '[{"params": rest}, {"params": matrices, "rank": 128}]'
-            hint = f"; name it in a parameter group: {example}" if unknown & {*_OF_GROUP} else ""
+        unknown = added.keys() - Options.__annotations__.keys()
+        if unknown:
+            hint = ""
+            if unknown & {*_GROUP_SETTINGS}:
+                hint = '; name it in a parameter group: [{"params": rest}, {"params": matrices, "rank": 128}]'
             raise TypeError(f"{type(self).__name__} takes no {', '.join(sorted(unknown))}{hint}")
-        numerics, seed = added.get("numerics", "sound"), added.get("seed", 0)
-        self._options: dict[str, Any] = {"basis": None, "refresh": None, "moments": None} | published
-        self._options |= {k: v for k, v in added.items() if k != "seed"} | {"numerics": numerics, **self._own}
+        numerics = added.get("numerics", "sound")
+        seed = added.get("seed", 0)
+        self._options: dict[str, Any] = {"basis": None, "refresh": None, "moments": None}
+        self._options |= published
+        self._options |= added
+        self._options.pop("seed", None)  # the optimizer's, and no setting of a rule
+        self._options["numerics"] = numerics
+        self._options |= self._own
         self._has_stepped = False
         self._followed: dict[int, list[Any]] = {}  # settings by which each group is updated
-        groups = list(params)
+        groups: list[Any] = list(params)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
-        super().__init__(groups, lr=lr, weight_decay=weight_decay, rounding=rounding_of(numerics), seed=seed)  # type: ignore[arg-type]
+        rounding = rounding_of(numerics)
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, rounding=rounding, seed=seed)
         self.defaults |= self._options  # where schedulers look for betas
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options, "_has_stepped": self._has_stepped, "_followed": {}}
+        """Return what pickle and deepcopy take; a copy compares the settings of its groups anew."""
+        return {
+            **super().__getstate__(),
+            "_options": self._options,
+            "_has_stepped": self._has_stepped,
+            "_followed": {},
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and allocate its state; ``rank`` and its companions in the group make it a projected one."""
-        if ignored := _NOT_OF_GROUP & param_group.keys() - self._options.keys():
-            raise ValueError(
-                f"a parameter group sets {', '.join(sorted(ignored))}, which holds for the whole optimizer"
-            )
+        unused = param_group.keys() - self._options.keys()
+        ignored = _OPTIMIZER_SETTINGS & unused
+        if ignored:
+            names = ", ".join(sorted(ignored))
+            raise ValueError(f"a parameter group sets {names}, which holds for the whole optimizer")
         group = {**self._options, **param_group}
-        super().add_param_group({**group, "rule": self._rule_for(group)})
+        group["rule"] = self._rule_for(group)
+        super().add_param_group(group)
 
     def _rule_for(self, group: Mapping[str, Any]) -> UpdateRule:
-        """The rule that a group's settings ask for."""
-        of_group = {key: group[key] for key in _OF_GROUP if group.get(key) is not None}
-        if "rank" not in of_group and of_group:
-            raise ValueError(f"a parameter group has {', '.join(of_group)} but no rank; only groups with one project")
+        """Return the rule that a group's settings ask for; ValueError where they contradict each other."""
+        projection = {name: group[name] for name in _GROUP_SETTINGS if group.get(name) is not None}
+        if projection and "rank" not in projection:
+            names = ", ".join(projection)
+            raise ValueError(f"a parameter group has {names} but no rank; only groups with one project")
         if group["numerics"] != self._options["numerics"]:
             raise ValueError(f"numerics {group['numerics']} of a group: it holds for the whole optimizer")
-        rule, bare = build_rules(self.row, **({key: group[key] for key in self._options} | of_group))
-        return rule if of_group else bare
+        options = {name: group[name] for name in self._options}
+        options |= projection
+        projected, companion = build_rules(self.row, **options)
+        if not projection:
+            return companion
+        return projected
 
     def _before_step(self) -> None:
-        """Each group is updated by the settings that it has now."""
+        """Update each group by the settings that it has now."""
         if not self._has_stepped and not self.projects:
-            warnings.warn(
-                f"{type(self).__name__} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2
-            )
+            name = type(self).__name__
+            warnings.warn(f"{name} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2)
         self._has_stepped = True
+        names = (*_GROUP_SETTINGS, *self._options)
         for index, group in enumerate(self.param_groups):
-            settings = [group.get(name) for name in (*_OF_GROUP, *self._options)]
+            settings = [group.get(name) for name in names]
             if self._followed.get(index) != settings:
                 self.follow(index, self._rule_for(group))
                 self._followed[index] = settings
@@ -107,19 +138,26 @@ class _DropIn(RuleOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `RuleOptimizer` does, and take over the settings that were saved, as torch's optimizers do.
 
-        ValueError where the state would have another shape for it, as for another rank.
+        ValueError where the state would have another shape for it, as for another rank; nothing is changed then.
         """
-        before = [dict(group) for group in self.param_groups]
+        groups_before = [dict(group) for group in self.param_groups]
         try:
-            for index, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
-                group |= {name: saved[name] for name in (*_OF_GROUP, *self._options) if name in saved}
-                self.follow(index, self._rule_for(group))
+            self._follow_saved(state_dict["param_groups"])
             super().load_state_dict(state_dict)
         except ValueError:
-            for index, group in enumerate(before):
-                self.param_groups[index] |= group
-                self.follow(index, self._rule_for(group))
+            for index, before in enumerate(groups_before):
+                self.param_groups[index] |= before
+                self.follow(index, self._rule_for(before))
             raise
+
+    def _follow_saved(self, saved_groups: Iterable[Mapping[str, Any]]) -> None:
+        """Give each group the settings that were saved with it, and the rule that they ask for."""
+        names = (*_GROUP_SETTINGS, *self._options)
+        # Groups that only one side has are none of this method's business: loading the state refuses them.
+        pairs = zip(saved_groups, self.param_groups, strict=False)
+        for index, (saved, group) in enumerate(pairs):
+            group |= {name: saved[name] for name in names if name in saved}
+            self.follow(index, self._rule_for(group))
 
 
 class GaLoreAdamW(_DropIn):
@@ -139,8 +177,9 @@ class GaLoreAdamW(_DropIn):
         **added: Unpack[Options],
     ) -> None:
         del no_deprecation_warning  # there is none
-        _require(correct_bias=(correct_bias, True))
-        super().__init__(params, lr, weight_decay, {"betas": tuple(betas), "eps": eps}, added)
+        _require("correct_bias", correct_bias, supported=True)
+        published = {"betas": tuple(betas), "eps": eps}
+        super().__init__(params, lr, weight_decay, published, added)
 
 
 class GaLoreAdamW8bit(_DropIn):
@@ -165,10 +204,14 @@ class GaLoreAdamW8bit(_DropIn):
         **added: Unpack[Options],
     ) -> None:
         del optim_bits  # the published class ignores it too
-        _require(amsgrad=(amsgrad, False), args=(args, None), min_8bit_size=(min_8bit_size, 4096))
-        _require(percentile_clipping=(percentile_clipping, 100), block_wise=(block_wise, True))
-        _require(is_paged=(is_paged, False))
-        super().__init__(params, lr, weight_decay, {"betas": tuple(betas), "eps": eps}, added)
+        _require("amsgrad", amsgrad, supported=False)
+        _require("args", args, supported=None)
+        _require("min_8bit_size", min_8bit_size, supported=4096)
+        _require("percentile_clipping", percentile_clipping, supported=100)
+        _require("block_wise", block_wise, supported=True)
+        _require("is_paged", is_paged, supported=False)
+        published = {"betas": tuple(betas), "eps": eps}
+        super().__init__(params, lr, weight_decay, published, added)
 
 
 class GaLoreAdafactor(_DropIn):
@@ -193,11 +236,17 @@ class GaLoreAdafactor(_DropIn):
         warmup_init: bool = False,
         **added: Unpack[Options],
     ) -> None:
-        _require(scale_parameter=(scale_parameter, False), relative_step=(relative_step, False))
-        _require(warmup_init=(warmup_init, False))
+        _require("scale_parameter", scale_parameter, supported=False)
+        _require("relative_step", relative_step, supported=False)
+        _require("warmup_init", warmup_init, supported=False)
         if lr is None:
             raise ValueError("GaLoreAdafactor needs lr=…; it has no learning rate of its own (relative_step=False)")
-        published = {"epsilon": eps[0], "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1}
+        published = {
+            "epsilon": eps[0],  # eps[1] is the scale of a parameter, which only scale_parameter has a use for
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "beta1": beta1,
+        }
         super().__init__(params, lr, weight_decay, published, added)
 
 
@@ -207,14 +256,18 @@ class NaturalGaLoreAdamW(GaLoreAdamW):
     row = "natural_galore"
 
     def __init__(
-        self, params: Params, *args: Any, natural_history: int = 20, natural_damping: float = 1e-3, **kwargs: Any
+        self,
+        params: Params,
+        *args: Any,
+        natural_history: int = 20,
+        natural_damping: float = 1e-3,
+        **kwargs: Any,
     ) -> None:
         self._own = {"natural_history": natural_history, "natural_damping": natural_damping}
         super().__init__(params, *args, **kwargs)
 
 
-def _require(**arguments: tuple[Any, Any]) -> None:
+def _require(name: str, value: Any, *, supported: Any) -> None:
     """Refuse a value that would change nothing here, rather than ignore it."""
-    for name, (value, supported) in arguments.items():
-        if value != supported:
-            raise ValueError(f"{name}={value!r} is not supported; pass {name}={supported!r}")
+    if value != supported:
+        raise ValueError(f"{name}={value!r} is not supported; pass {name}={supported!r}")

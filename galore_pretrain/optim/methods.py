@@ -19,7 +19,7 @@ NUMERICS = ("sound", "reference")
 
 @dataclass(frozen=True)
 class Option:
-    """A flag that only some methods have a use for; ``why`` is what users of the others are told.
+    """Describes a flag that only some methods have a use for; ``why`` is what users of the others are told.
 
     ``argument`` is the flag's name in `build_optimizer`, and ``fields`` are the fields of rules that it sets. A flag of
     the model's factors has neither.
@@ -30,8 +30,10 @@ class Option:
     fields: tuple[str, ...] = ()
 
 
-_PROJECTS, _NATURAL = "only GaLore rows project", "only natural_galore rows have a history"
-_FROZEN, _MERGES = "only lora and relora rows add to a frozen matrix", "only relora rows merge"
+_PROJECTS = "only GaLore rows project"
+_NATURAL = "only natural_galore rows have a history"
+_FROZEN = "only lora and relora rows add to a frozen matrix"
+_MERGES = "only relora rows merge"
 
 OPTIONS: dict[str, Option] = {
     "rank": Option("only GaLore rows and low_rank, lora and relora have one", "rank", ("rank",)),
@@ -53,6 +55,7 @@ OPTIONS: dict[str, Option] = {
 """The options of methods by their flags, in the order in which they are checked. A field that is one number takes the
 first of ``betas``: SGD's momentum, Adafactor's first moment."""
 
+# Which options a method has follows from what it is composed of.
 _OF_ADAM = ("betas", "eps")
 _OF_GALORE = ("rank", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
 _OF_NATURAL = ("natural_history", "natural_damping")
@@ -62,7 +65,7 @@ _OF_RELORA = (*_OF_LORA, "relora_every", "relora_warmup")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of a method by their flags, and where they are from; ``model``: the only model they are for."""
+    """Holds hyper-parameters of a method by their flags, and their source; ``model``: the only model they are for."""
 
     values: Mapping[str, Any]
     source: str
@@ -71,17 +74,19 @@ class Recipe:
 
 _GRID = "the best of the paper's grid with llama_1m, docs/reproducing.md"
 _AT_7B = Recipe(
-    {"lr": 0.005, "update_proj_gap": 500, "grad_clip": 1.0}, "GaLore scripts/benchmark_c4/llama_7b.sh", "llama_7b"
+    {"lr": 0.005, "update_proj_gap": 500, "grad_clip": 1.0},
+    "GaLore scripts/benchmark_c4/llama_7b.sh",
+    model="llama_7b",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method: where its rules are, and what the program has to know of it without loading them."""
+    """Describes a method: where its rules are, and what the program has to know of it without loading them."""
 
     name: str
     description: str
-    """What it is, in a few words."""
+    """What the method is, in a few words."""
     home: str | None = None
     """``module:attribute`` of its rule: a `Composition`, a rule, or a rule's class that needs no arguments."""
     companion: str | None = None
@@ -102,10 +107,11 @@ class Method:
 
     @property
     def updater(self) -> str:
-        """The name of the method whose rules update the parameters: this one, or the one that updates its factors."""
+        """Return the name of the method whose rules update the parameters: this one's, or its factors' updater."""
         return self.factors_updated_by or self.name
 
 
+# A learning rate is "chosen here" where the paper does not say which one of its grid it chose (docs/reproducing.md).
 _ENTRIES = (
     Method(
         name="sgd",
@@ -265,12 +271,14 @@ METHODS: dict[str, Method] = {entry.name: entry for entry in _ENTRIES}
 """The methods by name, in the order in which help lists them."""
 ROWS = tuple(entry.name for entry in _ENTRIES if entry.home)
 """The names of those that are optimizers; the others are models in factors."""
+# How transformers ("_layerwise"), galore_torch's scripts ("_per_layer") and users write the same.
 _LAYERWISE = ("_layerwise", "_layer_wise", "_per_layer")
 
 
 def method(name: str) -> Method:
     """Return the method that ``name``, or an alias, stands for; ValueError as from `resolve_name` if there is none."""
-    return METHODS[resolve_name(name)[0]]
+    row, _ = resolve_name(name)
+    return METHODS[row]
 
 
 def resolve_name(name: str) -> tuple[str, bool]:
@@ -279,13 +287,22 @@ def resolve_name(name: str) -> tuple[str, bool]:
     ``galore_adamw_8bit_per_layer`` is galore_adamw8bit, layerwise. Case, dashes and the underscore before ``8bit`` do
     not matter. Raises ValueError, which lists near names, for a name that is none of `METHODS`.
     """
-    aliases = {alias: entry.name for entry in METHODS.values() for alias in entry.aliases}
+    aliases: dict[str, str] = {}
+    for entry in METHODS.values():
+        for alias in entry.aliases:
+            aliases[alias] = entry.name
     plain = name.lower().replace("-", "_")
-    suffix = next((suffix for suffix in _LAYERWISE if plain.endswith(suffix)), "")
-    plain = plain.removesuffix(suffix).replace("_8bit", "8bit")
+    layerwise = plain.endswith(_LAYERWISE)
+    for suffix in _LAYERWISE:
+        if plain.endswith(suffix):
+            plain = plain.removesuffix(suffix)
+            break
+    plain = plain.replace("_8bit", "8bit")
     row = aliases.get(plain, plain)
     if row not in METHODS:
         near = difflib.get_close_matches(plain, [*METHODS, *aliases], n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? All rows: " if near else "choose from "
+        hint = "choose from "
+        if near:
+            hint = f"did you mean {' or '.join(near)}? All rows: "
         raise ValueError(f"{name} is unknown; {hint}{', '.join(METHODS)}")
-    return row, bool(suffix)
+    return row, layerwise

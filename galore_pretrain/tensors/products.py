@@ -1,4 +1,4 @@
-"""Products of matrices in bf16, also where a CPU is slow in them."""
+"""Products of matrices in bf16, computed in fp32 where a CPU is slow at bf16."""
 
 from functools import cache
 
@@ -7,26 +7,45 @@ from torch import Tensor
 
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 
+_CHUNKS_PER_BLOCK = 8  # a matrix product wants more rows than a cache holds
 
+
+# A CPU without bf16 instructions is faster in fp32, but an fp32 copy of ``wide`` (m × n) would take twice its memory.
+# So ``wide`` is taken to fp32 a block of rows at a time, and ``thin`` (n × r) once. A row of the result depends on one
+# block alone: its n products are summed in fp32 and rounded to bf16 once.
 def product(wide: Tensor, thin: Tensor) -> Tensor:
-    """``wide`` @ ``thin`` in the dtype of ``wide``, by blocks of rows in fp32 where a CPU is slow in bf16."""
+    """Return ``wide`` @ ``thin`` (m × n, n × r → m × r) in the dtype of ``wide``; sums are in fp32."""
     if wide.dtype == torch.float32 or has_fast_bf16(wide.device):
-        return wide @ (thin if thin.dtype == wide.dtype else thin.to(wide.dtype))
+        if thin.dtype != wide.dtype:
+            thin = thin.to(wide.dtype)
+        return wide @ thin
     thin = thin.float()
-    out = torch.empty(wide.shape[0], thin.shape[1], dtype=wide.dtype, device=wide.device)
-    rows = max(1, 8 * chunk_elements(wide.device) // max(1, wide.shape[1]))
-    for start, stop in chunks(wide, wide.shape[0], rows):
+    m, n = wide.shape
+    r = thin.shape[1]
+    out = torch.empty(m, r, dtype=wide.dtype, device=wide.device)
+    block_elements = _CHUNKS_PER_BLOCK * chunk_elements(wide.device)
+    block_rows = max(1, block_elements // max(1, n))
+    for start, stop in chunks(wide, m, block_rows):
         out[start:stop] = wide[start:stop].float() @ thin
     return out
 
 
+# Here the long dimension m is summed over, so every block adds to the whole result (n × r). A bf16 sum of many blocks
+# would be rounded at each of them and lose small terms: it is kept in fp32. Blocks are of rows, as memory has them, and
+# no transposed copy of ``wide`` is made.
 def product_of_transposed(wide: Tensor, thin: Tensor) -> Tensor:
-    """``wide``ᵀ @ ``thin``, likewise; there summed up in fp32, and left so, over blocks of rows as they lie."""
+    """Return ``wide``ᵀ @ ``thin`` (m × n, m × r → n × r); in fp32 where a CPU is slow at bf16, else as ``wide``."""
     if wide.dtype == torch.float32 or has_fast_bf16(wide.device):
-        return wide.T @ (thin if thin.dtype == wide.dtype else thin.to(wide.dtype))
-    out = torch.zeros(wide.shape[1], thin.shape[1], dtype=torch.float32, device=wide.device)
-    rows = max(1, 8 * chunk_elements(wide.device) // max(1, wide.shape[1]))
-    for start, stop in chunks(wide, wide.shape[0], rows):
+        if thin.dtype != wide.dtype:
+            thin = thin.to(wide.dtype)
+        return wide.T @ thin
+    m, n = wide.shape
+    r = thin.shape[1]
+    out = torch.zeros(n, r, dtype=torch.float32, device=wide.device)
+    block_elements = _CHUNKS_PER_BLOCK * chunk_elements(wide.device)
+    block_rows = max(1, block_elements // max(1, n))
+    for start, stop in chunks(wide, m, block_rows):
+        # No names for the fp32 copies, which would keep them until the next block has its own.
         out.addmm_(wide[start:stop].float().T, thin[start:stop].float())
     return out
 
@@ -38,4 +57,6 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 @cache
 def _cpu_has_bf16() -> bool:
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    """Whether this CPU has instructions for bf16 products (x86: AVX-512 BF16 or AMX; Arm: BF16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

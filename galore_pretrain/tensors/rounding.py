@@ -1,4 +1,4 @@
-"""Stochastic rounding: random bits, seeds, and how a number is rounded by them."""
+"""Stochastic rounding of fp32 numbers to bf16: its random bits, their seeds, and the rounding itself."""
 
 import hashlib
 
@@ -8,84 +8,105 @@ from torch import Tensor
 from galore_pretrain.tensors.chunks import chunk_elements
 
 PERIOD = 524_287
-"""Random numbers after which a stream repeats: a prime, so that no row of a matrix gets the bits of another."""
-_UPDATES_A_TABLE, _TABLES = 64, 2
-_BETWEEN = 65_537  # between the offsets of streams that are read together
+"""Number of random numbers after which a stream repeats: a prime, so that no row of a matrix gets another's bits."""
+_UPDATES_PER_TABLE = 64
+_TABLES_KEPT = 2
+_NUMBERS_PER_WORD = 4  # 16 of the 64 bits of a word each
+_ROWS_TOGETHER = 4  # streams that `take_rows` reads at most
+_ROW_OFFSET = 65_537  # between the starts of streams that are read together
 
 
+# The noise table. Random bits for each element would cost more than the rest of an update, so they are drawn once into
+# a table of PERIOD numbers, and every stream reads consecutive numbers of it. Where a stream starts depends on the
+# parameter, the update and the stream's name, and is as good as random: the seeds that say so are hashes. Element i of
+# a stream gets number (offset + i) mod PERIOD. Elements half a million apart get the same bits; each is still rounded
+# without bias, and that is all that an update needs.
+#
+# A read is a view, never a copy: the table goes on behind its period, from its beginning again, as far as the longest
+# read can reach (a chunk of `chunk_elements`, or the four rows of `take_rows`, _ROW_OFFSET apart).
 class RandomBits:
-    """Streams of uniform 16-bit integers for one update of one parameter.
+    """Gives streams of uniform 16-bit integers for one update of one parameter.
 
-    All streams read one table, each from a place of its own that changes with every update, and the table is drawn anew
-    now and then: generating bits for each element would cost more than the rest of an update. Elements half a million
-    apart get the same bits, which unbiased rounding does not mind.
+    All streams read one ``table``, each from an offset of its own that changes with every update (``seed``).
     """
 
     def __init__(self, table: Tensor, seed: int) -> None:
-        self._table, self._seed = table, seed
-        self._offsets: dict[str, int] = {}  # of the streams, in the table
+        self._table = table
+        self._seed = seed
+        self._offsets: dict[str, int] = {}  # the streams' starts in the table
 
     @staticmethod
     def table(seed: int, device: torch.device) -> Tensor:
-        """Return what streams are read from: int32 in [0, 2¹⁶), the same for equal seeds on a device."""
+        """Return what streams read from: int32 in [0, 2¹⁶), the same for equal seeds on a device."""
         generator = torch.Generator(device).manual_seed(seed)
-        words = torch.empty(-(-PERIOD // 4), dtype=torch.int64, device=device)
-        words.random_(-(1 << 63), None, generator=generator)  # all 64 bits: four numbers at the price of one
-        once = words.view(torch.int16)[:PERIOD].to(torch.int32).bitwise_and_(0xFFFF)
-        size = (
-            PERIOD + chunk_elements(device) + 3 * _BETWEEN
-        )  # so that none that starts within the period runs out of it
-        return once.repeat(-(-size // PERIOD))[:size]
+        word_count = -(-PERIOD // _NUMBERS_PER_WORD)
+        words = torch.empty(word_count, dtype=torch.int64, device=device)
+        # From the least int64 on and without an upper end: all 64 bits are random, four numbers at the price of one.
+        words.random_(-(1 << 63), None, generator=generator)
+        signed = words.view(torch.int16)[:PERIOD]
+        numbers = signed.to(torch.int32).bitwise_and_(0xFFFF)
+        longest_read = chunk_elements(device) + (_ROWS_TOGETHER - 1) * _ROW_OFFSET
+        size = PERIOD + longest_read
+        repeats = -(-size // PERIOD)
+        return numbers.repeat(repeats)[:size]
 
     def take(self, stream: str, start: int, count: int) -> Tensor:
-        """Numbers ``start`` to ``start + count`` of the stream, at most `chunk_elements` of them. Not to be changed."""
+        """Return a view of the numbers ``start`` to ``start + count`` of the stream; ``count`` is a chunk at most."""
         if stream not in self._offsets:
             self._offsets[stream] = derive_seed(self._seed, stream)
         first = (self._offsets[stream] + start) % PERIOD
         return self._table[first : first + count]
 
     def take_rows(self, start: int, rows: int, count: int) -> Tensor:
-        """Numbers ``start`` to ``start + count`` of so many streams (rows × count), of four at most.
+        """Return a view of the numbers ``start`` to ``start + count`` of each of at most four streams: rows × count.
 
-        They are one stream, each row further on than the one before.
+        They are one stream, and each row starts `_ROW_OFFSET` numbers after the one before.
         """
         first = (self._seed + start) % PERIOD
-        return self._table.as_strided((rows, count), (_BETWEEN, 1), first)
+        return self._table.as_strided((rows, count), (_ROW_OFFSET, 1), first)
 
 
 class NoiseTables:
-    """Keeps the tables that `RandomBits` of a seed read from, one for so many updates.
+    """Keeps the tables that `RandomBits` of a seed read from, a new one for every 64 updates.
 
-    A table serves 64 updates, each from places of its own. Two are kept, for parameters that are not updated every
+    Each update reads its table from offsets of its own. Two tables are kept, for parameters that are not updated every
     time.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._tables: dict[tuple[torch.device, int], Tensor] = {}
+        self._tables: dict[tuple[torch.device, int], Tensor] = {}  # the oldest first
 
     def bits(self, index: int, count: int, device: torch.device) -> RandomBits:
         """Return the streams of parameter ``index`` at update ``count``."""
-        key = device, count // _UPDATES_A_TABLE
+        table_index = count // _UPDATES_PER_TABLE
+        key = (device, table_index)
         if key not in self._tables:
-            if len(self._tables) >= _TABLES:
-                del self._tables[next(iter(self._tables))]
-            self._tables[key] = RandomBits.table(derive_seed(self._seed, key[1]), device)
+            if len(self._tables) >= _TABLES_KEPT:
+                oldest = next(iter(self._tables))
+                del self._tables[oldest]
+            table_seed = derive_seed(self._seed, table_index)
+            self._tables[key] = RandomBits.table(table_seed, device)
         return RandomBits(self._tables[key], derive_seed(self._seed, index, count))
 
 
+# bf16 is the upper half of fp32. The lower half, 16 bits, says how far the value is from the bf16 number below to the
+# one above: f / 2¹⁶ of the way. A uniform number u of 16 bits added to it carries into the upper half if u ≥ 2¹⁶ - f,
+# so with the probability f / 2¹⁶, and then the lower half is cleared. Sign and magnitude are apart in a float, so this
+# rounds negative numbers likewise; a carry out of the mantissa goes into the exponent, which is the next number, too.
 def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
     """Round fp32 ``value`` in place to a number that bf16 holds: up with the probability that keeps its mean.
 
-    E[result] = value, so an update smaller than half a bf16 ulp is not lost but made with its probability. bf16 is the
-    upper half of fp32: adding 16 uniform bits to the lower half carries into the upper one with just that probability.
-    Infinities stay what they are; of NaN that is not promised.
+    E[result] = value, so an update smaller than half a bf16 ulp is not lost but made with its probability. ``bits``
+    are int32 in [0, 2¹⁶), shaped as ``value``. Infinities stay what they are; of NaN that is not promised.
     """
-    value.view(torch.int32).add_(bits).bitwise_and_(-65536)
+    integers = value.view(torch.int32)
+    integers.add_(bits).bitwise_and_(-65536)  # 0xFFFF0000 as an int32
     return value
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from several small values, without the collisions of sums."""
-    digest = hashlib.blake2b(".".join(map(str, parts)).encode(), digest_size=8).digest()
+    """Return a 63-bit seed made from several small values, without the collisions that their sum would have."""
+    text = ".".join(map(str, parts))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

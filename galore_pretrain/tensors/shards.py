@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a part: where that lies, and sums over the parts.
+"""Tensors of which each process holds a part: where that part lies, and sums over all parts.
 
 torch's FSDP2 shares them out (``fully_shard`` over a mesh of replicas × shards) and reduces their gradients; rules then
 work on the part at hand. Nothing here imports torch.distributed before such a tensor exists.
@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 
+# How a state tensor is cut. Let the parameter be m × n, and let ``count`` processes share its rows (``dim`` 0). Each
+# holds ⌈m / count⌉ of them, and the last ones fewer, or none. What has a dimension of rows is cut with it, by the same
+# rows: a moment (m × n), a number for each row (m), the low-rank gradient G Qᵀ (m × r) of a right basis. What has none
+# is whole on every process: a number for each column (n), and the low-rank gradient Pᵀ G (r × n) of a left basis, which
+# is a sum over all rows. The bases P (m × r) and Q (r × n) are whole everywhere, and a process uses the rows of P that
+# its part meets. Where columns are shared (``dim`` 1), exchange rows and columns, and left and right.
 @dataclass(frozen=True)
 class Shard:
-    """The slice ``start:stop`` along dimension ``dim`` of a tensor of that ``shape``, one of ``count`` such slices that
-    the processes of ``group`` hold, each ``length`` long but for the last ones."""
+    """Is the slice ``start:stop`` along dimension ``dim`` of a tensor of that ``shape``.
+
+    The processes of ``group`` hold ``count`` such slices, each ``length`` long but for the last ones.
+    """
 
     dim: int
     start: int
@@ -32,29 +40,49 @@ class Shard:
     @property
     def part_shape(self) -> tuple[int, ...]:
         """Return the shape of the slice."""
-        return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
+        before = self.shape[: self.dim]
+        after = self.shape[self.dim + 1 :]
+        return (*before, self.stop - self.start, *after)
 
     @property
     def offset(self) -> int:
-        """Elements of the slices before this one: no two processes round with the same random bits."""
-        return self.start * prod(self.shape[: self.dim] + self.shape[self.dim + 1 :])
+        """Return the number of elements in the slices before this one.
+
+        Random bits are counted from it, so that no two processes round with the same ones.
+        """
+        other_dims = self.shape[: self.dim] + self.shape[self.dim + 1 :]
+        return self.start * prod(other_dims)
 
     def of(self, whole: Tensor) -> Tensor:
-        """The slice of a tensor of that shape."""
+        """Return a view of the slice of a ``whole`` tensor, which has this ``shape``."""
         return whole.narrow(self.dim, self.start, self.stop - self.start)
 
     def part(self, basis: Tensor, dim: int) -> Tensor:
-        """Return the rows (0) or columns (1) of a ``basis`` of dimension ``dim`` that meet the slice; else all."""
-        return basis.narrow(dim, self.start, self.stop - self.start) if dim == self.dim else basis
+        """Return the part of a ``basis`` that meets the slice: rows of P (``dim`` 0: m × r), columns of Q (1: r × n).
+
+        Where the slice is cut along the other dimension, that is all of it.
+        """
+        if dim != self.dim:
+            return basis
+        return basis.narrow(dim, self.start, self.stop - self.start)
 
     def low_rank(self, left: bool, right: bool, rank: int) -> "Shard | None":
-        """Return where the low-rank gradient lies; None where every process has all of it."""
-        if (left, right)[self.dim]:
+        """Return where the low-rank gradient lies; None where every process has all of it.
+
+        ``left`` and ``right`` say which bases there are. A basis of the shared dimension sums over it.
+        """
+        is_summed_over = (left, right)[self.dim]
+        if is_summed_over:
             return None
-        return replace(self, shape=(rank if left else self.shape[0], rank if right else self.shape[1]))
+        rows, columns = self.shape
+        if left:
+            rows = rank
+        if right:
+            columns = rank
+        return replace(self, shape=(rows, columns))
 
     def sum(self, part: Tensor) -> Tensor:
-        """``part`` summed over the processes, the same on all of them."""
+        """Return the sum of each process's ``part``, the same on all of them. ``part`` is left alone."""
         from torch import distributed
 
         total = part.clone(memory_format=torch.contiguous_format)
@@ -68,29 +96,43 @@ def is_shared(tensor: Tensor) -> bool:
 
 
 def shard_of(tensor: Tensor) -> Shard | None:
-    """Which part of ``tensor`` this process holds; None where it holds all."""
+    """Return the part of ``tensor`` that this process holds; None where it holds all."""
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None or mesh.size(-1) == 1:
         return None
-    dim, count, index = tensor.placements[-1].dim, mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)  # type: ignore[attr-defined]
-    size, length = tensor.shape[dim], -(-tensor.shape[dim] // count)
-    start, stop = (min(size, i * length) for i in (index, index + 1))
-    return Shard(dim, start, stop, tuple(tensor.shape), count, mesh.get_group(mesh.ndim - 1))
+    shards_dim = mesh.ndim - 1  # the mesh is of replicas × shards, or of shards alone
+    count = mesh.size(-1)
+    index = mesh.get_local_rank(shards_dim)
+    dim = tensor.placements[-1].dim  # type: ignore[attr-defined]
+    size = tensor.shape[dim]
+    length = -(-size // count)
+    start = min(size, index * length)
+    stop = min(size, start + length)
+    return Shard(dim, start, stop, tuple(tensor.shape), count, mesh.get_group(shards_dim))
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return what this process holds of ``tensor``, sharing its memory; itself where that is all."""
-    return tensor.detach().to_local() if is_shared(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    detached = tensor.detach()
+    if not is_shared(tensor):
+        return detached
+    part: Tensor = detached.to_local()  # type: ignore[attr-defined]
+    return part
 
 
 @torch.no_grad()
 def fill(tensor: Tensor, whole: Tensor) -> None:
-    """``tensor`` takes its part of ``whole``, which every process has."""
+    """Fill ``tensor`` with its part of ``whole``, which every process has."""
     shard = shard_of(tensor)
-    local(tensor).copy_(whole if shard is None else shard.of(whole))
+    part = whole if shard is None else shard.of(whole)
+    local(tensor).copy_(part)
 
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """All of ``tensor``, gathered from the processes, which must all ask for it."""
-    return tensor.detach().full_tensor() if is_shared(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    """Return all of ``tensor``, gathered from the processes, which must all call this."""
+    detached = tensor.detach()
+    if not is_shared(tensor):
+        return detached
+    gathered: Tensor = detached.full_tensor()  # type: ignore[attr-defined]
+    return gathered

@@ -1,4 +1,4 @@
-"""What can be known of a tensor's values: norms, and whether looking waits for a device."""
+"""Questions about a tensor's values: its norm, and whether looking at it would wait for a device."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,20 @@ from torch import Tensor
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 
 
+# On a CPU, torch makes an fp32 copy of a whole bf16 tensor for this norm. So the norms of its chunks are taken, whose
+# copies are small, and ‖G‖ is the norm of those norms.
 def gradient_norm(grad: Tensor) -> Tensor:
-    """‖G‖ in fp32, a scalar, without the fp32 copy that torch makes of a bf16 tensor on a CPU."""
+    """Return ‖G‖ in fp32, a scalar."""
     if grad.dtype == torch.float32 or not grad.is_contiguous():
-        return torch.as_tensor(torch.linalg.vector_norm(grad, dtype=torch.float32))
-    flat, size = grad.view(-1), chunk_elements(grad.device)
-    parts = [flat[start:stop] for start, stop in chunks(flat, flat.numel(), size)]
-    norms = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts])
-    return torch.as_tensor(torch.linalg.vector_norm(norms))
+        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        return torch.as_tensor(norm)
+    flat = grad.view(-1)
+    chunk_norms = []
+    for start, stop in chunks(flat, flat.numel(), chunk_elements(grad.device)):
+        chunk_norm = torch.linalg.vector_norm(flat[start:stop], dtype=torch.float32)
+        chunk_norms.append(chunk_norm)
+    norm = torch.linalg.vector_norm(torch.stack(chunk_norms))
+    return torch.as_tensor(norm)
 
 
 def can_look(tensor: Tensor) -> bool:
