@@ -5,9 +5,10 @@ only in when they do so.
 """
 
 import math
+import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.sharing import Distributor
 
 _GOLDEN = 0.6180339887498949  # the golden ratio's fraction
+_PATIENCE = 100  # steps after which a warning tells of skips that nobody has read
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class SkipCounts:
 
     def __init__(self) -> None:
         self._counts: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), int64
+        self._steps_since_taken = 0
 
     def count(self, step: Step) -> None:
         """Count what ``step`` left out. It must have a ``valid`` or ``failures``."""
@@ -60,6 +63,7 @@ class SkipCounts:
 
     def take(self) -> Skips:
         """Return the counts and begin anew. Waits for the device."""
+        self._steps_since_taken = 0
         skipped = 0
         failed_refreshes = 0
         for counts in self._counts.values():
@@ -68,6 +72,19 @@ class SkipCounts:
             failed_refreshes += values[1]
         self._counts.clear()
         return Skips(skipped, failed_refreshes)
+
+    def end_step(self) -> None:
+        """Note that ``optimizer.step`` ends, and warn its caller of skips where nobody took the counts for long."""
+        self._steps_since_taken += 1
+        if self._steps_since_taken < _PATIENCE:
+            return
+        skips = self.take()
+        if skips != Skips():
+            warnings.warn(
+                f"in the last {_PATIENCE} steps, {skips.skipped} gradients were not finite and their tensors skipped, "
+                f"and {skips.failed_refreshes} bases could not be renewed",
+                stacklevel=3,
+            )
 
 
 @dataclass(slots=True)
@@ -304,7 +321,7 @@ class PendingGradients:
     def _finalize(self, pending: PendingGradient) -> None:
         """Find the bases that are due in a gradient, and compress it."""
         if pending.refresh_due:
-            self._optimizer.observed("refresh", pending.param, pending.refresh)
+            _observe(self._optimizer, "refresh", pending.param, pending.refresh)
         if not pending.compressed:
             pending.compress()
 
@@ -352,7 +369,7 @@ class PendingGradients:
         if self.distributor is not None:
             gradients = self._pending_of_all(params)
             work = partial(self.distributor.refresh_bases, gradients)
-            self._optimizer.observed("refresh", None, work)
+            _observe(self._optimizer, "refresh", None, work)
 
     @torch.no_grad()
     def compress_all(self, params: Iterable[Tensor]) -> None:
@@ -402,6 +419,14 @@ class PendingGradients:
             p.grad = None
         if params is None and self.distributor is not None:
             self.distributor.discard()
+
+
+def _observe(optimizer: "RuleOptimizer", name: str, p: Tensor | None, work: Callable[[], None]) -> None:
+    """Do ``work``, by way of the optimizer's observer if there is one."""
+    if optimizer.observer is None:
+        work()
+    else:
+        optimizer.observer.observe(name, p, work)
 
 
 def _own_storage(part: PendingGradient) -> None:
@@ -489,10 +514,11 @@ class Execution(ABC):
 
     def complete(self) -> None:
         """Make the updates that are still to be made, after the last backward pass. Waits for no device."""
-        if self._optimizer.observer is None:
+        observer = self._optimizer.observer
+        if observer is None:
             self._complete()
         else:
-            self._optimizer.observed("complete", None, self._complete)
+            observer.observe("complete", None, self._complete)
 
     # The coefficient min(1, clip / ‖G‖) needs the norms of all gradients, and is multiplied into each at its update.
     # Where processes share an update, gradients are summed before their norm is found, and bases renewed after it.
@@ -536,11 +562,17 @@ class Execution(ABC):
 
     def _accumulate(self, p: Tensor, *, compress: bool, measure: bool = False) -> None:
         """Accumulate ``p.grad``, by way of the observer if there is one."""
-        if self._optimizer.observer is None:
+        observer = self._optimizer.observer
+        if observer is None:  # not through `_observe`: a call less for each parameter
             self._pending.accumulate(p, compress=compress, measure=measure)
             return
-        work = partial(self._pending.accumulate, p, compress=compress, measure=measure)
-        self._optimizer.observed("accumulate", p, work)
+        work = partial(
+            self._pending.accumulate,
+            p,
+            compress=compress,
+            measure=measure,
+        )
+        observer.observe("accumulate", p, work)
 
 
 def _remove(handles: list[Any]) -> None:
@@ -588,13 +620,13 @@ class Layerwise(Execution):
             self._pending.start_sum(p)
         elif clips:
             work = partial(self._pending.compress, p)
-            self._optimizer.observed("compress", p, work)
+            _observe(self._optimizer, "compress", p, work)
         else:
             self._optimizer.update_param(p)
             p.grad = None
 
     def _compresses_first(self) -> bool:
-        return self._optimizer.is_shared
+        return self._pending.distributor is not None
 
     def begin(self, micro_batch: int, micro_batches: int) -> None:
         """Say which backward pass is next. ValueError where the norm that is to be clipped will not be known."""
