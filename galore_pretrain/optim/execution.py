@@ -104,21 +104,18 @@ class Slot:
     shard: Shard | None
     is_shared: bool
     gathers: bool
+    phase: float = field(init=False)
     projects: bool = field(init=False)
     scope: Scope = field(init=False)
     decay: Decay = field(init=False)
 
     def __post_init__(self) -> None:
+        # Multiples of the golden ratio's fraction, modulo 1, are spread evenly however many there are. So no update
+        # refreshes many matrices at once, whatever the groups.
+        self.phase = self.index * _GOLDEN % 1.0
         self.projects = self.rule.projects
         self.scope = self.rule.scope
         self.decay = self.rule.decay
-
-    @property
-    def phase(self) -> float:
-        """Return the place in [0, 1) of the parameter's refreshes among all."""
-        # Multiples of the golden ratio's fraction, modulo 1, are spread evenly however many there are. So no update
-        # refreshes many matrices at once, whatever the groups.
-        return self.index * _GOLDEN % 1.0
 
 
 @dataclass(slots=True)
@@ -184,7 +181,8 @@ class PendingGradients:
     """Accumulates gradients until their update, and brings them into the form in which an update takes them.
 
     A gradient goes through four steps, always in this order: it is accumulated, summed over processes, searched for new
-    bases if they are due, and compressed. `take` makes those steps that are still missing.
+    bases if they are due, and compressed. `take` makes those steps that are still missing. Gradients are detached first
+    of all, so that autograd records nothing, and need not be turned off for each.
     """
 
     def __init__(self, optimizer: "RuleOptimizer", distributor: "Distributor | None" = None) -> None:
@@ -215,7 +213,6 @@ class PendingGradients:
     # `p.grad` is dropped here, so that no gradient is in memory twice. The first of an update is kept as it is, further
     # ones are added to it; a bf16 sum is rounded stochastically. Where the rule projects and no new basis is due, each
     # is compressed before it is added, which takes r/min(m, n) of the memory: compressing is linear.
-    @torch.no_grad()
     def accumulate(self, p: Tensor, *, compress: bool, measure: bool = False) -> None:
         """Add ``p.grad`` to what is pending for ``p``, and drop it. Do nothing where there is none.
 
@@ -258,7 +255,7 @@ class PendingGradients:
             grad = grad.view(1)
         # ``norm < inf`` is one operation, `isfinite` four. In the gradient's own dtype: bf16 has fp32's range, and fp32
         # would cost eight times as much.
-        finite = torch.as_tensor(torch.linalg.vector_norm(grad) < math.inf)
+        finite: Tensor = torch.linalg.vector_norm(grad) < math.inf
         if total is None:
             return self._start(p, slot, grad, finite)
         return PendingGradient(
@@ -305,13 +302,14 @@ class PendingGradients:
     # waited for, so the step carries the answer along as ``valid``, and looks at it on the device whenever it stores.
     def take(self, p: Tensor) -> PendingGradient | None:
         """Remove and return the gradient of ``p`` in the form in which an update takes it; None where there is none."""
-        pending = self._pending_of(p)
+        pending = self._pending.pop(p, None)
         if pending is None:
-            return None
+            if p.grad is None:
+                return None
+            pending = self._part(p, None)
         if self.distributor is not None:
             self.distributor.sync([pending])
         self._finalize(pending)
-        self._pending.pop(p, None)
         finite = pending.finite
         can_look = type(finite) is Tensor and finite.device.type == "cpu"  # inline: a call less for each parameter
         if not (can_look and finite):
@@ -342,28 +340,24 @@ class PendingGradients:
                 gradients.append(pending)
         return gradients
 
-    @torch.no_grad()
     def compress(self, p: Tensor) -> None:
         """Find the bases of ``p`` that are due, and compress what is pending for it."""
         pending = self._pending.get(p)
         if pending is not None:
             self._finalize(pending)
 
-    @torch.no_grad()
     def start_sum(self, p: Tensor) -> None:
         """Begin to sum what is pending for ``p`` over the replicas, where that is done here."""
         pending = self._pending.get(p)
         if self.distributor is not None and pending is not None:
             self.distributor.start_sum(pending)
 
-    @torch.no_grad()
     def sync(self, params: Iterable[Tensor]) -> None:
         """Sum gradients and let all processes know which are finite, where several make an update."""
         if self.distributor is not None and self.distributor.may_differ:
             gradients = self._pending_of_all(params)
             self.distributor.sync(gradients)
 
-    @torch.no_grad()
     def refresh(self, params: Iterable[Tensor]) -> None:
         """Find the bases that are due, each by one process, where several make an update."""
         if self.distributor is not None:
@@ -371,7 +365,6 @@ class PendingGradients:
             work = partial(self.distributor.refresh_bases, gradients)
             _observe(self._optimizer, "refresh", None, work)
 
-    @torch.no_grad()
     def compress_all(self, params: Iterable[Tensor]) -> None:
         """Compress every gradient, after new bases were found where they are due."""
         params = list(params)
@@ -512,6 +505,7 @@ class Execution(ABC):
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
 
+    @torch.no_grad()
     def complete(self) -> None:
         """Make the updates that are still to be made, after the last backward pass. Waits for no device."""
         observer = self._optimizer.observer

@@ -149,14 +149,15 @@ class RuleOptimizer(torch.optim.Optimizer):
     def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
         """Update ``p`` from what was accumulated for it, or else from ``p.grad``; do nothing where there is neither.
 
-        ``coefficient``, a scalar, is multiplied into the gradient: into the compressed one where the rule projects,
-        else into ``p.grad`` itself.
+        ``coefficient``, a scalar, is multiplied into the gradient in place: the compressed one, if the rule projects.
         """
-        with torch.no_grad():
-            if self.observer is None:
-                self._update_param(p, coefficient)
-            else:
-                self.observer.observe("update", p, lambda: self._update_param(p, coefficient))
+        if torch.is_grad_enabled():  # it rarely is: `step`, `complete` and backward turn it off for all parameters
+            with torch.no_grad():
+                self.update_param(p, coefficient)
+        elif self.observer is None:
+            self._update_param(p, coefficient)
+        else:
+            self.observer.observe("update", p, lambda: self._update_param(p, coefficient))
 
     # A rule wants contiguous tensors of at least one dimension. A weight that is no such tensor is updated as a copy,
     # which is written back. Which of three ways the update goes depends on how much of the tensor the rule must see.
@@ -257,8 +258,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Return the bytes of an accumulated gradient of ``p`` between two refreshes of its basis."""
         slot = self.slots[p]
         step = Step(0, shard=slot.shard)
-        compressed = slot.rule.compress(local(p), self.tensors(p), step)
-        return compressed.nbytes
+        return slot.rule.compress(local(p), self.tensors(p), step).nbytes
 
     def next_due(self, p: Tensor, count: int) -> int | None:
         """Return the number (from ``count`` on) of the first update of ``p`` with a new basis; None where none has."""
@@ -268,17 +268,18 @@ class RuleOptimizer(torch.optim.Optimizer):
     def tensors(self, p: Tensor) -> State:
         """Return the tensors of the state of ``p``, on its device."""
         state = self.state[p]
-        for name, value in state.items():
-            if name != "step" and value.device != p.device:  # the model was moved after the optimizer was built
-                state[name] = value.to(p.device)
-        return {name: value for name, value in state.items() if name != "step"}
+        tensors = {**state}
+        del tensors["step"]
+        for name, value in tensors.items():
+            if value.device != p.device:  # the model was moved after the optimizer was built
+                tensors[name] = state[name] = value.to(p.device)
+        return tensors
 
     def random_bits(self, p: Tensor, count: int) -> RandomBits | None:
         """Return the streams of ``p`` at update ``count``, the same whatever the order of updates; None for nearest."""
         if self.rounding == "nearest" or p.dtype != torch.bfloat16 or p.device.type == "meta":
             return None
-        index = self.slots[p].index
-        return self._noise.bits(index, count, p.device)
+        return self._noise.bits(self.slots[p].index, count, p.device)
 
     def read_skips(self) -> Skips:
         """Return what was skipped since the last call. Waits for the device."""
