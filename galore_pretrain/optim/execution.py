@@ -1,13 +1,14 @@
-"""When updates run: all of them after backward, or each inside it; and the gradients that wait until then.
+"""An execution decides when updates run, all after backward or each inside it; gradients wait here until then.
 
-Both executions give a gradient to the same `PendingGradients` and call the same ``optimizer.update_param``. They differ
-in when.
+Both executions give gradients to the same `PendingGradients` and call the same ``optimizer.update_param``. They differ
+only in when they do so.
 """
 
 import math
+import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.optimizer import RuleOptimizer
     from galore_pretrain.optim.sharing import Distributor
 
-_GOLDEN = 0.6180339887498949
+_GOLDEN = 0.6180339887498949  # the golden ratio's fraction
+_PATIENCE = 100  # steps after which a warning tells of skips that nobody has read
 
 
 @dataclass(frozen=True)
@@ -41,32 +43,58 @@ class SkipCounts:
     """Counts `Skips` on the device where they happen, so that nobody waits for it."""
 
     def __init__(self) -> None:
-        self._counts: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes)
+        self._counts: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), int64
+        self._steps_since_taken = 0
 
     def count(self, step: Step) -> None:
-        """Count what ``step`` left out."""
-        device = step.failures[0].device if step.valid is None else step.valid.device
-        none = torch.zeros((), dtype=torch.bool, device=device)
-        skipped = none if step.valid is None else ~step.valid
-        new = torch.stack([skipped.long(), torch.stack([none, *step.failures]).sum()])
-        self._counts[new.device] = self._counts[new.device] + new if new.device in self._counts else new
+        """Count what ``step`` left out. It must have a ``valid`` or ``failures``."""
+        if step.valid is None:
+            none = torch.zeros_like(step.failures[0])
+            skipped = none
+        else:
+            none = torch.zeros_like(step.valid)
+            skipped = ~step.valid
+        failures = torch.stack([none, *step.failures])
+        counts = torch.stack([skipped.long(), failures.sum()])
+        device = counts.device
+        if device in self._counts:
+            counts = self._counts[device] + counts
+        self._counts[device] = counts
 
     def take(self) -> Skips:
         """Return the counts and begin anew. Waits for the device."""
-        if not self._counts:
-            return Skips()
-        counts = [count.tolist() for count in self._counts.values()]
+        self._steps_since_taken = 0
+        skipped = 0
+        failed_refreshes = 0
+        for counts in self._counts.values():
+            values = counts.tolist()
+            skipped += values[0]
+            failed_refreshes += values[1]
         self._counts.clear()
-        return Skips(*(sum(values) for values in zip(*counts, strict=True)))
+        return Skips(skipped, failed_refreshes)
+
+    def end_step(self) -> None:
+        """Note that ``optimizer.step`` ends, and warn its caller of skips where nobody took the counts for long."""
+        self._steps_since_taken += 1
+        if self._steps_since_taken < _PATIENCE:
+            return
+        skips = self.take()
+        if skips != Skips():
+            warnings.warn(
+                f"in the last {_PATIENCE} steps, {skips.skipped} gradients were not finite and their tensors skipped, "
+                f"and {skips.failed_refreshes} bases could not be renewed",
+                stacklevel=3,
+            )
 
 
 @dataclass(slots=True)
 class Slot:
     """A parameter's place in the optimizer: its group, its index among all, its rule, and which part of it is here.
 
-    ``seed`` is that of its random numbers. ``is_shared``: other processes have a part in the parameter, or a copy.
-    ``gathers``: the rule needs more of the tensor than the part that is here, so it is gathered for each update. The
-    rule's answers that never change are kept beside it.
+    ``seed`` is that of its random numbers. ``is_shared`` says that other processes have a part of the parameter, or a
+    copy. ``gathers`` says that the rule needs more of the tensor than the part that is here, so it is gathered for each
+    update. ``phase``, in [0, 1), is the place of the parameter's refreshes among those of all. The rule's answers that
+    never change are kept beside it.
     """
 
     group: int
@@ -76,26 +104,29 @@ class Slot:
     shard: Shard | None
     is_shared: bool
     gathers: bool
+    phase: float = field(init=False)
     projects: bool = field(init=False)
     scope: Scope = field(init=False)
     decay: Decay = field(init=False)
 
     def __post_init__(self) -> None:
-        self.projects, self.scope, self.decay = self.rule.projects, self.rule.scope, self.rule.decay
-
-    @property
-    def phase(self) -> float:
-        """The place in [0, 1) of the parameter's refreshes among all: evenly spread, whatever the groups."""
-        return self.index * _GOLDEN % 1.0
+        # Multiples of the golden ratio's fraction, modulo 1, are spread evenly however many there are. So no update
+        # refreshes many matrices at once, whatever the groups.
+        self.phase = self.index * _GOLDEN % 1.0
+        self.projects = self.rule.projects
+        self.scope = self.rule.scope
+        self.decay = self.rule.decay
 
 
 @dataclass(slots=True)
 class PendingGradient:
     """The sum of the gradients of ``param`` in an update so far, on its way to that update.
 
-    ``state`` and ``step`` are those that will use it. ``refresh_due``: new bases are still to be found in it.
-    ``compressed``: it is what the rule's `compress` returned. ``finite``, a scalar: whether all of it was finite, on
-    all processes once it is ``synced``. ``norm`` is that of the full gradient at hand, where it was measured.
+    ``grad`` is m × n, or what the rule's `compress` made of that once it is ``compressed``. ``state`` and ``step`` are
+    those of the update. ``refresh_due`` says that new bases are still to be found in it. ``finite``, a scalar, says
+    whether all of it was finite: on this process, and on all once it is ``synced``. ``norm`` is that of the full
+    gradient at hand, where it was measured. ``parts`` counts the gradients in the sum. ``summed`` says that its sum
+    over replicas was begun.
     """
 
     param: Tensor
@@ -113,15 +144,17 @@ class PendingGradient:
 
     @property
     def rule(self) -> UpdateRule:
-        """The rule that will use it."""
+        """Return the rule of the update."""
         return self.slot.rule
 
     @property
     def offset_step(self) -> Step:
-        """The step that counts elements from where ``grad`` begins in the whole tensor."""
+        """Return the step that counts elements from where ``grad`` begins in the whole tensor."""
         if self.slot.shard is None:
             return self.step
-        return self.rule.compressed_step(self.state, self.step) if self.compressed else self.step.placed()
+        if self.compressed:
+            return self.rule.compressed_step(self.state, self.step)
+        return self.step.placed()
 
     def compress(self) -> None:
         """Keep the compressed gradient alone, in the bases in use."""
@@ -133,11 +166,13 @@ class PendingGradient:
         """Find new bases in the gradient, which must be whole, and keep the compressed one alone."""
         if self.step.shard is not None:
             raise ValueError("new bases need the whole gradient: `PendingGradients.refresh` finds those of all")
-        self.set_bases(self.rule.find_bases(self.grad, self.state))
+        bases = self.rule.find_bases(self.grad, self.state)
+        self.set_bases(bases)
 
     def set_bases(self, new: NewBases) -> None:
         """Take the new bases that were found in the gradient, and keep the compressed one alone."""
-        self.rule.set_bases(new, self.state, self.step.where_valid(self.finite))
+        step = self.step.where_valid(self.finite)
+        self.rule.set_bases(new, self.state, step)
         self.refresh_due = False
         self.compress()
 
@@ -145,42 +180,44 @@ class PendingGradient:
 class PendingGradients:
     """Accumulates gradients until their update, and brings them into the form in which an update takes them.
 
-    The order of what happens to one is kept here, whoever asks: it is accumulated, summed over processes, searched for
-    new bases if they are due, compressed. `take` does what of that is still to be done.
+    A gradient goes through four steps, always in this order: it is accumulated, summed over processes, searched for new
+    bases if they are due, and compressed. `take` makes those steps that are still missing. Gradients are detached first
+    of all, so that autograd records nothing, and need not be turned off for each.
     """
 
     def __init__(self, optimizer: "RuleOptimizer", distributor: "Distributor | None" = None) -> None:
-        self._optimizer, self.distributor = optimizer, distributor
+        self.distributor = distributor
+        self._optimizer = optimizer
         self._pending: dict[Tensor, PendingGradient] = {}
 
     def __contains__(self, p: Tensor) -> bool:
-        """Whether something was accumulated for ``p``."""
+        """Return whether something was accumulated for ``p``."""
         return p in self._pending
 
     def get(self, p: Tensor) -> PendingGradient | None:
-        """Return what was accumulated for ``p``."""
+        """Return what was accumulated for ``p``, or None."""
         return self._pending.get(p)
 
     def waits_for_all(self, p: Tensor) -> bool:
-        """Whether the gradient of ``p`` is not used before an update's last, where several processes make one.
-
-        What is compressed or gathered waits, as all must do that in one order; and where sums over replicas are under
-        way, what is small, which would have to wait for them.
-        """
+        """Return whether the update of ``p`` waits for the end of backward, where several processes make an update."""
         if self.distributor is None:
             return False
         slot = self._optimizer.slots[p]
-        return slot.projects or slot.gathers or (self.distributor.replica is not None and p.ndim < 2)
+        if slot.projects or slot.gathers:  # both take messages, which all processes must send in one order
+            return True
+        # Messages of a group are sent one after another. A vector's would keep backward waiting for the sums over
+        # replicas that are under way, and its gradient takes little memory.
+        sums_replicas = self.distributor.replica is not None
+        return sums_replicas and p.ndim < 2
 
-    # A gradient is one tensor less as soon as it is here: `p.grad` is dropped. The first of an update is kept as it is,
-    # further ones are added to it, a bf16 sum rounded stochastically. Where the rule projects and no new basis is due,
-    # each is compressed before it is added, which takes r/min(m, n) of the memory: compressing is linear.
-    @torch.no_grad()
+    # `p.grad` is dropped here, so that no gradient is in memory twice. The first of an update is kept as it is, further
+    # ones are added to it; a bf16 sum is rounded stochastically. Where the rule projects and no new basis is due, each
+    # is compressed before it is added, which takes r/min(m, n) of the memory: compressing is linear.
     def accumulate(self, p: Tensor, *, compress: bool, measure: bool = False) -> None:
-        """Add ``p.grad`` to what is pending for ``p`` and drop it; does nothing where there is none.
+        """Add ``p.grad`` to what is pending for ``p``, and drop it. Do nothing where there is none.
 
         ``compress`` keeps a compressed sum where the rule projects and no new basis is due at this update. ``measure``
-        finds the norm of ``p.grad`` before it is dropped. Sums are in the gradient's dtype.
+        keeps the norm of ``p.grad``. Sums are in the gradient's dtype.
         """
         if p.grad is None or p.numel() == 0:
             return
@@ -201,11 +238,13 @@ class PendingGradients:
         if total.step.bits is None or total.grad.dtype != torch.bfloat16:
             total.grad.add_(part.grad)
             return
-        replica = "" if self.distributor is None else self.distributor.stream_suffix
-        add_rounded(total.grad, part.grad, part.offset_step, f"sum {total.parts}{replica}")
+        stream = f"sum {total.parts}"
+        if self.distributor is not None:
+            stream += self.distributor.stream_suffix
+        add_rounded(total.grad, part.grad, part.offset_step, stream)
 
     def _part(self, p: Tensor, total: PendingGradient | None) -> PendingGradient:
-        """Return ``p.grad`` as a part of the update whose other parts are ``total``."""
+        """Return ``p.grad`` as a part of the update whose earlier parts are summed in ``total``."""
         grad = p.grad
         assert grad is not None
         if grad.layout != torch.strided:
@@ -216,92 +255,118 @@ class PendingGradients:
             grad = grad.view(1)
         # ``norm < inf`` is one operation, `isfinite` four. In the gradient's own dtype: bf16 has fp32's range, and fp32
         # would cost eight times as much.
-        finite = torch.as_tensor(torch.linalg.vector_norm(grad) < math.inf)
+        finite: Tensor = torch.linalg.vector_norm(grad) < math.inf
         if total is None:
             return self._start(p, slot, grad, finite)
-        return PendingGradient(p, total.slot, grad, total.step, finite, total.state, total.refresh_due)
+        return PendingGradient(
+            param=p,
+            slot=total.slot,
+            grad=grad,
+            step=total.step,
+            finite=finite,
+            state=total.state,
+            refresh_due=total.refresh_due,
+        )
 
     def _start(self, p: Tensor, slot: Slot, grad: Tensor, finite: Tensor) -> PendingGradient:
-        """Return the pending gradient of an update of ``p`` whose first part is ``grad``."""
+        """Return the first part of an update of ``p``: ``grad``, with the step and the state of that update."""
         optimizer = self._optimizer
         state = optimizer.tensors(p)
         count = optimizer.state[p]["step"] + 1
+        lr = optimizer.param_groups[slot.group]["lr"]
+        bits = None
+        if p.dtype == torch.bfloat16:
+            bits = optimizer.random_bits(p, count)
         step = Step(
             count=count,
-            lr=float(optimizer.param_groups[slot.group]["lr"]),
+            lr=float(lr),
             seed=slot.seed,
             phase=slot.phase,
-            bits=optimizer.random_bits(p, count) if p.dtype == torch.bfloat16 else None,
+            bits=bits,
             shard=slot.shard,
         )
-        if not slot.gathers:
+        if not slot.gathers:  # else the rule starts with the whole state, in `update_gathered`
             slot.rule.start(state, step)
-        return PendingGradient(p, slot, grad, step, finite, state, slot.rule.next_refresh(step) == count)
+        next_refresh = slot.rule.next_refresh(step)
+        return PendingGradient(
+            param=p,
+            slot=slot,
+            grad=grad,
+            step=step,
+            finite=finite,
+            state=state,
+            refresh_due=next_refresh == count,
+        )
 
-    # Where the gradient can be seen to be finite, nothing has to look at it again; where a GPU would have to be waited
-    # for, the step carries the question along, and answers it whenever something is kept.
+    # On a CPU the answer can be looked at: a gradient that is finite needs no further care. A GPU would have to be
+    # waited for, so the step carries the answer along as ``valid``, and looks at it on the device whenever it stores.
     def take(self, p: Tensor) -> PendingGradient | None:
         """Remove and return the gradient of ``p`` in the form in which an update takes it; None where there is none."""
-        pending = self._of(p)
+        pending = self._pending.pop(p, None)
         if pending is None:
-            return None
+            if p.grad is None:
+                return None
+            pending = self._part(p, None)
         if self.distributor is not None:
             self.distributor.sync([pending])
         self._finalize(pending)
-        self._pending.pop(p, None)
-        is_seen = type(pending.finite) is Tensor and pending.finite.device.type == "cpu"
-        if not (is_seen and pending.finite):
-            pending.step = pending.step.where_valid(pending.finite)
+        finite = pending.finite
+        can_look = type(finite) is Tensor and finite.device.type == "cpu"  # inline: a call less for each parameter
+        if not (can_look and finite):
+            pending.step = pending.step.where_valid(finite)
         return pending
 
     def _finalize(self, pending: PendingGradient) -> None:
-        """Find the bases that are due in a gradient, and keep the compressed one alone."""
+        """Find the bases that are due in a gradient, and compress it."""
         if pending.refresh_due:
-            self._optimizer.observed("refresh", pending.param, pending.refresh)
+            _observe(self._optimizer, "refresh", pending.param, pending.refresh)
         if not pending.compressed:
             pending.compress()
 
-    def _of(self, p: Tensor) -> PendingGradient | None:
-        """Return what is pending for ``p``, or else its gradient; that is then pending."""
+    def _pending_of(self, p: Tensor) -> PendingGradient | None:
+        """Return what is pending for ``p``. Where nothing is, ``p.grad`` becomes pending, if there is one."""
         pending = self._pending.get(p)
         if pending is None and p.grad is not None:
-            pending = self._pending[p] = self._part(p, None)
+            pending = self._part(p, None)
+            self._pending[p] = pending
         return pending
 
-    def _all(self, params: Iterable[Tensor]) -> Iterator[PendingGradient]:
-        """Yield what is pending for each, or else its gradient, where there is one."""
+    def _pending_of_all(self, params: Iterable[Tensor]) -> list[PendingGradient]:
+        """Return what is pending for each of ``params`` that has a gradient."""
+        gradients: list[PendingGradient] = []
         for p in params:
-            if (pending := self._of(p)) is not None:
-                yield pending
+            pending = self._pending_of(p)
+            if pending is not None:
+                gradients.append(pending)
+        return gradients
 
-    @torch.no_grad()
     def compress(self, p: Tensor) -> None:
-        """Find the bases of ``p`` that are due, and keep the compressed gradient alone."""
-        if (pending := self._pending.get(p)) is not None:
+        """Find the bases of ``p`` that are due, and compress what is pending for it."""
+        pending = self._pending.get(p)
+        if pending is not None:
             self._finalize(pending)
 
-    @torch.no_grad()
     def start_sum(self, p: Tensor) -> None:
         """Begin to sum what is pending for ``p`` over the replicas, where that is done here."""
-        if self.distributor is not None and (pending := self._pending.get(p)) is not None:
+        pending = self._pending.get(p)
+        if self.distributor is not None and pending is not None:
             self.distributor.start_sum(pending)
 
-    @torch.no_grad()
     def sync(self, params: Iterable[Tensor]) -> None:
-        """Sum gradients and let all know which are not finite, where processes share an update."""
+        """Sum gradients and let all processes know which are finite, where several make an update."""
         if self.distributor is not None and self.distributor.may_differ:
-            self.distributor.sync(list(self._all(params)))
+            gradients = self._pending_of_all(params)
+            self.distributor.sync(gradients)
 
-    @torch.no_grad()
     def refresh(self, params: Iterable[Tensor]) -> None:
-        """Find the bases that are due, each by one process, where processes share an update."""
+        """Find the bases that are due, each by one process, where several make an update."""
         if self.distributor is not None:
-            pending = list(self._all(params))
-            self._optimizer.observed("refresh", None, partial(self.distributor.refresh_bases, pending))
+            gradients = self._pending_of_all(params)
+            work = partial(self.distributor.refresh_bases, gradients)
+            _observe(self._optimizer, "refresh", None, work)
 
-    @torch.no_grad()
     def compress_all(self, params: Iterable[Tensor]) -> None:
-        """Keep of every gradient the compressed one alone, new bases found where they are due."""
+        """Compress every gradient, after new bases were found where they are due."""
         params = list(params)
         for p in params:
             self.accumulate(p, compress=True)
@@ -314,60 +379,85 @@ class PendingGradients:
                 self.compress(p)
 
     def norms(self, params: Iterable[Tensor]) -> Tensor:
-        """Return the norm of each gradient, fp32 (number of parameters).
+        """Return the norm of each parameter's gradient, fp32 (number of parameters).
 
-        It is that of the one that was measured, of the sum that is pending, or of ``p.grad``. 0 where there is none, or
-        one that is not finite, whose update is skipped.
+        It is the norm that was measured, or else that of the pending sum, or else that of ``p.grad``. It is 0 where
+        there is no gradient, or one that is not finite, whose update is skipped.
         """
-        norms, shared = [], []
-        for p in params:
+        norms: list[Tensor] = []
+        indices_of_parts: list[int] = []
+        for index, p in enumerate(params):
             pending = self._pending.get(p)
             norm = _norm(p, pending)
-            valid = norm.isfinite() if pending is None else pending.finite & norm.isfinite()
+            valid = norm.isfinite()
+            if pending is not None:
+                valid = pending.finite & valid
             norms.append(torch.where(valid, norm, 0.0))
-            shared.append(self.distributor is not None and _is_part(p, pending))
-        if self.distributor is None or not any(shared):
-            return torch.stack(norms)
-        roots = iter(self.distributor.norms([norm for norm, part in zip(norms, shared, strict=True) if part]))
-        return torch.stack([next(roots) if part else norm for norm, part in zip(norms, shared, strict=True)])
+            if self.distributor is not None and _is_part(p, pending):
+                indices_of_parts.append(index)
+        if self.distributor is not None and indices_of_parts:
+            part_norms = [norms[index] for index in indices_of_parts]
+            whole_norms = self.distributor.norms(part_norms)
+            for index, norm in zip(indices_of_parts, whole_norms, strict=True):
+                norms[index] = norm
+        return torch.stack(norms)
 
     def discard(self, params: Iterable[Tensor] | None = None) -> None:
-        """Drop the gradients of ``params``, accumulated or not; of all by default, with the sums under way."""
-        for p in self._optimizer.slots if params is None else params:
+        """Drop the gradients of ``params``, accumulated or not; by default those of all, and the sums under way."""
+        dropped = params
+        if dropped is None:
+            dropped = self._optimizer.slots
+        for p in dropped:
             self._pending.pop(p, None)
             p.grad = None
         if params is None and self.distributor is not None:
             self.distributor.discard()
 
 
+def _observe(optimizer: "RuleOptimizer", name: str, p: Tensor | None, work: Callable[[], None]) -> None:
+    """Do ``work``, by way of the optimizer's observer if there is one."""
+    if optimizer.observer is None:
+        work()
+    else:
+        optimizer.observer.observe(name, p, work)
+
+
 def _own_storage(part: PendingGradient) -> None:
     """Copy a gradient that is a piece of a larger storage: FSDP2 reduces a layer's into one, which must not be kept."""
-    if part.grad.untyped_storage().nbytes() > part.grad.nbytes:
+    storage = part.grad.untyped_storage()
+    if storage.nbytes() > part.grad.nbytes:
         part.grad = part.grad.clone()
 
 
 def _norm(p: Tensor, pending: PendingGradient | None) -> Tensor:
-    """Return the norm of what a parameter has of a gradient."""
-    if pending is not None:
-        return gradient_norm(pending.grad) if pending.norm is None else pending.norm
-    return torch.zeros((), device=p.device) if p.grad is None else gradient_norm(local(p.grad))
+    """Return the norm of what this process has of the gradient of ``p``, fp32, a scalar."""
+    if pending is None:
+        if p.grad is None:
+            return torch.zeros((), device=p.device)
+        return gradient_norm(local(p.grad))
+    if pending.norm is None:
+        return gradient_norm(pending.grad)
+    return pending.norm
 
 
 def _is_part(p: Tensor, pending: PendingGradient | None) -> bool:
-    """Whether that norm is of a part of the tensor, and other processes have the others."""
+    """Return whether `_norm` is the norm of a part of the gradient, and other processes have the other parts."""
     if pending is None:
         return shard_of(p) is not None
-    if pending.compressed and pending.norm is None:
-        return pending.step.shard is not None and pending.offset_step.shard is not None
-    return pending.step.shard is not None
+    if pending.step.shard is None:
+        return False
+    if pending.compressed and pending.norm is None:  # a compressed gradient can be whole where the full one is not
+        return pending.offset_step.shard is not None
+    return True
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Tells what came of an update.
 
-    ``grad_norm`` is that of all gradients before clipping, where one was computed. ``skipped`` counts tensors that were
-    left alone because their gradient was not finite, ``failed_refreshes`` the bases that could not be renewed.
+    ``grad_norm`` is the norm of all gradients before clipping, or None where none was computed. ``skipped`` counts the
+    tensors that were left alone because their gradient was not finite, ``failed_refreshes`` the bases that could not be
+    renewed.
     """
 
     grad_norm: float | None = None
@@ -376,54 +466,70 @@ class Outcome:
 
 
 class Execution(ABC):
-    """Stands between the backward passes of an update and the next forward pass: what both executions share.
+    """Decides when updates are made: the base of both executions, `GlobalStep` and `Layerwise`.
 
-    The norm of all gradients is clipped to ``grad_clip`` (0: off). ``projected`` takes the norm of compressed gradients
-    where the rule projects, which leaves nothing of the full ones once they are compressed.
+    A caller calls `begin` before each backward pass of an update, and `complete` after the last. The norm of all
+    gradients is clipped to ``grad_clip`` (0: off). ``projected`` takes the norm of compressed gradients where the rule
+    projects; nothing is left of the full ones once they are compressed.
     """
 
     def __init__(self, optimizer: "RuleOptimizer", grad_clip: float = 0.0, *, projected: bool = False) -> None:
-        self._optimizer, self._pending = optimizer, optimizer.pending
-        self._grad_clip, self._projected = grad_clip, projected
-        self._micro_batch, self._micro_batches = 0, 1
+        self._optimizer = optimizer
+        self._pending = optimizer.pending
+        self._grad_clip = grad_clip
+        self._projected = projected
+        self._micro_batch = 0
+        self._micro_batches = 1
         self._norm: Tensor | None = None
-        self._params = [p for group in optimizer.param_groups for p in group["params"]]
-        # A tensor's hooks are nothing that Python's collector sees through: one that held this object, and so all
+        self._params: list[Tensor] = []
+        for group in optimizer.param_groups:
+            self._params.extend(group["params"])
+        # Python's garbage collector cannot look into a tensor's hooks. A hook that held this object, and so all
         # parameters, would keep a model in memory for good.
-        method = weakref.WeakMethod(self._hook)
+        weak_method = weakref.WeakMethod(self._hook)
 
         def hook(p: Tensor) -> None:
-            if (alive := method()) is not None:
-                alive(p)
+            method = weak_method()
+            if method is not None:
+                method(p)
 
         handles = [p.register_post_accumulate_grad_hook(hook) for p in self._params]
         weakref.finalize(self, _remove, handles)
 
     @abstractmethod
     def _hook(self, p: Tensor) -> None:
-        """Do what is to be done when a backward pass has added to ``p.grad`` all that it will."""
+        """Take the gradient of ``p`` as soon as a backward pass has finished ``p.grad``."""
 
     def begin(self, micro_batch: int, micro_batches: int) -> None:
-        """Say that the next backward pass is number ``micro_batch`` (from 0) of an update's."""
-        self._micro_batch, self._micro_batches = micro_batch, micro_batches
+        """Say that the next backward pass is number ``micro_batch`` (from 0) of an update's ``micro_batches``."""
+        self._micro_batch = micro_batch
+        self._micro_batches = micro_batches
 
+    @torch.no_grad()
     def complete(self) -> None:
-        """Make the updates that are still to be made. Waits for no device."""
-        if self._optimizer.observer is None:
+        """Make the updates that are still to be made, after the last backward pass. Waits for no device."""
+        observer = self._optimizer.observer
+        if observer is None:
             self._complete()
         else:
-            self._optimizer.observed("complete", None, self._complete)
+            observer.observe("complete", None, self._complete)
 
+    # The coefficient min(1, clip / ‖G‖) needs the norms of all gradients, and is multiplied into each at its update.
+    # Where processes share an update, gradients are summed before their norm is found, and bases renewed after it.
     def _complete(self) -> None:
+        """Find the clipping coefficient, and update all parameters that still have a gradient."""
         if self._grad_clip > 0 and self._compresses_first():
             self._pending.compress_all(self._params)
         shares = self._pending.distributor is not None
         if shares:
             self._pending.sync(self._params)
-        coefficient = self._norm = None
+        self._norm = None
+        coefficient: Tensor | None = None
         if self._grad_clip > 0:
-            self._norm = self._pending.norms(self._params).norm()
-            coefficient = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
+            norms = self._pending.norms(self._params)
+            self._norm = norms.norm()
+            ratio = self._grad_clip / (self._norm + 1e-6)  # the 1e-6 is that of torch's clip_grad_norm_
+            coefficient = ratio.clamp(max=1.0)
         if shares:
             self._pending.refresh(self._params)
         for p in self._params:
@@ -433,24 +539,34 @@ class Execution(ABC):
 
     @abstractmethod
     def _compresses_first(self) -> bool:
-        """Whether gradients are to be compressed before their norm is found."""
+        """Return whether gradients are to be compressed before their norm is found."""
 
     def outcome(self) -> Outcome:
         """Return what came of the update that was completed. Waits for the device."""
-        faults = self._optimizer.read_skips()
-        return Outcome(None if self._norm is None else float(self._norm), faults.skipped, faults.failed_refreshes)
+        skips = self._optimizer.read_skips()
+        grad_norm: float | None = None
+        if self._norm is not None:
+            grad_norm = float(self._norm)
+        return Outcome(grad_norm, skips.skipped, skips.failed_refreshes)
 
     def discard(self) -> None:
         """Drop the gradients of an update that is not to be made."""
         self._optimizer.discard()
-        self._optimizer.read_skips()  # of an update that is not made
+        self._optimizer.read_skips()  # else the next update would report those of this one
 
     def _accumulate(self, p: Tensor, *, compress: bool, measure: bool = False) -> None:
-        if self._optimizer.observer is None:
+        """Accumulate ``p.grad``, by way of the observer if there is one."""
+        observer = self._optimizer.observer
+        if observer is None:  # not through `_observe`: a call less for each parameter
             self._pending.accumulate(p, compress=compress, measure=measure)
             return
-        work = partial(self._pending.accumulate, p, compress=compress, measure=measure)
-        self._optimizer.observed("accumulate", p, work)
+        work = partial(
+            self._pending.accumulate,
+            p,
+            compress=compress,
+            measure=measure,
+        )
+        observer.observe("accumulate", p, work)
 
 
 def _remove(handles: list[Any]) -> None:
@@ -473,12 +589,16 @@ class GlobalStep(Execution):
 class Layerwise(Execution):
     """Makes each update as soon as the last backward pass has its gradient, which is then dropped.
 
-    So no full set of gradients ever exists. The sum over micro-batches is kept compressed where the rule projects
-    (GaLore is linear in the gradient between two bases); only matrices whose basis is due keep a full one. Clipping has
-    to see all norms before the first update, so updates wait, compressed, for the end: of one micro-batch the full norm
-    is known, of several only the ``projected``. The learning rate must be in the groups before backward. Where several
-    processes make an update, compressed gradients wait for its end too: there all agree on what was finite, and share
-    out the bases that are due.
+    So no full set of gradients ever exists. Three things differ from that plain case:
+
+    * With several micro-batches, sums are kept compressed where the rule projects: GaLore is linear in the gradient
+      between two bases. Only matrices whose basis is due keep a full sum.
+    * Clipping has to see all norms before the first update, so gradients wait, compressed, for the end. With one
+      micro-batch the norm of the full gradient is known, with several only the ``projected`` one.
+    * Where several processes make an update, compressed gradients wait for the end too. There all processes agree on
+      what was finite, and share out the bases that are due.
+
+    The learning rate must be in the groups before backward.
     """
 
     def _hook(self, p: Tensor) -> None:
@@ -486,24 +606,26 @@ class Layerwise(Execution):
         clips = self._grad_clip > 0
         waits = self._pending.distributor is not None and self._pending.waits_for_all(p)
         if self._micro_batches > 1 or clips or waits:
-            measure = clips and self._micro_batches == 1 and not self._projected
-            self._accumulate(p, compress=True, measure=measure)
+            measures = clips and self._micro_batches == 1 and not self._projected
+            self._accumulate(p, compress=True, measure=measures)
         if not is_last:
             return
         if waits:
             self._pending.start_sum(p)
         elif clips:
-            self._optimizer.observed("compress", p, partial(self._pending.compress, p))
+            work = partial(self._pending.compress, p)
+            _observe(self._optimizer, "compress", p, work)
         else:
             self._optimizer.update_param(p)
             p.grad = None
 
     def _compresses_first(self) -> bool:
-        return self._optimizer.is_shared
+        return self._pending.distributor is not None
 
     def begin(self, micro_batch: int, micro_batches: int) -> None:
         """Say which backward pass is next. ValueError where the norm that is to be clipped will not be known."""
-        if micro_batches > 1 and self._grad_clip > 0 and not self._projected and self._optimizer.projects:
+        clips_full_norm = self._grad_clip > 0 and not self._projected
+        if micro_batches > 1 and clips_full_norm and self._optimizer.projects:
             raise ValueError(
                 "layerwise updates of several micro-batches know no norm of the full gradient: clip the projected one"
             )

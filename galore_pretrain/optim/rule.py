@@ -1,8 +1,8 @@
-"""What an update rule is: a gradient and a few state tensors in, a direction out.
+"""This file says what an update rule is: a gradient and a few state tensors go in, a direction comes out.
 
 A rule is a frozen dataclass of hyper-parameters. Its tensors live in the optimizer's state, and the learning rate and
-weight decay are the optimizer's. It works on any shape, so the same object serves a weight matrix and its low-rank
-projection. The optimizer never asks which class a rule is: it asks the questions that `UpdateRule` answers.
+weight decay are the optimizer's. A rule works on any shape, so the same object serves a weight matrix and its low-rank
+projection. The optimizer never asks which class a rule is: it calls the methods of `UpdateRule`.
 """
 
 from abc import ABC, abstractmethod
@@ -38,9 +38,12 @@ class Scope(Enum):
     """The rule updates the part at hand, and asks the step for sums over all parts (`Step.total`, `Step.mean`)."""
 
     def allows(self, shard: Shard) -> bool:
-        """Whether a process can update ``shard`` of a tensor without the other parts being gathered."""
-        by_dim = {Scope.ROWS: 0, Scope.COLUMNS: 1}
-        return self in (Scope.ELEMENTS, Scope.PARTS) or by_dim.get(self) == shard.dim
+        """Return whether a process can update ``shard`` of a tensor without the other parts being gathered."""
+        if self is Scope.ROWS:
+            return shard.dim == 0
+        if self is Scope.COLUMNS:
+            return shard.dim == 1
+        return self is not Scope.WHOLE
 
 
 class Layout(Enum):
@@ -56,10 +59,10 @@ class Layout(Enum):
 class Direction:
     """Holds what is subtracted from a weight, times the learning rate: a sum of terms, each kept in its factors.
 
-    A term is ``factor`` · diag(``row``) · ``left`` @ ``right`` · diag(``column``). ``left`` is m × n, or m × r where
-    ``right``, r × n, is there. ``row`` (m) and ``column`` (n) are fp32, and each may be absent. So an update of rank r
-    never exists as a full matrix. ``rest`` is the next term; ``a + b`` makes one direction of two. ``scaled``: the
-    learning rate is in it already.
+    A term is ``factor`` · diag(``row``) · ``left`` @ ``right`` · diag(``column``). ``left`` is m × r and ``right`` is
+    r × n; without ``right``, ``left`` is m × n. ``row`` (m) and ``column`` (n) are fp32, and each may be absent. So an
+    update of rank r never exists as a full matrix. ``rest`` is the next term; ``a + b`` makes one direction of two.
+    ``scaled`` says that the learning rate is multiplied in already.
     """
 
     left: Tensor
@@ -71,41 +74,61 @@ class Direction:
     rest: "Direction | None" = None
 
     def __add__(self, other: "Direction") -> "Direction":
-        """Return the sum. ValueError where one has the learning rate in it and the other has not."""
+        """Return the sum of two directions. ValueError if one has the learning rate in it and the other has not."""
         if self.scaled != other.scaled:
             raise ValueError("one direction has the learning rate in it and the other has not: they cannot be added")
-        return replace(self, rest=other if self.rest is None else self.rest + other)
+        if self.rest is None:
+            return replace(self, rest=other)
+        return replace(self, rest=self.rest + other)
 
     def terms(self) -> Iterator["Direction"]:
-        """Yield each term by itself."""
+        """Yield each term as a direction of its own."""
         term: Direction | None = self
         while term is not None:
-            yield term if term.rest is None else replace(term, rest=None)
+            if term.rest is None:
+                yield term
+            else:
+                yield replace(term, rest=None)
             term = term.rest
 
     def part(self, start: int, stop: int) -> "Direction":
-        """Return its rows ``start:stop``, still in factors."""
-        row = None if self.row is None else self.row[start:stop]
-        rest = None if self.rest is None else self.rest.part(start, stop)
-        return replace(self, left=self.left[start:stop], row=row, rest=rest)
+        """Return the rows ``start:stop`` of the direction, still in factors."""
+        row = self.row
+        if row is not None:
+            row = row[start:stop]
+        rest = self.rest
+        if rest is not None:
+            rest = rest.part(start, stop)
+        left = self.left[start:stop]
+        return replace(self, left=left, row=row, rest=rest)
 
     def of(self, shard: Shard) -> "Direction":
-        """Return the part of it that meets ``shard``, still in factors."""
+        """Return the part of the direction that belongs to ``shard``, still in factors."""
         if shard.dim == 0:
             return self.part(shard.start, shard.stop)
         columns = slice(shard.start, shard.stop)
-        left, right = self.left, self.right
+        left = self.left
+        right = self.right
         if right is None:
             left = left[:, columns]
         else:
             right = right[:, columns]
-        column = None if self.column is None else self.column[columns]
-        rest = None if self.rest is None else self.rest.of(shard)
+        column = self.column
+        if column is not None:
+            column = column[columns]
+        rest = self.rest
+        if rest is not None:
+            rest = rest.of(shard)
         return replace(self, left=left, right=right, column=column, rest=rest)
 
     def whole(self) -> Tensor:
-        """Return the term multiplied out, without ``factor``; in its own dtype, or fp32 where rows are scaled."""
-        value = self.left if self.right is None else self.left @ self.right
+        """Return this one term multiplied out (m × n), ``factor`` and ``rest`` not counted.
+
+        It has the dtype of ``left``, or fp32 where ``row`` or ``column`` scales it.
+        """
+        value = self.left
+        if self.right is not None:
+            value = value @ self.right
         if self.row is not None:
             value = value.float() * self.row[:, None]
         if self.column is not None:
@@ -113,15 +136,16 @@ class Direction:
         return value
 
     def merged(self) -> "Direction":
-        """Return the same as one term."""
+        """Return the same direction as one term; a sum of several is multiplied out in fp32."""
         if self.rest is None:
             return self
         total = sum(term.whole().float() * term.factor for term in self.terms())
         return Direction(torch.as_tensor(total), scaled=self.scaled)
 
     def add_to(self, target: Tensor, alpha: float) -> None:
-        """Add ``alpha`` · the term, ``factor`` not counted, to ``target`` in place and in the target's dtype."""
-        if self.right is None or self.row is not None or self.column is not None:
+        """Add ``alpha`` · this one term, ``factor`` not counted, to ``target`` (m × n), in place and in its dtype."""
+        has_scales = self.row is not None or self.column is not None
+        if self.right is None or has_scales:
             target.add_(self.whole(), alpha=alpha)
         else:
             target.addmm_(self.left, self.right, alpha=alpha)
@@ -129,10 +153,10 @@ class Direction:
 
 @dataclass(frozen=True)
 class BasisChange:
-    """The gradients to come are in another subspace than those seen, and must not be mixed with them.
+    """Tells a rule that the gradients to come lie in another subspace than those seen, and must not be mixed with them.
 
-    Where moments are to be expressed in the new coordinates (``project``), x becomes ``left`` @ x @ ``right``, each
-    r × r or absent.
+    Where moments are to be expressed in the new coordinates (``project``), x becomes ``left`` @ x @ ``right``. Each of
+    the two is r × r, or absent.
     """
 
     project: bool = False
@@ -140,18 +164,28 @@ class BasisChange:
     right: Tensor | None = None
 
     def mean(self, x: Tensor) -> Tensor:
-        """Return a first moment in the new coordinates."""
-        x = x if self.left is None else self.left @ x
-        return x if self.right is None else x @ self.right
+        """Return the first moment ``x`` in the new coordinates."""
+        if self.left is not None:
+            x = self.left @ x
+        if self.right is not None:
+            x = x @ self.right
+        return x
 
     def variance(self, x: Tensor) -> Tensor:
-        """Return a second moment about the mean in the new coordinates, the old ones taken as uncorrelated."""
-        x = x if self.left is None else self.left.square() @ x
-        return x if self.right is None else x @ self.right.square()
+        """Return the variance ``x`` in the new coordinates; the old coordinates are taken as uncorrelated."""
+        # The variance of a sum of uncorrelated values, each times a_i, is the sum of a_i² times the value's variance.
+        if self.left is not None:
+            x = self.left.square() @ x
+        if self.right is not None:
+            x = x @ self.right.square()
+        return x
 
 
 class NewBases(NamedTuple):
-    """The bases that a gradient has, in fp32; ``found``, a scalar: whether they are better than those in use."""
+    """Holds the bases that were found in a gradient, fp32: ``left`` is m × r, ``right`` is r × n, either may be absent.
+
+    ``found``, a scalar, says whether they are better than those in use.
+    """
 
     left: Tensor | None
     right: Tensor | None
@@ -161,86 +195,95 @@ class NewBases(NamedTuple):
 class UpdateRule(ABC):
     """Answers what the optimizer asks of a rule. A plain rule writes `init` and `update`; all else has a default.
 
-    A rule that updates any part of a tensor by itself promises so by `scope`, and saves the gathering where several
-    processes share the tensor. The promise is checked when an optimizer is built.
+    A rule that can update any part of a tensor by itself says so by `scope`. Where several processes share a tensor,
+    that saves the gathering of it. What a rule says is checked when an optimizer is built (`check_scope`).
     """
 
     layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType({})
-    """How state tensors lie that are not shaped as the parameter, by name."""
+    """Names the state tensors that are not shaped as the parameter, and says of each how it lies."""
 
     @property
     def decay(self) -> Decay:
-        """How weight decay is applied: ``before`` or ``after`` the update (decoupled), or ``l2``, to the gradient."""
+        """Say how weight decay is applied: ``before`` or ``after`` the update, or to the gradient (``l2``)."""
         return "before"
 
     @property
     def scope(self) -> Scope:
-        """How much of a tensor the rule has to see at once."""
+        """Say how much of a tensor the rule has to see at once."""
         return Scope.WHOLE
 
     @property
     def projects(self) -> bool:
-        """Whether `compress` keeps less than the gradient, so that sums of micro-batches are kept compressed."""
+        """Say whether `compress` keeps less than the gradient, so that sums of micro-batches are kept compressed."""
         return False
 
     @abstractmethod
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
-        """Return the state tensors of a parameter shaped, typed and placed as ``like``; shapes never change.
+        """Return the state tensors of a parameter that has the shape, dtype and device of ``like``.
 
-        ``shard`` is the part of a tensor that ``like`` is; None means that it is all of it.
+        Their shapes never change. ``shard`` says which part of a tensor ``like`` is; None means all of it.
         """
 
     @abstractmethod
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         """Advance ``state`` by one update and return the direction. ``grad`` is what `compress` returned.
 
-        State is written through ``step.store`` (or a moment store), which keeps it only if the gradient was finite.
-        Where the rule `projects`, ``grad`` may be overwritten; else it is left alone.
+        State must be written through ``step.store`` or a moment store: they keep a value only if the gradient was
+        finite. Where the rule `projects`, ``grad`` may be overwritten; else it is left alone.
         """
 
-    def update_weight(self, weight: Tensor, grad: Tensor, state: State, step: Step, decay: float) -> bool:
-        """Make the whole update of ``weight`` in one pass over memory, decay included; False where it cannot."""
+    def update_weight(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        step: Step,
+        decay: float,
+    ) -> bool:
+        """Make the whole update of ``weight`` in one pass over memory, decay included. Return False if it cannot."""
         return False
 
     def needs_chunks(self, step: Step, dtype: torch.dtype) -> bool:
-        """Whether a large tensor is updated a chunk at a time, so that temporaries stay small (`Scope.ELEMENTS`)."""
+        """Return whether a large tensor is updated chunk by chunk to keep temporaries small (`Scope.ELEMENTS`)."""
         return True
 
     def start(self, state: State, step: Step) -> None:  # noqa: B027  (a rule may do nothing)
-        """Prepare ``state``, before the first gradient of an update is looked at."""
+        """Prepare ``state`` before the first gradient of an update is looked at."""
 
     def compress(self, grad: Tensor, state: State, step: Step) -> Tensor:
         """Return what is kept of a gradient until the update: a linear function of it, so that sums can be kept."""
         return grad
 
     def compressed_step(self, state: State, step: Step) -> Step:
-        """Return the step that counts elements from where the compressed gradient begins in the whole tensor's."""
+        """Return the step that counts elements from where this process's part of the compressed gradient begins."""
         return step.placed()
 
     def full_update(self, grad: Tensor, state: State, step: Step) -> Direction:
-        """Make an update from a whole gradient, as the optimizer does: start, refresh if that is due, compress, update.
+        """Make an update from a whole gradient as the optimizer does, and return its direction.
 
-        So a rule can run another inside itself.
+        A rule that runs another one inside itself can call this.
         """
         self.start(state, step)
         if self.next_refresh(step) == step.count:
-            self.set_bases(self.find_bases(grad, state), state, step)
-        return self.update(self.compress(grad, state, step), state, step)
+            bases = self.find_bases(grad, state)
+            self.set_bases(bases, state, step)
+        compressed = self.compress(grad, state, step)
+        return self.update(compressed, state, step)
 
     def next_refresh(self, step: Step) -> int | None:
-        """Return the number of the first update, from this one on, that begins with new bases; None where none does."""
+        """Return the number of the first update, from this one on, that begins with new bases; None if none does."""
         return None
 
     def bases(self, state: State) -> tuple[Tensor | None, Tensor | None]:
-        """Return the (left, right) bases in use, whole; either may not be."""
+        """Return the bases in use: left (m × r) and right (r × n) of the whole matrix; either may be None."""
         return None, None
 
     def find_bases(self, grad: Tensor, state: State) -> NewBases:
-        """Return new bases from a whole gradient. A rule whose `next_refresh` names an update must have this."""
+        """Find new bases in a whole gradient. A rule whose `next_refresh` names an update must have this."""
         raise TypeError(f"{type(self).__name__} names a refresh (next_refresh) and has no find_bases")
 
     def empty_bases(self, state: State) -> NewBases:
-        """Return what `find_bases` returns, for another process's bases to be written into."""
+        """Return bases of the shapes that `find_bases` returns, for another process's bases to be written into."""
         raise TypeError(f"{type(self).__name__} names a refresh (next_refresh) and has no empty_bases")
 
     def set_bases(self, new: NewBases, state: State, step: Step) -> None:
@@ -255,7 +298,7 @@ class UpdateRule(ABC):
             )
 
     def stores(self) -> Mapping[str, MomentStore]:
-        """Return the moment stores in use, by the name of the moment that each keeps."""
+        """Return the moment stores in use, each by the name of its moment."""
         return {}
 
     def narrow(self, state: State, start: int, stop: int) -> State:
@@ -264,23 +307,26 @@ class UpdateRule(ABC):
         for name, store in self.stores().items():
             part |= store.narrow(state, name, start, stop)
         for name in state.keys() - part.keys():
-            part[name] = state[name].view(-1)[start:stop]
+            flat = state[name].view(-1)
+            part[name] = flat[start:stop]
         return part
 
     def layout(self, name: str, state: State, shard: Shard) -> Shard | None:
-        """Return where a state tensor lies of which this process holds the part ``shard`` of the parameter.
+        """Return where a state tensor lies when this process holds the part ``shard`` of its parameter.
 
-        None: every process has all of it. ValueError for a tensor that is not shaped as the parameter and of which
-        `layouts` says nothing.
+        None means that every process has all of it. ValueError if the tensor is not shaped as the parameter and
+        `layouts` does not name it.
         """
         declared = self.layouts.get(name)
         if declared is Layout.EVERYWHERE:
             return None
-        if declared in (Layout.OF_ROWS, Layout.OF_COLUMNS):
-            dim = (Layout.OF_ROWS, Layout.OF_COLUMNS).index(declared)
-            return replace(shard, dim=0, shape=(shard.shape[dim],)) if dim == shard.dim else None
+        if declared is Layout.OF_ROWS:
+            return _layout_of_vector(shard, 0)
+        if declared is Layout.OF_COLUMNS:
+            return _layout_of_vector(shard, 1)
         shape = tuple(state[name].shape)
-        if declared is Layout.LIKE_PARAMETER or shape in (shard.part_shape, shard.shape):
+        has_shape_of_parameter = shape in (shard.part_shape, shard.shape)
+        if declared is Layout.LIKE_PARAMETER or has_shape_of_parameter:
             return shard
         raise ValueError(
             f"the state tensor {name} of {type(self).__name__} is {shape}, and the parameter is {shard.shape}: say in "
@@ -288,97 +334,139 @@ class UpdateRule(ABC):
         )
 
     def has_slots(self, name: str) -> bool:
-        """Whether a moment has slots of padded length, each for a tensor of the parameter's shape."""
+        """Return whether a moment has slots of padded length, each for a tensor of the parameter's shape."""
         return False
 
     def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return the values of a moment of that ``shape`` which a store keeps in a form of its own, fp32."""
-        return self.stores()[name].read(state, name, Step(count=0)).view(shape)
+        """Return, in fp32, the values of a moment of that ``shape`` which its store keeps in another form."""
+        store = self.stores()[name]
+        values = store.read(state, name, Step(count=0))
+        return values.view(shape)
 
     def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
-        """Keep what `moment_values` returned."""
-        self.stores()[name].write(state, name, values.contiguous(), Step(count=0))
+        """Write ``values``, of the form that `moment_values` returns, into a moment."""
+        store = self.stores()[name]
+        values = values.contiguous()
+        store.write(state, name, values, Step(count=0))
+
+
+def _layout_of_vector(shard: Shard, dim: int) -> Shard | None:
+    """Return where a vector lies that has a number for each row (``dim`` 0) or column (1); None: whole everywhere."""
+    if dim != shard.dim:
+        return None
+    shape = (shard.shape[dim],)
+    return replace(shard, dim=0, shape=shape)
 
 
 def describe(part: object) -> str:
-    """Say how a rule is composed: ``GaLore(Adam(Dense))``."""
-    parts = [describe(inner) for inner in vars(part).values() if is_dataclass(inner)]
-    return type(part).__name__ + (f"({', '.join(parts)})" if parts else "")
+    """Return how a rule is composed, as text: ``GaLore(Adam(Dense))``."""
+    name = type(part).__name__
+    inner_parts = [describe(inner) for inner in vars(part).values() if is_dataclass(inner)]
+    if not inner_parts:
+        return name
+    return f"{name}({', '.join(inner_parts)})"
 
 
+# An elementwise rule can take the flattened gradient (m · n) a chunk at a time. Each chunk's direction is written where
+# its gradient was, which is not needed any more. The directions differ in ``left`` alone: factors depend on the step.
 def update_in_chunks(rule: UpdateRule, grad: Tensor, state: State, step: Step) -> Direction:
     """Update as ``rule.update`` does, but overwrite ``grad`` (contiguous), so that temporaries are a few chunks."""
     size = chunk_elements(grad.device)
     if rule.scope is not Scope.ELEMENTS or grad.numel() <= size:
         return rule.update(grad, state, step).merged()
     flat = grad.view(-1)
-    for start, stop in chunks(flat, flat.numel(), size):
-        piece = rule.update(flat[start:stop], rule.narrow(state, start, stop), step.at(start)).merged()
-        flat[start:stop].copy_(piece.left)
-    return replace(piece, left=grad)
+    total = flat.numel()
+    for start, stop in chunks(flat, total, size):
+        chunk = flat[start:stop]
+        chunk_state = rule.narrow(state, start, stop)
+        direction = rule.update(chunk, chunk_state, step.at(start))
+        direction = direction.merged()
+        chunk.copy_(direction.left)
+    return replace(direction, left=grad)
 
 
-_kept: dict[UpdateRule, bool] = {}
+# A check takes six small updates, and rules are values: once for each is enough.
+_rules_that_passed: set[UpdateRule] = set()
 
 
+# A 6 × 8 matrix is updated three times whole, and three times in two parts by the same gradients. Three, so that what
+# one update leaves in the state counts in the next. If parts do not see each other, both come to the same.
 def check_scope(rule: UpdateRule) -> None:
-    """Check that a rule keeps the promise of its `scope`; ValueError where it does not.
-
-    A matrix of 6 × 8 is updated three times whole and three times in two parts, by equal gradients. Where the rule
-    promises that parts do not see each other, both come to the same.
-    """
-    if rule.scope in (Scope.WHOLE, Scope.PARTS) or rule in _kept:
+    """Check by trial that a rule can be updated in the parts that its `scope` allows; ValueError if it cannot."""
+    if rule.scope in (Scope.WHOLE, Scope.PARTS):  # such a rule is never updated in parts that know nothing of others
+        return
+    if rule in _rules_that_passed:
         return
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(6, 8, generator=generator) for _ in range(3)]
-    whole = _directions(rule, grads)
+    of_whole = _directions(rule, grads)
     try:
-        parts = _directions_of_parts(rule, grads)
+        of_parts = _directions_of_parts(rule, grads)
     except Exception as error:  # whatever a rule raises that is not made for parts
         raise ValueError(f"{_promise(rule)} cannot be updated in two parts ({error}): leave scope at WHOLE") from error
-    for one, other in zip(whole, parts, strict=True):
-        if not torch.allclose(one, other, rtol=1e-5, atol=1e-7):
+    for expected, direction in zip(of_whole, of_parts, strict=True):
+        is_same = torch.allclose(expected, direction, rtol=1e-5, atol=1e-7)
+        if not is_same:
             raise ValueError(
                 f"{_promise(rule)} updated in two parts comes to something else than the whole: leave scope at WHOLE"
             )
-    _kept[rule] = True
+    _rules_that_passed.add(rule)
 
 
 def _promise(rule: UpdateRule) -> str:
+    """Return how a message of `check_scope` begins."""
     return f"{type(rule).__name__} says scope {rule.scope.name}, but a 6 × 8 matrix"
 
 
-def _directions_of_parts(rule: UpdateRule, grads: list[Tensor]) -> list[Tensor]:
-    """Return the directions of the same updates made in two parts, put together."""
-    if rule.scope is Scope.ELEMENTS:
-        return _directions_in_pieces(rule, grads)
-    dim = 0 if rule.scope is Scope.ROWS else 1
-    halves = [grad.chunk(2, dim) for grad in grads]
-    both = [_directions(rule, [half[i].contiguous() for half in halves]) for i in range(2)]
-    return [torch.cat(pair, dim) for pair in zip(*both, strict=True)]
-
-
-def _step(count: int) -> Step:
+def _trial_step(count: int) -> Step:
+    """Return the step of update number ``count`` of a trial."""
     return Step(count, lr=0.1, seed=1)
 
 
 def _directions(rule: UpdateRule, grads: list[Tensor]) -> list[Tensor]:
-    """Return the directions of updates by ``grads``, multiplied out."""
-    state, found = rule.init(grads[0]), []
+    """Update once by each of ``grads`` (m × n) and return the directions, multiplied out in fp32."""
+    state = rule.init(grads[0])
+    directions: list[Tensor] = []
     for count, grad in enumerate(grads, 1):
-        direction = rule.full_update(grad.clone(), state, _step(count)).merged()
-        found.append(direction.whole().float() * direction.factor)
-    return found
+        step = _trial_step(count)
+        direction = rule.full_update(grad.clone(), state, step)
+        direction = direction.merged()
+        directions.append(direction.whole().float() * direction.factor)
+    return directions
+
+
+def _directions_of_parts(rule: UpdateRule, grads: list[Tensor]) -> list[Tensor]:
+    """Return the directions of the same updates made in two parts, the parts of each put together."""
+    if rule.scope is Scope.ELEMENTS:
+        return _directions_in_pieces(rule, grads)
+    dim = 0
+    if rule.scope is Scope.COLUMNS:
+        dim = 1
+    first_halves: list[Tensor] = []
+    second_halves: list[Tensor] = []
+    for grad in grads:
+        first, second = grad.chunk(2, dim)
+        first_halves.append(first.contiguous())
+        second_halves.append(second.contiguous())
+    first_directions = _directions(rule, first_halves)
+    second_directions = _directions(rule, second_halves)
+    pairs = zip(first_directions, second_directions, strict=True)
+    return [torch.cat(pair, dim) for pair in pairs]
 
 
 def _directions_in_pieces(rule: UpdateRule, grads: list[Tensor]) -> list[Tensor]:
-    """Return the same, each update made in two pieces of the flattened tensor and of one state."""
-    state, found = rule.init(grads[0]), []
+    """Return the directions of the same updates, each made in two pieces of the flattened tensor and of one state."""
+    state = rule.init(grads[0])
+    directions: list[Tensor] = []
     for count, grad in enumerate(grads, 1):
-        rule.start(state, _step(count))
-        flat, pieces_of = grad.clone().view(-1), []
+        step = _trial_step(count)
+        rule.start(state, step)
+        flat = grad.clone().view(-1)
+        pieces: list[Tensor] = []
         for start, stop in ((0, 24), (24, 48)):
-            piece = rule.update(flat[start:stop], rule.narrow(state, start, stop), _step(count).at(start)).merged()
-            pieces_of.append(piece.whole().float() * piece.factor)
-        found.append(torch.cat(pieces_of).view(grad.shape))
-    return found
+            piece_state = rule.narrow(state, start, stop)
+            direction = rule.update(flat[start:stop], piece_state, step.at(start))
+            direction = direction.merged()
+            pieces.append(direction.whole().float() * direction.factor)
+        directions.append(torch.cat(pieces).view(grad.shape))
+    return directions
