@@ -226,12 +226,10 @@ def _setting_key(result: Result) -> str:
 def _by_method(group: Sequence[Result]) -> dict[str, list[Result]]:
     """Return the runs of one setting by their method's label, the best method first.
 
-    A label is the optimizer's row and each flag that sets the run apart from most runs of that row: what most have goes
-    without saying, so that a row with one odd learning rate does not name the usual one everywhere. Two runs with the
-    same label and the same seed are a repetition, not another seed: the later one gets its folder's name as well, and
-    stands alone. Methods are sorted by their mean final loss; those without a finished run come last, in the order in
-    which they were named.
+    Methods are sorted by their mean final loss; those without a finished run come last, in the order of their runs.
     """
+    # Runs of one label are seeds of one method. Two runs with the same label and the same seed are a repetition, not
+    # another seed: the later one gets its folder's name into its label, and stands alone.
     methods: dict[str, list[Result]] = {}
     for result in group:
         label = _label(result, group)
@@ -250,6 +248,7 @@ def _by_method(group: Sequence[Result]) -> dict[str, list[Result]]:
 
 def _label(result: Result, group: Sequence[Result]) -> str:
     """Return the run's row, with the flags in which it differs from at least half the runs of that row."""
+    # What most runs of a row have goes without saying: one odd learning rate does not make all others name theirs.
     same_row = [other.config for other in group if other.base == result.base]
     words = [result.base]
     for name in _method_flags():
@@ -292,27 +291,30 @@ class Spread:
         return f"{self.mean:.4f} ± {self.deviation:.4f}"
 
 
+def finished(runs: Sequence[Result]) -> list[Result]:
+    """Return the runs that have come to their end."""
+    return [run for run in runs if run.is_over]
+
+
 def final_loss(runs: Sequence[Result]) -> Spread | None:
     """Return the validation loss at the end, over the runs that have come to it; None where none has."""
-    losses = [run.final_loss for run in runs if run.is_over]
+    losses = [run.final_loss for run in finished(runs)]
     return Spread.of(losses) if losses else None
 
 
 def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float | None, int] | None:
     """Compare two methods seed by seed: (mean difference of final losses, its standard error, pairs).
 
-    A seed gives two methods the same first weights and the same text, so most of what it does to a loss is the same in
-    both and cancels in their difference; the differences scatter far less than the losses. The error is None for one
-    pair, and the whole None where no seed is shared by finished runs.
+    The error is None for one pair. The answer is None where finished runs share no seed.
     """
-    their_losses = {}
-    for run in theirs:
-        if run.is_over:
-            their_losses[run.config.get("seed")] = run.final_loss
+    # A seed gives both methods the same first weights and the same text. Most of what it does to a loss is the same for
+    # both and cancels in the difference, so differences scatter far less over the seeds than losses do. The standard
+    # error of the mean difference is therefore what two methods are told apart by, not the spread of each.
+    their_losses = {run.config.get("seed"): run.final_loss for run in finished(theirs)}
     differences = []
-    for run in ours:
+    for run in finished(ours):
         seed = run.config.get("seed")
-        if run.is_over and seed in their_losses:
+        if seed in their_losses:
             differences.append(run.final_loss - their_losses[seed])
     if not differences:
         return None
@@ -327,9 +329,10 @@ def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, flo
 def told_apart(mean: float, error: float, pairs: int) -> bool:
     """Whether a mean of paired differences is other than 0 at the 95 % level of Student's t (two-sided).
 
-    ``pairs`` is 2 at least. With so few seeds the t quantile matters: of 3 pairs, a mean must exceed 4.3 standard
-    errors, where the normal distribution would ask for 2.
+    ``error`` is the mean's standard error; ``pairs`` is 2 at least.
     """
+    # With few seeds the quantile matters: a mean of 3 pairs must exceed 4.3 of its standard errors, where a normal
+    # distribution would ask for 2.
     index = pairs - 2  # n pairs have n - 1 degrees of freedom, and the table begins with one
     quantile = _T95[index] if index < len(_T95) else _T95_BEYOND
     return abs(mean) > error * quantile
