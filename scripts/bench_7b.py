@@ -1,4 +1,4 @@
-"""llama_7b takes real updates on this machine, is killed between two checkpoints, and goes on as if it had not been.
+"""Run llama_7b on this machine, kill it between two checkpoints, and check that it goes on as if it had not been.
 
     python scripts/bench_7b.py runs/bench-7b    # an hour on two cores; takes 20 GB of memory and 55 GB of disk
     python scripts/bench_7b.py runs/bench-7b --data FILE --tokenizer M.model    # more flags are a run's own
@@ -53,22 +53,28 @@ _TIMES = ("tokens_per_second", "peak_memory_bytes", "process_peak_bytes")
 
 
 def flags(values: dict[str, Any]) -> list[str]:
-    found = []
+    """Return the words of a command line that say ``values``."""
+    words = []
     for name, value in values.items():
         dashed = name.replace("_", "-")
-        found += [f"--{dashed}"] if value is True else [f"--{dashed}", str(value)]
-    return found
+        words.append(f"--{dashed}")
+        if value is not True:
+            words.append(str(value))
+    return words
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
-    """Complete lines of the run's metrics."""
+    """Return the complete lines of the run's metrics."""
     file = output / "metrics.jsonl"
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    if not file.exists():
+        return []
+    text = file.read_text()
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def killed_after(command: list[str], output: Path, updates: int) -> list[dict[str, Any]]:
-    """Metrics of a run that was killed after so many updates."""
+    """Start a run and kill it after so many updates; return its metrics."""
     with subprocess.Popen(command) as process:
         while len(rows(output)) < updates:
             if process.poll() is not None:
@@ -79,51 +85,80 @@ def killed_after(command: list[str], output: Path, updates: int) -> list[dict[st
 
 
 def bases_due(steps: int) -> list[int]:
-    """How many bases each update renews."""
+    """Return how many bases each update renews."""
     config, _ = resolve(RUN, dict.fromkeys(RUN, "flag"))
-    optimizer = optimizer_for(config, model_for(config, load_model_config(config.model), "meta"))
-    return [sum(optimizer.next_due(p, step) == step for p in optimizer.state) for step in range(1, steps + 1)]
+    # Without storage: which bases are due does not depend on numbers.
+    model = model_for(config, load_model_config(config.model), "meta")
+    optimizer = optimizer_for(config, model)
+    due = []
+    for step in range(1, steps + 1):
+        due.append(sum(optimizer.next_due(p, step) == step for p in optimizer.state))
+    return due
+
+
+def are_the_same(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> bool:
+    """Whether two runs wrote the same numbers, times and memory apart."""
+    for first, second in zip(before, after, strict=True):
+        for name in first.keys() | second.keys():
+            if name not in _TIMES and first.get(name) != second.get(name):
+                return False
+    return True
+
+
+def print_machine() -> None:
+    """Print processor, memory and versions."""
+    bf16 = "with" if has_fast_bf16(torch.device("cpu")) else "without"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "bitsandbytes", "transformers")]
+    print(
+        f"{platform.machine()} CPU {bf16} bf16 instructions, {torch.get_num_threads()} threads, "
+        f"{memory:.1f} GiB of memory; {', '.join(versions)}\n"
+    )
+
+
+def print_updates(updates: list[dict[str, Any]]) -> None:
+    """Print a table of the updates in Markdown."""
+    print("| update | lr | bases renewed | loss of its sequence | loss of the fixed one | s | process peak GiB |")
+    print("|---|---|---|---|---|---|---|")
+    tokens_before = 0
+    for row, due in zip(updates, bases_due(len(updates)), strict=True):
+        seconds = (row["tokens_seen"] - tokens_before) / row["tokens_per_second"]
+        tokens_before = row["tokens_seen"]
+        peak = row["process_peak_bytes"] / 2**30
+        print(
+            f"| {row['step']} | {row['lr']:.2g} | {due} | {row['loss']:.4f} | {row['eval_loss']:.4f} "
+            f"| {seconds:.0f} | {peak:.2f} |"
+        )
 
 
 def main() -> None:
+    """Run, kill, go on, and print the report; exit with 1 where the repeated update has other numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="a new folder")
     arguments, more = parser.parse_known_args()
     output: Path = arguments.output
     if output.exists():
         parser.error(f"{output} exists; name a new folder")
-    command = [*flags(RUN), *more, "--output", str(output)]
-    runs = [sys.executable, "-m", "galore_pretrain", *command]
+    words = [*flags(RUN), *more, "--output", str(output)]
+    command = [sys.executable, "-m", "galore_pretrain", *words]
 
-    before = killed_after(runs, output, KILLED_AFTER)
-    subprocess.run(runs, check=True)
-    after, summary = rows(output), json.loads((output / "summary.json").read_text())
+    before = killed_after(command, output, KILLED_AFTER)
+    subprocess.run(command, check=True)
+    after = rows(output)
+    summary = json.loads((output / "summary.json").read_text())
+    same = are_the_same(before[:KILLED_AFTER], after[:KILLED_AFTER])
 
-    def numbers(row: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in row.items() if name not in _TIMES}
-
-    same = [numbers(row) for row in after[:KILLED_AFTER]] == [numbers(row) for row in before[:KILLED_AFTER]]
-    bf16 = "with" if has_fast_bf16(torch.device("cpu")) else "without"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "bitsandbytes", "transformers")]
-    print(f"    galore-pretrain {' '.join(command)}\n")
-    print(f"{platform.machine()} CPU {bf16} bf16 instructions, {torch.get_num_threads()} threads,", end=" ")
-    print(f"{memory:.1f} GiB of memory; {', '.join(versions)}\n")
-    print("| update | lr | bases renewed | loss of its sequence | loss of the fixed one | s | process peak GiB |")
-    print("|---|---|---|---|---|---|---|")
-    seen = [0, *(row["tokens_seen"] for row in after[:-1])]
-    for row, before_it, due in zip(after, seen, bases_due(len(after)), strict=True):
-        seconds = (row["tokens_seen"] - before_it) / row["tokens_per_second"]
-        print(f"| {row['step']} | {row['lr']:.2g} | {due} | {row['loss']:.4f} | {row['eval_loss']:.4f}", end=" ")
-        print(f"| {seconds:.0f} | {row['process_peak_bytes'] / 2**30:.2f} |")
-    peaks = {name: summary[f"{name}_bytes"] / 2**30 for name in ("planned_peak", "process_peak")}
+    print(f"    galore-pretrain {' '.join(words)}\n")
+    print_machine()
+    print_updates(after)
+    planned = summary["planned_peak_bytes"] / 2**30
+    peak = summary["process_peak_bytes"] / 2**30
+    repeated = "the same" if same else "OTHER"
     print(
-        f"\nTensors planned: {peaks['planned_peak']:.2f} GiB; peak of the process, over all of both runs and", end=" "
+        f"\nTensors planned: {planned:.2f} GiB; peak of the process, over all of both runs and the export: "
+        f"{peak:.2f} GiB. Killed after update {KILLED_AFTER}, resumed from update {RUN['save_every']}: "
+        f"update {KILLED_AFTER} was repeated with {repeated} numbers."
     )
-    print(
-        f"the export: {peaks['process_peak']:.2f} GiB. Killed after update {KILLED_AFTER}, resumed from update", end=" "
-    )
-    print(f"{RUN['save_every']}: update {KILLED_AFTER} was repeated with {'the same' if same else 'OTHER'} numbers.")
     if not same:
         sys.exit(1)
 

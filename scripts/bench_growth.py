@@ -1,4 +1,4 @@
-"""How the time of an update grows: with the model, the length, the batch, the rank and T; a table and a plot.
+"""Measure how the time of an update grows with the model, the length, the batch, the rank and T: a table and a plot.
 
     python scripts/bench_growth.py --picture docs/benchmarks/growth.png      # half an hour
 
@@ -13,7 +13,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -25,66 +25,94 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.planning.traffic import count
 from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
 
-BASE: dict[str, Any] = {"optim": "galore_adamw", "data": "sample", "steps": 1000, "grad_clip": 0.0, "layerwise": False}
-BASE |= {"activation_checkpointing": False, "refresh": "together", "max_length": 256, "batch_size": 1, "rank": 128}
+BASE: dict[str, Any] = {
+    "optim": "galore_adamw",
+    "data": "sample",
+    "steps": 1000,
+    "grad_clip": 0.0,
+    "layerwise": False,
+    "activation_checkpointing": False,
+    "refresh": "together",
+    "max_length": 256,
+    "batch_size": 1,
+    "rank": 128,
+}
 MODELS = ("llama_9m", "llama_20m", "llama_60m", "llama_130m", "llama_350m", "llama_1b")
+GROWING = (  # what grows, the option that says so, and its values
+    ("length", "max_length", (128, 256, 512, 1024)),
+    ("batch", "batch_size", (1, 2, 4, 8, 16)),
+    ("rank", "rank", (16, 64, 128, 256, 512)),
+    ("T", "update_proj_gap", (1, 4, 16, 64)),
+)
+X_LABELS = {"length": "tokens a row", "batch": "rows", "T": "updates a basis (T)"}
 
 
 def cells() -> list[tuple[str, str, dict[str, Any]]]:
-    """(what grows, its value, options)"""
-    found = [("model", name.removeprefix("llama_"), {"model": name}) for name in MODELS]
-    found.append(("model", "7b, 2 layers", {"model": two_layers_of("llama_7b"), "rank": 1024}))
-    for kind, option, values in (
-        ("length", "max_length", (128, 256, 512, 1024)),
-        ("batch", "batch_size", (1, 2, 4, 8, 16)),
-        ("rank", "rank", (16, 64, 128, 256, 512)),
-        ("T", "update_proj_gap", (1, 4, 16, 64)),
-    ):
-        found += [(kind, str(value), {"model": "llama_60m", option: value}) for value in values]
-    return found
+    """Return (what grows, its value, options) of each line of the table."""
+    lines: list[tuple[str, str, dict[str, Any]]] = []
+    for name in MODELS:
+        lines.append(("model", name.removeprefix("llama_"), {"model": name}))
+    lines.append(("model", "7b, 2 layers", {"model": two_layers_of("llama_7b"), "rank": 1024}))
+    for kind, option, values in GROWING:
+        for value in values:
+            lines.append((kind, str(value), {"model": "llama_60m", option: value}))
+    return lines
 
 
 def two_layers_of(model: str) -> str:
+    """Write the model's config with two layers into a new folder; return its path."""
+    shape = json.loads(find_model(model).read_text())
+    shape["num_hidden_layers"] = 2
     path = Path(tempfile.mkdtemp()) / f"{model}_2_layers.json"
-    path.write_text(json.dumps(json.loads(find_model(model).read_text()) | {"num_hidden_layers": 2}))
+    path.write_text(json.dumps(shape))
     return str(path)
 
 
 class Times(NamedTuple):
-    """Seconds of forward and backward, of an update (without new bases, if they are apart), and of all new bases."""
+    """The times of one line: seconds, and the number of weights that they are for."""
 
-    passes: float
-    update: float
-    bases: float | None
+    passes: float  # forward and backward
+    update: float  # without new bases, where those are measured apart
+    bases: float | None  # all of them
     weights: int
 
 
 def timed(config: RunConfig, updates: int) -> tuple[list[float], list[float], int]:
-    """Seconds of forward and backward, and of what follows, of so many updates; and the number of weights."""
+    """Make so many updates; return (seconds of forward and backward, seconds of the rest, number of weights)."""
     model = model_for(config, load_model_config(config.model))
-    execution = execution_for(config, optimizer_for(config, prepare(config, model)))
-    passes, rest = [], []
+    optimizer = optimizer_for(config, prepare(config, model))
+    execution = execution_for(config, optimizer)
+    passes = []
+    rest = []
     for _ in range(updates):
         ids = torch.randint(model.config.vocab_size, (config.batch_size, config.max_length + 1))
+        inputs = ids[:, :-1]
+        labels = ids[:, 1:]
         started = time.perf_counter()
         execution.begin(0, 1)
-        mean_loss(model, ids[:, :-1], ids[:, 1:], ids[:, 1:].numel()).backward()
+        mean_loss(model, inputs, labels, labels.numel()).backward()
         middle = time.perf_counter()
         execution.complete()
+        ended = time.perf_counter()
         passes.append(middle - started)
-        rest.append(time.perf_counter() - middle)
-    return passes, rest, sum(p.numel() for p in model.parameters())
+        rest.append(ended - middle)
+    weights = sum(p.numel() for p in model.parameters())
+    return passes, rest, weights
 
 
 def measured(config: RunConfig, rounds: int) -> Times:
-    """Medians: of every three updates, the first renews all bases."""
+    """Return medians over so many rounds of three updates."""
+    # With T = 3, updates 0, 3, 6, … renew all bases. Update 0 is left out: libraries start there. What a renewal takes
+    # is the difference between the medians of the updates with one and of those without.
     passes, updates, weights = timed(replace(config, update_proj_gap=3), 1 + 3 * rounds)
-    steady = median(updates[i] for i in range(1, len(updates)) if i % 3)
-    return Times(median(passes[1:]), steady, max(0.0, median(updates[3::3]) - steady), weights)
+    renewing = updates[3::3]
+    steady = median(updates[1::3] + updates[2::3])
+    bases = max(0.0, median(renewing) - steady)
+    return Times(median(passes[1:]), steady, bases, weights)
 
 
 def gathering(config: RunConfig, rounds: int) -> float:
-    """Seconds in which layerwise updates add the gradients of one more micro-batch to their sums: the median."""
+    """Return the median seconds in which layerwise updates add one more micro-batch's gradients to their sums."""
     model = model_for(config, load_model_config(config.model))
     optimizer = optimizer_for(config, prepare(config, model))
     params = list(optimizer.state)
@@ -102,66 +130,92 @@ def gathering(config: RunConfig, rounds: int) -> float:
 
 
 def averaged(config: RunConfig) -> Times:
-    """The mean over T updates, or some times as many."""
+    """Return the mean over T updates, or some times as many, so that each has its share of new bases."""
     gap = int(config.update_proj_gap or 1)
-    passes, updates, weights = timed(config, 1 + gap * max(1, 16 // gap))
-    return Times(median(passes[1:]), sum(updates[1:]) / len(updates[1:]), None, weights)
+    periods = max(1, 16 // gap)
+    passes, updates, weights = timed(config, 1 + gap * periods)
+    return Times(median(passes[1:]), mean(updates[1:]), None, weights)
 
 
-def draw(path: Path, found: list[tuple[str, str, float, float, float]]) -> None:
-    import matplotlib
+class Point(NamedTuple):
+    """One line of the table, as the plot needs it: times in seconds, and the arithmetic of an update in FLOP."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    kind: str
+    value: str
+    passes: float
+    update: float
+    flops: float
 
-    kinds = list(dict.fromkeys(kind for kind, *_ in found))
-    figure, axes = plt.subplots(1, len(kinds), figsize=(13, 3.8), sharey=True)
-    for axis, kind in zip(axes, kinds, strict=True):
-        values, passes, updates, products = zip(*(row[1:] for row in found if row[0] == kind), strict=True)
-        axis.plot(values, passes, "o-", label="forward and backward")
-        axis.plot(values, updates, "s-", label="update")
-        both = [a + b for a, b in zip(passes, updates, strict=True)]
-        axis.plot(values, both, "-", color="black", label="both")
-        scaled = [both[0] / products[0] * p for p in products]
-        axis.plot(values, scaled, ":", color="black", label="both, if they grew as the arithmetic")
-        axis.set_yscale("log")
-        axis.set_xlabel({"length": "tokens a row", "batch": "rows", "T": "updates a basis (T)"}.get(kind, kind))
-        axis.tick_params(axis="x", rotation=30)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False)
+
+def draw(path: Path, points: list[Point]) -> None:
+    """Draw the times against what grows, a panel for each, beside times that grow as the arithmetic does."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(point.kind for point in points))
+    figure = Figure(figsize=(13, 3.8))
+    panels = figure.subplots(1, len(kinds), sharey=True)
+    for axes, kind in zip(panels, kinds, strict=True):
+        shown = [point for point in points if point.kind == kind]
+        values = [point.value for point in shown]
+        both = [point.passes + point.update for point in shown]
+        seconds_a_flop = both[0] / shown[0].flops
+        scaled = [seconds_a_flop * point.flops for point in shown]
+        axes.plot(values, [point.passes for point in shown], "o-", label="forward and backward")
+        axes.plot(values, [point.update for point in shown], "s-", label="update")
+        axes.plot(values, both, "-", color="black", label="both")
+        axes.plot(values, scaled, ":", color="black", label="both, if they grew as the arithmetic")
+        axes.set_yscale("log")
+        axes.set_xlabel(X_LABELS.get(kind, kind))
+        axes.tick_params(axis="x", rotation=30)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
     figure.savefig(path, dpi=110)
 
 
+def line(kind: str, value: str, times: Times, flops: float) -> str:
+    """Return a line of the table in Markdown."""
+    seconds = times.passes + times.update
+    cells = [
+        kind,
+        value,
+        f"{flops / 1e9:.0f}",
+        f"{1000 * times.passes:.0f}",
+        f"{1000 * times.update:.0f}",
+        f"{flops / seconds / 1e9:.0f}",
+        f"{100 * times.update / seconds:.0f} %",
+        f"{1e9 * times.update / times.weights:.1f}",
+        "" if times.bases is None else f"{1000 * times.bases:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
+    """Measure and print line by line; draw at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     print(
-        f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of",
-        end=" ",
+        f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"medians of {2 * arguments.rounds} updates and {arguments.rounds} renewals of all bases. "
+        "1 × 256 tokens, rank 128, llama_60m where nothing else is said\n"
     )
-    print(f"{2 * arguments.rounds} updates and {arguments.rounds} renewals of all bases.", end=" ")
-    print("1 × 256 tokens, rank 128, llama_60m where nothing else is said\n")
     print("| | | GFLOP | forward, backward: ms | update: ms | GFLOP/s | update: share | ns a weight | all bases: ms |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    found = []
+    points = []
     for kind, value, options in cells():
-        given = BASE | options
-        given["total_batch_size"] = given["batch_size"]
-        config, _ = resolve(given, dict.fromkeys(given, "flag"))
+        values = BASE | options
+        values["total_batch_size"] = values["batch_size"]
+        config, _ = resolve(values, dict.fromkeys(values, "flag"))
         times = averaged(config) if kind == "T" else measured(config, arguments.rounds)
-        flops, seconds = count(config).flops, times.passes + times.update
-        found.append((kind, value, times.passes, times.update, flops))
-        words = [kind, value, f"{flops / 1e9:.0f}", f"{1000 * times.passes:.0f}", f"{1000 * times.update:.0f}"]
-        words += [f"{flops / seconds / 1e9:.0f}", f"{100 * times.update / seconds:.0f} %"]
-        words += [f"{1e9 * times.update / times.weights:.1f}"]
-        words += ["" if times.bases is None else f"{1000 * times.bases:.0f}"]
-        print(f"| {' | '.join(words)} |", flush=True)
+        flops = count(config).flops
+        points.append(Point(kind, value, times.passes, times.update, flops))
+        print(line(kind, value, times, flops), flush=True)
     if arguments.picture:
-        draw(arguments.picture, found)
+        draw(arguments.picture, points)
 
 
 if __name__ == "__main__":

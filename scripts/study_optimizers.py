@@ -1,4 +1,4 @@
-"""What bases, refreshes, moments, bits and rounding cost in perplexity, where the matrices matter.
+"""Study what bases, refreshes, moments, bits and rounding cost in perplexity, where the matrices matter.
 
     python scripts/study_optimizers.py runs/study            # 30 runs of 1.84M tokens, two at a time; resumable
     python scripts/study_optimizers.py runs/study --table    # the table of what is finished
@@ -15,15 +15,21 @@ import statistics
 import sys
 from pathlib import Path
 
-from galore_pretrain.study.results import Result, paired, read
+from galore_pretrain.study.results import Result, finished, paired, read
 from galore_pretrain.study.sweep import Entry, Sweep
 
 SEEDS = (0, 1, 2)
 SHARED = {
-    "model": "llama_1m", "data": "sample", "layout": "pack", "eval_tokens": 131_000, "eval_every": 900,
-    "save_every": 300, "wandb": "disabled",
-}  # fmt: skip
-FP32, BF16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
+    "model": "llama_1m",
+    "data": "sample",
+    "layout": "pack",
+    "eval_tokens": 131_000,
+    "eval_every": 900,
+    "save_every": 300,
+    "wandb": "disabled",
+}
+FP32 = {"dtype": "float32"}
+BF16 = {"dtype": "bfloat16"}
 GALORE = {"optim": "galore_adamw"}
 VARIANTS = {  # name: (flags, partner, largest difference in per cent that is accepted)
     "frozen": (GALORE | {"matrix_lr_scale": 0.0} | FP32, "default", None),
@@ -39,31 +45,55 @@ VARIANTS = {  # name: (flags, partner, largest difference in per cent that is ac
 }
 
 
-def finished(root: Path, name: str) -> list[Result]:
-    folders = [root / f"{Entry(name).folder}-seed{seed}" for seed in SEEDS]
-    return [run for run in map(read, (f for f in folders if (f / "summary.json").exists())) if run.is_over]
+def finished_runs(root: Path, name: str) -> list[Result]:
+    """Read the runs of a variant that have come to their end."""
+    runs = []
+    for seed in SEEDS:
+        folder = root / f"{Entry(name).folder}-seed{seed}"
+        if (folder / "summary.json").exists():
+            runs.append(read(folder))
+    return finished(runs)
 
 
 def table(root: Path) -> None:
-    runs = {name: finished(root, name) for name in VARIANTS}
+    """Print the table of the variants that have a finished run."""
     print("| | validation loss by seed | perplexity | against | difference | standard error | accepted |")
     print("|---|---|---|---|---|---|---|")
     for name, (_, partner, bound) in VARIANTS.items():
-        if not runs[name]:
+        runs = finished_runs(root, name)
+        if not runs:
             continue
-        losses = [float(run.summary["eval_loss"]) for run in runs[name]]
-        cells = [" ".join(f"{loss:.4f}" for loss in losses), f"{math.exp(statistics.mean(losses)):.2f}", partner or ""]
-        mean, error, _ = (paired(runs[name], runs[partner]) if partner else None) or (None, None, 0)
-        cells.append("" if mean is None else f"{100 * mean:+.2f} %")
-        if mean is None or error is None:
-            cells += ["" if mean is None else "one seed", ""]
+        losses = [run.final_loss for run in runs]
+        by_seed = " ".join(f"{loss:.4f}" for loss in losses)
+        perplexity = math.exp(statistics.mean(losses))
+        cells = [name, by_seed, f"{perplexity:.2f}", partner or ""]
+        if partner is None:
+            cells += ["", "", ""]
         else:
-            verdict = "" if bound is None else "missed" if 100 * mean - bound > 200 * error else "held"
-            cells += [f"{100 * error:.2f} %", verdict and f"≤ {bound} %: {verdict}"]
-        print(f"| {name} | {' | '.join(cells)} |")
+            cells += compared(runs, finished_runs(root, partner), bound)
+        print(f"| {' | '.join(cells)} |")
+
+
+def compared(runs: list[Result], partners: list[Result], bound: float | None) -> list[str]:
+    """Return the cells of a paired difference in per cent: it, its standard error, and whether the bound holds."""
+    pair = paired(runs, partners)
+    if pair is None:
+        return ["", "", ""]
+    mean, error, _ = pair
+    difference = f"{100 * mean:+.2f} %"
+    if error is None:
+        return [difference, "one seed", ""]
+    standard_error = f"{100 * error:.2f} %"
+    if bound is None:
+        return [difference, standard_error, ""]
+    # A bound is missed only where the difference exceeds it by two standard errors: chance alone does not miss it.
+    is_missed = 100 * mean - bound > 2 * 100 * error
+    verdict = "missed" if is_missed else "held"
+    return [difference, standard_error, f"≤ {bound} %: {verdict}"]
 
 
 def main() -> None:
+    """Make the runs that are missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--table", action="store_true", help="only print the table")
@@ -73,7 +103,8 @@ def main() -> None:
         lines = [Entry(name, flags) for name, (flags, _, _) in VARIANTS.items()]
         sweep = Sweep(lines, SHARED, SEEDS, [], arguments.jobs, arguments.root)
         sweep.check()
-        if code := sweep.run()[1]:
+        _, code = sweep.run()
+        if code != 0:
             sys.exit(code)
     table(arguments.root)
 

@@ -66,6 +66,10 @@ def test_a_flag_goes_to_the_rows_that_know_it(tiny_config: str, tmp_path: Path) 
     with_rank = {line.split("--optim ")[1].split()[0] for line in shown if "--rank 4" in line}
     assert with_rank == {"galore_adamw", "low_rank", "lora", "relora"}
     assert {line.split("--optim ")[1].split()[0] for line in shown if "--lora-alpha 8" in line} == {"lora", "relora"}
+    more = ["--lora-alpha", "8", "--tune-matrices", "0.1,1", "--seeds", "2", "--plan-only"]
+    arguments = short(tiny_config, tmp_path / "out", "table2", *more)
+    shown = CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout.splitlines()
+    assert {line.split("--optim ")[1].split()[0] for line in shown if "--lora-alpha 8" in line} == {"lora", "relora"}
 
 
 def test_names_of_one_folder_are_refused(tiny_config: str, tmp_path: Path) -> None:

@@ -6,15 +6,17 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; a method has
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import chain, cycle, product
 from pathlib import Path
 from typing import Any
 
 from galore_pretrain.optim import METHODS
-from galore_pretrain.study.results import FROZEN, Comparison, Result, final_loss, over_seeds
+from galore_pretrain.study.results import FROZEN, Comparison, Result, final_loss, finished, over_seeds
 
 _PALETTE = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
 _CONTROL = "#999999"
+
+# The parts of a peak, from left to right in a bar, and their colours.
 _KINDS = {
     "weights": "#0072B2",
     "moments": "#E69F00",
@@ -25,101 +27,196 @@ _KINDS = {
     "temporaries": "#999999",
 }
 
+_GIB = 2**30
+_MIB = 2**20
+
 
 def draw_memory(path: Path, title: str, bars: Mapping[str, Mapping[str, int]], budget: int | None = None) -> None:
-    """Stacked bars of bytes: for each name, what its peak is made of. A line marks the budget."""
-    pyplot = _pyplot()
-    tallest = max(name.count("\n") for name in bars)
-    figure, axes = pyplot.subplots(figsize=(8, 1.6 + (0.5 + 0.16 * tallest) * len(bars)), layout="constrained")
+    """Draw stacked bars of bytes: for each name, what its peak is made of. A line marks the budget, in bytes too."""
     names = list(bars)
-    left = [0.0] * len(names)
+    line_breaks = max(name.count("\n") for name in names)
+    height_of_a_bar = 0.5 + 0.16 * line_breaks
+    figure = _figure(8, 1.6 + height_of_a_bar * len(names))
+    axes = figure.subplots()
+
+    totals = [0.0] * len(names)
     for kind, colour in _KINDS.items():
-        sizes = [bars[name][kind] / 2**30 for name in names]
+        sizes = [bars[name][kind] / _GIB for name in names]
         if any(sizes):
-            axes.barh(names, sizes, left=left, color=colour, label=kind, edgecolor="white", linewidth=0.5)
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
-    for name, total in zip(names, left, strict=True):
-        axes.annotate(
-            f"{total:.2f}", (total, name), xytext=(4, 0), textcoords="offset points", va="center",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, zorder=4,
-        )  # fmt: skip
-    if budget is not None and budget / 2**30 < 1.6 * max(left):
-        axes.axvline(budget / 2**30, color="black", linestyle="--", linewidth=1)
-        axes.annotate(
-            f"for tensors: {budget / 2**30:.2f}", (budget / 2**30, 1), xycoords=("data", "axes fraction"),
-            xytext=(0, 2), textcoords="offset points", fontsize=9, ha="center", va="bottom",
-        )  # fmt: skip
+            axes.barh(
+                names,
+                sizes,
+                left=totals,
+                color=colour,
+                label=kind,
+                edgecolor="white",
+                linewidth=0.5,
+            )
+        totals = list(map(sum, zip(totals, sizes, strict=True)))
+    # The bars that were drawn last end where the whole stacks do. The white box keeps a total readable over the budget.
+    axes.bar_label(
+        axes.containers[-1],
+        labels=[f"{total:.2f}" for total in totals],
+        padding=4,
+        zorder=4,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
+
+    # A budget far beyond all bars would squeeze them into a corner: it is left out.
+    if budget is not None:
+        budget_gib = budget / _GIB
+        if budget_gib < 1.6 * max(totals):
+            _mark_budget(axes, budget_gib)
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set_title(title, pad=16)
     axes.set_xlabel("peak memory of an update, GiB")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    _finish(figure, path)
+    _save(figure, path)
+
+
+def _mark_budget(axes: Any, budget: float) -> None:
+    """Draw a broken line at the budget, in GiB, with the number above the axes."""
+    axes.axvline(budget, color="black", linestyle="--", linewidth=1)
+    axes.annotate(
+        f"for tensors: {budget:.2f}",
+        xy=(budget, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        fontsize=9,
+        ha="center",
+        va="bottom",
+    )
 
 
 @dataclass(frozen=True)
 class _Style:
+    """The look of a method's lines: colour, and matplotlib's sign for the strokes."""
+
     colour: str
-    line: str = "-"
+    strokes: str = "-"
 
 
 def _styles(labels: Sequence[str]) -> dict[str, _Style]:
-    """A method's own colour, in broken strokes for its 8-bit form; what else there is takes the colours left over."""
-    known = {FROZEN: _Style(_CONTROL)}
-    for name, entry in METHODS.items():
-        if entry.colour:
-            known[name] = _Style(entry.colour, "--" if entry.moments_8bit else "-")
-    styles = {label: known[label] for label in labels if label in known}
-    own = {style.colour for style in styles.values()}
-    left = [c for c in _PALETTE if c not in own]
-    others = [_Style(c) for c in left] + [_Style(c, line) for line in ("--", ":", "-.") for c in left or _PALETTE]
-    return styles | dict(zip((label for label in labels if label not in styles), cycle(others), strict=False))
+    """Return a style for each label: a method's own, or one that is left over."""
+    # A method of the table has its own colour, its 8-bit form the same in broken strokes. Labels that name flags as
+    # well ("galore_adamw, lr 0.005") are in no table. They share out the colours that are not taken, first in whole
+    # lines, then in three kinds of broken ones, then from the start again.
+    styles = {}
+    free = list(_PALETTE)
+    for label in labels:
+        style = _own_style(label)
+        if style is None:
+            continue
+        styles[label] = style
+        if style.colour in free:
+            free.remove(style.colour)
+    spare = list(map(_Style, free))
+    for strokes, colour in product(("--", ":", "-."), free or _PALETTE):
+        spare.append(_Style(colour, strokes))
+    supply = cycle(spare)
+    for label in labels:
+        if label not in styles:
+            styles[label] = next(supply)
+    return styles
+
+
+def _own_style(label: str) -> _Style | None:
+    """Return the style of the control or of a method; None where the label is neither, or the method has no colour."""
+    if label == FROZEN:
+        return _Style(_CONTROL)
+    method = METHODS.get(label)
+    if method is None or not method.colour:
+        return None
+    return _Style(method.colour, "--" if method.moments_8bit else "-")
 
 
 Lines = Sequence[Mapping[str, Any]]
+"""Lines of a run's ``metrics.jsonl``."""
+
+
+def _all_lines(run: Result) -> Lines:
+    return run.lines
+
+
+def _evaluations(run: Result) -> Lines:
+    return run.evaluations
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Says what a coordinate is: ``of`` gives it for the lines of a run's ``metrics.jsonl`` that ``where`` chooses."""
+    """One coordinate of a curve.
+
+    ``values`` gives a number for each of the lines of a run that it is called with; ``lines`` chooses those. ``band``
+    says whether the range over the seeds is drawn.
+    """
 
     label: str
-    of: Callable[[Result, Lines], list[float]]
+    values: Callable[[Result, Lines], list[float]]
     log: bool = False
-    where: Callable[[Result], Lines] = lambda run: run.lines
+    lines: Callable[[Result], Lines] = _all_lines
     band: bool = True
 
 
 def _values(name: str) -> Callable[[Result, Lines], list[float]]:
-    return lambda run, lines: [float("nan") if line.get(name) is None else float(line[name]) for line in lines]
+    """Return a function that reads the value ``name`` of each line, NaN where there is none."""
+
+    def read(run: Result, lines: Lines) -> list[float]:
+        values = []
+        for line in lines:
+            value = line.get(name)
+            values.append(math.nan if value is None else float(value))
+        return values
+
+    return read
+
+
+def _million_tokens(run: Result, lines: Lines) -> list[float]:
+    return [line["tokens_seen"] / 1e6 for line in lines]
 
 
 def _minutes(run: Result, lines: Lines) -> list[float]:
-    at = {line["step"]: seconds / 60 for line, seconds in zip(run.lines, run.seconds, strict=True)}
-    return [at[line["step"]] for line in lines]
+    """Return the minutes of training up to each of the lines."""
+    # Each line's duration is in all lines' sum, so the time is looked up by the update.
+    minutes = {}
+    for line, seconds in zip(run.lines, run.seconds, strict=True):
+        minutes[line["step"]] = seconds / 60
+    return [minutes[line["step"]] for line in lines]
 
 
 def _running_mean(name: str) -> Callable[[Result, Lines], list[float]]:
-    """Over a fiftieth of what is there; a missing value counts as the one before."""
+    """Return a function that gives the mean of the value ``name`` over the last fiftieth of all lines, at each line."""
 
+    # sums[i] is the sum of the first i values, so that a window costs one subtraction. A missing value counts as the
+    # one before it. At the beginning, the window is what there is so far.
     def smooth(run: Result, lines: Lines) -> list[float]:
-        window, last, sums = max(1, len(lines) // 50), 0.0, [0.0]
+        window = max(1, len(lines) // 50)
+        last = 0.0
+        sums = [0.0]
         for line in lines:
-            last = last if line.get(name) is None else float(line[name])
+            value = line.get(name)
+            if value is not None:
+                last = float(value)
             sums.append(sums[-1] + last)
-        first = [max(0, i - window) for i in range(1, len(sums))]
-        return [(sums[i] - sums[start]) / (i - start) for i, start in enumerate(first, 1)]
+        means = []
+        for end in range(1, len(sums)):
+            start = max(0, end - window)
+            means.append((sums[end] - sums[start]) / (end - start))
+        return means
 
     return smooth
 
 
-_TOKENS = _Axis("million tokens", lambda run, lines: [line["tokens_seen"] / 1e6 for line in lines], log=True)
+_TOKENS = _Axis("million tokens", _million_tokens, log=True)
 _PLAIN_TOKENS = replace(_TOKENS, log=False)
 _MINUTES = _Axis("minutes of training", _minutes, log=True)
-_PERPLEXITY = _Axis("validation perplexity", _values("eval_perplexity"), log=True, where=lambda run: run.evaluations)
+_PERPLEXITY = _Axis("validation perplexity", _values("eval_perplexity"), log=True, lines=_evaluations)
 _LOSS = _Axis("training loss", _running_mean("loss"))
 _SPEED = _Axis("tokens a second", _running_mean("tokens_per_second"), band=False)
 _RATE = _Axis("learning rate", _values("lr"))
+
+# Of each picture: its caption, and the (x, y) of its two panels.
 _PICTURES = {
     "perplexity": (
         "Validation perplexity against tokens, and against the time spent training",
@@ -137,117 +234,174 @@ _PICTURES = {
 
 
 def draw_comparison(folder: Path, suffix: str, comparison: Comparison) -> list[tuple[Path, str]]:
-    """(file, what it shows) of each picture of runs in one setting: a line is the mean of seeds, a band spans them.
+    """Draw the pictures of runs in one setting; return (file, what it shows) of each.
 
-    Of a method, the runs that have come to their end are shown, or all where none has.
+    A line is the mean of a method's seeds, a band spans them. The runs that have come to their end are shown, or all
+    runs of a method where none has.
     """
-    styles, drawn = _styles(list(comparison.methods)), []
+    styles = _styles(list(comparison.methods))
+    drawn = []
     for name, (caption, panels) in _PICTURES.items():
-        figure, axes = _pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        for panel, (x, y) in zip(axes, panels, strict=True):
+        path = folder / f"{name}{suffix}.png"
+        figure = _figure(11, 4.2)
+        both_axes = figure.subplots(1, 2)
+        for axes, (x, y) in zip(both_axes, panels, strict=True):
             for label, runs in comparison.methods.items():
-                shown = [run for run in runs if run.is_over] or [run for run in runs if y.where(run)]
-                _draw_curve(panel, label, shown, x, y, styles[label])
-            panel.set(xlabel=x.label, ylabel=y.label)
-            _scale(panel, x.log, y.log)
-        _legend(figure, axes[0])
-        _finish(figure, folder / f"{name}{suffix}.png")
-        drawn.append((folder / f"{name}{suffix}.png", caption))
+                shown = finished(runs) or [run for run in runs if y.lines(run)]
+                if shown:
+                    _draw_curve(axes, label, shown, x, y, styles[label])
+            axes.set(xlabel=x.label, ylabel=y.label)
+            _scale(axes, x.log, y.log)
+        _add_legend(figure, both_axes[0])
+        _save(figure, path)
+        drawn.append((path, caption))
     memory = _perplexity_against_memory(folder / f"memory{suffix}.png", comparison, styles)
-    return drawn[:1] + ([memory] if memory else []) + drawn[1:]
+    if memory is not None:
+        drawn.insert(1, memory)  # beside the perplexities, which most readers came for
+    return drawn
 
 
 def _draw_curve(axes: Any, label: str, runs: Sequence[Result], x: _Axis, y: _Axis, style: _Style) -> None:
-    if not runs:
-        return
+    """Draw the mean of the runs' curves and the band that they span, at the updates that all have come to."""
     curves = []
     for run in runs:
-        lines = y.where(run)
-        points = zip(x.of(run, lines), y.of(run, lines), strict=True)
-        curves.append({line["step"]: point for line, point in zip(lines, points, strict=True)})
-    if not (points_of_all := over_seeds(curves)):
+        lines = y.lines(run)
+        xs = x.values(run, lines)
+        ys = y.values(run, lines)
+        curve = {}
+        for line, point in zip(lines, zip(xs, ys, strict=True), strict=True):
+            curve[line["step"]] = point
+        curves.append(curve)
+    merged = over_seeds(curves)
+    if not merged:
         return
-    across, mean, low, high = zip(*points_of_all, strict=True)
-    marker = "o" if len(across) == 1 else None
-    axes.plot(across, mean, color=style.colour, linestyle=style.line, label=label, linewidth=1.6, marker=marker)
+    mean_x, mean_y, low, high = zip(*merged, strict=True)
+    axes.plot(
+        mean_x,
+        mean_y,
+        color=style.colour,
+        linestyle=style.strokes,
+        label=label,
+        linewidth=1.6,
+        marker="o" if len(mean_x) == 1 else None,  # a line through one point is invisible
+    )
     if len(runs) > 1 and y.band:
-        axes.fill_between(across, low, high, color=style.colour, alpha=0.2, linewidth=0)
+        axes.fill_between(mean_x, low, high, color=style.colour, alpha=0.2, linewidth=0)
 
 
 def _perplexity_against_memory(
     path: Path, comparison: Comparison, styles: Mapping[str, _Style]
 ) -> tuple[Path, str] | None:
-    """Weights and optimizer state where they are known, else the measured peak."""
-    known = all("optimizer_bytes" in run.summary for runs in comparison.methods.values() for run in runs if run.is_over)
-    points = []
+    """Draw a point for each method with a finished run; return (file, what it shows), None where there is no method."""
+    methods: dict[str, list[Result]] = {}
     for label, runs in comparison.methods.items():
-        loss = final_loss(runs)
-        over = [run for run in runs if run.is_over]
-        if loss is None:
-            continue
-        size = [
-            run.summary["weights_bytes"] + run.summary["optimizer_bytes"]
-            if known
-            else max(line["peak_memory_bytes"] for line in run.lines)
-            for run in over
-        ]
-        values = [run.evaluations[-1]["eval_perplexity"] for run in over]
-        points.append((label, max(size) / 2**20, math.exp(loss.mean), values))
-    if not points:
+        if finished(runs):
+            methods[label] = finished(runs)
+    if not methods:
         return None
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, size, mean, values in points:
-        spread = [[max(0.0, mean - min(values))], [max(0.0, max(values) - mean)]]  # of one seed, rounding is left
+    # Weights and optimizer state are what a method decides on, and are the same on every machine. They are in a run's
+    # summary. Where one run has lost it, all are shown by their measured peaks: an axis must mean one thing.
+    has_sizes = all("optimizer_bytes" in run.summary for run in chain.from_iterable(methods.values()))
+    size_of = _weights_and_state if has_sizes else _measured_peak
+    what = "weights and optimizer state" if has_sizes else "peak memory"
+
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    for label, runs in methods.items():
+        loss = final_loss(runs)
+        assert loss is not None
+        mean = math.exp(loss.mean)
+        perplexities = [run.evaluations[-1]["eval_perplexity"] for run in runs]
+        # Of one seed, the mean is the perplexity but for rounding, which must not make a length negative.
+        below = max(0.0, mean - min(perplexities))
+        above = max(0.0, max(perplexities) - mean)
+        style = styles[label]
         axes.errorbar(
-            size, mean, yerr=spread, fmt="o", capsize=3, label=label,
-            color=styles[label].colour, markerfacecolor="white" if styles[label].line != "-" else None,
-        )  # fmt: skip
-    what = "weights and optimizer state" if known else "peak memory"
+            max(map(size_of, runs)) / _MIB,
+            mean,
+            yerr=[[below], [above]],
+            fmt="o",
+            capsize=3,
+            label=label,
+            color=style.colour,
+            markerfacecolor=None if style.strokes == "-" else "white",
+        )
     axes.set(xlabel=f"{what}, MiB", ylabel="validation perplexity")
     axes.margins(0.1)
     _scale(axes, x_log=False, y_log=True)
-    _legend(figure, axes)
-    _finish(figure, path)
+    _add_legend(figure, axes)
+    _save(figure, path)
     return path, f"Validation perplexity against {what}; bars span the seeds"
 
 
+def _weights_and_state(run: Result) -> int:
+    return int(run.summary["weights_bytes"] + run.summary["optimizer_bytes"])
+
+
+def _measured_peak(run: Result) -> int:
+    peaks = [int(line["peak_memory_bytes"]) for line in run.lines]
+    return max(peaks)
+
+
 def _scale(axes: Any, x_log: bool, y_log: bool) -> None:
-    """Logarithmic axes with plain numbers; what lies in the first hundredth of a run is left out of them."""
+    """Make the chosen axes logarithmic, with plain numbers at their ticks."""
+    if x_log:
+        _leave_out_the_beginning(axes)
+        axes.set_xscale("log")
+        _choose_ticks(axes.xaxis)
+    if y_log:
+        axes.set_yscale("log")
+        _choose_ticks(axes.yaxis)
+
+
+def _leave_out_the_beginning(axes: Any) -> None:
+    """Let the horizontal axis begin at a hundredth of its end, or at the first point if that comes later."""
+    # On a logarithmic axis, the first per cent of a run would take as much room as all that comes after it or more, and
+    # there is nothing to compare in it.
+    if not axes.lines:
+        return
+    coordinates = [x for line in axes.lines for x in line.get_xdata()]
+    a_hundredth = max(coordinates) / 100
+    before_the_first = min(coordinates) / 1.1
+    axes.set_xlim(left=max(a_hundredth, before_the_first))
+
+
+def _choose_ticks(axis: Any) -> None:
+    """Choose the ticks of a logarithmic axis by how far it reaches."""
+    # Below two decades and a bit, 1, 2 and 5 of each decade have room for their numbers; beyond, the decades alone.
+    # Within a factor of four there may be one such tick or none, so the small ticks between are numbered too.
+    # matplotlib's own formatter would write powers of ten, which hide what a perplexity is.
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    for wanted, axis, set_scale in ((x_log, axes.xaxis, axes.set_xscale), (y_log, axes.yaxis, axes.set_yscale)):
-        if not wanted:
-            continue
-        if axis is axes.xaxis and axes.lines:
-            last = max(max(line.get_xdata()) for line in axes.lines)
-            axes.set_xlim(left=max(last / 100, min(min(line.get_xdata()) for line in axes.lines) / 1.1))
-        set_scale("log")
-        low, high = sorted(axis.get_view_interval())
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}" if high < 4 * low else NullFormatter())
+    low, high = sorted(axis.get_view_interval())
+    multiples = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}" if high < 4 * low else NullFormatter())
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def _add_legend(figure: Any, axes: Any) -> None:
+    """Put the legend of ``axes`` under the figure, and make the figure higher by the legend's rows."""
+    # An inch of width has room for 11 letters at this size of type; 8 stand for a column's line and its margins.
     handles, labels = axes.get_legend_handles_labels()
-    columns = min(4, max(1, int(figure.get_figwidth() * 11 / (8 + max(map(len, labels), default=1)))))
-    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(labels) // columns))
+    longest = max(map(len, labels), default=1)
+    columns = int(figure.get_figwidth() * 11 / (8 + longest))
+    columns = min(4, max(1, columns))
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * rows)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def _pyplot() -> Any:
-    import matplotlib
+def _figure(width: float, height: float) -> Any:
+    """Return a new figure, in inches."""
+    # Made without pyplot, a figure needs no screen and is freed like any object.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def _finish(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    _pyplot().close(figure)

@@ -11,14 +11,40 @@ from typing import Any
 from galore_pretrain.errors import InputError
 from galore_pretrain.study import paper
 from galore_pretrain.study.pictures import draw_comparison
-from galore_pretrain.study.results import Comparison, Result, final_loss, paired, told_apart
+from galore_pretrain.study.results import Comparison, Result, final_loss, finished, paired, told_apart
 
 _PAPERS_NAME = {row: method for method, row in paper.PRINTED.items()}
+
+# The columns of the ranking, in their order.
+_COLUMNS = (
+    "method",
+    "lr",
+    "matrices ×",
+    "seeds",
+    "validation loss",
+    "perplexity",
+    "reference perplexity",
+    "the paper's",
+    "difference",
+    "weights + state, 10⁹ B",
+    "the paper's rule, G",
+    "peak GiB",
+    "tokens/s",
+    "million tokens",
+)
+
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
     "th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}"
     "th:first-child,td:first-child{text-align:left}img{max-width:100%}figcaption{color:#555}"
+)
+
+_ON_DIFFERENCES = (
+    "By how much the line's perplexity exceeds the column's (the mean difference of the logarithms over the "
+    "seeds that both have, ± its standard error); * where Student's t tells the two apart at the 95 % level, "
+    "which of twenty pairs that are alike happens to one. The best of several is favoured by having been "
+    "chosen; so is a seed on which a method was tuned."
 )
 
 
@@ -30,42 +56,46 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        """Return the table in Markdown."""
+        rule = ["---"] * len(self.columns)
+        lines = []
+        for cells in (self.columns, rule, *self.rows):
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
 
     def html(self) -> str:
-        def line(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        """Return the table in HTML, with every cell escaped."""
+        parts = [_html_row(self.columns, "th")]
+        for row in self.rows:
+            parts.append(_html_row(row, "td"))
+        return f"<table>{''.join(parts)}</table>"
 
-        return f"<table>{line(self.columns, 'th')}{''.join(line(row, 'td') for row in self.rows)}</table>"
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    parts = [f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells]
+    return f"<tr>{''.join(parts)}</tr>"
 
 
 def write(comparisons: Sequence[Comparison], folder: Path) -> str:
-    """``report.md``, ``report.html`` and the pictures in ``folder``; the Markdown is returned."""
+    """Write ``report.md``, ``report.html`` and the pictures into ``folder``; return the Markdown."""
+    # Each comparison is a section of its own: between settings, a difference of losses says nothing about methods. With
+    # several sections, a first paragraph says what the settings differ in, and the pictures' names get a number.
     folder.mkdir(parents=True, exist_ok=True)
-    markdown, page = ["# Report"], ["<h1>Report</h1>"]
-    if len(comparisons) > 1:
-        text = (
-            f"These runs differ in {', '.join(_differences(comparisons))}. Numbers of different sections are not to be "
-            "compared."
+    markdown = ["# Report"]
+    page = ["<h1>Report</h1>"]
+    has_sections = len(comparisons) > 1
+    if has_sections:
+        warning = (
+            f"These runs differ in {', '.join(_differing_settings(comparisons))}. "
+            "Numbers of different sections are not to be compared."
         )
-        markdown.append(text)
-        page.append(f"<p>{html.escape(text)}</p>")
-    for i, comparison in enumerate(comparisons, 1):
-        heading, notes = _heading(comparison), _notes(comparison)
-        markdown.append(f"## {heading}")
-        page.append(f"<h2>{html.escape(heading)}</h2>")
-        for table in (ranking(comparison), differences(comparison)):
-            if table.rows:
-                markdown.append(table.markdown())
-                page.append(table.html())
-        for note in notes:
-            markdown.append(note)
-            page.append(f"<p>{html.escape(note)}</p>")
-        for file, caption in draw_comparison(folder, f"-{i}" if len(comparisons) > 1 else "", comparison):
-            markdown.append(f"![{caption}]({file.name})")
-            shown = html.escape(caption)
-            page.append(f'<figure><img src="{file.name}" alt="{shown}"><figcaption>{shown}</figcaption></figure>')
+        markdown.append(warning)
+        page.append(_html_paragraph(warning))
+    for number, comparison in enumerate(comparisons, 1):
+        suffix = f"-{number}" if has_sections else ""
+        section, html_section = _section(comparison, folder, suffix)
+        markdown += section
+        page += html_section
     text = "\n\n".join(markdown) + "\n"
     (folder / "report.md").write_text(text)
     (folder / "report.html").write_text(
@@ -75,9 +105,32 @@ def write(comparisons: Sequence[Comparison], folder: Path) -> str:
     return text
 
 
+def _section(comparison: Comparison, folder: Path, suffix: str) -> tuple[list[str], list[str]]:
+    """Draw the pictures of one comparison into ``folder``; return its paragraphs in Markdown and in HTML."""
+    heading = _heading(comparison)
+    markdown = [f"## {heading}"]
+    page = [f"<h2>{html.escape(heading)}</h2>"]
+    for table in (ranking(comparison), differences(comparison)):
+        if table.rows:
+            markdown.append(table.markdown())
+            page.append(table.html())
+    for note in _notes(comparison):
+        markdown.append(note)
+        page.append(_html_paragraph(note))
+    for file, caption in draw_comparison(folder, suffix, comparison):
+        escaped = html.escape(caption)
+        markdown.append(f"![{caption}]({file.name})")
+        page.append(f'<figure><img src="{file.name}" alt="{escaped}"><figcaption>{escaped}</figcaption></figure>')
+    return markdown, page
+
+
+def _html_paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
 def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Return the numbers of the report for a program."""
-    found = []
+    """Return the numbers of the report for a program; a loss is None where no run of a method has come to its end."""
+    sections = []
     for comparison in comparisons:
         methods = {}
         for label, runs in comparison.methods.items():
@@ -88,116 +141,207 @@ def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
                 "eval_loss_deviation": loss and loss.deviation,
                 "eval_perplexity": loss and math.exp(loss.mean),
             }
-        found.append({"setting": dict(comparison.setting), "methods": methods})
-    return found
+        sections.append({"setting": dict(comparison.setting), "methods": methods})
+    return sections
 
 
 def ranking(comparison: Comparison) -> Table:
-    """The methods, the best first; behind them those that have not come to their end. Columns that have nothing to say
-    are left out."""
-    lines = [_line(comparison, label, runs) for label, runs in comparison.methods.items()]
-    columns = [name for name in lines[0] if any(line[name] for line in lines)]
-    return Table(columns, [[line[name] for name in columns] for line in lines])
+    """Return the table of methods, the best first; behind them those that have not come to their end.
+
+    Columns in which no method has anything are left out.
+    """
+    # The comparison is in order already: by the mean over the seeds of the final validation loss. A rank means nothing
+    # by itself: two seeds of one method may lie further apart than two methods. Which ranks the seeds can tell apart is
+    # said by `differences`.
+    lines = []
+    for label, runs in comparison.methods.items():
+        cells = _cells(label, runs)
+        cells |= _cells_of_the_paper(comparison.setting, runs)
+        lines.append(cells)
+    columns = []
+    for name in _COLUMNS:
+        if any(line[name] for line in lines):
+            columns.append(name)
+    rows = []
+    for line in lines:
+        rows.append([line[name] for name in columns])
+    return Table(columns, rows)
 
 
-def _line(comparison: Comparison, label: str, runs: Sequence[Result]) -> dict[str, str]:
-    loss, theirs = final_loss(runs), _printed(comparison.setting, runs[0])
-    over = [run for run in runs if run.is_over]
-    going = [f"{run.lines[-1]['step']} of {run.config.get('steps') or '?'}" for run in runs if run not in over]
-    perplexity = math.exp(loss.mean) if loss else None
-    reference = [float(run.evaluations[-1]["eval_reference_perplexity"]) for run in over]
-    sizes = [r.summary["weights_bytes"] + r.summary["optimizer_bytes"] for r in over if "optimizer_bytes" in r.summary]
-    every = [line for run in runs for line in run.lines]
-    speeds = [line["tokens_per_second"] for line in every if line.get("tokens_per_second")]
-    return {
-        "method": label,
-        "lr": _agreed(runs, "lr"),
-        "matrices ×": _agreed(runs, "matrix_lr_scale"),
-        "seeds": f"{len(over)}" + (f" (not over: {', '.join(going)})" if going else ""),
-        "validation loss": "" if loss is None else str(loss),
-        "perplexity": "" if perplexity is None else f"{perplexity:.2f}",
-        "reference perplexity": f"{statistics.geometric_mean(reference):.2f}" if reference else "",
-        "the paper's": "" if theirs is None else f"{theirs.perplexity:.2f}",
-        "difference": f"{100 * (perplexity / theirs.perplexity - 1):+.1f} %" if perplexity and theirs else "",
-        "weights + state, 10⁹ B": f"{max(sizes) / 1e9:.4f}" if sizes else "",
-        "the paper's rule, G": _by_the_papers_rule(comparison.setting, runs[0]),
-        "peak GiB": f"{max(line['peak_memory_bytes'] for line in every) / 2**30:.2f}",
-        "tokens/s": f"{statistics.median(speeds):,.0f}" if speeds else "",
-        "million tokens": f"{statistics.mean(run.lines[-1]['tokens_seen'] for run in over or runs) / 1e6:.2f}",
-    }
+def _cells(label: str, runs: Sequence[Result]) -> dict[str, str]:
+    """Return a method's cells by column, from its runs alone; an empty text where there is nothing to say.
+
+    Losses, perplexities and sizes are those of finished runs.
+    """
+    over = finished(runs)
+    cells = dict.fromkeys(_COLUMNS, "")
+    cells["method"] = label
+    cells["lr"] = _common_value(runs, "lr")
+    cells["matrices ×"] = _common_value(runs, "matrix_lr_scale")
+    cells["seeds"] = _seeds(runs)
+
+    loss = final_loss(runs)
+    if loss is not None:
+        cells["validation loss"] = str(loss)
+        cells["perplexity"] = f"{math.exp(loss.mean):.2f}"
+        references = [float(run.evaluations[-1]["eval_reference_perplexity"]) for run in over]
+        cells["reference perplexity"] = f"{statistics.geometric_mean(references):.2f}"
+
+    sizes = []
+    for run in over:
+        if "optimizer_bytes" in run.summary:
+            sizes.append(run.summary["weights_bytes"] + run.summary["optimizer_bytes"])
+    if sizes:
+        cells["weights + state, 10⁹ B"] = f"{max(sizes) / 1e9:.4f}"
+
+    # Peak memory and speed need no end: lines of runs that are still going count too.
+    peaks = []
+    speeds = []
+    for run in runs:
+        for line in run.lines:
+            peaks.append(line["peak_memory_bytes"])
+            if line.get("tokens_per_second"):
+                speeds.append(line["tokens_per_second"])
+    cells["peak GiB"] = f"{max(peaks) / 2**30:.2f}"
+    if speeds:
+        cells["tokens/s"] = f"{statistics.median(speeds):,.0f}"
+    tokens = [run.lines[-1]["tokens_seen"] for run in over or runs]
+    cells["million tokens"] = f"{statistics.mean(tokens) / 1e6:.2f}"
+    return cells
+
+
+def _cells_of_the_paper(setting: Mapping[str, Any], runs: Sequence[Result]) -> dict[str, str]:
+    """Return the cells, by column, that set a method beside what a paper has of it."""
+    cells = {"the paper's rule, G": _memory_by_the_papers_rule(setting, runs[0])}
+    printed = _printed(setting, runs[0])
+    if printed is None:
+        return cells
+    cells["the paper's"] = f"{printed.perplexity:.2f}"
+    loss = final_loss(runs)
+    if loss is not None:
+        excess = math.exp(loss.mean) / printed.perplexity - 1
+        cells["difference"] = f"{100 * excess:+.1f} %"
+    return cells
+
+
+def _seeds(runs: Sequence[Result]) -> str:
+    """Return how many of the runs are over, and where the others are."""
+    going = []
+    for run in runs:
+        if not run.is_over:
+            steps = run.config.get("steps") or "?"
+            going.append(f"{run.lines[-1]['step']} of {steps}")
+    count = str(len(runs) - len(going))
+    if going:
+        return f"{count} (not over: {', '.join(going)})"
+    return count
 
 
 def differences(comparison: Comparison) -> Table:
-    """Each method against each better one, seed by seed: what the spread can tell apart."""
-    over = [label for label, runs in comparison.methods.items() if final_loss(runs)]
-    rows = [
-        [label, *(_difference(comparison.methods[label], comparison.methods[other]) for other in over[:i])]
-        for i, label in enumerate(over)
-        if i
-    ]
-    return Table(["against", *over[:-1]], [row + [""] * (len(over) - len(row)) for row in rows])
+    """Return the table of each method against each better one, seed by seed: what the spread can tell apart.
+
+    Only methods with a finished run take part.
+    """
+    # The methods come best first, so that the lower triangle holds every pair once: the best has no line, the last no
+    # column. A cell is a mean over the shared seeds of differences of final losses. A loss is the logarithm of a
+    # perplexity, so a small difference of losses is the relative excess in perplexity: it is shown in per cent.
+    labels = [label for label, runs in comparison.methods.items() if finished(runs)]
+    columns = labels[:-1]
+    rows = []
+    for place, label in enumerate(labels[1:], 1):
+        row = [label]
+        for better in labels[:place]:
+            row.append(_difference(comparison.methods[label], comparison.methods[better]))
+        padding = [""] * (len(columns) - place)
+        rows.append(row + padding)
+    return Table(["against", *columns], rows)
 
 
 def _difference(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
-    if (pair := paired(ours, theirs)) is None:
+    """Return the mean difference of two methods in per cent, its standard error, and a star where it is not chance."""
+    pair = paired(ours, theirs)
+    if pair is None:
         return "no seed in common"
     mean, error, count = pair
     if error is None:
         return f"{100 * mean:+.1f} %, one seed"
-    return f"{100 * mean:+.1f} ± {100 * error:.1f} %" + (" *" if told_apart(mean, error, count) else "")
+    star = " *" if told_apart(mean, error, count) else ""
+    return f"{100 * mean:+.1f} ± {100 * error:.1f} %{star}"
 
 
-def _agreed(runs: Sequence[Result], name: str) -> str:
-    values = {f"{run.config[name]:g}" for run in runs if run.config.get(name) is not None}
+def _common_value(runs: Sequence[Result], name: str) -> str:
+    """Return the number that all runs have for a flag; an empty text where they differ, or none has it."""
+    values = set()
+    for run in runs:
+        value = run.config.get(name)
+        if value is not None:
+            values.add(f"{value:g}")
     return values.pop() if len(values) == 1 else ""
 
 
 def _printed(setting: Mapping[str, Any], run: Result) -> paper.Cell | None:
     """Return what a paper prints of such a run."""
-    return paper.cell(str(setting.get("model")), run.base, run.config.get("rank"), setting.get("steps"))
+    model = str(setting.get("model"))
+    return paper.cell(model, run.base, run.config.get("rank"), setting.get("steps"))
 
 
-def _by_the_papers_rule(setting: Mapping[str, Any], run: Result) -> str:
-    """Weights and optimizer state of a row of Table 2."""
-    if (method := _PAPERS_NAME.get(run.base)) is None:
+def _memory_by_the_papers_rule(setting: Mapping[str, Any], run: Result) -> str:
+    """Return weights and optimizer state of a row of Table 2 in the paper's G; an empty text for other rows."""
+    method = _PAPERS_NAME.get(run.base)
+    if method is None:
         return ""
+    model = str(setting.get("model"))
+    rank = run.config.get("rank") or 0
     try:
-        return f"{sum(paper.rule(str(setting.get('model')), method, run.config.get('rank') or 0)):.3f}"
-    except InputError:  # a config file that is not there any more
+        weights, optimizer = paper.rule(model, method, rank)
+    except InputError:  # a model's config file that has been moved since
         return ""
+    return f"{weights + optimizer:.3f}"
 
 
 def _heading(comparison: Comparison) -> str:
+    """Return the setting in words."""
     setting = comparison.setting
     if not setting.get("model"):
         return "Settings unknown (no config.json that can be read): not to be compared with anything"
-    total = setting.get("total_batch_size")
-    length = f"{setting['steps']} updates" if setting.get("steps") else f"{setting.get('max_tokens'):,} tokens"
-    return (
-        f"{Path(setting['model']).stem} on {setting['data']} ({setting['layout']}), {length} of {total} × "
-        f"{setting['max_length']} tokens, tokenizer {setting['tokenizer']}"
-    )
+    model = Path(setting["model"]).stem
+    steps = setting.get("steps")
+    length = f"{steps} updates" if steps else f"{setting.get('max_tokens'):,} tokens"
+    batch = f"{setting.get('total_batch_size')} × {setting['max_length']} tokens"
+    return f"{model} on {setting['data']} ({setting['layout']}), {length} of {batch}, tokenizer {setting['tokenizer']}"
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    cells = [_printed(comparison.setting, runs[0]) for runs in comparison.methods.values()]
-    tokens = max(run.lines[-1]["tokens_seen"] for runs in comparison.methods.values() for run in runs)
-    notes = [
-        f"The paper's numbers: {source}, after {length} of C4; these runs saw {tokens / 1e9:.4g} billion tokens."
-        for source, length in dict.fromkeys((cell.source, cell.length) for cell in cells if cell)
-    ]
-    for run in (run for runs in comparison.methods.values() for run in runs if run.unread):
-        notes.append(f"Of {run.folder}, {' and '.join(run.unread)} cannot be read; what is shown is without them.")
-    if differences(comparison).rows:
+    """Return the paragraphs under the tables: the papers' training lengths, damaged files, how to read differences."""
+    all_runs: list[Result] = []
+    sources = []
+    for runs in comparison.methods.values():
+        all_runs += runs
+        printed = _printed(comparison.setting, runs[0])
+        if printed is not None:
+            sources.append((printed.source, printed.length))
+    tokens = max(run.lines[-1]["tokens_seen"] for run in all_runs)
+    notes = []
+    # `dict.fromkeys` drops repetitions and keeps the order, which a set does not.
+    for source, length in dict.fromkeys(sources):
         notes.append(
-            "By how much the line's perplexity exceeds the column's (the mean difference of the logarithms over the "
-            "seeds that both have, ± its standard error); * where Student's t tells the two apart at the 95 % level, "
-            "which of twenty pairs that are alike happens to one. The best of several is favoured by having been "
-            "chosen; so is a seed on which a method was tuned."
+            f"The paper's numbers: {source}, after {length} of C4; these runs saw {tokens / 1e9:.4g} billion tokens."
         )
+    for run in all_runs:
+        if run.unread:
+            unread = " and ".join(run.unread)
+            notes.append(f"Of {run.folder}, {unread} cannot be read; what is shown is without them.")
+    if differences(comparison).rows:
+        notes.append(_ON_DIFFERENCES)
     return notes
 
 
-def _differences(comparisons: Sequence[Comparison]) -> list[str]:
-    names = comparisons[0].setting
-    return [n.replace("_", " ") for n in names if len({str(c.setting.get(n)) for c in comparisons}) > 1] or ["folder"]
+def _differing_settings(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return the names of what the settings differ in; the folder, where they differ in nothing that is known."""
+    names = []
+    for name in comparisons[0].setting:
+        # As texts, since a value may be a list, which a set does not take.
+        values = {str(comparison.setting.get(name)) for comparison in comparisons}
+        if len(values) > 1:
+            names.append(name.replace("_", " "))
+    return names or ["folder"]

@@ -1,4 +1,4 @@
-"""What runs have to show, finished or not: read from their folders, and set side by side where that means something."""
+"""Results of runs, finished or not: read from their folders, and grouped so that only like is compared with like."""
 
 import json
 import math
@@ -14,22 +14,42 @@ from galore_pretrain.config.options import FLAGS
 from galore_pretrain.errors import InputError
 
 SETTING = (
-    "model", "data", "eval_data", "tokenizer", "layout", "max_length", "total_batch_size", "steps", "max_tokens",
+    "model",
+    "data",
+    "eval_data",
+    "tokenizer",
+    "layout",
+    "max_length",
+    "total_batch_size",
+    "steps",
+    "max_tokens",
     "eval_tokens",
-)  # fmt: skip
-"""Runs that differ in one of these are not compared."""
+)
+"""The flags of a setting. Runs that differ in one of them are not compared."""
+
 _NOT_THE_METHOD = {*SETTING, "optim", "seed", "name"}
+
 FROZEN = "frozen"
-"""A control: the matrices keep their first weights."""
+"""The label of the control, in which the matrices keep their first weights."""
+
 FROZEN_FLAGS = {"optim": "adamw", "matrix_lr_scale": 0.0}
-"""The flags that make it."""
+"""The flags that make a run of the control."""
+
+# Quantiles of Student's t, two-sided at 95 %, for 1 to 9 degrees of freedom; 2.2 stands for all larger numbers.
+_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+_T95_BEYOND = 2.2
+
+_MOST_POINTS = 1000  # of a curve: a picture has fewer pixels across
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run. ``lines`` are those of ``metrics.jsonl`` that can be read, ``config`` the resolved values (empty where
-    there is no ``config.json``), ``summary`` what the run wrote at its end (empty before). ``unread``: what of it is
-    there and cannot be read."""
+    """What one run wrote into its folder.
+
+    ``lines`` are the lines of ``metrics.jsonl`` that can be read. ``config`` has the resolved values (empty where there
+    is no ``config.json``). ``summary`` is what the run wrote at its end (empty before). ``unread`` names the parts that
+    exist and cannot be read.
+    """
 
     folder: Path
     lines: list[dict[str, Any]]
@@ -39,35 +59,51 @@ class Result:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Lines with a validation loss."""
+        """The lines with a validation loss."""
         return [line for line in self.lines if line.get("eval_loss") is not None]
 
     @cached_property
     def seconds(self) -> list[float]:
         """Seconds of training up to each line, without evaluating and saving."""
-        tokens = [0, *(line["tokens_seen"] for line in self.lines)]
-        each = [
-            (after - before) / line["tokens_per_second"] if line.get("tokens_per_second") else 0.0
-            for before, after, line in zip(tokens, tokens[1:], self.lines, strict=False)
-        ]
-        return list(accumulate(each))
+        durations = []
+        tokens_before = 0
+        for line in self.lines:
+            tokens = line["tokens_seen"] - tokens_before
+            tokens_before = line["tokens_seen"]
+            speed = line.get("tokens_per_second")
+            durations.append(tokens / speed if speed else 0.0)
+        return list(accumulate(durations))
 
     @property
     def is_over(self) -> bool:
         """Whether the last line is the last update, evaluated."""
-        if not self.evaluations or self.evaluations[-1] is not self.lines[-1]:
+        if not self.evaluations:
             return False
-        if self.config.get("steps"):
-            return bool(self.lines[-1]["step"] >= self.config["steps"])
-        return bool(self.summary) or self.lines[-1]["tokens_seen"] >= (self.config.get("max_tokens") or math.inf)
+        last = self.lines[-1]
+        if self.evaluations[-1] is not last:
+            return False
+        steps = self.config.get("steps")
+        if steps:
+            return bool(last["step"] >= steps)
+        if self.summary:
+            return True
+        max_tokens = self.config.get("max_tokens") or math.inf
+        return bool(last["tokens_seen"] >= max_tokens)
+
+    @property
+    def final_loss(self) -> float:
+        """The last validation loss; IndexError where nothing was evaluated."""
+        return float(self.evaluations[-1]["eval_loss"])
 
     @property
     def base(self) -> str:
-        """The row, or that the matrices are frozen."""
-        if all(self.config.get(flag) == value for flag, value in FROZEN_FLAGS.items()):
+        """The optimizer's row, marked as `FROZEN` where the matrices keep their first weights."""
+        if FROZEN_FLAGS.items() <= self.config.items():
             return FROZEN
         optim = str(self.config.get("optim", self.folder.name))
-        return f"{optim}, {FROZEN}" if self.config.get("matrix_lr_scale") == 0 else optim
+        if self.config.get("matrix_lr_scale") == 0:
+            return f"{optim}, {FROZEN}"
+        return optim
 
 
 @dataclass(frozen=True)
@@ -79,134 +115,250 @@ class Comparison:
 
 
 def read(folder: Path) -> Result:
-    """The run in ``folder``. A line that is cut off or no JSON is left out; InputError where no line can be read."""
-    lines, bad = [], 0
+    """Read the run in ``folder``.
+
+    A line of ``metrics.jsonl`` that is cut off or no JSON is left out. InputError where no line can be read.
+    """
+    lines, bad_lines = _read_metrics(folder)
+    unread = []
+    if bad_lines:
+        unread.append(f"{bad_lines} lines of metrics.jsonl")
+    for name in ("config.json", "summary.json"):
+        file = folder / name
+        if file.exists() and not _json(file):
+            unread.append(name)
+    summary = _json(folder / "summary.json")
+    return Result(folder, lines, _read_config(folder), summary, tuple(unread))
+
+
+def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the lines of updates in ``metrics.jsonl``, and how many lines are no JSON."""
     try:
         text = (folder / "metrics.jsonl").read_text(errors="replace")
     except OSError as error:
         raise InputError(f"{folder}: no run ({error.strerror}: metrics.jsonl); name a run's folder") from error
+    lines = []
+    bad_lines = 0
     for line in text.splitlines(keepends=True):
         try:
             values = json.loads(line)
         except ValueError:
-            bad += line.endswith("\n")  # the last one may just be written
+            # A last line without its end is no damage: a run may just be writing it.
+            if line.endswith("\n"):
+                bad_lines += 1
             continue
         if isinstance(values, dict) and {"step", "tokens_seen"} <= values.keys():
             lines.append(values)
     if not lines:
         raise InputError(f"{folder}: metrics.jsonl has no line of an update yet")
-    unread = [f"{bad} lines of metrics.jsonl"] if bad else []
-    for name in ("config.json", "summary.json"):
-        if (folder / name).exists() and not _json(folder / name):
-            unread.append(name)
-    resolved = _json(folder / "config.json").get("config")
-    known = resolved.items() if isinstance(resolved, dict) else ()
-    config = {name: entry["value"] for name, entry in known if isinstance(entry, dict) and "value" in entry}
-    return Result(folder, lines, config, _json(folder / "summary.json"), tuple(unread))
+    return lines, bad_lines
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the resolved values in ``config.json``, without where each came from; empty where there are none."""
+    entries = _json(folder / "config.json").get("config")
+    if not isinstance(entries, dict):
+        return {}
+    config = {}
+    for name, entry in entries.items():
+        if isinstance(entry, dict) and "value" in entry:
+            config[name] = entry["value"]
+    return config
 
 
 def find(paths: Sequence[Path]) -> list[Result]:
-    """The runs that ``paths`` name: folders of runs, or folders that hold such (a sweep's). Reports are passed over."""
+    """Read the runs that ``paths`` name: folders of runs, or folders that hold such (a sweep's).
+
+    Folders of reports are passed over, so that a shell's ``sweeps/table2/*`` works. InputError where a folder has no
+    run.
+    """
     folders: list[Path] = []
     for path in paths:
-        inside = sorted(f.parent for f in path.glob("*/metrics.jsonl") if b"\n" in f.read_bytes())
-        others = [] if (path / "report.md").exists() else [path]  # which `read` then refuses
-        folders += [path] if (path / "metrics.jsonl").exists() else inside or others
-    return [read(folder) for folder in dict.fromkeys(folders or paths)]
+        folders += _run_folders(path)
+    # Where nothing but reports is named, `read` says of the first that it is no run.
+    distinct = dict.fromkeys(folders or paths)
+    return list(map(read, distinct))
+
+
+def _run_folders(path: Path) -> list[Path]:
+    """Return ``path`` if it is a run's folder, else the runs' folders in it, else ``path`` again for `read` to refuse.
+
+    Of a report's folder, the answer is empty.
+    """
+    if (path / "metrics.jsonl").exists():
+        return [path]
+    inside = []
+    for file in path.glob("*/metrics.jsonl"):
+        has_a_whole_line = b"\n" in file.read_bytes()
+        if has_a_whole_line:
+            inside.append(file.parent)
+    if inside:
+        return sorted(inside)
+    is_a_report = (path / "report.md").exists()
+    return [] if is_a_report else [path]
 
 
 def compare(results: Sequence[Result]) -> list[Comparison]:
-    """The runs in groups that may be compared, each run under its method's name and what sets it apart."""
+    """Group the runs by their setting, and those of a setting by their method."""
     groups: dict[str, list[Result]] = {}
     for result in results:
-        key = json.dumps([result.config.get(name) for name in SETTING] if result.config else str(result.folder))
-        groups.setdefault(key, []).append(result)
-    return [
-        Comparison({name: group[0].config.get(name) for name in SETTING}, _by_method(group))
-        for group in sorted(groups.values(), key=lambda group: not group[0].config)  # what says nothing comes last
-    ]
+        groups.setdefault(_setting_key(result), []).append(result)
+    # The sort is stable and False comes first: runs without a config, of unknown setting, go to the end.
+    in_order = sorted(groups.values(), key=lambda group: not group[0].config)
+    comparisons = []
+    for group in in_order:
+        comparisons.append(Comparison(_setting(group[0]), _by_method(group)))
+    return comparisons
+
+
+def _setting(result: Result) -> dict[str, Any]:
+    """Return the run's values of the flags of a setting, None where it has none."""
+    return {name: result.config.get(name) for name in SETTING}
+
+
+def _setting_key(result: Result) -> str:
+    """Return a text that is the same for runs of one setting; a run without a config stands alone."""
+    if not result.config:
+        return str(result.folder)
+    return json.dumps(_setting(result))
 
 
 def _by_method(group: Sequence[Result]) -> dict[str, list[Result]]:
-    names = [name for name, flag in FLAGS.items() if not flag.free and name not in _NOT_THE_METHOD]
+    """Return the runs of one setting by their method's label, the best method first.
+
+    Methods are sorted by their mean final loss; those without a finished run come last, in the order of their runs.
+    """
+    # Runs of one label are seeds of one method. Two runs with the same label and the same seed are a repetition, not
+    # another seed: the later one gets its folder's name into its label, and stands alone.
     methods: dict[str, list[Result]] = {}
     for result in group:
-        alike = [other.config for other in group if other.base == result.base]
-        words = [result.base]
-        for name in names:
-            value = result.config.get(name)
-            if sum(other.get(name) == value for other in alike) * 2 <= len(alike):  # what most have goes without saying
-                words.append(f"{name} {value}")
-        label = ", ".join(words)
-        if any(other.config.get("seed") == result.config.get("seed") for other in methods.get(label, [])):
-            label += f" ({result.folder.name})"  # a repetition is not another seed
+        label = _label(result, group)
+        seed = result.config.get("seed")
+        if any(other.config.get("seed") == seed for other in methods.get(label, [])):
+            label += f" ({result.folder.name})"
         methods.setdefault(label, []).append(result)
 
-    def rank(label: str) -> float:
-        loss = final_loss(methods[label])
+    def mean_loss(method: tuple[str, list[Result]]) -> float:
+        _, runs = method
+        loss = final_loss(runs)
         return math.inf if loss is None else loss.mean
 
-    return {label: methods[label] for label in sorted(methods, key=rank)}
+    return dict(sorted(methods.items(), key=mean_loss))
+
+
+def _label(result: Result, group: Sequence[Result]) -> str:
+    """Return the run's row, with the flags in which it differs from at least half the runs of that row."""
+    # What most runs of a row have goes without saying: one odd learning rate does not make all others name theirs.
+    same_row = [other.config for other in group if other.base == result.base]
+    words = [result.base]
+    for name in _method_flags():
+        value = result.config.get(name)
+        values = [config.get(name) for config in same_row]
+        if values.count(value) * 2 <= len(same_row):
+            words.append(f"{name} {value}")
+    return ", ".join(words)
+
+
+def _method_flags() -> list[str]:
+    """Return the flags that may change a run's numbers and belong neither to the setting nor to the row's name."""
+    return [name for name, flag in FLAGS.items() if not flag.free and name not in _NOT_THE_METHOD]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, and standard deviation over seeds (None of one)."""
+    """A mean over seeds, and the standard deviation (None of one seed)."""
 
     mean: float
     deviation: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+        """Return the spread of ``values``, of which there is at least one."""
+        mean = statistics.mean(values)
+        if len(values) == 1:
+            return cls(mean, None)
+        return cls(mean, statistics.stdev(values))
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
+        """Return both with four digits, the deviation where it is known."""
+        if self.deviation is None:
+            return f"{self.mean:.4f}"
+        return f"{self.mean:.4f} ± {self.deviation:.4f}"
+
+
+def finished(runs: Sequence[Result]) -> list[Result]:
+    """Return the runs that have come to their end."""
+    return [run for run in runs if run.is_over]
 
 
 def final_loss(runs: Sequence[Result]) -> Spread | None:
-    """The validation loss at the end, over the runs that have come to it."""
-    losses = [float(run.evaluations[-1]["eval_loss"]) for run in runs if run.is_over]
+    """Return the validation loss at the end, over the runs that have come to it; None where none has."""
+    losses = [run.final_loss for run in finished(runs)]
     return Spread.of(losses) if losses else None
 
 
 def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float | None, int] | None:
-    """(mean difference of the final losses seed by seed, its standard error, pairs), where seeds are shared."""
-    other = {run.config.get("seed"): run for run in theirs if run.is_over}
-    differences = [
-        run.evaluations[-1]["eval_loss"] - other[run.config.get("seed")].evaluations[-1]["eval_loss"]
-        for run in ours
-        if run.is_over and run.config.get("seed") in other
-    ]
+    """Compare two methods seed by seed: (mean difference of final losses, its standard error, pairs).
+
+    The error is None for one pair. The answer is None where finished runs share no seed.
+    """
+    # A seed gives both methods the same first weights and the same text. Most of what it does to a loss is the same for
+    # both and cancels in the difference, so differences scatter far less over the seeds than losses do. The standard
+    # error of the mean difference is therefore what two methods are told apart by, not the spread of each.
+    their_losses = {run.config.get("seed"): run.final_loss for run in finished(theirs)}
+    differences = []
+    for run in finished(ours):
+        seed = run.config.get("seed")
+        if seed in their_losses:
+            differences.append(run.final_loss - their_losses[seed])
     if not differences:
         return None
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-    return statistics.mean(differences), error, len(differences)
-
-
-def over_seeds(curves: Sequence[Mapping[int, tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
-    """Curves, update: (x, y), as one: (mean x, mean y, least y, largest y) at each update that all have come to."""
-    found = []
-    for step in thinned(sorted(set.intersection(*(set(curve) for curve in curves)))):
-        x, y = zip(*(curve[step] for curve in curves), strict=True)
-        found.append((sum(x) / len(x), sum(y) / len(y), min(y), max(y)))
-    return found
-
-
-def thinned(values: Sequence[int]) -> Sequence[int]:
-    """A thousand of ``values`` at most, evenly spread, the last one among them."""
-    return values[:: -max(1, -(-len(values) // 1000))][::-1]
-
-
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+    pairs = len(differences)
+    mean = statistics.mean(differences)
+    if pairs == 1:
+        return mean, None, pairs
+    error = statistics.stdev(differences) / math.sqrt(pairs)
+    return mean, error, pairs
 
 
 def told_apart(mean: float, error: float, pairs: int) -> bool:
-    """Whether a mean of paired differences is other than 0 at the 95 % level of Student's t (two-sided)."""
-    return abs(mean) > error * (_T95[pairs - 2] if pairs - 2 < len(_T95) else 2.2)
+    """Whether a mean of paired differences is other than 0 at the 95 % level of Student's t (two-sided).
+
+    ``error`` is the mean's standard error; ``pairs`` is 2 at least.
+    """
+    # With few seeds the quantile matters: a mean of 3 pairs must exceed 4.3 of its standard errors, where a normal
+    # distribution would ask for 2.
+    index = pairs - 2  # n pairs have n - 1 degrees of freedom, and the table begins with one
+    quantile = _T95[index] if index < len(_T95) else _T95_BEYOND
+    return abs(mean) > error * quantile
+
+
+def over_seeds(curves: Sequence[Mapping[int, tuple[float, float]]]) -> list[tuple[float, float, float, float]]:
+    """Merge curves, each {update: (x, y)}, into one: (mean x, mean y, least y, largest y).
+
+    It has a point for each update that all curves have come to, or a thousand of them evenly spread.
+    """
+    common = set.intersection(*map(set, curves))
+    merged = []
+    for step in thinned(sorted(common)):
+        points = [curve[step] for curve in curves]
+        x, y = zip(*points, strict=True)
+        mean_x = sum(x) / len(x)
+        mean_y = sum(y) / len(y)
+        merged.append((mean_x, mean_y, min(y), max(y)))
+    return merged
+
+
+def thinned(values: Sequence[int]) -> Sequence[int]:
+    """Return a thousand of ``values`` at most, evenly spread, the last one among them."""
+    stride = max(1, math.ceil(len(values) / _MOST_POINTS))
+    # Counted from the end, where a run's last value stands.
+    backwards = values[::-stride]
+    return backwards[::-1]
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty where there is none that can be read."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError):
