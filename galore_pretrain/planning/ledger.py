@@ -33,11 +33,13 @@ class Ledger(TorchDispatchMode):
 
     Works on real tensors and on fake ones, which take no memory. ``peak`` is the largest sum, ``at_peak`` what it
     was made of, and ``moment_of_peak`` what `moment` said then. A new tensor is of the kind that `kind` set last; with
-    none set, an activation where autograd records and a temporary elsewhere; `assign` corrects it later.
+    none set, an activation where autograd records and a temporary elsewhere; `assign` corrects it later. With
+    ``resizes``, storages may also grow and shrink without an operation, as those of weights that FSDP2 gathers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, resizes: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._resizes = resizes
         self.now = self.peak = 0
         self.at_peak = dict.fromkeys(KINDS, 0)
         self.moment = self.moment_of_peak = ""
@@ -48,9 +50,13 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for value in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._enter(value)
+        outputs = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+        for tensor in outputs:
+            self._enter(tensor)
+        if not outputs:  # what it has done, it has done to its arguments
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor):
+                    self._read_size(getattr(value, "_local_tensor", value).untyped_storage())
         return out
 
     @contextmanager
@@ -70,32 +76,15 @@ class Ledger(TorchDispatchMode):
             self._held[kind] += entry[1]
             entry[2] = kind
 
-    def __enter__(self) -> "Ledger":
-        """FSDP2 frees and fills the storage of gathered weights without a word to dispatch."""
-        self._resize = torch.UntypedStorage.resize_
-
-        def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            result = self._resize(storage, size)
-            if (entry := self._live.get(id(storage))) is not None and entry[0]() is storage:
-                self.now += storage.nbytes() - entry[1]
-                self._held[entry[2]] += storage.nbytes() - entry[1]
-                entry[1] = storage.nbytes()
-                self._note({})
-            return result
-
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+    def _entry(self, storage: torch.UntypedStorage) -> list[Any] | None:
+        entry = self._live.get(id(storage))
+        return entry if entry is not None and entry[0]() is storage else None
 
     def _enter(self, tensor: Tensor) -> None:
-        tensor = getattr(tensor, "_local_tensor", tensor)  # what a DTensor has here
-        storage = tensor.untyped_storage()
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # what a DTensor has here
         key = id(storage)
-        if (entry := self._live.get(key)) is not None and entry[0]() is storage:
+        if self._entry(storage) is not None:
+            self._read_size(storage)
             return
         kind = self._kind or ("activations" if torch.is_grad_enabled() else "temporaries")
         size = storage.nbytes()
@@ -112,6 +101,7 @@ class Ledger(TorchDispatchMode):
 
     def episode(self, work: Callable[[], None]) -> dict[str, int]:
         """Do ``work``; by how many bytes of each kind its highest moment exceeded its beginning."""
+        self._read_sizes()
         before, self._high, self._held_high = dict(self._held), self.now, dict(self._held)
         work()
         return {kind: self._held_high[kind] - before[kind] for kind in KINDS}
@@ -122,8 +112,31 @@ class Ledger(TorchDispatchMode):
 
     def _note(self, more: Mapping[str, int]) -> None:
         """Whether what is held now, and so much more, is more than ever."""
+        if self.now + sum(more.values()) <= self._high:
+            return
+        self._read_sizes()
         total = self.now + sum(more.values())
         if total > self._high:
             self._high, self._held_high = total, {kind: size + more.get(kind, 0) for kind, size in self._held.items()}
             if total > self.peak:
                 self.peak, self.at_peak, self.moment_of_peak = total, self._held_high, self.moment
+
+    # FSDP2 frees and fills the storages of gathered weights by resizing them, of which dispatch hears nothing. It fills
+    # one just before an operation writes to it, and there its size is read again. That one was freed is found when all
+    # sizes are read again: before a new highest moment is believed, and where an episode begins. Until then too much is
+    # counted, never too little.
+    def _read_sizes(self) -> None:
+        if self._resizes:
+            for entry in list(self._live.values()):
+                if (storage := entry[0]()) is not None and storage.nbytes() != entry[1]:
+                    self._resize(entry, storage.nbytes())
+
+    def _read_size(self, storage: torch.UntypedStorage) -> None:
+        if (entry := self._entry(storage)) is not None and storage.nbytes() != entry[1]:
+            self._resize(entry, storage.nbytes())
+            self._note({})
+
+    def _resize(self, entry: list[Any], size: int) -> None:
+        self.now += size - entry[1]
+        self._held[entry[2]] += size - entry[1]
+        entry[1] = size

@@ -158,7 +158,7 @@ def measure(
     updated, three are (``every_update`` makes all). Allocations are counted, without what an allocator or a kernel of
     a library adds for itself. The `faked` model is a copy of that of ``outline``, where there is one.
     """
-    ledger = Ledger()
+    ledger = Ledger(resizes=mesh is not None)
     sample = None if every_update else ChunkSample()
     with faked(config, architecture, mesh, ledger, sample, outline) as (model, optimizer):
         for p in optimizer.slots:
