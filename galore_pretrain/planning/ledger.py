@@ -1,5 +1,6 @@
 """A ledger of every tensor of a step: what memory is held for, and when it is most."""
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ def allocated_peak(work: Callable[[], object]) -> int:
 
     The profiler's events say it. They know nothing of tensors, nor of `Ledger`, which this function is there to check.
     """
+    # Cycles that earlier work has left behind would be freed at some time during this, and that memory taken off.
+    gc.collect()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = profile.profiler.kineto_results.events()
