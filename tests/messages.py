@@ -51,7 +51,7 @@ def main() -> None:
                     make_update(config, model_, execution, config.micro_batches)
                 with Counter() as counter:
                     make_update(config, model_, execution, config.micro_batches)
-            own = {key: size for key, size in due.found.items() if key[0] in ("gather", "broadcast")} | counter.found
+            own = {key: size for key, size in due.counts.items() if key[0] in ("gather", "broadcast")} | counter.counts
             everywhere: list[Any] = [None] * world.size
             distributed.all_gather_object(everywhere, {key: size for key, size in own.items() if key != FLOPS})
             found[f"{row} {shard} {reduce}"] = {
