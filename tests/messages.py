@@ -45,11 +45,11 @@ def main() -> None:
                 model_ = model_for(config, load_model_config(model), mesh=world.mesh)
                 optimizer = optimizer_for(config, prepare(config, model_), world.mesh)
                 execution = execution_for(config, optimizer)
-                with Counter() as due:
+                with Counter(processes_here=2) as due:
                     make_update(config, model_, execution, config.micro_batches)
-                with Counter() as counter:
+                with Counter(processes_here=2) as counter:
                     make_update(config, model_, execution, config.micro_batches)
-            own = {key: size for key, size in due.found.items() if key[0] in ("gather", "broadcast")} | counter.found
+            own = {key: size for key, size in due.counts.items() if key[0] in ("gather", "broadcast")} | counter.counts
             everywhere: list[Any] = [None] * world.size
             distributed.all_gather_object(everywhere, {key: size for key, size in own.items() if key != FLOPS})
             found[f"{row} {shard} {reduce}"] = {

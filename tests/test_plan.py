@@ -142,6 +142,26 @@ def test_a_ledger_of_real_tensors() -> None:
     assert weight.sum() == 0
 
 
+def test_a_ledger_of_storages_that_are_resized() -> None:
+    """As FSDP2 frees and fills a gathered weight, of which no operation tells: what torch's allocator says."""
+
+    def work() -> None:
+        gathered = torch.empty(1000)
+        gathered.fill_(1)
+        gathered.untyped_storage().resize_(0)
+        first = torch.ones(600)
+        gathered.untyped_storage().resize_(4000)
+        torch._foreach_copy_([gathered], [torch.ones(1000)])  # returns nothing
+        gathered.untyped_storage().resize_(0)
+        torch.ones(500).add_(first[0])
+
+    with Ledger(resizes=True) as ledger:
+        work()
+    assert ledger.peak == allocated_peak(work) == 2400 + 4000 + 4000
+    with Ledger(resizes=True) as ledger:
+        assert ledger.episode(work)["activations"] == 2400 + 4000 + 4000
+
+
 GIB = 2**30
 
 

@@ -28,19 +28,26 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]
     """A click type from a function that raises ValueError."""
 
     def __init__(self, parse: Callable[[str], Any], name: str) -> None:
-        self.parse, self.name = parse, name
+        self.parse = parse
+        self.name = name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        """Parse ``value``: a string of the command line, or a number or a list of a run JSON."""
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
         try:
-            return self.parse(value)
+            return self.parse(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
 RATE = _Parsed(parse_rate, "rate")
-_METAVARS: dict[Any, str] = {parse_count: "count", parse_tokens: "count", parse_betas: "pair", parse_bytes: "size"}
+_METAVARS: dict[Any, str] = {
+    parse_count: "count",
+    parse_tokens: "count",
+    parse_betas: "pair",
+    parse_bytes: "size",
+}
 
 
 class _Option(click.Option):
@@ -48,13 +55,16 @@ class _Option(click.Option):
 
 
 def _option(name: str, flag: Flag) -> _Option:
-    dashed = name.replace("_", "-")
     kind: Any = flag.kind
     if isinstance(kind, tuple):
         kind = click.Choice(kind)
     elif not isinstance(kind, type):
         kind = _Parsed(kind, _METAVARS[kind])
-    declaration = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
+    dashed = name.replace("_", "-")
+    declaration = f"--{dashed}"
+    if kind is bool:
+        declaration += f"/--no-{dashed}"
+    # The default is not click's to fill in: None says that the user did not set the flag.
     option = _Option([declaration, name], type=kind, default=None, help=f"{flag.help}  [{flag.shown}]")
     option.group = flag.group
     return option
@@ -64,29 +74,40 @@ class RunCommand(click.Command):
     """Shows its options in groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help of each group's options, which click calls for ``--help``."""
         for group in (*GROUPS, "Other"):
-            options = [p for p in self.get_params(ctx) if getattr(p, "group", "Other") == group]
+            records = []
+            for param in self.get_params(ctx):
+                record = param.get_help_record(ctx)
+                if record is not None and getattr(param, "group", "Other") == group:
+                    records.append(record)
             with formatter.section(group):
-                formatter.write_dl([record for p in options if (record := p.get_help_record(ctx))])
+                formatter.write_dl(records)
 
 
 def with_run_options(command: Callable[..., int]) -> Callable[..., int]:
-    """The options that training and planning share beside the flags of `RunConfig`."""
+    """Add the options that training and planning share beside the flags of `RunConfig`."""
     config = click.option(
         "--config",
         type=click.Path(path_type=Path),
+        # It must be read before the flags, whose defaults it sets.
         is_eager=True,
         expose_value=False,
         metavar="RUN.json",
         callback=lambda ctx, param, value: _read_run_json(ctx, value),
         help="A JSON object of flags; flags given here win.",
     )
-    return config(click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command))
+    debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    return config(debug(command))
 
 
 def flags(names: Container[str] | None = None) -> list[click.Parameter]:
-    """The options of all fields of `RunConfig`, or of those named."""
-    return [_option(name, flag) for name, flag in FLAGS.items() if names is None or name in names]
+    """Return the options of all fields of `RunConfig`, or of those named."""
+    options: list[click.Parameter] = []
+    for name, flag in FLAGS.items():
+        if names is None or name in names:
+            options.append(_option(name, flag))
+    return options
 
 
 def resolved(
@@ -98,49 +119,79 @@ def resolved(
     """
     given = {name: value for name, value in values.items() if value is not None}
     from_file = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP}
-    if {"model", "optim"} & (given.keys() - from_file):  # of another run, only what its user said holds for this one
-        said: set[str] = ctx.meta.get("said", from_file)
-        given = {name: value for name, value in given.items() if name not in from_file - said}
-    sources = {name: str(ctx.meta["run_json"]) if name in from_file else "flag" for name in given}
+    on_command_line = given.keys() - from_file
+    if {"model", "optim"} & on_command_line:
+        # The file's other values may follow from its own model and method. Only what its user set holds for these.
+        set_by_user: set[str] = ctx.meta.get("set_by_user", from_file)
+        for name in from_file - set_by_user:
+            del given[name]
+    sources = {}
+    for name in given:
+        sources[name] = str(ctx.meta["run_json"]) if name in from_file else "flag"
     return resolve(given, sources, processes or Processes.started())
 
 
+# click takes a flag's value from `ctx.default_map` where the command line does not set it, and remembers that it did.
+# So the file's values need only be checked and put there.
 def _read_run_json(ctx: click.Context, path: Path | None) -> None:
+    """Make the values of ``path`` the defaults of the command's options; InputError where it does not fit them."""
     if path is None:
         return
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"--config {path}: not readable as JSON ({error})") from error
-    if isinstance(values, dict) and isinstance(resolved := values.get("config"), dict):
-        # a run's own config.json, perhaps edited: what it was, but for its place
-        entries = {k: v if isinstance(v, dict) else {"value": v, "origin": "flag"} for k, v in resolved.items()}
-        values = {
-            k: v["value"] for k, v in entries.items() if v.get("value") is not None and k not in ("output", "resume")
-        }
-        origins = {k: str(v.get("origin", "flag")) for k, v in entries.items()}
-        ctx.meta["said"] = {k for k, origin in origins.items() if origin == "flag" or origin.endswith(".json")}
-    if not isinstance(values, dict) or (unknown := [key for key in values if key.replace("-", "_") not in FLAGS]):
-        what = f"unknown key {unknown[0]!r}" if isinstance(values, dict) else "not a JSON object"
-        raise InputError(f'--config {path}: {what}; keys are the long flags, such as "total_batch_size"')
-    for name, flag in FLAGS.items():
-        for key in {name, name.replace("_", "-")} & values.keys():
-            if not _fits(values[key], flag.kind):
-                raise InputError(
-                    f"--config {path}: {key} is {values[key]!r}, which --{key.replace('_', '-')} cannot be"
-                )
+    if isinstance(values, dict) and isinstance(values.get("config"), dict):
+        # It is a run's own config.json, perhaps edited.
+        values, ctx.meta["set_by_user"] = _values_of_a_run(values["config"])
+    _check_run_json(path, values)
     ctx.default_map = {key.replace("-", "_"): value for key, value in values.items()}
     ctx.meta["run_json"] = path
 
 
+def _values_of_a_run(config: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Return the values of a run's ``config``, without its place, and the names of those that its user had set."""
+    values = {}
+    set_by_user = set()
+    for name, value_or_entry in config.items():
+        entry = value_or_entry
+        if not isinstance(entry, dict):
+            # Its user wrote a plain value in place of the entry.
+            entry = {"value": value_or_entry, "origin": "flag"}
+        if entry.get("value") is None or name in ("output", "resume"):
+            continue
+        values[name] = entry["value"]
+        origin = str(entry.get("origin", "flag"))
+        if origin == "flag" or origin.endswith(".json"):
+            set_by_user.add(name)
+    return values, set_by_user
+
+
+def _check_run_json(path: Path, values: Any) -> None:
+    """Raise InputError unless ``values`` is an object of flags, by their names, each with a value that it can have."""
+    keys_are = 'keys are the long flags, such as "total_batch_size"'
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: not a JSON object; {keys_are}")
+    for key in values:
+        if key.replace("-", "_") not in FLAGS:
+            raise InputError(f"--config {path}: unknown key {key!r}; {keys_are}")
+    for key, value in values.items():
+        if not _fits(value, FLAGS[key.replace("-", "_")].kind):
+            flag = key.replace("_", "-")
+            raise InputError(f"--config {path}: {key} is {value!r}, which --{flag} cannot be")
+
+
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a flag's kind; a string is left to be parsed as on the command line."""
-    if isinstance(value, str) or value is None:
-        return kind is not bool or value is None
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
+    """Say whether a JSON value is of a flag's kind. A string is left to be parsed as on the command line."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return kind is not bool
+    # In Python a bool is an int too, so it must be asked for first.
+    if isinstance(value, bool):
+        return kind is bool
     if isinstance(value, list):
         return kind is parse_betas and all(isinstance(part, (int, float)) for part in value)
-    return (isinstance(value, int) and kind in (int, float, parse_count, parse_tokens, parse_bytes)) or (
-        isinstance(value, float) and kind is float
-    )
+    if isinstance(value, int):
+        return kind in (int, float, parse_count, parse_tokens, parse_bytes)
+    return isinstance(value, float) and kind is float

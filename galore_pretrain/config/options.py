@@ -18,11 +18,17 @@ from typing import Any
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim import BASIS_NAMES, METHODS, MOMENTS, NUMERICS, PROJ_TYPES, REFRESHES
 
+_THOUSANDS = {"": 0, "k": 1, "m": 2, "b": 3, "g": 3, "t": 4, "p": 5}
+"""Powers of 1000 that a letter behind a number stands for."""
+
 
 def parse_count(text: str) -> int:
-    """``10M``, ``1.1B``, ``20000``: a whole number of at least 1, with K, M or B (10³, 10⁶, 10⁹) behind it."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB]?)", text.strip())
-    number = Decimal(match[1]) * 1000 ** " kmb".index(match[2].lower() or " ") if match else Decimal(0)
+    """Parse ``10M``, ``1.1B`` or ``20000``: a whole number of at least 1, with K, M or B (10³, 10⁶, 10⁹) behind it."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.strip().lower())
+    number = Decimal(0)
+    if match:
+        # In floating point, 1.001 * 1000 is 1000.9999999999999, and so not a whole number.
+        number = Decimal(match[1]) * 1000 ** _THOUSANDS[match[2]]
     if number < 1 or number != int(number):
         raise ValueError(f"{text!r} is not a count; write 20000, 500K, 10M or 1.1B")
     return int(number)
@@ -38,54 +44,63 @@ class Processes:
     @classmethod
     def started(cls) -> "Processes":
         """Return what torchrun has started (WORLD_SIZE, LOCAL_WORLD_SIZE): one process where it has not."""
-        return cls(int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        total = os.environ.get("WORLD_SIZE", "1")
+        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        return cls(int(total), int(here))
 
 
 ONE_PROCESS = Processes()
-
 RECIPE = "recipe"
 
 
 def parse_tokens(text: str) -> int | str:
-    """A count, or the word ``recipe``: as many as the paper's table names."""
-    return RECIPE if text.strip() == RECIPE else parse_count(text)
+    """Parse a count, or the word ``recipe``: as many as the paper's table names."""
+    if text.strip() == RECIPE:
+        return RECIPE
+    return parse_count(text)
 
 
 def parse_bytes(text: str) -> int:
-    """``24GB`` (10⁹), ``24GiB`` (2³⁰) or a number of bytes: a size of memory; K, M, G and T."""
+    """Parse a size of memory: ``24GB`` (10⁹), ``24GiB`` (2³⁰) or a number of bytes. Units are of K, M, G and T."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b)?", text.strip().lower())
     if not match:
         raise ValueError(f"{text!r} is not a size of memory; write 24GiB, 24GB or 24000MB")
-    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+    number, letter, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(Decimal(number) * base ** _THOUSANDS[letter or ""])
 
 
 def parse_rate(text: str) -> float:
-    """``989T``, ``450GB``, ``12.5G``: so many a second; K, M, G, T and P (10³ to 10¹⁵)."""
+    """Parse ``989T``, ``450GB`` or ``12.5G``: so many a second, with K, M, G, T or P (10³ to 10¹⁵)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)b?", text.strip().lower())
-    rate = float(match[1]) * 1000.0 ** " kmgtp".index(match[2] or " ") if match else 0.0
+    rate = 0.0
+    if match:
+        rate = float(match[1]) * 1000.0 ** _THOUSANDS[match[2]]
+    # No hardware is so slow: a smaller number has lost its letter.
     if rate < 1e6:
         raise ValueError(f"{text!r} is not a rate a second; write 989T, 450G or 12.5GB")
     return rate
 
 
 def parse_betas(text: str) -> tuple[float, float]:
-    """``0.9,0.999``: Adam's two decay rates."""
+    """Parse Adam's two decay rates, as ``0.9,0.999``."""
+    message = f"{text!r} is not a pair of numbers in [0, 1); write 0.9,0.999"
     try:
         first, second = (float(part) for part in text.split(","))
-    except ValueError:
-        first = second = -1.0
+    except ValueError as error:
+        raise ValueError(message) from error
     if not (0 <= first < 1 and 0 <= second < 1):
-        raise ValueError(f"{text!r} is not a pair of numbers in [0, 1); write 0.9,0.999")
+        raise ValueError(message)
     return first, second
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Says what the command line needs of a field. ``kind``: a type, the choices, or a parser of strings.
+    """Says what the command line needs to know of a field.
 
-    ``default`` is None where `resolve` fills the field in, or where None means that it is not in use. Numbers are at
-    ``least``, or ``above``, a bound. ``shown`` stands for the default in the help. A ``free`` flag may change when a
-    run is resumed: it does not change what is computed.
+    ``default`` is None where `resolve` fills the field in, or where None means that it is not in use. ``kind`` is a
+    type, the choices, or a parser of strings. Numbers are at ``least``, or ``above``, a bound. ``shown`` stands for the
+    default in the help. A ``free`` flag may change when a run is resumed: it does not change what is computed.
     """
 
     default: Any
@@ -99,9 +114,14 @@ class Flag:
 
 
 def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
+    """Return a field of `RunConfig` with its `Flag`. The help shows the default, unless ``shown`` says otherwise."""
     if default is not None and "shown" not in more:
-        more["shown"] = {True: "on", False: "off"}[default] if kind is bool else str(default)
-    return field(metadata={"flag": Flag(default, help, kind, group, **more)})
+        if kind is bool:
+            more["shown"] = "on" if default else "off"
+        else:
+            more["shown"] = str(default)
+    flag = Flag(default, help, kind, group, **more)
+    return field(metadata={"flag": flag})
 
 
 @dataclass(frozen=True)
@@ -127,14 +147,13 @@ BAD_DATA = ("raise", "skip")
 SHARDS = ("full", "hybrid", "none")
 REDUCE = ("full", "projected")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT = (
-    "Method",
-    "Batch",
-    "Text",
-    "Length and learning rate",
-    "Machine",
-    "Output",
-)
+
+METHOD = "Method"
+BATCH = "Batch"
+TEXT = "Text"
+LENGTH = "Length and learning rate"
+MACHINE = "Machine"
+OUTPUT = "Output"
 GROUPS = (METHOD, BATCH, TEXT, LENGTH, MACHINE, OUTPUT)
 _TENTH = "a tenth, at most 1000"
 
@@ -154,17 +173,49 @@ class RunConfig:
     galore_scale: float | None = _flag(None, "GaLore: factor α on projected updates.", float, METHOD, above=0)
     proj_type: str | None = _flag(None, "GaLore: side that is projected.", PROJ_TYPES, METHOD, shown="std")
     basis: str | None = _flag(None, "GaLore: how a basis is found.", BASIS_NAMES, METHOD, shown="randomized")
-    refresh: str | None = _flag(None, "GaLore: renew bases at once or in turn.", REFRESHES, METHOD, shown="staggered")
+    refresh: str | None = _flag(
+        None,
+        "GaLore: renew bases at once or in turn.",
+        REFRESHES,
+        METHOD,
+        shown="staggered",
+    )
     moments: str | None = _flag(None, "GaLore: moments when a basis is renewed.", MOMENTS, METHOD, shown="keep")
-    natural_history: int | None = _flag(None, "Natural GaLore: past gradients s.", int, METHOD, least=1, shown="20")
-    natural_damping: float | None = _flag(None, "Natural GaLore: damping λ.", float, METHOD, above=0, shown="0.001")
+    natural_history: int | None = _flag(
+        None,
+        "Natural GaLore: past gradients s.",
+        int,
+        METHOD,
+        least=1,
+        shown="20",
+    )
+    natural_damping: float | None = _flag(
+        None,
+        "Natural GaLore: damping λ.",
+        float,
+        METHOD,
+        above=0,
+        shown="0.001",
+    )
     lora_alpha: float | None = _flag(None, "LoRA, ReLoRA: α; BA counts α/r.", float, METHOD, above=0, shown="32")
-    lora_dropout: float | None = _flag(None, "LoRA, ReLoRA: dropout before A.", float, METHOD, least=0, shown="0.05")
+    lora_dropout: float | None = _flag(
+        None,
+        "LoRA, ReLoRA: dropout before A.",
+        float,
+        METHOD,
+        least=0,
+        shown="0.05",
+    )
     relora_every: int | None = _flag(
         None, "ReLoRA: updates between two merges.", int, METHOD, least=1, shown="a fifth of the run"
     )
     relora_warmup: int | None = _flag(
-        None, "ReLoRA: updates of warm-up after a merge.", int, METHOD, least=0, shown="a tenth of that, at most 100"
+        None,
+        "ReLoRA: updates of warm-up after a merge.",
+        int,
+        METHOD,
+        least=0,
+        shown="a tenth of that, at most 100",
     )
     matrix_lr_scale: float = _flag(
         1.0, "Factor on the matrices' learning rate; 0 freezes them.", float, METHOD, least=0
@@ -172,54 +223,103 @@ class RunConfig:
     numerics: str = _flag("sound", "Sound, or the published code's choices.", NUMERICS, METHOD)
     weight_decay: float = _flag(None, "Weight decay.", float, METHOD, least=0)
     betas: tuple[float, float] | None = _flag(
-        None, "Adam's β, as 0.9,0.999; the first is sgd's and adafactor's momentum.", parse_betas, METHOD, shown="row"
+        None,
+        "Adam's β, as 0.9,0.999; the first is sgd's and adafactor's momentum.",
+        parse_betas,
+        METHOD,
+        shown="row",
     )
     eps: float | None = _flag(None, "Adam's ε.", float, METHOD, above=0, shown="row")
 
     layerwise: bool = _flag(
-        False, "Update inside backward; no full set of gradients exists.", bool, BATCH, free=True,
+        False,
+        "Update inside backward; no full set of gradients exists.",
+        bool,
+        BATCH,
+        free=True,
         shown="chosen from the budget",
-    )  # fmt: skip
+    )
     activation_checkpointing: bool = _flag(
-        False, "Recompute activations in backward.", bool, BATCH, free=True,
+        False,
+        "Recompute activations in backward.",
+        bool,
+        BATCH,
+        free=True,
         shown="chosen from the budget",
-    )  # fmt: skip
-    batch_size: int = _flag(None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="from the budget")
+    )
+    batch_size: int = _flag(
+        None,
+        "Sequences a micro-batch.",
+        int,
+        BATCH,
+        least=1,
+        free=True,
+        shown="from the budget",
+    )
     total_batch_size: int = _flag(None, "Sequences an update.", int, BATCH, least=1)
     memory_budget: int | None = _flag(
-        None, "Of the card, as 24GiB: what the three above are chosen for.", parse_bytes, BATCH, free=True, above=10**9,
+        None,
+        "Of the card, as 24GiB: what the three above are chosen for.",
+        parse_bytes,
+        BATCH,
+        free=True,
+        above=10**9,
         shown="what the device can give",
-    )  # fmt: skip
+    )
     grad_clip: float = _flag(None, "Largest gradient norm; 0 is off.", float, BATCH, least=0)
     clip_norm: str | None = _flag(
-        None, "Norm that is clipped: of gradients, or of projected ones.", CLIP_NORMS, BATCH,
+        None,
+        "Norm that is clipped: of gradients, or of projected ones.",
+        CLIP_NORMS,
+        BATCH,
         shown="full, or projected where only that is known",
-    )  # fmt: skip
+    )
 
     data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", str, TEXT)
     eval_data: str | None = _flag(None, "Validation text, not a part of --data.", str, TEXT, shown="from --data")
     tokenizer: str = _flag(
-        None, "t5, sample, a .model file, a folder or a hub id.", str, TEXT, shown="t5 for c4, sample for sample"
+        None,
+        "t5, sample, a .model file, a folder or a hub id.",
+        str,
+        TEXT,
+        shown="t5 for c4, sample for sample",
     )
     bad_data: str = _flag(
-        "raise", "Documents that cannot be read: stop, or leave them out, up to 1 in 100.", BAD_DATA, TEXT, free=True
+        "raise",
+        "Documents that cannot be read: stop, or leave them out, up to 1 in 100.",
+        BAD_DATA,
+        TEXT,
+        free=True,
     )
     layout: str = _flag("pad", "One document a row, or documents packed.", ("pad", "pack"), TEXT)
     max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)
 
     steps: int | None = _flag(None, "Updates.", int, LENGTH, least=1)
     max_tokens: int | None = _flag(
-        None, "Real tokens, instead of --steps: 1.1B, or recipe: as many as the paper's table names.", parse_tokens,
-        LENGTH, shown="off",
-    )  # fmt: skip
+        None,
+        "Real tokens, instead of --steps: 1.1B, or recipe: as many as the paper's table names.",
+        parse_tokens,
+        LENGTH,
+        shown="off",
+    )
     warmup_steps: int | None = _flag(None, "Updates of linear warm-up.", int, LENGTH, least=0, shown="a tenth")
     lr: float = _flag(None, "Peak learning rate.", float, LENGTH, above=0)
     min_lr_ratio: float = _flag(
-        None, "Last learning rate over the peak.", float, LENGTH, least=0, shown="0.1 for cosine, 0 for linear"
+        None,
+        "Last learning rate over the peak.",
+        float,
+        LENGTH,
+        least=0,
+        shown="0.1 for cosine, 0 for linear",
     )
     scheduler: str = _flag("cosine", "Decay after warm-up.", ("cosine", "linear"), LENGTH)
     max_loss: float | None = _flag(
-        None, "Skip updates whose loss is larger; ten in a row end the run.", float, LENGTH, above=0, shown="off"
+        None,
+        "Skip updates whose loss is larger; ten in a row end the run.",
+        float,
+        LENGTH,
+        above=0,
+        shown="off",
     )
     eval_every: int = _flag(None, "Updates between evaluations.", int, LENGTH, least=1, free=True, shown=_TENTH)
     eval_tokens: int = _flag(10_000_000, "Validation tokens an evaluation.", parse_count, LENGTH, shown="10M")
@@ -251,9 +351,14 @@ class RunConfig:
         free=True,
     )
     profile: int | None = _flag(
-        None, "Say, in OUTPUT/profile, where the time of so many updates goes, after the first two.", int, MACHINE,
-        least=1, free=True, shown="off",
-    )  # fmt: skip
+        None,
+        "Say, in OUTPUT/profile, where the time of so many updates goes, after the first two.",
+        int,
+        MACHINE,
+        least=1,
+        free=True,
+        shown="off",
+    )
     seed: int = _flag(0, "Of weights, data order and rounding.", int, MACHINE, least=0)
 
     output: str = _flag(None, "Folder of the run.", str, OUTPUT, free=True, shown="runs/MODEL-OPTIM-TIME")
@@ -304,42 +409,60 @@ class RunConfig:
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
-        changed = [
-            (name, value)
-            for name, value in self.values().items()
-            if name in saved and not self._is_free(name) and _plain(value) != _plain(saved[name])
-        ]
-        given = [(name, value) for name, value in changed if value is not None] or changed  # not what follows from them
-        return [f"--{name.replace('_', '-')} {value} (was {saved[name]})" for name, value in given]
+        changed = {}
+        for name, value in self.values().items():
+            if name not in saved or self._is_free(name):
+                continue
+            if _as_json(value) != _as_json(saved[name]):
+                changed[name] = value
+        # A field that is not in use any more (None) follows from another one that changed, which says enough.
+        in_use = {name: value for name, value in changed.items() if value is not None}
+        sentences = []
+        for name, value in (in_use or changed).items():
+            flag = name.replace("_", "-")
+            sentences.append(f"--{flag} {value} (was {saved[name]})")
+        return sentences
 
     def _is_free(self, name: str) -> bool:
-        """The mean of micro-batch means, which reference numerics take, depends on the micro-batch."""
-        return FLAGS[name].free and not (name == "batch_size" and self.numerics == "reference")
+        if name == "batch_size" and self.numerics == "reference":
+            # The mean of micro-batch means, which reference numerics take, depends on the micro-batch.
+            return False
+        return FLAGS[name].free
 
 
 FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(RunConfig) if "flag" in f.metadata}
 """What the command line knows of each field, by its name."""
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _as_json(value: Any) -> Any:
+    # JSON has no tuples: a checkpoint's are lists.
+    if isinstance(value, tuple):
+        return list(value)
+    return value
 
 
 def shipped_models() -> list[str]:
-    """Names of the models whose configs are in the package."""
+    """Return the names of the models whose configs are in the package."""
     folder = resources.files("galore_pretrain") / "configs"
-    return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.startswith("llama_"))
+    names = [file.name for file in folder.iterdir() if file.name.startswith("llama_")]
+    return sorted(name.removesuffix(".json") for name in names)
 
 
 def find_model(name_or_path: str) -> Traversable:
-    """The JSON file that ``--model`` means."""
-    names = shipped_models()
-    if name_or_path in names:
+    """Return the JSON file that ``--model`` means: a shipped one, one at a path, or a folder's ``config.json``.
+
+    InputError where there is none, with the names that are near.
+    """
+    shipped = shipped_models()
+    if name_or_path in shipped:
         return resources.files("galore_pretrain") / "configs" / f"{name_or_path}.json"
-    if (Path(name_or_path) / "config.json").is_file():
-        return Path(name_or_path) / "config.json"
-    if not Path(name_or_path).is_file():
-        near = difflib.get_close_matches(name_or_path, names, n=2)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(names)}")
-    return Path(name_or_path)
+    path = Path(name_or_path)
+    if (path / "config.json").is_file():
+        return path / "config.json"
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name_or_path, shipped, n=2)
+    hint = ""
+    if near:
+        hint = f"did you mean {' or '.join(near)}? "
+    raise InputError(f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(shipped)}")

@@ -1,9 +1,10 @@
 """A ledger of every tensor of a step: what memory is held for, and when it is most."""
 
-import itertools
+import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,113 +18,182 @@ KINDS = ("weights", "moments", "bases", "gradients", "sums", "activations", "tem
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
-    """The largest sum of what torch's allocator on the CPU gave out during ``work`` and did not get back.
+    """Return the most bytes that torch's allocator on the CPU had given out, and not got back, during ``work``.
 
-    Found from the profiler's events: it knows nothing of tensors, nor of `Ledger`, which it is there to check.
+    The profiler's events say it. They know nothing of tensors, nor of `Ledger`, which this function is there to check.
     """
+    # Cycles that earlier work has left behind would be freed at some time during this, and that memory taken off.
+    gc.collect()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes: Iterable[int] = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(itertools.accumulate(sizes, initial=0))
+    events = profile.profiler.kineto_results.events()
+    held = 0
+    peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            # The size of a block that is given back is negative.
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
+@dataclass(slots=True)
+class _Entry:
+    """A storage that is alive: its size in bytes when it was last read, and what it is held for."""
+
+    reference: weakref.ref[torch.UntypedStorage]
+    size: int
+    kind: str
+
+
+# Memory belongs to storages, not to tensors: views share one. So the ledger enters the storage of each tensor that an
+# operation returns, once. A weak reference tells it when the last tensor of a storage is gone, and the bytes are taken
+# off again. What is held is thus known at any time, by kind, and is compared with the maximum whenever it has grown.
+#
+# FSDP2 frees and refills the storages of gathered weights by resizing them, which is no operation. It refills one just
+# before an operation writes into it, and there the ledger reads its size again. It notices a freed one when it reads
+# all sizes again: before it accepts a new maximum, and where an episode begins. Between these it may count too much but
+# never too little, so no maximum is missed.
 class Ledger(TorchDispatchMode):
     """Counts the bytes of every tensor that is made while it is active, until its storage is freed.
 
-    Works on real tensors and on fake ones, which take no memory. ``peak`` is the largest sum, ``at_peak`` what it
-    was made of, and ``moment_of_peak`` what `moment` said then. A new tensor is of the kind that `kind` set last; with
-    none set, an activation where autograd records and a temporary elsewhere; `assign` corrects it later.
+    It works on real tensors and on fake ones, which take no memory. ``peak`` is the largest sum in bytes, ``at_peak``
+    its parts by kind, and ``moment_of_peak`` what ``moment`` said then. A new tensor is of the kind that `kind` set
+    last. With none set, it is an activation where autograd records and a temporary elsewhere; `assign` corrects it
+    later. With ``resizes``, storages may also grow and shrink without an operation, as those of weights that FSDP2
+    gathers. Only then are all sizes read again, which takes a tenth of a plan's time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, resizes: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self.at_peak = dict.fromkeys(KINDS, 0)
-        self.moment = self.moment_of_peak = ""
-        self._held = dict.fromkeys(KINDS, 0)
-        self._live: dict[int, list[Any]] = {}  # id of a storage -> [weak reference, bytes, kind]
+        self.moment = ""
+        self.moment_of_peak = ""
+        self._resizes = resizes
         self._kind: str | None = None
-        self._high, self._held_high = 0, dict(self._held)  # since the current episode began
+        self._entries: dict[int, _Entry] = {}  # by the id of their storage
+        self._bytes_of = dict.fromkeys(KINDS, 0)
+        # The largest sum, and its parts, since the current episode began.
+        self._high = 0
+        self._at_high = dict(self._bytes_of)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._enter(value)
-        return out
+        result = func(*args, **(kwargs or {}))
+        outputs = _storages(result)
+        for storage in outputs:
+            self._enter(storage)
+        if not outputs:
+            # An operation that returns no tensor writes into its arguments. FSDP2 fills gathered weights by one.
+            for storage in _storages((args, kwargs)):
+                self._read_size(storage)
+        return result
 
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:
-        """Say that what is made meanwhile is of this kind."""
-        before, self._kind = self._kind, kind
+        """Say that every tensor made in this context is of ``kind``."""
+        before = self._kind
+        self._kind = kind
         try:
             yield
         finally:
             self._kind = before
 
     def assign(self, tensor: Tensor, kind: str) -> None:
-        """``tensor`` turned out to be of this kind."""
-        tensor = getattr(tensor, "_local_tensor", tensor)
-        if (entry := self._live.get(id(tensor.untyped_storage()))) is not None:
-            self._held[entry[2]] -= entry[1]
-            self._held[kind] += entry[1]
-            entry[2] = kind
-
-    def __enter__(self) -> "Ledger":
-        """FSDP2 frees and fills the storage of gathered weights without a word to dispatch."""
-        self._resize = torch.UntypedStorage.resize_
-
-        def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            result = self._resize(storage, size)
-            if (entry := self._live.get(id(storage))) is not None and entry[0]() is storage:
-                self.now += storage.nbytes() - entry[1]
-                self._held[entry[2]] += storage.nbytes() - entry[1]
-                entry[1] = storage.nbytes()
-                self._note({})
-            return result
-
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-
-    def _enter(self, tensor: Tensor) -> None:
-        tensor = getattr(tensor, "_local_tensor", tensor)  # what a DTensor has here
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if (entry := self._live.get(key)) is not None and entry[0]() is storage:
-            return
-        kind = self._kind or ("activations" if torch.is_grad_enabled() else "temporaries")
-        size = storage.nbytes()
-
-        def leave(_: Any) -> None:
-            entry = self._live.pop(key)
-            self.now -= entry[1]
-            self._held[entry[2]] -= entry[1]
-
-        self._live[key] = [weakref.ref(storage, leave), size, kind]
-        self.now += size
-        self._held[kind] += size
-        self._note({})
+        """Say that ``tensor``, which was counted as another kind, is of ``kind``."""
+        entry = self._find(_storage(tensor))
+        if entry is not None:
+            self._bytes_of[entry.kind] -= entry.size
+            self._bytes_of[kind] += entry.size
+            entry.kind = kind
 
     def episode(self, work: Callable[[], None]) -> dict[str, int]:
-        """Do ``work``; by how many bytes of each kind its highest moment exceeded its beginning."""
-        before, self._high, self._held_high = dict(self._held), self.now, dict(self._held)
+        """Do ``work``, and return by how many bytes of each kind its maximum exceeded what was held before it."""
+        self._read_all_sizes()
+        before = dict(self._bytes_of)
+        self._high = self.now
+        self._at_high = before
         work()
-        return {kind: self._held_high[kind] - before[kind] for kind in KINDS}
+        return {kind: self._at_high[kind] - before[kind] for kind in KINDS}
 
     def replay(self, episode: Mapping[str, int]) -> None:
-        """Count as if the work of such an episode, which leaves nothing behind, were done now."""
-        self._note(episode)
+        """Count as if the work of that `episode` were done once more, now. It must leave nothing behind."""
+        self._update_maximum(episode)
 
-    def _note(self, more: Mapping[str, int]) -> None:
-        """Whether what is held now, and so much more, is more than ever."""
-        total = self.now + sum(more.values())
-        if total > self._high:
-            self._high, self._held_high = total, {kind: size + more.get(kind, 0) for kind, size in self._held.items()}
-            if total > self.peak:
-                self.peak, self.at_peak, self.moment_of_peak = total, self._held_high, self.moment
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage that an operation has returned, until it is freed."""
+        if self._find(storage) is not None:
+            self._read_size(storage)
+            return
+        kind = self._kind
+        if kind is None:
+            kind = "activations" if torch.is_grad_enabled() else "temporaries"
+        key = id(storage)
+
+        def leave(_: object) -> None:
+            entry = self._entries.pop(key)
+            self.now -= entry.size
+            self._bytes_of[entry.kind] -= entry.size
+
+        size = storage.nbytes()
+        self._entries[key] = _Entry(weakref.ref(storage, leave), size, kind)
+        self.now += size
+        self._bytes_of[kind] += size
+        self._update_maximum()
+
+    def _find(self, storage: torch.UntypedStorage) -> _Entry | None:
+        # Python may give the id of a storage that is gone to another one.
+        entry = self._entries.get(id(storage))
+        if entry is None or entry.reference() is not storage:
+            return None
+        return entry
+
+    def _read_size(self, storage: torch.UntypedStorage) -> None:
+        entry = self._find(storage)
+        if entry is not None and storage.nbytes() != entry.size:
+            self._resize(entry, storage.nbytes())
+            self._update_maximum()
+
+    def _read_all_sizes(self) -> None:
+        if not self._resizes:
+            return
+        for entry in list(self._entries.values()):
+            storage = entry.reference()
+            if storage is not None and storage.nbytes() != entry.size:
+                self._resize(entry, storage.nbytes())
+
+    def _resize(self, entry: _Entry, size: int) -> None:
+        self.now += size - entry.size
+        self._bytes_of[entry.kind] += size - entry.size
+        entry.size = size
+
+    def _update_maximum(self, more: Mapping[str, int] | None = None) -> None:
+        """Compare what is held now, and ``more`` bytes of each kind, with the maxima of the episode and of all time."""
+        more = more or {}
+        extra = sum(more.values())
+        if self.now + extra <= self._high:
+            return
+        self._read_all_sizes()
+        total = self.now + extra
+        if total <= self._high:
+            return
+        self._high = total
+        self._at_high = dict(self._bytes_of)
+        for kind, size in more.items():
+            self._at_high[kind] += size
+        if total > self.peak:
+            self.peak = total
+            self.at_peak = self._at_high
+            self.moment_of_peak = self.moment
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    """Return the storages of the tensors among nested ``values``."""
+    return [_storage(value) for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    # A DTensor's own storage has the whole tensor's size and no memory; this process's part is its local tensor.
+    local_tensor: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local_tensor.untyped_storage()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The peak of one run's updates in bytes: ``parts`` says for what, ``place`` where in the update."""
+    """The peak of one run's updates in bytes: ``parts`` says of what kinds, ``place`` where in the update it lies."""
 
     config: RunConfig
     peak_bytes: int
@@ -38,9 +38,12 @@ class Plan:
     place: str
 
     def as_json(self, budget: int) -> dict[str, Any]:
-        """The keys that programs may rely on. The parts add up to the peak; ``gradients_bytes`` are the full gradients
-        and the low-rank sums, ``optimizer_bytes`` moments and bases."""
-        parts, config = self.parts, self.config
+        """Return the keys that programs may rely on, in bytes. The parts add up to the peak.
+
+        ``gradients_bytes`` are the full gradients and the low-rank sums, ``optimizer_bytes`` the moments and bases.
+        """
+        parts = self.parts
+        config = self.config
         return {
             "peak_bytes": self.peak_bytes,
             "weights_bytes": parts["weights"],
@@ -64,21 +67,28 @@ class Plan:
         }
 
     def table(self, budget: int, source: str) -> str:
-        """What a person reads; ``source`` says where the budget comes from."""
-        config, processes = self.config, self.config.processes.total
-        rank = f" of rank {config.rank}" if config.rank else ""
-        each = f", each of {processes} processes (--shard {config.shard})" if processes > 1 else ""
-        lines = [
-            f"{Path(config.model).stem} in {config.dtype}, {config.optim}{rank}, updates of "
-            f"{config.total_batch_size} × {config.max_length} tokens{each}"
-        ]
-        lines += [f"{kind:<13}{size / 2**30:8.2f} GiB   {_MEANING[kind]}" for kind, size in self.parts.items()]
+        """Return the table that a person reads; ``source`` says where the budget comes from."""
+        config = self.config
+        lines = [self._title()]
+        for kind, size in self.parts.items():
+            lines.append(f"{kind:<13}{size / 2**30:8.2f} GiB   {_MEANING[kind]}")
         lines.append(f"{'peak':<13}{self.peak_bytes / 2**30:8.2f} GiB   {self.place}")
         verdict = "fits" if self.peak_bytes <= budget else "does not fit"
-        lines.append(f"{verdict} into {budget / 2**30:.2f} GiB ({source}), with {describe(self.config)}")
-        if device_of(self.config).type == "cpu":
+        lines.append(f"{verdict} into {budget / 2**30:.2f} GiB ({source}), with {describe(config)}")
+        if device_of(config).type == "cpu":
             lines.append("planned with this CPU's kernels; a GPU's have other temporaries")
         return "\n".join(lines)
+
+    def _title(self) -> str:
+        config = self.config
+        title = f"{Path(config.model).stem} in {config.dtype}, {config.optim}"
+        if config.rank:
+            title += f" of rank {config.rank}"
+        title += f", updates of {config.total_batch_size} × {config.max_length} tokens"
+        processes = config.processes.total
+        if processes > 1:
+            title += f", each of {processes} processes (--shard {config.shard})"
+        return title
 
 
 _MEANING = {
@@ -93,16 +103,18 @@ _MEANING = {
 
 
 def describe(config: RunConfig) -> str:
-    """How the updates run, in words."""
-    how = ["layerwise updates" if config.layerwise else "updates after backward"]
-    how += ["activation checkpointing"] if config.activation_checkpointing else []
-    how.append(f"micro-batches of {config.batch_size} × {config.max_length} tokens")
-    how += [f"the {config.clip_norm} norm clipped"] if config.clip_norm else []
-    return ", ".join(how)
+    """Say in words how the updates of a run are made."""
+    words = ["layerwise updates" if config.layerwise else "updates after backward"]
+    if config.activation_checkpointing:
+        words.append("activation checkpointing")
+    words.append(f"micro-batches of {config.batch_size} × {config.max_length} tokens")
+    if config.clip_norm:
+        words.append(f"the {config.clip_norm} norm clipped")
+    return ", ".join(words)
 
 
 class Static(NamedTuple):
-    """Bytes that are there throughout a run: exact."""
+    """Bytes that are held throughout a run. They are exact."""
 
     weights: int
     gradients: int
@@ -114,33 +126,49 @@ class Static(NamedTuple):
 
 @dataclass(frozen=True)
 class Outline:
-    """A run's model and optimizer, or a process's part of them, on ``meta``: they say what the real ones will hold, and
-    hold nothing. Neither depends on the execution and the micro-batch."""
+    """A run's model and optimizer on ``meta``, or a process's part of them.
+
+    They have the shapes of the real ones and take no memory. Neither depends on the execution and the micro-batch, so
+    one outline serves all plans of a search.
+    """
 
     model: LlamaForCausalLM
     optimizer: "RuleOptimizer"
 
     @classmethod
     def of(cls, config: RunConfig, architecture: LlamaConfig, mesh: Any = None) -> "Outline":
-        """Build it; InputError where the config's options do not fit the model."""
+        """Build the outline; InputError where the config's options do not fit the model."""
         model = model_for(config, architecture, "meta", mesh=mesh)
         return cls(model, optimizer_for(config, model))
 
     @cached_property
     def static(self) -> Static:
-        """Bytes that are there before anything is computed."""
+        """Return the bytes that are held before anything is computed."""
         optimizer = self.optimizer
-        sums = sum(optimizer.sum_bytes(p) for p in optimizer.state)
-        weights = sum(local(p).nbytes for p in self.model.parameters())
-        gradients = sum(local(p).nbytes for p in optimizer.state)
-        return Static(weights, gradients, optimizer.state_bytes(), sums)
+        return Static(
+            weights=sum(local(p).nbytes for p in self.model.parameters()),
+            gradients=sum(local(p).nbytes for p in optimizer.state),
+            state=optimizer.state_bytes(),
+            sums=sum(optimizer.sum_bytes(p) for p in optimizer.state),
+        )
 
 
 def static_bytes(config: RunConfig, architecture: LlamaConfig, mesh: Any = None) -> Static:
-    """What a run, or a process of it, holds before it computes anything, whatever its execution and micro-batch."""
+    """Return what a run, or a process of it, holds before it computes anything."""
     return Outline.of(config, architecture, mesh).static
 
 
+# A plan makes the real model, optimizer and execution, and runs the real update with them, but on torch's fake tensors:
+# they have shapes, dtypes and storages of a size, and no memory behind them. A `Ledger` counts these storages. So
+# nothing is estimated from formulas, and a change of the training code changes the plan.
+#
+# How each kind is known: weights and moments by when they are made, bases because the rules name them, gradients by
+# hooks of their parameters, and sums because the optimizer's observer sees what was accumulated. What autograd records
+# are activations. All else are temporaries.
+#
+# Only updates that can hold most are made: the one in which the largest matrices have a basis due and, of one
+# micro-batch, the first one too: its random bases are not outweighed by sums over micro-batches. Of several
+# micro-batches the first and the last are run, since between them nothing is added.
 def measure(
     config: RunConfig,
     architecture: LlamaConfig,
@@ -149,26 +177,27 @@ def measure(
     every_update: bool = False,
     outline: Outline | None = None,
 ) -> Plan:
-    """The peak over the updates of a run, or of a process of ``mesh``, by making them on fake tensors: no memory, no
-    arithmetic, no communication.
+    """Measure the peak over the updates of a run, or of a process of ``mesh``, by making them on fake tensors.
 
-    The update is made in which the largest matrices have a basis due, and the first one, where sums over micro-batches
-    do not outweigh its random bases. Of several micro-batches, the first and the last are run: between them nothing
-    is added. Updates of equal tensors are made once and then replayed, and of the chunks in which a large tensor is
-    updated, three are (``every_update`` makes all). Allocations are counted, without what an allocator or a kernel of
-    a library adds for itself. The `faked` model is a copy of that of ``outline``, where there is one.
+    That takes no memory, no arithmetic and no communication. Updates of equal tensors are made once and then replayed,
+    and of the chunks in which a large tensor is updated, three are made (``every_update`` makes all). Allocations are
+    counted, without what an allocator or a library's kernel adds for itself. The `faked` model is a copy of that of
+    ``outline``, where there is one.
     """
-    ledger = Ledger()
+    # Only FSDP2 resizes storages.
+    ledger = Ledger(resizes=mesh is not None)
     sample = None if every_update else ChunkSample()
     with faked(config, architecture, mesh, ledger, sample, outline) as (model, optimizer):
         for p in optimizer.slots:
-            for basis in optimizer.rule_of(p).bases(optimizer.tensors(p)):
+            rule = optimizer.rule_of(p)
+            for basis in rule.bases(optimizer.tensors(p)):
                 if basis is not None:
                     ledger.assign(basis, "bases")
         execution = execution_for(config, optimizer)
-        _watch(ledger, model)
-        optimizer.observer = _Filing(ledger, optimizer, each=every_update)
-        make_heaviest_updates(config, model, optimizer, execution, min(config.micro_batches, 2))
+        _add_hooks(ledger, model)
+        optimizer.observer = _OptimizerObserver(ledger, optimizer, each=every_update)
+        micro_batches = min(config.micro_batches, 2)
+        make_heaviest_updates(config, model, optimizer, execution, micro_batches)
     return Plan(config, ledger.peak, ledger.at_peak, ledger.moment_of_peak)
 
 
@@ -181,26 +210,33 @@ def faked(
     sample: ChunkSample | None = None,
     outline: Outline | None = None,
 ) -> Iterator[tuple[LlamaForCausalLM, "RuleOptimizer"]]:
-    """Make tensors fake meanwhile, and give a run's model and optimizer of them, which ``ledger`` sees being made.
+    """Make all tensors fake in this context, and yield a run's model and optimizer made of such.
 
-    With a ``sample``, only some of a large tensor's chunks are worked on.
+    ``ledger`` counts them as they are made. With a ``sample``, only some of a large tensor's chunks are worked on.
     """
     if mesh is not None:
-        import_module("torch.distributed._tools.fake_collectives")  # what they return of fake tensors
-    if outline is None or mesh is not None:  # what FSDP2 has shared out cannot be copied
-        model = Outline.of(config, architecture, mesh).model  # its optimizer fills caches that fake tensors cannot
+        # Importing this teaches torch what its collectives return of fake tensors.
+        import_module("torch.distributed._tools.fake_collectives")
+    if outline is None or mesh is not None:
+        # What FSDP2 has shared out cannot be copied. The outline's optimizer is dropped, but building it has filled
+        # caches of constants, which fake tensors could not fill.
+        model = Outline.of(config, architecture, mesh).model
     else:
         model = copy.deepcopy(outline.model)
 
     def kind(name: str) -> AbstractContextManager[None]:
-        return ledger.kind(name) if ledger else contextlib.nullcontext()
+        if ledger is None:
+            return contextlib.nullcontext()
+        return ledger.kind(name)
 
+    device = device_of(config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     mode.chunk_sample = sample  # type: ignore[attr-defined]
-    with mode, device_of(config), ledger or contextlib.nullcontext():
+    with mode, device, ledger or contextlib.nullcontext():
         with kind("weights"):
-            model.to_empty(device=device_of(config))
-            model.tie_weights()  # where the config says so: new storage has parted them
+            model.to_empty(device=device)
+            # `to_empty` has given tied weights storages of their own.
+            model.tie_weights()
         with kind("moments"):
             optimizer = optimizer_for(config, prepare(config, model), mesh)
         yield model, optimizer
@@ -209,39 +245,37 @@ def faked(
 def make_heaviest_updates(
     config: RunConfig, model: LlamaForCausalLM, optimizer: "RuleOptimizer", execution: Execution, micro_batches: int
 ) -> None:
-    """Those updates of a run that can hold most, of so many micro-batches each."""
+    """Make those updates of a run that can hold most, of ``micro_batches`` each."""
     for count in heaviest_updates(config, optimizer):
-        for p, state in optimizer.state.items():  # as if all before it had been made
+        for p, state in optimizer.state.items():
+            # As if all updates before this one had been made: a run still holds the table that their random bits were
+            # read from. Asking for the bits of a far update makes such a table.
             state["step"] = count - 1
-            optimizer.random_bits(p, count + 1000)  # what they were last read from is still there
+            optimizer.random_bits(p, count + 1000)
         make_update(config, model, execution, micro_batches)
 
 
 def make_update(config: RunConfig, model: LlamaForCausalLM, execution: Execution, micro_batches: int) -> None:
-    """One update of so many micro-batches, of no text."""
+    """Make one update of ``micro_batches``, whose tokens are all zero."""
     for i in range(micro_batches):
-        rows = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
-        loss = mean_loss(model, rows, rows, rows.numel())
+        tokens = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
+        loss = mean_loss(model, tokens, tokens, tokens.numel())
         execution.begin(i, micro_batches)
         loss.backward()
         del loss
     execution.complete()
 
 
-def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
-    """Tell the ledger where in the update it is, and which tensors are gradients."""
+def _add_hooks(ledger: Ledger, model: LlamaForCausalLM) -> None:
+    """Have the model tell the ledger where in the update it is, and which tensors are gradients."""
 
-    def say(name: str) -> Callable[..., None]:
+    def says(moment: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            ledger.moment = name
+            ledger.moment = moment
 
         return hook
 
-    for i, layer in enumerate(model.model.layers):
-        layer.register_forward_pre_hook(say(f"forward of layer {i}"))
-    model.model.norm.register_forward_hook(say("head and loss"))
-
-    def gradient(name: str) -> Callable[[Tensor], None]:
+    def assigns_gradient(name: str) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
             ledger.moment = f"backward, at {name}"
             if p.grad is not None:
@@ -249,41 +283,51 @@ def _watch(ledger: Ledger, model: LlamaForCausalLM) -> None:
 
         return hook
 
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(says(f"forward of layer {i}"))
+    model.model.norm.register_forward_hook(says("head and loss"))
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        p.register_post_accumulate_grad_hook(gradient(name))
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(assigns_gradient(name))
 
 
 def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]:
-    """Numbers of the updates that can hold most."""
+    """Return the numbers of the updates that can hold most."""
     if not optimizer.projects:
         return [1]
-    size: Counter[int] = Counter()
+    elements_due: Counter[int] = Counter()  # by the number of an update, in matrices that get a new basis there
     for p in optimizer.state:
-        if (due := optimizer.next_due(p, 2)) is not None:
-            size[due] += p.numel()
-    heaviest = max(size, key=lambda count: size[count])
-    return [heaviest] if config.micro_batches > 1 else [1, heaviest]
+        due = optimizer.next_due(p, 2)
+        if due is not None:
+            elements_due[due] += p.numel()
+    heaviest = max(elements_due, key=lambda count: elements_due[count])
+    if config.micro_batches > 1:
+        return [heaviest]
+    return [1, heaviest]
 
 
-# The optimizer hands over each piece of its work. Pieces that are alike for many tensors are done once, and what they
-# held is replayed for the others: a plan of 7B would take minutes otherwise.
-class _Filing:
-    """Gives what an optimizer keeps its kind in the ledger, and does once what is alike, unless ``each`` is wanted."""
+# The optimizer hands over each piece of its work for a parameter p. Two pieces hold the same if they are the same work
+# by the same rule for tensors of the same shape, and both or neither have a basis due. The first one is done, and the
+# ledger remembers by how much each kind grew at its maximum. For the others that is replayed on top of what is held by
+# then, and what the work would have freed is freed here. Without this, a plan of 7B would take minutes.
+class _OptimizerObserver:
+    """Tells the ledger of what kind an optimizer's tensors are, and does equal work once, or ``each`` time if asked."""
 
     def __init__(self, ledger: Ledger, optimizer: "RuleOptimizer", *, each: bool) -> None:
-        self._ledger, self._optimizer, self._each = ledger, optimizer, each
-        self._known: dict[Hashable, dict[str, int]] = {}
+        self._ledger = ledger
+        self._optimizer = optimizer
+        self._each = each
+        self._episodes: dict[Hashable, dict[str, int]] = {}
 
     def observe(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
-        """Do a piece of the optimizer's work, or replay what one like it held."""
+        """Do a piece of the optimizer's work, or replay what an equal one held."""
         if name == "complete":
             self._ledger.moment = "updates after backward"
         if p is None or name == "refresh":
             work()
             return
-        with self._ledger.kind("temporaries"):  # a table of random bits is made now and then: no part of what repeats
+        # A table of random bits is made for every so many updates. It must not become part of what is replayed.
+        with self._ledger.kind("temporaries"):
             self._optimizer.random_bits(p, self._optimizer.state[p]["step"] + 1)
         if name == "update":
             self._update(p, work)
@@ -291,38 +335,43 @@ class _Filing:
             self._accumulate(p, work)
         else:
             work()
-            self._assign(p, compressed_only=True)
+            self._assign_sum(p)
 
     def _update(self, p: Tensor, work: Callable[[], None]) -> None:
-        if not self._once("update", p, work):
+        done = self._do_or_replay("update", p, work)
+        if not done:
             self._optimizer.discard([p])
 
     def _accumulate(self, p: Tensor, work: Callable[[], None]) -> None:
         if p not in self._optimizer.pending:
+            # The first gradient of an update becomes the sum itself, so it must exist.
             work()
-        elif not self._once("accumulate", p, work):
-            p.grad = None
-        self._assign(p)
+        else:
+            done = self._do_or_replay("accumulate", p, work)
+            if not done:
+                p.grad = None
+        self._assign_sum(p)
+        self._assign_gradient(p)
 
-    def _assign(self, p: Tensor, *, compressed_only: bool = False) -> None:
-        """Say of what kind the pending gradient is."""
+    def _assign_sum(self, p: Tensor) -> None:
         pending = self._optimizer.pending.get(p)
-        if pending is None:
-            return
-        if pending.compressed:
+        if pending is not None and pending.compressed:
             self._ledger.assign(pending.grad, "sums")
-        elif not compressed_only:
+
+    def _assign_gradient(self, p: Tensor) -> None:
+        pending = self._optimizer.pending.get(p)
+        if pending is not None and not pending.compressed:
             self._ledger.assign(pending.grad, "gradients")
 
-    def _once(self, name: str, p: Tensor, work: Callable[[], None]) -> bool:
-        """Whether the work was done; else what it held has been replayed."""
+    def _do_or_replay(self, name: str, p: Tensor, work: Callable[[], None]) -> bool:
+        """Do the work and return True, or replay what equal work held and return False."""
         pending = self._optimizer.pending.get(p)
         compressed = None if pending is None else pending.compressed
         count = int(self._optimizer.state[p]["step"]) + 1
         is_due = self._optimizer.next_due(p, count) == count
         key = (name, p.shape, self._optimizer.rule_of(p), compressed, is_due)
-        if self._each or key not in self._known:
-            self._known[key] = self._ledger.episode(work)
+        if self._each or key not in self._episodes:
+            self._episodes[key] = self._ledger.episode(work)
             return True
-        self._ledger.replay(self._known[key])
+        self._ledger.replay(self._episodes[key])
         return False

@@ -21,7 +21,7 @@ from galore_pretrain.train.build import execution_for, model_for, optimizer_for
 
 Counts = dict[Any, float]
 FLOPS = "flops"
-_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+_ATTENTION_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 class Speeds(NamedTuple):
@@ -38,47 +38,68 @@ class Speeds(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """An update of one process. ``sent``: bytes by (collective, whether between hosts), as rings move them: what passes
-    through each process, and for what goes between hosts, in and out of each host."""
+    """What one process computes and sends in an update.
+
+    ``sent``: bytes by (collective, whether between hosts), as rings move them: within hosts what passes through each
+    process, and between hosts what goes in and out of each host.
+    """
 
     config: RunConfig
     flops: float
     sent: Mapping[tuple[str, bool], float]
 
     def through(self, *, network: bool) -> float:
-        """Bytes of all collectives, within hosts or between them."""
+        """Return the bytes of all collectives, within hosts or between them (``network``)."""
         return sum(size for (_, between), size in self.sent.items() if between == network)
 
     def seconds_at_least(self, speeds: Speeds) -> dict[str, float]:
         """Return what an update takes if all it has to do overlaps perfectly, in seconds, by what bounds it."""
-        needs = (self.flops, self.through(network=False), self.through(network=True))
-        names = ("compute", "links", "network")
-        return {n: need / s for n, need, s in zip(names, needs, speeds, strict=True) if s and need}
+        bounds = (
+            ("compute", self.flops, speeds.flops),
+            ("links", self.through(network=False), speeds.link),
+            ("network", self.through(network=True), speeds.network),
+        )
+        return {name: need / speed for name, need, speed in bounds if speed and need}
 
     def as_json(self, speeds: Speeds) -> dict[str, Any]:
-        """The keys that programs may rely on."""
+        """Return the keys that programs may rely on."""
+        sent_bytes = {}
+        for (name, between), size in self.sent.items():
+            sent_bytes[f"{name} {_where(between)}"] = size
         seconds = self.seconds_at_least(speeds)
+        rate = None
+        if seconds:
+            rate = self._tokens() / max(seconds.values())
         return {
             "flops": self.flops,
-            "sent_bytes": {f"{name} {_where(between)}": size for (name, between), size in self.sent.items()},
+            "sent_bytes": sent_bytes,
             "seconds_at_least": seconds,
-            "tokens_per_second_at_most": self._tokens() / max(seconds.values()) if seconds else None,
+            "tokens_per_second_at_most": rate,
         }
 
     def table(self, speeds: Speeds) -> str:
         """Return the table that a person reads."""
         lines = [f"an update: {self.flops / 1e12:.3g} TFLOP of each process"]
-        for between in (False, True):
-            if total := self.through(network=between):
-                what = "in and out of each host" if between else "through each process"
-                parts = {name: size for (name, far), size in self.sent.items() if far == between and size > total / 100}
-                of = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in sorted(parts.items()))
-                lines.append(f"{_where(between)} {total / 2**30:.3g} GiB {what} ({of})")
-        if seconds := self.seconds_at_least(speeds):
+        if self.through(network=False):
+            lines.append(self._line(between=False, what="through each process"))
+        if self.through(network=True):
+            lines.append(self._line(between=True, what="in and out of each host"))
+        seconds = self.seconds_at_least(speeds)
+        if seconds:
             slowest = max(seconds, key=lambda name: seconds[name])
-            each = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-            lines.append(f"at most {self._tokens() / seconds[slowest]:,.0f} tokens/s, bound by {slowest} ({each})")
+            rate = self._tokens() / seconds[slowest]
+            bounds = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+            lines.append(f"at most {rate:,.0f} tokens/s, bound by {slowest} ({bounds})")
         return "\n".join(lines)
+
+    def _line(self, *, between: bool, what: str) -> str:
+        """Return the line of the bytes between hosts or within them, with the collectives of more than 1 %."""
+        total = self.through(network=between)
+        parts = []
+        for (name, is_between), size in sorted(self.sent.items()):
+            if is_between == between and size > total / 100:
+                parts.append(f"{name} {size / 2**30:.3g}")
+        return f"{_where(between)} {total / 2**30:.3g} GiB {what} ({', '.join(parts)})"
 
     def _tokens(self) -> int:
         return self.config.total_batch_size * self.config.max_length
@@ -88,59 +109,90 @@ def _where(between: bool) -> str:
     return "between hosts" if between else "within hosts"
 
 
+# The real update is made on fake tensors, and a `Counter` sees its operations. Making all layers and micro-batches of a
+# large model would take minutes, so four small updates are made: of L = 1 and 2 layers, with M = 1 and 2 micro-batches.
+# Each further layer, and each further micro-batch, adds what the second one does. So a count is bilinear in L and M:
+#
+#     count(L, M) = once + (L - 1) · per_layer + (M - 1) · per_part + (L - 1) (M - 1) · per_layer_and_part
+#
+# and the four updates give its four terms exactly. No basis is due in them: a refresh's messages, of which T updates
+# share one, are added by `_refresh`.
 def count(config: RunConfig, mesh: Any = None) -> Traffic:
-    """The products and the messages of an update, and a refresh's share of messages. (A refresh's products are not
-    counted: decompositions have no formula, and every T updates they are few.)
+    """Count the products and the messages of an update, and a refresh's share of messages.
 
-    The real update is made on fake tensors, of models with one and two layers and with one and two micro-batches: all
-    further ones add the same.
+    A refresh's products are not counted: decompositions have no formula, and every T updates they are few.
     """
     architecture = load_model_config(config.model)
-    layers, parts = architecture.num_hidden_layers, config.micro_batches
+    config_of_small = config
+    if config.update_proj_gap:
+        # Bases that are renewed in turn could be due in any update.
+        config_of_small = replace(config, refresh="together")
 
-    def counted(layers: int, parts: int) -> Counts:
+    def counted(layers: int, micro_batches: int) -> Counts:
         smaller = copy.deepcopy(architecture)
         smaller.num_hidden_layers = layers
-        together = replace(config, refresh="together") if config.update_proj_gap else config
-        return _update(together, smaller, mesh, parts)
+        return _update(config_of_small, smaller, mesh, micro_batches)
 
-    first, layer = (counted(n, 1) for n in (1, 2))
-    part, both = (counted(n, 2) for n in (1, 2)) if parts > 1 else (first, layer)
+    count_11 = counted(1, 1)
+    count_21 = counted(2, 1)
+    if config.micro_batches > 1:
+        count_12 = counted(1, 2)
+        count_22 = counted(2, 2)
+    else:
+        count_12 = count_11
+        count_22 = count_21
+    layers = architecture.num_hidden_layers - 1
+    parts = config.micro_batches - 1
     total = _refresh(config, architecture, mesh)
-    for key in set().union(first, layer, part, both):
-        a, b, c, d = (x[key] for x in (first, layer, part, both))
-        total[key] += a + (layers - 1) * (b - a) + (parts - 1) * (c - a) + (layers - 1) * (parts - 1) * (d - b - c + a)
+    for key in count_11 | count_21 | count_12 | count_22:
+        once = count_11[key]
+        per_layer = count_21[key] - once
+        per_part = count_12[key] - once
+        per_layer_and_part = count_22[key] - count_21[key] - count_12[key] + once
+        total[key] += once + layers * per_layer + parts * per_part + layers * parts * per_layer_and_part
     flops = total.pop(FLOPS)
-    return Traffic(config, flops, {key: size for key, size in total.items() if size})
+    sent = {key: size for key, size in total.items() if size}
+    return Traffic(config, flops, sent)
 
 
+# A new basis is found by one process of one replica. That process gathers the gradient from all shards, and broadcasts
+# the basis in fp32, with one more number: whether the basis is valid. The matrices are dealt out among all processes,
+# so on average each of them gathers one in `size`. Bytes between hosts are those of a host, of `here` processes.
 def _refresh(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
-    """Bytes of the bases, one in T updates, on average over the processes: each gradient goes to one process of one
-    replica, and what is found there, in fp32, and whether it is better, to all."""
-    found: Counts = defaultdict(float)
+    """Return the bytes that new bases send, as one update's share of T, on average over the processes."""
+    counts: Counts = defaultdict(float)
     if mesh is None or not config.update_proj_gap:
-        return found
-    size, shards, here = mesh.size(), mesh.size(-1), config.processes.here
-    optimizer = optimizer_for(config, model_for(config, architecture, "meta", mesh=mesh), mesh)
+        return counts
+    size = mesh.size()
+    shards = mesh.size(-1)
+    here = config.processes.here
+    shards_here = min(shards, here)
+    model = model_for(config, architecture, "meta", mesh=mesh)
+    optimizer = optimizer_for(config, model, mesh)
     for p in optimizer.slots:
-        bases = sum(4 * b.numel() for b in optimizer.rule_of(p).bases(optimizer.tensors(p)) if b is not None)
-        if not bases:
+        bases = optimizer.rule_of(p).bases(optimizer.tensors(p))
+        elements = sum(basis.numel() for basis in bases if basis is not None)
+        if not elements:
             continue
-        sent = bases + 4 * (size > 1)
-        inside = min(shards, here)
-        for name, between, bytes_ in (
-            ("broadcast", False, sent * (here > 1)),
-            ("broadcast", True, sent * (size > here)),
-            ("gather", False, local(p).nbytes * (inside - 1) / size),
-            ("gather", True, local(p).nbytes * (shards - inside) * here / size),
-        ):
-            found[name, between] += bytes_ / config.update_proj_gap
-    return found
+        broadcast = 4 * elements
+        if size > 1:
+            broadcast += 4
+        gradient = local(p).nbytes
+        bytes_per_refresh = {
+            ("broadcast", False): broadcast * (here > 1),
+            ("broadcast", True): broadcast * (size > here),
+            ("gather", False): gradient * (shards_here - 1) / size,
+            ("gather", True): gradient * (shards - shards_here) * here / size,
+        }
+        for key, sent in bytes_per_refresh.items():
+            counts[key] += sent / config.update_proj_gap
+    return counts
 
 
-def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int) -> Counts:
-    """One update of so many micro-batches, in which no basis is due, even where one is at each."""
+def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, micro_batches: int) -> Counts:
+    """Count one update of so many micro-batches in which no basis is due."""
     if config.update_proj_gap:
+        # The second update is counted. With T of 1 or 2 a basis could be due there.
         config = replace(config, update_proj_gap=max(3, config.update_proj_gap))
     sample = ChunkSample()
     with faked(config, architecture, mesh, sample=sample) as (model, optimizer):
@@ -149,57 +201,85 @@ def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, parts: int)
             state["step"] = 1
         counter = Counter(sample, config.processes.here)
         with counter:
-            make_update(config, model, execution, parts)
-        return counter.found
+            make_update(config, model, execution, micro_batches)
+        return counter.counts
 
 
+# Products are counted by torch's own formulas, one for each operation that multiplies matrices. Messages are counted by
+# the size of their group: a ring of n processes moves (n - 1) / n of a tensor through each of them to gather or to
+# reduce-scatter it, twice that to reduce it for all, and the whole tensor to broadcast it. A ring that goes through
+# several hosts enters and leaves each of them once.
 class Counter(TorchDispatchMode):
-    """Counts products and messages of what is done while it is active, on fake tensors or real ones."""
+    """Counts products and messages of what is done while it is active, on fake tensors or real ones.
+
+    ``counts`` has FLOPs under `FLOPS`, and bytes under (collective, whether between hosts).
+    """
 
     def __init__(self, sample: ChunkSample | None = None, processes_here: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._here = processes_here
+        self._processes_here = processes_here
         self._sample = sample or ChunkSample()
-        self.found: Counts = defaultdict(float)
+        self.counts: Counts = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         packet = func._overloadpacket
         if func.namespace == "c10d":
-            self._message(packet.__name__, args)
-        elif (formula := flop_registry.get(_with_formula(packet))) is not None:
-            self.found[FLOPS] += formula(*args, **(kwargs or {}), out_val=out) * self._sample.repeats
-        return out
+            self._count_message(packet.__name__, args)
+            return result
+        formula = flop_registry.get(_with_formula(packet))
+        if formula is not None:
+            self.counts[FLOPS] += formula(*args, **kwargs, out_val=result) * self._sample.repeats
+        return result
 
-    def _message(self, name: str, args: Any) -> None:
-        """Bytes that pass through each process of a ring, or in and out of each host that it goes through."""
+    def _count_message(self, name: str, args: Any) -> None:
         from torch import distributed
 
-        group = next(distributed.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
+        group = next(distributed.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
         ranks = distributed.get_process_group_ranks(group)
-        host = distributed.get_rank() // self._here
-        size, here = len(ranks), sum(rank // self._here == host for rank in ranks)
-        tensors = [x for part in args for x in (part if isinstance(part, list) else [part]) if isinstance(x, Tensor)]
-        largest = max(x.nbytes for x in tensors)
-        if name == "gather_":  # to one, who alone has lists for it
-            is_owner = bool(args[0] and args[0][0])
-            self.found["gather", False] += tensors[0].nbytes * (here - 1) * is_owner
-            self.found["gather", True] += tensors[0].nbytes * (size - here) * is_owner * self._here  # on average
+        host = distributed.get_rank() // self._processes_here
+        size = len(ranks)
+        here = sum(rank // self._processes_here == host for rank in ranks)
+        tensors = _tensors(args)
+        if name == "gather_":
+            # Only the process that gathers has a list of outputs, args[0]. It receives a tensor of each other process.
+            receives = bool(args[0] and args[0][0])
+            if receives:
+                # Between hosts, bytes are those of a host. Each of its processes gathers as often as this one, on
+                # average.
+                self.counts["gather", False] += tensors[0].nbytes * (here - 1)
+                self.counts["gather", True] += tensors[0].nbytes * (size - here) * self._processes_here
             return
-        name, sent = {
+        largest = max(tensor.nbytes for tensor in tensors)
+        collective, sent = {
             "_allgather_base_": ("all-gather", largest * (size - 1) / size),
             "_reduce_scatter_base_": ("reduce-scatter", largest * (size - 1) / size),
             "allreduce_": ("all-reduce", 2 * largest * (size - 1) / size),
             "broadcast_": ("broadcast", largest),
         }[name]
-        if here < size:  # as many such groups as processes on a host that are not in this one
-            self.found[name, True] += sent * self._here / here
+        if here < size:
+            # The host's processes are in so many such groups, all of which leave it.
+            self.counts[collective, True] += sent * self._processes_here / here
         if here > 1:
-            self.found[name, False] += sent
+            self.counts[collective, False] += sent
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    """Return the tensors of a message: arguments, or in lists that are arguments."""
+    tensors = []
+    for arg in args:
+        values = arg if isinstance(arg, list) else [arg]
+        tensors += [value for value in values if isinstance(value, Tensor)]
+    return tensors
 
 
 def _with_formula(packet: Any) -> Any:
-    """The attention of CPUs has no formula, nor has what is done in place; a GPU's, of the same arguments, has."""
-    name = packet.__name__
-    name = name.replace("_for_cpu", "") if name.startswith(_ON_CPU) else name.rstrip("_")
+    """Return the operation with a formula for FLOPs that computes the same as ``packet``.
+
+    Neither the attention of CPUs nor what works in place has one. A GPU's attention, of the same arguments, has.
+    """
+    name = packet.__name__.rstrip("_")
+    if name.startswith(_ATTENTION_ON_CPU):
+        name = name.replace("_for_cpu", "")
     return getattr(torch.ops.aten, name, packet)
