@@ -173,49 +173,17 @@ class RunConfig:
     galore_scale: float | None = _flag(None, "GaLore: factor α on projected updates.", float, METHOD, above=0)
     proj_type: str | None = _flag(None, "GaLore: side that is projected.", PROJ_TYPES, METHOD, shown="std")
     basis: str | None = _flag(None, "GaLore: how a basis is found.", BASIS_NAMES, METHOD, shown="randomized")
-    refresh: str | None = _flag(
-        None,
-        "GaLore: renew bases at once or in turn.",
-        REFRESHES,
-        METHOD,
-        shown="staggered",
-    )
+    refresh: str | None = _flag(None, "GaLore: renew bases at once or in turn.", REFRESHES, METHOD, shown="staggered")
     moments: str | None = _flag(None, "GaLore: moments when a basis is renewed.", MOMENTS, METHOD, shown="keep")
-    natural_history: int | None = _flag(
-        None,
-        "Natural GaLore: past gradients s.",
-        int,
-        METHOD,
-        least=1,
-        shown="20",
-    )
-    natural_damping: float | None = _flag(
-        None,
-        "Natural GaLore: damping λ.",
-        float,
-        METHOD,
-        above=0,
-        shown="0.001",
-    )
+    natural_history: int | None = _flag(None, "Natural GaLore: past gradients s.", int, METHOD, least=1, shown="20")
+    natural_damping: float | None = _flag(None, "Natural GaLore: damping λ.", float, METHOD, above=0, shown="0.001")
     lora_alpha: float | None = _flag(None, "LoRA, ReLoRA: α; BA counts α/r.", float, METHOD, above=0, shown="32")
-    lora_dropout: float | None = _flag(
-        None,
-        "LoRA, ReLoRA: dropout before A.",
-        float,
-        METHOD,
-        least=0,
-        shown="0.05",
-    )
+    lora_dropout: float | None = _flag(None, "LoRA, ReLoRA: dropout before A.", float, METHOD, least=0, shown="0.05")
     relora_every: int | None = _flag(
         None, "ReLoRA: updates between two merges.", int, METHOD, least=1, shown="a fifth of the run"
     )
     relora_warmup: int | None = _flag(
-        None,
-        "ReLoRA: updates of warm-up after a merge.",
-        int,
-        METHOD,
-        least=0,
-        shown="a tenth of that, at most 100",
+        None, "ReLoRA: updates of warm-up after a merge.", int, METHOD, least=0, shown="a tenth of that, at most 100"
     )
     matrix_lr_scale: float = _flag(
         1.0, "Factor on the matrices' learning rate; 0 freezes them.", float, METHOD, least=0
@@ -223,11 +191,7 @@ class RunConfig:
     numerics: str = _flag("sound", "Sound, or the published code's choices.", NUMERICS, METHOD)
     weight_decay: float = _flag(None, "Weight decay.", float, METHOD, least=0)
     betas: tuple[float, float] | None = _flag(
-        None,
-        "Adam's β, as 0.9,0.999; the first is sgd's and adafactor's momentum.",
-        parse_betas,
-        METHOD,
-        shown="row",
+        None, "Adam's β, as 0.9,0.999; the first is sgd's and adafactor's momentum.", parse_betas, METHOD, shown="row"
     )
     eps: float | None = _flag(None, "Adam's ε.", float, METHOD, above=0, shown="row")
 
@@ -240,22 +204,9 @@ class RunConfig:
         shown="chosen from the budget",
     )
     activation_checkpointing: bool = _flag(
-        False,
-        "Recompute activations in backward.",
-        bool,
-        BATCH,
-        free=True,
-        shown="chosen from the budget",
+        False, "Recompute activations in backward.", bool, BATCH, free=True, shown="chosen from the budget"
     )
-    batch_size: int = _flag(
-        None,
-        "Sequences a micro-batch.",
-        int,
-        BATCH,
-        least=1,
-        free=True,
-        shown="from the budget",
-    )
+    batch_size: int = _flag(None, "Sequences a micro-batch.", int, BATCH, least=1, free=True, shown="from the budget")
     total_batch_size: int = _flag(None, "Sequences an update.", int, BATCH, least=1)
     memory_budget: int | None = _flag(
         None,
@@ -278,18 +229,10 @@ class RunConfig:
     data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", str, TEXT)
     eval_data: str | None = _flag(None, "Validation text, not a part of --data.", str, TEXT, shown="from --data")
     tokenizer: str = _flag(
-        None,
-        "t5, sample, a .model file, a folder or a hub id.",
-        str,
-        TEXT,
-        shown="t5 for c4, sample for sample",
+        None, "t5, sample, a .model file, a folder or a hub id.", str, TEXT, shown="t5 for c4, sample for sample"
     )
     bad_data: str = _flag(
-        "raise",
-        "Documents that cannot be read: stop, or leave them out, up to 1 in 100.",
-        BAD_DATA,
-        TEXT,
-        free=True,
+        "raise", "Documents that cannot be read: stop, or leave them out, up to 1 in 100.", BAD_DATA, TEXT, free=True
     )
     layout: str = _flag("pad", "One document a row, or documents packed.", ("pad", "pack"), TEXT)
     max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)
@@ -305,21 +248,11 @@ class RunConfig:
     warmup_steps: int | None = _flag(None, "Updates of linear warm-up.", int, LENGTH, least=0, shown="a tenth")
     lr: float = _flag(None, "Peak learning rate.", float, LENGTH, above=0)
     min_lr_ratio: float = _flag(
-        None,
-        "Last learning rate over the peak.",
-        float,
-        LENGTH,
-        least=0,
-        shown="0.1 for cosine, 0 for linear",
+        None, "Last learning rate over the peak.", float, LENGTH, least=0, shown="0.1 for cosine, 0 for linear"
     )
     scheduler: str = _flag("cosine", "Decay after warm-up.", ("cosine", "linear"), LENGTH)
     max_loss: float | None = _flag(
-        None,
-        "Skip updates whose loss is larger; ten in a row end the run.",
-        float,
-        LENGTH,
-        above=0,
-        shown="off",
+        None, "Skip updates whose loss is larger; ten in a row end the run.", float, LENGTH, above=0, shown="off"
     )
     eval_every: int = _flag(None, "Updates between evaluations.", int, LENGTH, least=1, free=True, shown=_TENTH)
     eval_tokens: int = _flag(10_000_000, "Validation tokens an evaluation.", parse_count, LENGTH, shown="10M")
