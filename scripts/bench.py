@@ -208,7 +208,12 @@ STEP: dict[str, Callable[[argparse.Namespace], Any]] = {
         o, "--layerwise", "--activation-checkpointing", optim="galore_adamw8bit"
     ),
 }
-LEAN = tuple(name for name in STEP if "layerwise" in name or "checkpointed" in name)  # of which memory is asked
+# The candidates of which memory alone is asked.
+LEAN = (
+    "galore_adamw, layerwise",
+    "galore_adamw, checkpointed",
+    "galore_adamw8bit, checkpointed",
+)
 
 
 def in_fresh_process(name: str, options: argparse.Namespace, *, memory: bool = False) -> Any:
@@ -243,7 +248,11 @@ def counted(run: Any) -> list[float]:
 
 def steady_speed(runs: list[Any]) -> float:
     """Return tokens/s of an update: the median over the runs, of each of which the median counts."""
-    return median(TOKENS / median(counted(run)) for run in runs)
+    speeds = []
+    for run in runs:
+        seconds = median(counted(run))
+        speeds.append(TOKENS / seconds)
+    return median(speeds)
 
 
 def speed_with_a_refresh(runs: list[Any]) -> float:
@@ -260,7 +269,11 @@ def speed_with_a_refresh(runs: list[Any]) -> float:
 
 def mean_loss_of(runs: list[Any]) -> float:
     """Return the mean loss of the updates after the warm-up: the median over the runs."""
-    return median(sum(run["losses"][WARM_UP:]) / UPDATES for run in runs)
+    means = []
+    for run in runs:
+        losses = run["losses"][WARM_UP:]
+        means.append(sum(losses) / UPDATES)
+    return median(means)
 
 
 def slowest_over_median(runs: list[Any]) -> float:
@@ -275,7 +288,7 @@ def slowest_over_median(runs: list[Any]) -> float:
 def step(options: argparse.Namespace, table: "Table") -> None:
     """Measure the training step, whole runs of each candidate in turn."""
     names = [name for name in STEP if name not in LEAN]
-    runs: dict[str, list[Any]] = {name: [] for name in names}
+    runs = defaultdict(list)
     for _ in range(options.rounds):
         for name in names:
             runs[name].append(in_fresh_process(name, options))
@@ -340,8 +353,12 @@ def optimizer_times(size: str, rounds: int) -> dict[str, float]:
     from galore_pretrain.optim import RuleOptimizer
     from galore_pretrain.optim.build import build_rules
 
-    def weights(sizes: list[tuple[int, ...]]) -> list[torch.Tensor]:
-        return [torch.randn(size).mul_(0.02).bfloat16().requires_grad_() for size in sizes]
+    def weights(tensor_shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        tensors = []
+        for shape in tensor_shapes:
+            numbers = torch.randn(shape).mul_(0.02)
+            tensors.append(numbers.bfloat16().requires_grad_())
+        return tensors
 
     def own(row: str, rounding: str) -> RuleOptimizer:
         projection: dict[str, Any] = {}
@@ -379,7 +396,9 @@ def optimizer_times(size: str, rounds: int) -> dict[str, float]:
 def text(options: argparse.Namespace, table: "Table") -> None:
     """Measure one thread, and the waiting of a consumer that takes a million tokens a second, as a GPU would."""
     for layout, wanted in (("pack", ">= 1"), ("pad", "")):
-        rates = [text_rate(options, layout) for _ in range(options.rounds)]
+        rates = []
+        for _ in range(options.rounds):
+            rates.append(text_rate(options, layout))
         table.line(f"text, {layout}, million tokens/s of one core", 4.0, median(rates), wanted)
     for rows in (8, 512):
         share = waiting_share(options, rows)
@@ -512,9 +531,7 @@ def seven(options: argparse.Namespace, table: "Table") -> None:
             a @ b
             peaks.append(2 * 2048 * 4096 * 4096 / (time.perf_counter() - started))
         rounds.append(measured(config, 2))
-    passes = median(times.passes for times in rounds)
-    update = median(times.update for times in rounds)
-    bases = median(times.bases for times in rounds)
+    passes, update, bases, _ = map(median, zip(*rounds, strict=True))
     peak = median(peaks)
     speed = flop_of_passes(config.model, 4 * LENGTH) / passes
     table.line("7B, two layers: forward and backward, GFLOP/s, against the peak", peak / 1e9, speed / 1e9, ">= 0.6")
