@@ -1,4 +1,4 @@
-"""Every goal of speed beside its peer: one table of goal, peer, this project, ratio, and whether it is met.
+"""Measure every goal of speed beside its peer: a table of goal, peer, this project, ratio, and whether it is met.
 
     make bench                                              # an hour; prints Markdown
     make bench BENCH='--only step text --rounds 3'          # a part of it
@@ -28,10 +28,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-MODEL, RANK, ROWS, LENGTH = "llama_60m", 128, 8, 256
-WARM_UP, UPDATES, SLOWEST = 3, 8, 20  # SLOWEST: updates of which the slowest is asked
+MODEL = "llama_60m"
+RANK = 128
+ROWS = 8
+LENGTH = 256
+TOKENS = ROWS * LENGTH  # of an update
+WARM_UP = 3  # updates that are not counted
+UPDATES = 8  # that are
+SLOWEST = 20  # counted updates where the slowest is asked
+PEER = "Trainer galore_adamw"
 STAGGERED = "galore_adamw, staggered"
-TOKENS = ROWS * LENGTH
 median = statistics.median
 
 
@@ -39,16 +45,18 @@ median = statistics.median
 
 
 def batches(options: argparse.Namespace) -> Iterator[Any]:
+    """Return the packed batches that all candidates train on."""
     from galore_pretrain.text.batches import TokenRows, TrainingData
     from galore_pretrain.text.sources import open_source
     from galore_pretrain.text.tokenizer import load_tokenizer
 
     rows = TokenRows(load_tokenizer(options.tokenizer), "pack", LENGTH)
-    return iter(TrainingData(open_source(options.data, "train"), rows, ROWS, 0))
+    source = open_source(options.data, "train")
+    return iter(TrainingData(source, rows, ROWS, 0))
 
 
 def ours(options: argparse.Namespace, *flags: str, optim: str = "galore_adamw") -> Any:
-    """The real command line; what it waits for text is timed where it asks for it."""
+    """Run the real command line; what it waits for text is timed where it asks for it."""
     from galore_pretrain import cli, run
 
     waited: list[float] = []
@@ -64,24 +72,49 @@ def ours(options: argparse.Namespace, *flags: str, optim: str = "galore_adamw") 
 
     run.read_ahead = timed  # type: ignore[attr-defined]
     output = options.folder / "run"
-    words = ["--model", MODEL, "--optim", optim, "--data", options.data, "--tokenizer", options.tokenizer]
-    words += ["--layout", "pack", "--steps", str(WARM_UP + options.updates), "--total-batch-size", str(ROWS)]
-    words += ["--batch-size", str(ROWS), "--eval-every", "10000", "--save-every", "10000", "--eval-tokens", "1000"]
-    words += ["--lr", "0.001", "--min-lr-ratio", "1", "--warmup-steps", "0", "--grad-clip", "0"]
-    words += ["--wandb", "disabled", "--output", str(output), *flags]
-    words += ["--rank", str(RANK)] if "galore" in optim else []
-    cli.cli.main(words, standalone_mode=False)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    seconds = [TOKENS / line["tokens_per_second"] for line in lines]
-    return {
-        "seconds": seconds,
-        "losses": [line["loss"] for line in lines],
-        "waited": sum(waited[WARM_UP:]) / sum(seconds[WARM_UP:]),
+    values = {
+        "model": MODEL,
+        "optim": optim,
+        "data": options.data,
+        "tokenizer": options.tokenizer,
+        "layout": "pack",
+        "steps": WARM_UP + options.updates,
+        "total-batch-size": ROWS,
+        "batch-size": ROWS,
+        "eval-every": 10_000,
+        "save-every": 10_000,
+        "eval-tokens": 1000,
+        "lr": 0.001,
+        "min-lr-ratio": 1,
+        "warmup-steps": 0,
+        "grad-clip": 0,
+        "wandb": "disabled",
+        "output": output,
     }
+    if "galore" in optim:
+        values["rank"] = RANK
+    cli.cli.main([*words(values), *flags], standalone_mode=False)
+
+    seconds = []
+    losses = []
+    for text in (output / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        seconds.append(TOKENS / line["tokens_per_second"])
+        losses.append(line["loss"])
+    share = sum(waited[WARM_UP:]) / sum(seconds[WARM_UP:])
+    return {"seconds": seconds, "losses": losses, "waited": share}
+
+
+def words(values: dict[str, Any]) -> list[str]:
+    """Return the words of a command line that say ``values``."""
+    found: list[str] = []
+    for name, value in values.items():
+        found += [f"--{name}", str(value)]
+    return found
 
 
 def by_hand(options: argparse.Namespace) -> Any:
-    """A loop such as anybody writes: torch's fused AdamW, the chunked loss of this project."""
+    """Train in a loop such as anybody writes: torch's fused AdamW, the chunked loss of this project."""
     import torch
 
     from galore_pretrain.model.head import mean_loss
@@ -90,7 +123,8 @@ def by_hand(options: argparse.Namespace) -> Any:
 
     model = build_model(load_model_config(MODEL), dtype=torch.bfloat16, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, weight_decay=0.0)
-    seconds, losses = [], []
+    seconds = []
+    losses = []
     for batch in islice(batches(options), WARM_UP + options.updates):
         started = time.perf_counter()
         loss = mean_loss(model, batch.input_ids, batch.labels, batch.label_tokens)
@@ -103,18 +137,18 @@ def by_hand(options: argparse.Namespace) -> Any:
 
 
 def trainer(options: argparse.Namespace, optim: str) -> Any:
-    """transformers' Trainer, with its own loss, on the same rows; weights in bf16 as here."""
+    """Train with transformers' Trainer, with its own loss, on the same rows; weights in bf16 as here."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from galore_pretrain.model.llama import build_model
     from galore_pretrain.model.llama_config import load_model_config
 
-    rows = [
-        {"input_ids": ids, "labels": ids}
-        for batch in islice(batches(options), WARM_UP + options.updates)
-        for ids in batch.input_ids
-    ]
+    updates = WARM_UP + options.updates
+    rows = []
+    for batch in islice(batches(options), updates):
+        for ids in batch.input_ids:
+            rows.append({"input_ids": ids, "labels": ids})
     model = build_model(load_model_config(MODEL), dtype=torch.bfloat16, seed=0)
     model.set_attn_implementation("sdpa")
     seconds: list[float] = []
@@ -130,23 +164,39 @@ def trainer(options: argparse.Namespace, optim: str) -> Any:
             seconds.append(time.perf_counter() - self.started)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            losses.extend([logs["loss"]] if "loss" in logs else [])
+            if "loss" in logs:
+                losses.append(logs["loss"])
 
-    galore = {"optim_target_modules": ["attn", "mlp"], "optim_args": f"rank={RANK}, update_proj_gap=200, scale=0.25"}
+    galore: dict[str, Any] = {}
+    if "galore" in optim:
+        galore["optim_target_modules"] = ["attn", "mlp"]
+        galore["optim_args"] = f"rank={RANK}, update_proj_gap=200, scale=0.25"
     arguments = TrainingArguments(
-        output_dir=str(options.folder), per_device_train_batch_size=ROWS, max_steps=WARM_UP + options.updates,
-        learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no", optim=optim, max_grad_norm=0.0,
-        weight_decay=0.0, train_sampling_strategy="sequential",
-        use_cpu=not torch.cuda.is_available(), disable_tqdm=True, lr_scheduler_type="constant", seed=0,
-        **(galore if "galore" in optim else {}),
-    )  # fmt: skip
+        output_dir=str(options.folder),
+        per_device_train_batch_size=ROWS,
+        max_steps=updates,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        optim=optim,
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        train_sampling_strategy="sequential",
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
+        seed=0,
+        **galore,
+    )
+    # The Trainer prints what it logs, and the last line of this process is its answer.
     with contextlib.redirect_stdout(sys.stderr):
         Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
     return {"seconds": seconds, "losses": losses}
 
 
 STEP: dict[str, Callable[[argparse.Namespace], Any]] = {
-    "Trainer galore_adamw": lambda o: trainer(o, "galore_adamw"),
+    PEER: lambda o: trainer(o, "galore_adamw"),
     "by hand": by_hand,
     "galore_adamw": lambda o: ours(o, "--no-layerwise"),
     "galore_adamw, compiled": lambda o: ours(o, "--no-layerwise", "--compile"),
@@ -158,100 +208,133 @@ STEP: dict[str, Callable[[argparse.Namespace], Any]] = {
         o, "--layerwise", "--activation-checkpointing", optim="galore_adamw8bit"
     ),
 }
-LEAN = tuple(name for name in STEP if "layerwise" in name or "checkpointed" in name)  # of which memory is asked
+# The candidates of which memory alone is asked.
+LEAN = (
+    "galore_adamw, layerwise",
+    "galore_adamw, checkpointed",
+    "galore_adamw8bit, checkpointed",
+)
 
 
 def in_fresh_process(name: str, options: argparse.Namespace, *, memory: bool = False) -> Any:
-    command = [sys.executable, __file__, "--one", name, "--data", options.data, "--tokenizer", options.tokenizer]
-    command += ["--updates", str(1 if memory else SLOWEST if name == STAGGERED else UPDATES)]
+    """Run one candidate in a process of its own; return what it measured."""
+    updates = UPDATES
+    if name == STAGGERED:
+        updates = SLOWEST
+    if memory:
+        updates = 1
     with tempfile.TemporaryDirectory() as folder:
-        command += ["--folder", folder, *["--memory"] * memory]
+        values = {
+            "one": name,
+            "data": options.data,
+            "tokenizer": options.tokenizer,
+            "updates": updates,
+            "folder": folder,
+        }
+        command = [sys.executable, __file__, *words(values)]
+        if memory:
+            command.append("--memory")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode != 0:
         sys.exit(f"{name}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def counted(run: Any) -> list[float]:
+    """Return the seconds of the updates after the warm-up."""
+    seconds: list[float] = run["seconds"]
+    return seconds[WARM_UP:]
+
+
+def steady_speed(runs: list[Any]) -> float:
+    """Return tokens/s of an update: the median over the runs, of each of which the median counts."""
+    speeds = []
+    for run in runs:
+        seconds = median(counted(run))
+        speeds.append(TOKENS / seconds)
+    return median(speeds)
+
+
+def speed_with_a_refresh(runs: list[Any]) -> float:
+    """Return tokens/s of eight updates and one refresh of all bases: the median over the runs."""
+    # A process's first update renews all bases. What it takes longer than others is the refresh, and the first use of
+    # libraries, which is in the figure for both sides.
+    speeds = []
+    for run in runs:
+        first = run["seconds"][0]
+        longer = max(0.0, first - median(counted(run)))
+        speeds.append(UPDATES * TOKENS / (sum(counted(run)) + longer))
+    return median(speeds)
+
+
+def mean_loss_of(runs: list[Any]) -> float:
+    """Return the mean loss of the updates after the warm-up: the median over the runs."""
+    means = []
+    for run in runs:
+        losses = run["losses"][WARM_UP:]
+        means.append(sum(losses) / UPDATES)
+    return median(means)
+
+
+def slowest_over_median(runs: list[Any]) -> float:
+    """Return how many times the median update the slowest takes, each update being the median over the runs."""
+    # Update by update over the runs first: what else the machine does makes a different one slow each time.
+    updates = []
+    for i in range(1, len(runs[0]["seconds"])):
+        updates.append(median(run["seconds"][i] for run in runs))
+    return max(updates) / median(updates)
+
+
 def step(options: argparse.Namespace, table: "Table") -> None:
-    found = defaultdict(list)
+    """Measure the training step, whole runs of each candidate in turn."""
+    names = [name for name in STEP if name not in LEAN]
+    runs = defaultdict(list)
     for _ in range(options.rounds):
-        for name in (name for name in STEP if name not in LEAN):
-            found[name].append(in_fresh_process(name, options))
+        for name in names:
+            runs[name].append(in_fresh_process(name, options))
+    steady = {name: steady_speed(runs[name]) for name in names}
 
-    def steady(name: str) -> float:
-        return median(TOKENS / median(run["seconds"][WARM_UP:]) for run in found[name])
-
-    def from_the_first(name: str) -> float:
-        """Tokens/s of eight updates and what a process's first, which renews all bases, takes longer: the first use of
-        libraries is in it too, for both."""
-        return median(UPDATES * TOKENS / (sum(run["seconds"][WARM_UP:]) + _first(run)) for run in found[name])
-
-    def _first(run: Any) -> float:
-        return max(0.0, run["seconds"][0] - median(run["seconds"][WARM_UP:]))
-
-    peer, hand, own = (steady(name) for name in ("Trainer galore_adamw", "by hand", "galore_adamw"))
-    table.line("step, tokens/s, against Trainer galore_adamw", peer, own, ">= 1.25")
-    first = [from_the_first(name) for name in ("Trainer galore_adamw", "galore_adamw, together")]
-    table.line("the same, with one refresh of all in 8 updates", *first, ">= 1.5")
-    table.line("the same with --compile", peer, steady("galore_adamw, compiled"), ">= 1.6")
-    table.line("step, tokens/s, against a loop by hand, fused AdamW", hand, own, ">= 0.97")
+    own = steady["galore_adamw"]
     table.step_ms = 1000 * TOKENS / own
-    low, high = WARM_UP + 1, WARM_UP + UPDATES
-    losses = {n: median(sum(run["losses"][WARM_UP:]) / UPDATES for run in found[n]) for n in found if n != STAGGERED}
-    table.note(f"Mean loss of updates {low} to {high}: {', '.join(f'{n} {v:.3f}' for n, v in losses.items())}.")
-    table.note("Tokens/s: " + ", ".join(f"{n} {steady(n):.0f}" for n in found) + ".")
-    updates = [median(values) for values in zip(*(run["seconds"][1:] for run in found[STAGGERED]), strict=True)]
-    slowest = max(updates) / median(updates)
-    table.line(f"slowest of {len(updates)} updates over the median, staggered, T = 200", 1.0, slowest, "<= 1.1")
-    waited = 100 * median(run["waited"] for run in found["galore_adamw"])
+    table.line(f"step, tokens/s, against {PEER}", steady[PEER], own, ">= 1.25")
+    their_first = speed_with_a_refresh(runs[PEER])
+    our_first = speed_with_a_refresh(runs["galore_adamw, together"])
+    table.line("the same, with one refresh of all in 8 updates", their_first, our_first, ">= 1.5")
+    table.line("the same with --compile", steady[PEER], steady["galore_adamw, compiled"], ">= 1.6")
+    table.line("step, tokens/s, against a loop by hand, fused AdamW", steady["by hand"], own, ">= 0.97")
+
+    losses = []
+    speeds = []
+    for name in names:
+        speeds.append(f"{name} {steady[name]:.0f}")
+        if name != STAGGERED:  # which makes more updates than the others
+            losses.append(f"{name} {mean_loss_of(runs[name]):.3f}")
+    table.note(f"Mean loss of updates {WARM_UP + 1} to {WARM_UP + UPDATES}: {', '.join(losses)}.")
+    table.note(f"Tokens/s: {', '.join(speeds)}.")
+    staggered = runs[STAGGERED]
+    updates = len(staggered[0]["seconds"]) - 1
+    slowest = slowest_over_median(staggered)
+    table.line(f"slowest of {updates} updates over the median, staggered, T = 200", 1.0, slowest, "<= 1.1")
+    waited = 100 * median(run["waited"] for run in runs["galore_adamw"])
     table.line("share of a step that waits for text, %", 1.0, waited, "<= 1")
 
 
 def memory(options: argparse.Namespace, table: "Table") -> None:
-    """What torch's allocator gives out, from before there is a model to the end of four updates."""
-    names = ("Trainer galore_adamw", "galore_adamw", *LEAN)
-    peak = {name: in_fresh_process(name, options, memory=True)["peak"] / 2**20 for name in names}
-    for name in names[1:]:
-        table.line(f"memory, MiB, {name}, against Trainer galore_adamw", peak[names[0]], peak[name], "<= 0.4")
+    """Measure what torch's allocator gives out, from before there is a model to the end of four updates."""
+    peer = in_fresh_process(PEER, options, memory=True)["peak"]
+    for name in ("galore_adamw", *LEAN):
+        peak = in_fresh_process(name, options, memory=True)["peak"]
+        table.line(f"memory, MiB, {name}, against {PEER}", peer / 2**20, peak / 2**20, "<= 0.4")
 
 
 # -- the optimizer alone ----------------------------------------------------------------------------------------------
 
 
 def optimizer(options: argparse.Namespace, table: "Table") -> None:
-    import torch
-    from bench_optimizers import RANKS, _bitsandbytes, seconds, shapes
-
-    from galore_pretrain.optim import RuleOptimizer
-    from galore_pretrain.optim.build import build_rules
-
+    """Measure the optimizer's step alone, on random gradients."""
     warnings.simplefilter("ignore")
     for size in ("60m", "130m"):
-        torch.manual_seed(0)
-        matrices, rest = (
-            [torch.randn(shape).mul_(0.02).bfloat16().requires_grad_() for shape in group] for group in shapes(size)
-        )
-        grads = {p: (torch.randn(p.shape) * 1e-3).bfloat16() for p in matrices + rest}
-
-        def own(row: str, rounding: str, *groups: Any, rank: int = RANKS[size]) -> RuleOptimizer:
-            more = {"rank": rank, "update_proj_gap": 10**6, "refresh": "together"} if "galore" in row else {}
-            rule, bare = build_rules(row, "sound", **more)
-            parts = [{"params": groups[0], "rule": rule}, {"params": groups[1], "rule": bare}]
-            return RuleOptimizer(parts, lr=1e-6, rounding=rounding)
-
-        built = {
-            "fused": torch.optim.AdamW(matrices + rest, lr=1e-6, fused=True),
-            "nearest": own("galore_adamw", "nearest", matrices, rest),
-            "stochastic": own("galore_adamw", "stochastic", matrices, rest),
-            "bitsandbytes": _bitsandbytes(matrices + rest),
-            "adamw8bit": own("adamw8bit", "stochastic", matrices, rest),
-            "galore_adamw8bit": own("galore_adamw8bit", "stochastic", matrices, rest),
-        }
-        times: dict[str, list[float]] = defaultdict(list)
-        for _ in range(2 + options.rounds):
-            for name, each in built.items():
-                times[name].append(1000 * seconds(each, grads, torch.device("cpu")))
-        ms = {name: median(values[2:]) for name, values in times.items()}
+        ms = optimizer_times(size, options.rounds)
         goal = f"{size}: galore_adamw's update, to nearest, ms, against fused AdamW"
         table.line(goal, ms["fused"], ms["nearest"], "<= 1.3")
         if size == "60m" and table.step_ms is not None:
@@ -262,62 +345,138 @@ def optimizer(options: argparse.Namespace, table: "Table") -> None:
             table.line(goal, ms["bitsandbytes"], ms[row], "<= 1")
 
 
+def optimizer_times(size: str, rounds: int) -> dict[str, float]:
+    """Return the milliseconds of a step of each optimizer, over the shapes of a model: medians over the rounds."""
+    import torch
+    from bench_optimizers import RANKS, _bitsandbytes, seconds, shapes
+
+    from galore_pretrain.optim import RuleOptimizer
+    from galore_pretrain.optim.build import build_rules
+
+    def weights(tensor_shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        tensors = []
+        for shape in tensor_shapes:
+            numbers = torch.randn(shape).mul_(0.02)
+            tensors.append(numbers.bfloat16().requires_grad_())
+        return tensors
+
+    def own(row: str, rounding: str) -> RuleOptimizer:
+        projection: dict[str, Any] = {}
+        if "galore" in row:
+            projection = {"rank": RANKS[size], "update_proj_gap": 10**6, "refresh": "together"}
+        rule, bare = build_rules(row, "sound", **projection)
+        groups = [{"params": matrices, "rule": rule}, {"params": rest, "rule": bare}]
+        return RuleOptimizer(groups, lr=1e-6, rounding=rounding)
+
+    torch.manual_seed(0)
+    matrix_shapes, other_shapes = shapes(size)
+    matrices = weights(matrix_shapes)
+    rest = weights(other_shapes)
+    both = matrices + rest
+    grads = {p: (torch.randn(p.shape) * 1e-3).bfloat16() for p in both}
+    optimizers = {
+        "fused": torch.optim.AdamW(both, lr=1e-6, fused=True),
+        "nearest": own("galore_adamw", "nearest"),
+        "stochastic": own("galore_adamw", "stochastic"),
+        "bitsandbytes": _bitsandbytes(both),
+        "adamw8bit": own("adamw8bit", "stochastic"),
+        "galore_adamw8bit": own("galore_adamw8bit", "stochastic"),
+    }
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(2 + rounds):
+        for name, candidate in optimizers.items():
+            times[name].append(1000 * seconds(candidate, grads, torch.device("cpu")))
+    # The first two steps set up states and, with a projection, bases.
+    return {name: median(values[2:]) for name, values in times.items()}
+
+
 # -- text and start ---------------------------------------------------------------------------------------------------
 
 
 def text(options: argparse.Namespace, table: "Table") -> None:
-    """One thread; and a consumer that takes a million tokens a second, as a GPU would."""
-    from galore_pretrain.text.batches import TokenRows, TrainingData, read_ahead
-    from galore_pretrain.text.sources import open_source
-    from galore_pretrain.text.tokenizer import load_tokenizer
-
-    tokenizer, source = load_tokenizer(options.tokenizer), open_source(options.data, "train")
-    for layout, goal in (("pack", ">= 1"), ("pad", "")):
+    """Measure one thread, and the waiting of a consumer that takes a million tokens a second, as a GPU would."""
+    for layout, wanted in (("pack", ">= 1"), ("pad", "")):
         rates = []
-        stream = iter(TrainingData(source, TokenRows(tokenizer, layout, LENGTH), 64, 0))
         for _ in range(options.rounds):
-            started, tokens = time.perf_counter(), 0
-            while time.perf_counter() - started < 2:
-                tokens += next(stream).tokens
-            rates.append(tokens / (time.perf_counter() - started) / 1e6)
-        table.line(f"text, {layout}, million tokens/s of one core", 4.0, median(rates), goal)
+            rates.append(text_rate(options, layout))
+        table.line(f"text, {layout}, million tokens/s of one core", 4.0, median(rates), wanted)
     for rows in (8, 512):
-        ahead = read_ahead(TrainingData(source, TokenRows(tokenizer, "pack", LENGTH), rows, 0), pin=False)
-        next(ahead)
-        time.sleep(0.5)
-        waited, began = 0.0, time.perf_counter()
-        while time.perf_counter() - began < 4:
-            started = time.perf_counter()
-            batch = next(ahead)
-            waited += time.perf_counter() - started
-            time.sleep(batch.tokens / 1e6)  # what a GPU would take, which leaves the interpreter alone
-        ahead.close()
-        share = waited / (time.perf_counter() - began)
+        share = waiting_share(options, rows)
         table.line(f"waiting at a million tokens/s, {rows} × {LENGTH} a step, %", 1.0, 100 * share, "<= 1")
 
 
+def training_data(options: argparse.Namespace, layout: str, rows: int) -> Any:
+    """Return the training text in batches of so many rows."""
+    from galore_pretrain.text.batches import TokenRows, TrainingData
+    from galore_pretrain.text.sources import open_source
+    from galore_pretrain.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    return TrainingData(open_source(options.data, "train"), TokenRows(tokenizer, layout, LENGTH), rows, 0)
+
+
+def text_rate(options: argparse.Namespace, layout: str) -> float:
+    """Return the million tokens/s that one thread makes, over two seconds."""
+    stream = iter(training_data(options, layout, 64))
+    started = time.perf_counter()
+    tokens = 0
+    while time.perf_counter() - started < 2:
+        tokens += next(stream).tokens
+    return tokens / (time.perf_counter() - started) / 1e6
+
+
+def waiting_share(options: argparse.Namespace, rows: int) -> float:
+    """Return the share of its time in which a consumer of a million tokens/s waits, over four seconds."""
+    from galore_pretrain.text.batches import read_ahead
+
+    ahead = read_ahead(training_data(options, "pack", rows), pin=False)
+    next(ahead)
+    time.sleep(0.5)  # in which the thread that reads ahead fills its queue
+    waited = 0.0
+    began = time.perf_counter()
+    while time.perf_counter() - began < 4:
+        started = time.perf_counter()
+        batch = next(ahead)
+        waited += time.perf_counter() - started
+        time.sleep(batch.tokens / 1e6)  # what a GPU would take, which leaves the interpreter alone
+    ahead.close()
+    return waited / (time.perf_counter() - began)
+
+
 def first_update(options: argparse.Namespace) -> float:
-    """Seconds from the command to the line of the first update."""
-    words = ["--model", MODEL, "--data", options.data, "--tokenizer", options.tokenizer, "--rank", str(RANK)]
-    words += ["--steps", "2", "--total-batch-size", "1", "--eval-tokens", "1000", "--wandb", "disabled"]
+    """Return the seconds from the command to the line of the first update."""
     with tempfile.TemporaryDirectory() as folder:
-        lines = Path(folder) / "run" / "metrics.jsonl"
-        words += ["--output", str(lines.parent)]
-        began, found = time.perf_counter(), None
-        with subprocess.Popen(
-            [sys.executable, "-m", "galore_pretrain", *words], stderr=subprocess.PIPE, text=True
-        ) as process:
-            while found is None and process.poll() is None:
+        output = Path(folder) / "run"
+        values = {
+            "model": MODEL,
+            "data": options.data,
+            "tokenizer": options.tokenizer,
+            "rank": RANK,
+            "steps": 2,
+            "total-batch-size": 1,
+            "eval-tokens": 1000,
+            "wandb": "disabled",
+            "output": output,
+        }
+        command = [sys.executable, "-m", "galore_pretrain", *words(values)]
+        metrics = output / "metrics.jsonl"
+        seconds = None
+        began = time.perf_counter()
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while seconds is None and process.poll() is None:
                 time.sleep(0.01)
-                found = time.perf_counter() - began if lines.exists() and lines.stat().st_size else None
-            errors = process.communicate()[1]
-        if process.returncode or found is None:
+                if metrics.exists() and metrics.stat().st_size > 0:
+                    seconds = time.perf_counter() - began
+            _, errors = process.communicate()
+        if process.returncode != 0 or seconds is None:
             sys.exit(f"start: {errors[-3000:]}")
-    return found
+    return seconds
 
 
 def start(options: argparse.Namespace, table: "Table") -> None:
-    helps, firsts = [], []
+    """Measure how long a command takes to begin its work, and what it loads that it has no use for."""
+    helps = []
+    firsts = []
     for _ in range(options.rounds):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "galore_pretrain", "--help"], capture_output=True, check=True)
@@ -325,10 +484,13 @@ def start(options: argparse.Namespace, table: "Table") -> None:
         firsts.append(first_update(options))
     table.line("start: from command to first update, s", 8.0, median(firsts), "<= 1")
     table.line("start: --help, s", 0.4, median(helps), "<= 1")
-    code = "import sys; from galore_pretrain.cli import cli; cli.main(sys.argv[1:], standalone_mode=False); "
-    code += "print(sorted({'wandb', 'datasets'} & set(sys.modules)))"
-    words = [sys.executable, "-c", code, "plan", "--model", MODEL, "--data", "sample"]
-    loaded = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    code = (
+        "import sys; from galore_pretrain.cli import cli; cli.main(sys.argv[1:], standalone_mode=False); "
+        "print(sorted({'wandb', 'datasets'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, "plan", "--model", MODEL, "--data", "sample"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *_, loaded = done.stdout.splitlines()
     table.note(f"Of wandb and datasets, `plan` loads {loaded}.")
 
 
@@ -336,44 +498,68 @@ def start(options: argparse.Namespace, table: "Table") -> None:
 
 
 def seven(options: argparse.Namespace, table: "Table") -> None:
-    """galore_adamw8bit, rank 1024; an update of 512 × 256 tokens by arithmetic from what a few take: forward and
-    backward of each 4 × 256, whose gradients are added to layerwise updates' sums but for the first's, the rest of an
-    update once, the bases once in 500."""
+    """Measure two layers of 7B: galore_adamw8bit, rank 1024."""
+    # A step of 512 × 256 tokens would take an hour: it is put together by arithmetic from what a few updates take. It
+    # has 128 micro-batches of 4 × 256, forward and backward of each. Layerwise updates add the gradients of all but the
+    # first to their sums. The rest of an update is there once, and the bases once in 500 updates.
     import torch
     from bench_growth import gathering, measured, two_layers_of
 
     from galore_pretrain.config.resolve import resolve
-    from galore_pretrain.model.llama_config import load_model_config
 
-    given: dict[str, Any] = {"model": two_layers_of("llama_7b"), "optim": "galore_adamw8bit", "rank": 1024}
-    given |= {"data": "sample", "steps": 1000, "grad_clip": 0.0, "layerwise": False, "activation_checkpointing": False}
-    given |= {"refresh": "together", "batch_size": 4, "total_batch_size": 4}
-    config, _ = resolve(given, dict.fromkeys(given, "flag"))
-    shape, tokens = load_model_config(config.model), 4 * LENGTH
-    h, i, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    weights = layers * (4 * h * h + 3 * h * i) + h * shape.vocab_size
-    work = 6 * weights * tokens + 12 * layers * h * LENGTH * tokens
-    a, b = torch.randn(2048, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
-    peaks, passes, updates, bases = [], [], [], []
+    values: dict[str, Any] = {
+        "model": two_layers_of("llama_7b"),
+        "optim": "galore_adamw8bit",
+        "rank": 1024,
+        "data": "sample",
+        "steps": 1000,
+        "grad_clip": 0.0,
+        "layerwise": False,
+        "activation_checkpointing": False,
+        "refresh": "together",
+        "batch_size": 4,
+        "total_batch_size": 4,
+    }
+    config, _ = resolve(values, dict.fromkeys(values, "flag"))
+    a = torch.randn(2048, 4096).bfloat16()
+    b = torch.randn(4096, 4096).bfloat16()
+    peaks = []
+    rounds = []
     for _ in range(3):
         for _ in range(3):
             started = time.perf_counter()
             a @ b
             peaks.append(2 * 2048 * 4096 * 4096 / (time.perf_counter() - started))
-        found = measured(config, 2)
-        passes.append(found.passes)
-        updates.append(found.update)
-        bases.append(found.bases)
-    peak, fb, update, refresh = (median(values) for values in (peaks, passes, updates, bases))
-    table.line("7B, two layers: forward and backward, GFLOP/s, against the peak", peak / 1e9, work / fb / 1e9, ">= 0.6")
-    adding, parts = gathering(config, 3), 512 // 4
-    own = update + (parts - 1) * adding + refresh / 500
+        rounds.append(measured(config, 2))
+    passes, update, bases, _ = map(median, zip(*rounds, strict=True))
+    peak = median(peaks)
+    speed = flop_of_passes(config.model, 4 * LENGTH) / passes
+    table.line("7B, two layers: forward and backward, GFLOP/s, against the peak", peak / 1e9, speed / 1e9, ">= 0.6")
+
+    adding = gathering(config, 3)
+    micro_batches = 512 // 4
+    own = update + (micro_batches - 1) * adding + bases / 500
     goal = "7B: update, sums and bases, s of a step of 512 × 256 of two layers"
-    table.line(goal, parts * fb + own, own, "<= 0.3")
+    table.line(goal, micro_batches * passes + own, own, "<= 0.3")
     table.note(
-        f"7B, two layers, embeddings and head: forward and backward of 4 × 256 tokens {fb:.2f} s, adding their "
-        f"gradients {adding:.2f} s, an update {update:.2f} s, all 14 bases {refresh:.2f} s."
+        f"7B, two layers, embeddings and head: forward and backward of 4 × 256 tokens {passes:.2f} s, adding their "
+        f"gradients {adding:.2f} s, an update {update:.2f} s, all 14 bases {bases:.2f} s."
     )
+
+
+def flop_of_passes(model: str, tokens: int) -> int:
+    """Return the arithmetic of forward and backward of so many tokens, in rows of 256."""
+    # Two FLOP a weight and token forward, four backward; embeddings are looked up. Attention's two products of a layer,
+    # scores and their mean of values, take 4 h FLOP for each pair of positions forward, three times that in all.
+    from galore_pretrain.model.llama_config import load_model_config
+
+    shape = load_model_config(model)
+    h = shape.hidden_size
+    i = shape.intermediate_size
+    layers = shape.num_hidden_layers
+    weights = layers * (4 * h * h + 3 * h * i) + h * shape.vocab_size
+    attention = 12 * layers * h * LENGTH * tokens
+    return 6 * weights * tokens + attention
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -386,26 +572,68 @@ class Table:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        print("| goal | peer, or bound | here | ratio | wanted | met |\n|---|---|---|---|---|---|", flush=True)
+        print("| goal | peer, or bound | here | ratio | wanted | met |")
+        print("|---|---|---|---|---|---|", flush=True)
 
     def line(self, goal: str, peer: float, here: float, wanted: str) -> None:
+        """Print a line; ``wanted`` bounds the ratio here / peer, as ">= 1.25" or "<= 1", and may be empty."""
         ratio = here / peer
-        bound = float(wanted[3:] or 0)
-        met = {">": ratio >= bound, "<": ratio <= bound}.get(wanted[:1])
-        words = {True: "yes", False: "**no**", None: ""}[met]
-        print(f"| {goal} | {peer:.4g} | {here:.4g} | {ratio:.3g} | {wanted} | {words} |", flush=True)
+        met = ""
+        if wanted:
+            sign, bound = wanted.split()
+            is_met = ratio >= float(bound) if sign == ">=" else ratio <= float(bound)
+            met = "yes" if is_met else "**no**"
+        print(f"| {goal} | {peer:.4g} | {here:.4g} | {ratio:.3g} | {wanted} | {met} |", flush=True)
 
-    def note(self, words: str) -> None:
-        self.notes.append(words)
+    def note(self, text: str) -> None:
+        """Keep a paragraph for the end."""
+        self.notes.append(text)
 
 
 PARTS = {"step": step, "memory": memory, "optimizer": optimizer, "text": text, "start": start, "seven": seven}
 
 
+def print_machine(options: argparse.Namespace) -> None:
+    """Print what is measured, where, on what text, and with which versions."""
+    import torch
+
+    packages = ("torch", "transformers", "accelerate", "galore-torch", "bitsandbytes")
+    versions = [f"{package} {metadata.version(package)}" for package in packages]
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{MODEL}, bf16, {ROWS} × {LENGTH} tokens, rank {RANK}; {machine}; {', '.join(versions)}")
+    date = time.strftime("%Y-%m-%d")
+    text = f"{Path(options.data).name}, tokenizer {Path(options.tokenizer).name}"
+    print(f"{date}, medians of {options.rounds}; text: {text}. `wanted`: of the ratio, here / peer\n")
+
+
+def check_text(options: argparse.Namespace) -> None:
+    """Exit where the text or the tokenizer cannot be opened, before an hour of measuring."""
+    from galore_pretrain.errors import InputError
+    from galore_pretrain.text.sources import open_source
+    from galore_pretrain.text.tokenizer import load_tokenizer
+
+    try:
+        open_source(options.data, "train")
+        load_tokenizer(options.tokenizer)
+    except InputError as error:
+        sys.exit(f"Error: {error}")
+
+
+def measure_one(options: argparse.Namespace) -> Any:
+    """Run one candidate of the step in this process; return what it measured, or its peak of memory in bytes."""
+    candidate = STEP[options.one]
+    if not options.memory:
+        return candidate(options)
+    from galore_pretrain.planning.ledger import allocated_peak
+
+    return {"peak": allocated_peak(lambda: candidate(options))}
+
+
 def main() -> None:
+    """Print the table, or measure the one candidate that another process asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = "parts of the table; seven: two layers of llama_7b"
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help=words)
+    only_help = "parts of the table; seven: two layers of llama_7b"
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help=only_help)
     parser.add_argument("--rounds", type=int, choices=range(1, 100), default=5, metavar="N", help="5 by default")
     parser.add_argument("--data", default="sample", help="as of galore-pretrain: sample by default")
     parser.add_argument("--tokenizer", default="sample", help="as of galore-pretrain: sample by default")
@@ -416,32 +644,10 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.one:
-        from galore_pretrain.planning.ledger import allocated_peak
-
-        found: list[Any] = []
-        work = lambda: found.append(STEP[options.one](options))  # noqa: E731
-        print(json.dumps({"peak": allocated_peak(work)} if options.memory else work() or found[0]))
+        print(json.dumps(measure_one(options)))
         return
-    import torch
-
-    from galore_pretrain.errors import InputError
-    from galore_pretrain.text.sources import open_source
-    from galore_pretrain.text.tokenizer import load_tokenizer
-
-    try:
-        open_source(options.data, "train")
-        load_tokenizer(options.tokenizer)
-    except InputError as error:
-        sys.exit(f"Error: {error}")
-    versions = ", ".join(
-        f"{p} {metadata.version(p)}" for p in ("torch", "transformers", "accelerate", "galore-torch", "bitsandbytes")
-    )
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{MODEL}, bf16, {ROWS} × {LENGTH} tokens, rank {RANK}; {machine}; {versions}")
-    text = f"{Path(options.data).name}, tokenizer {Path(options.tokenizer).name}"
-    print(
-        f"{time.strftime('%Y-%m-%d')}, medians of {options.rounds}; text: {text}. `wanted`: of the ratio, here / peer\n"
-    )
+    check_text(options)
+    print_machine(options)
     table = Table()
     for name in options.only:
         PARTS[name](options, table)

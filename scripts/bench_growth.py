@@ -104,7 +104,8 @@ def measured(config: RunConfig, rounds: int) -> Times:
     """Return medians over so many rounds of three updates."""
     # With T = 3, updates 0, 3, 6, … renew all bases. Update 0 is left out: libraries start there. What a renewal takes
     # is the difference between the medians of the updates with one and of those without.
-    passes, updates, weights = timed(replace(config, update_proj_gap=3), 1 + 3 * rounds)
+    renewing_each_third = replace(config, update_proj_gap=3)
+    passes, updates, weights = timed(renewing_each_third, 1 + 3 * rounds)
     renewing = updates[3::3]
     steady = median(updates[1::3] + updates[2::3])
     bases = max(0.0, median(renewing) - steady)
@@ -134,7 +135,12 @@ def averaged(config: RunConfig) -> Times:
     gap = int(config.update_proj_gap or 1)
     periods = max(1, 16 // gap)
     passes, updates, weights = timed(config, 1 + gap * periods)
-    return Times(median(passes[1:]), mean(updates[1:]), None, weights)
+    return Times(
+        passes=median(passes[1:]),
+        update=mean(updates[1:]),
+        bases=None,
+        weights=weights,
+    )
 
 
 class Point(NamedTuple):
@@ -156,12 +162,12 @@ def draw(path: Path, points: list[Point]) -> None:
     panels = figure.subplots(1, len(kinds), sharey=True)
     for axes, kind in zip(panels, kinds, strict=True):
         shown = [point for point in points if point.kind == kind]
-        values = [point.value for point in shown]
-        both = [point.passes + point.update for point in shown]
-        seconds_a_flop = both[0] / shown[0].flops
-        scaled = [seconds_a_flop * point.flops for point in shown]
-        axes.plot(values, [point.passes for point in shown], "o-", label="forward and backward")
-        axes.plot(values, [point.update for point in shown], "s-", label="update")
+        _, values, passes, updates, flops = zip(*shown, strict=True)
+        both = list(map(sum, zip(passes, updates, strict=True)))
+        seconds_a_flop = both[0] / flops[0]
+        scaled = [seconds_a_flop * flop for flop in flops]
+        axes.plot(values, passes, "o-", label="forward and backward")
+        axes.plot(values, updates, "s-", label="update")
         axes.plot(values, both, "-", color="black", label="both")
         axes.plot(values, scaled, ":", color="black", label="both, if they grew as the arithmetic")
         axes.set_yscale("log")

@@ -245,7 +245,10 @@ def measured(chosen: list[Candidate], grads: dict[Tensor, Tensor], rounds: int, 
 
 def medians(values: dict[str, list[float]]) -> dict[str, float]:
     """Return the median of each list."""
-    return {name: statistics.median(numbers) for name, numbers in values.items()}
+    result = {}
+    for name, numbers in values.items():
+        result[name] = statistics.median(numbers)
+    return result
 
 
 def print_table(chosen: list[Candidate], figures: Figures) -> None:
@@ -310,12 +313,19 @@ def main() -> None:
     torch.manual_seed(0)
 
     def weights(sizes: list[tuple[int, ...]]) -> list[Tensor]:
-        return [torch.randn(size, device=device).mul_(0.02).to(dtype).requires_grad_() for size in sizes]
+        tensors = []
+        for size in sizes:
+            numbers = torch.randn(size, device=device).mul_(0.02)
+            tensors.append(numbers.to(dtype).requires_grad_())
+        return tensors
 
     matrix_shapes, other_shapes = shapes(arguments.shapes)
     matrices = weights(matrix_shapes)
     rest = weights(other_shapes)
-    grads = {p: (torch.randn(p.shape, device=device) * 1e-3).to(dtype) for p in matrices + rest}
+    grads = {}
+    for p in matrices + rest:
+        numbers = torch.randn(p.shape, device=device) * 1e-3
+        grads[p] = numbers.to(dtype)
 
     everything = list(candidates(matrices, rest, RANKS[arguments.shapes]))
     names = [name for name, _, _ in everything]

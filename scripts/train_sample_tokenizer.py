@@ -4,7 +4,7 @@
     python scripts/train_sample_tokenizer.py     # needs the extra ``sample``
 
 Unigram with T5's ids (pad 0, eos 1, unk 2) and T5's normalization; 1024 pieces so that llama_1m spends its parameters
-on matrices rather than on a vocabulary. LoadedModel on the training split alone: validation text is unseen by it too.
+on matrices rather than on a vocabulary. Trained on the training split alone: validation text is unseen by it too.
 """
 
 from pathlib import Path
@@ -17,8 +17,12 @@ TARGET = Path(__file__).resolve().parent.parent / "galore_pretrain" / "tokenizer
 
 
 def main() -> None:
+    """Train on all documents and write the model where the package looks for it."""
     source = sample_source("train")
-    documents = [text for shard in range(len(source.shards)) for _, text in source.read(shard, 0)]
+    documents = []
+    for shard in range(len(source.shards)):
+        for _, text in source.read(shard, 0):
+            documents.append(text)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(documents),
         model_prefix=str(TARGET),

@@ -123,6 +123,7 @@ def _in_table2(model: str, row: str, rank: int | None, steps: int | None) -> Cel
 
 
 def _papers_name(row: str) -> str | None:
+    """Return the paper's name of a row of Table 2; None of another row."""
     for method, name in PRINTED.items():
         if name == row:
             return method
@@ -269,6 +270,7 @@ def _header(columns: Sequence[str]) -> list[str]:
 
 
 def _line(cells: Sequence[str]) -> str:
+    """Return a line of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -328,5 +330,6 @@ def _table11(table: Mapping[str, Any]) -> list[str]:
 
 
 def _measured_and_planned(measured_gb: float, model: str, row: str, layerwise: bool) -> str:
+    """Return a cell: GB as measured by the authors, and 10⁹ bytes as planned."""
     planned = planned_peak(model, row, layerwise)
     return f"{measured_gb:.2f} / {planned / 1e9:.2f}"

@@ -137,10 +137,12 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def _all_lines(run: Result) -> Lines:
+    """Return the lines of all updates."""
     return run.lines
 
 
 def _evaluations(run: Result) -> Lines:
+    """Return the lines with a validation loss."""
     return run.evaluations
 
 
@@ -173,6 +175,7 @@ def _values(name: str) -> Callable[[Result, Lines], list[float]]:
 
 
 def _million_tokens(run: Result, lines: Lines) -> list[float]:
+    """Return the million tokens that were seen up to each of the lines."""
     return [line["tokens_seen"] / 1e6 for line in lines]
 
 
@@ -247,7 +250,7 @@ def draw_comparison(folder: Path, suffix: str, comparison: Comparison) -> list[t
         both_axes = figure.subplots(1, 2)
         for axes, (x, y) in zip(both_axes, panels, strict=True):
             for label, runs in comparison.methods.items():
-                shown = finished(runs) or [run for run in runs if y.lines(run)]
+                shown = finished(runs) or list(filter(y.lines, runs))
                 if shown:
                     _draw_curve(axes, label, shown, x, y, styles[label])
             axes.set(xlabel=x.label, ylabel=y.label)
@@ -301,9 +304,13 @@ def _perplexity_against_memory(
         return None
     # Weights and optimizer state are what a method decides on, and are the same on every machine. They are in a run's
     # summary. Where one run has lost it, all are shown by their measured peaks: an axis must mean one thing.
-    has_sizes = all("optimizer_bytes" in run.summary for run in chain.from_iterable(methods.values()))
-    size_of = _weights_and_state if has_sizes else _measured_peak
-    what = "weights and optimizer state" if has_sizes else "peak memory"
+    summaries = [run.summary for run in chain.from_iterable(methods.values())]
+    if all("optimizer_bytes" in summary for summary in summaries):
+        size_of = _weights_and_state
+        what = "weights and optimizer state"
+    else:
+        size_of = _measured_peak
+        what = "peak memory"
 
     figure = _figure(7, 4.5)
     axes = figure.subplots()
@@ -335,10 +342,12 @@ def _perplexity_against_memory(
 
 
 def _weights_and_state(run: Result) -> int:
+    """Return the bytes of a finished run's weights and optimizer state."""
     return int(run.summary["weights_bytes"] + run.summary["optimizer_bytes"])
 
 
 def _measured_peak(run: Result) -> int:
+    """Return the most bytes that were measured in a run."""
     peaks = [int(line["peak_memory_bytes"]) for line in run.lines]
     return max(peaks)
 
@@ -360,7 +369,9 @@ def _leave_out_the_beginning(axes: Any) -> None:
     # there is nothing to compare in it.
     if not axes.lines:
         return
-    coordinates = [x for line in axes.lines for x in line.get_xdata()]
+    coordinates: list[float] = []
+    for line in axes.lines:
+        coordinates += list(line.get_xdata())
     a_hundredth = max(coordinates) / 100
     before_the_first = min(coordinates) / 1.1
     axes.set_xlim(left=max(a_hundredth, before_the_first))
@@ -401,6 +412,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
+    """Write the figure, without the upper and right lines of its frames, into a file; make the folder for it."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,7 @@ class Table:
 
 
 def _html_row(cells: Sequence[str], tag: str) -> str:
+    """Return a row of a table in HTML, every cell in the tag."""
     parts = [f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells]
     return f"<tr>{''.join(parts)}</tr>"
 
@@ -125,6 +126,7 @@ def _section(comparison: Comparison, folder: Path, suffix: str) -> tuple[list[st
 
 
 def _html_paragraph(text: str) -> str:
+    """Return a paragraph in HTML, escaped."""
     return f"<p>{html.escape(text)}</p>"
 
 
@@ -320,7 +322,9 @@ def _notes(comparison: Comparison) -> list[str]:
         printed = _printed(comparison.setting, runs[0])
         if printed is not None:
             sources.append((printed.source, printed.length))
-    tokens = max(run.lines[-1]["tokens_seen"] for run in all_runs)
+    tokens = 0
+    for run in all_runs:
+        tokens = max(tokens, run.lines[-1]["tokens_seen"])
     notes = []
     # `dict.fromkeys` drops repetitions and keeps the order, which a set does not.
     for source, length in dict.fromkeys(sources):

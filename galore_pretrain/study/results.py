@@ -194,8 +194,9 @@ def _run_folders(path: Path) -> list[Path]:
             inside.append(file.parent)
     if inside:
         return sorted(inside)
-    is_a_report = (path / "report.md").exists()
-    return [] if is_a_report else [path]
+    if (path / "report.md").exists():
+        return []
+    return [path]
 
 
 def compare(results: Sequence[Result]) -> list[Comparison]:

@@ -225,8 +225,8 @@ class Sweep:
             print(f"failed: {run.folder} (see its log.txt)", file=sys.stderr)
         begun = [run.folder for run in final if run.has_begun]
         if self._stop is None:
-            code = 1 if failed else 0
-            return begun, code
+            exit_code = int(len(failed) > 0)
+            return begun, exit_code
         over = sum(run.loss is not None for run in final)
         wanted = len(self.seeds) * len(self.lines)
         print(f"stopped, {over} of {wanted} runs over; the same command goes on", file=sys.stderr)
@@ -245,6 +245,7 @@ class Sweep:
         return runs
 
     def _tunes(self, entry: Entry) -> bool:
+        """Whether a factor is looked for: factors were named, and the line leaves it open."""
         return bool(self.factors) and entry.is_tuned
 
     def all_runs(self) -> list[Planned]:
@@ -364,11 +365,13 @@ class Sweep:
         """Return the flags for all lines that go to this one."""
         # A line takes those that mean something to its row. One that means something to no row goes to all: each run
         # would refuse it, and says so before any is made.
-        own = without_meaning(entry.flags["optim"])
-        others = [without_meaning(other.flags["optim"]) for other in self.lines]
+        meaningless = without_meaning(entry.flags["optim"])
+        meaningless_to_all = set(meaningless)
+        for other in self.lines:
+            meaningless_to_all &= set(without_meaning(other.flags["optim"]))
         flags_of_line = {}
         for name, value in self.shared.items():
-            if name not in own or all(name in other for other in others):
+            if name not in meaningless or name in meaningless_to_all:
                 flags_of_line[name] = value
         return flags_of_line
 
