@@ -1,4 +1,4 @@
-"""The composition root: the only place where the parts of a run are chosen and joined.
+"""The composition root: where the parts of a run are made and joined.
 
 A run has three phases. `prepare` opens what it reads, finds the checkpoint that it goes on from and fits its updates to
 the memory: what can be refused is refused there, before weights exist. `assemble` builds the parts and joins them to a
@@ -86,16 +86,18 @@ def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable
     """
     started = time.monotonic()
     with joined(config) as world:
-        config, origins = world.on_rank_zero(lambda: (config, origins))  # its names hold the time
+        config, origins = world.on_rank_zero(
+            lambda: (config, origins)
+        )  # the default --output holds the time: all take that of the first
         directory = RunDirectory(Path(config.output), world)
         with directory.locked():
             prepared = prepare(config, origins, directory, world)
             if prepared is None:
                 return 0
             with _failures_explained(prepared):
-                static = prepared.outline.static  # of all processes, in files
+                static = prepared.outline.static  # bytes of the whole run, as its checkpoints will have them
                 directory.check_space(prepared.config, static.weights + static.state)
-                return _make(prepared, assemble(prepared, started), when_stuck)
+                return _train_to_end(prepared, assemble(prepared, started), when_stuck)
 
 
 def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirectory, world: World) -> Prepared | None:
@@ -117,7 +119,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     outline = part = Outline.of(config, inputs.model)
     if world.mesh is not None:
         part = Outline.of(config, inputs.model, world.mesh)
-    is_restored = saved is not None and not config.undecided
+    is_restored = saved is not None and not config.undecided  # `resolve_resume` leaves it open where it cannot restore
     choice = world.on_rank_zero(lambda: fitted(config, part, world.mesh, is_restored=is_restored))
     config = choice.config
     if is_restored:
@@ -145,7 +147,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     state = TrainState()
 
     model = model_for(config, inputs.model, device, fresh=saved is None, mesh=world.mesh, position=position)
-    optimizer = optimizer_for(config, build.prepare(config, model), world.mesh)
+    optimizer = optimizer_for(config, build.set_up_model(config, model), world.mesh)
     if config.compile:
         build.compile_layers(model)
     execution = execution_for(config, optimizer)
@@ -193,7 +195,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     return Assembled(trainer, batches, saver, totals)
 
 
-def _make(prepared: Prepared, assembled: Assembled, when_stuck: Callable[[], None]) -> int:
+def _train_to_end(prepared: Prepared, assembled: Assembled, when_stuck: Callable[[], None]) -> int:
     """Train to the end of the schedule, or to a signal, and return the exit code."""
     trainer, saver = assembled.trainer, assembled.saver
     with on_stop(trainer.stop):

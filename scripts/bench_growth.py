@@ -23,7 +23,7 @@ from galore_pretrain.config.resolve import resolve
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.planning.traffic import count
-from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
+from galore_pretrain.train.build import execution_for, model_for, optimizer_for, set_up_model
 
 BASE: dict[str, Any] = {
     "optim": "galore_adamw",
@@ -80,7 +80,7 @@ class Times(NamedTuple):
 def timed(config: RunConfig, updates: int) -> tuple[list[float], list[float], int]:
     """Make so many updates; return (seconds of forward and backward, seconds of the rest, number of weights)."""
     model = model_for(config, load_model_config(config.model))
-    optimizer = optimizer_for(config, prepare(config, model))
+    optimizer = optimizer_for(config, set_up_model(config, model))
     execution = execution_for(config, optimizer)
     passes = []
     rest = []
@@ -115,7 +115,7 @@ def measured(config: RunConfig, rounds: int) -> Times:
 def gathering(config: RunConfig, rounds: int) -> float:
     """Return the median seconds in which layerwise updates add one more micro-batch's gradients to their sums."""
     model = model_for(config, load_model_config(config.model))
-    optimizer = optimizer_for(config, prepare(config, model))
+    optimizer = optimizer_for(config, set_up_model(config, model))
     params = list(optimizer.state)
     seconds = []
     for i in range(rounds + 2):  # the first has new bases, the second begins a sum

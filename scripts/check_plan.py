@@ -32,13 +32,13 @@ from galore_pretrain.meters import process_peak_bytes
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.planning.ledger import allocated_peak
 from galore_pretrain.planning.plan import make_heaviest_updates, measure
-from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
+from galore_pretrain.train.build import execution_for, model_for, optimizer_for, set_up_model
 
 
 def updates(config: RunConfig, mesh: Any) -> None:
     """Make the updates that the plan is of."""
     model = model_for(config, load_model_config(config.model), mesh=mesh)
-    optimizer = optimizer_for(config, prepare(config, model), mesh)
+    optimizer = optimizer_for(config, set_up_model(config, model), mesh)
     execution = execution_for(config, optimizer)
     make_heaviest_updates(config, model, optimizer, execution, config.micro_batches)
 

@@ -39,7 +39,7 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.optim.methods import METHODS, NUMERICS
 from galore_pretrain.text.batches import IGNORE, Batch
-from galore_pretrain.train.build import execution_for, factors_of, model_for, optimizer_for, prepare
+from galore_pretrain.train.build import execution_for, factors_of, model_for, optimizer_for, set_up_model
 from galore_pretrain.train.schedule import Schedule
 from galore_pretrain.train.trainer import Trainer, TrainState
 
@@ -170,7 +170,7 @@ def train(cell: Cell, config: RunConfig, world: World) -> tuple[str, str]:
     """A training is built and run as run.py does; its digests are those of this process's parts."""
     architecture, position = load_model_config(config.model), TrainingPosition()
     model = model_for(config, architecture, config.device, mesh=world.mesh, position=position)
-    optimizer = optimizer_for(config, prepare(config, model), world.mesh)
+    optimizer = optimizer_for(config, set_up_model(config, model), world.mesh)
     factors = factors_of(config)
     if "bad" in cell.more:
         spoil(model, cell.more["bad"])

@@ -19,7 +19,7 @@ from galore_pretrain.dist import joined
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.planning.plan import make_update
 from galore_pretrain.planning.traffic import FLOPS, Counter
-from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
+from galore_pretrain.train.build import execution_for, model_for, optimizer_for, set_up_model
 
 WAYS = [*itertools.product(("full", "hybrid", "none"), ("full",)), ("hybrid", "projected"), ("none", "projected")]
 
@@ -43,7 +43,7 @@ def main() -> None:
             config = config_of(model, row, shard, reduce, rank)
             with joined(config) as world:
                 model_ = model_for(config, load_model_config(model), mesh=world.mesh)
-                optimizer = optimizer_for(config, prepare(config, model_), world.mesh)
+                optimizer = optimizer_for(config, set_up_model(config, model_), world.mesh)
                 execution = execution_for(config, optimizer)
                 with Counter(processes_here=2) as due:
                     make_update(config, model_, execution, config.micro_batches)

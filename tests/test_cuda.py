@@ -120,7 +120,7 @@ def test_one_of_several_cards_is_made_the_current_one(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("numerics", ["sound", "reference"])
 def test_long_products_are_added_up_in_fp32(numerics: str, build_tiny: Callable[..., LlamaForCausalLM]) -> None:
     config, _ = config_of(numerics=numerics)
-    build.prepare(config, build_tiny())
+    build.set_up_model(config, build_tiny())
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction == (numerics == "reference")
 
 

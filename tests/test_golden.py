@@ -1,8 +1,10 @@
 """Golden losses: one small text file a registry row. A change that moves them is a change of what is computed.
 
-python tests/test_golden.py     # writes tests/golden/ROW.txt anew; explain the difference in docs/LOG.md
+python tests/test_golden.py          # writes tests/golden/ROW.txt anew; explain the difference in docs/LOG.md
+python tests/test_golden.py muon     # of these methods alone: for a new one
 """
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,7 @@ def test_losses_are_golden(row: str, numerics: str) -> None:
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    for row in REGISTRY:
+    for row in sys.argv[1:] or REGISTRY:
         columns = zip(*(losses(row, numerics) for numerics in NUMERICS), strict=True)
         lines = [f"{step} {' '.join(f'{x:.6f}' for x in values)}" for step, values in enumerate(columns, 1)]
         (GOLDEN / f"{row}.txt").write_text("\n".join([f"# step {' '.join(NUMERICS)}", *lines]) + "\n")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from galore_pretrain.model.head import mean_loss
-from galore_pretrain.optim import RuleOptimizer, build_optimizer
+from galore_pretrain.optim import METHODS, RuleOptimizer, build_optimizer
 from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome
 from galore_pretrain.optim.methods import MOMENTS, PROJ_TYPES, REFRESHES, ROWS
@@ -192,7 +192,7 @@ def test_losses_of_a_model_are_those_of_global(
     """30 updates in fp32; a third run changes over every ten updates, by way of a saved state."""
     options: dict[str, Any] = {"rank": 4, "update_proj_gap": 11, "basis": "svd"} if "galore" in row else {}
     # Adam turns a gradient near 0 into ±1, so that two roundings part: a large ε, where a row has one, prevents that.
-    options |= {} if row in ("sgd", "adafactor", "galore_adafactor") else {"eps": 1e-3}
+    options |= {"eps": 1e-3} if "eps" in METHODS[row].options else {}
 
     def train(modes: list[Any]) -> list[float]:
         model, losses, data = build_tiny(), [], batches()

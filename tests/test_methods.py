@@ -107,7 +107,6 @@ class Sign(UpdateRule):
 
     momentum: float = 0.9
     decay: ClassVar[Decay] = "before"
-    elementwise: ClassVar[bool] = False
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         if like.ndim != 2 or 1024 in like.shape:

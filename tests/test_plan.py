@@ -27,7 +27,7 @@ from galore_pretrain.planning.ledger import KINDS, Ledger, allocated_peak
 from galore_pretrain.planning.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
 from galore_pretrain.study import paper
 from galore_pretrain.tensors.chunks import ChunkSample, chunks
-from galore_pretrain.train.build import execution_for, model_for, optimizer_for, prepare
+from galore_pretrain.train.build import execution_for, model_for, optimizer_for, set_up_model
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def real_peak(config: RunConfig) -> int:
 
     def updates() -> None:
         model = model_for(config, load_model_config(config.model))
-        optimizer = optimizer_for(config, prepare(config, model))
+        optimizer = optimizer_for(config, set_up_model(config, model))
         execution, micro_batches = execution_for(config, optimizer), config.total_batch_size // config.batch_size
         make_heaviest_updates(config, model, optimizer, execution, micro_batches)
 
@@ -132,12 +132,12 @@ def test_a_ledger_of_real_tensors() -> None:
     with ledger:
         with ledger.kind("weights"):
             weight = torch.zeros(1000)
-        ledger.moment = "here"
+        ledger.point = "here"
         view = torch.ones(500).view(5, 100)
         ledger.assign(view, "sums")
         del view
         assert ledger.now == 4000
-    assert (ledger.peak, ledger.moment_of_peak, ledger.at_peak["weights"]) == (6000, "here", 4000)
+    assert (ledger.peak, ledger.point_of_peak, ledger.at_peak["weights"]) == (6000, "here", 4000)
     assert set(ledger.at_peak) == set(KINDS)
     assert weight.sum() == 0
 

@@ -14,7 +14,7 @@ from galore_pretrain.config.resolve import resolve
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.model.position import TrainingPosition
-from galore_pretrain.train.build import compile_layers, model_for, prepare
+from galore_pretrain.train.build import compile_layers, model_for, set_up_model
 from runs import command, lines, run
 
 
@@ -82,7 +82,7 @@ def test_all_layers_run_as_the_code_of_one(tiny_config: str) -> None:
     """Not one compilation a layer, nor one an update for what dropout is drawn from."""
     config = resolve({"model": tiny_config, "optim": "lora", "rank": 4, "data": "sample", "steps": 10}, {})[0]
     position = TrainingPosition()
-    model = prepare(config, model_for(config, load_model_config(tiny_config), position=position))
+    model = set_up_model(config, model_for(config, load_model_config(tiny_config), position=position))
     counters["stats"].clear()
     compile_layers(model)
     rows = torch.zeros(2, 16, dtype=torch.long)

@@ -125,7 +125,7 @@ def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Execution:
+class ExecutionSettings:
     """Says how an update is executed. That changes its memory and its speed, and its result by roundings alone.
 
     ``batch_size`` is in sequences a micro-batch. ``clip_norm`` is the norm that is clipped, None where none is: only
@@ -138,7 +138,7 @@ class Execution:
     clip_norm: str | None
 
 
-EXECUTION = tuple(f.name for f in fields(Execution))
+EXECUTION = tuple(f.name for f in fields(ExecutionSettings))
 """The flags that say how an update is executed. The memory budget decides on those that the user left out."""
 
 
@@ -331,9 +331,9 @@ class RunConfig:
         return {name: getattr(self, name) for name in FLAGS}
 
     @property
-    def execution(self) -> Execution:
+    def execution(self) -> ExecutionSettings:
         """Return how the updates are executed, or will be where the memory budget has no objection."""
-        return Execution(self.layerwise, self.activation_checkpointing, self.batch_size, self.clip_norm)
+        return ExecutionSettings(self.layerwise, self.activation_checkpointing, self.batch_size, self.clip_norm)
 
     @property
     def micro_batches(self) -> int:

@@ -16,7 +16,7 @@ from galore_pretrain.config.options import (
     FLAGS,
     ONE_PROCESS,
     RECIPE,
-    Execution,
+    ExecutionSettings,
     Flag,
     Processes,
     RunConfig,
@@ -54,7 +54,7 @@ def resolve(
             origins[name] = origin
 
     asked = {name for name in EXECUTION if given.get(name) is not None}
-    asked |= _name_row(values, origins, asked)
+    asked |= _resolve_alias(values, origins, asked)
     meaningless = without_meaning(values["optim"])
     _check_meaning(values, meaningless)
     if values["max_tokens"] == RECIPE:
@@ -115,18 +115,18 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
         "warmup_steps": (warmup_steps, "a tenth of steps"),
         "eval_every": often,
         "save_every": often,
-        "batch_size": (max(micro_batches(total, processes), default=1), CHOSEN),
+        "batch_size": (max(micro_batch_sizes(total, processes), default=1), CHOSEN),
         "tokenizer": (tokenizer, f"data {values['data']}"),
         "output": (f"runs/{name}", "default"),
     }
 
 
-def micro_batches(total: int, processes: Processes) -> list[int]:
-    """Sizes of micro-batches worth considering: a larger one than 8 was slower on a CPU (8 × 256 beat 32 × 256)."""
+def micro_batch_sizes(total: int, processes: Processes) -> list[int]:
+    """Return the sizes of a micro-batch worth trying: on a CPU, more than 8 were slower (8 × 256 beat 32 × 256)."""
     return [size for size in range(1, 9) if total % (size * processes.total) == 0]
 
 
-def with_execution(config: RunConfig, execution: Execution) -> RunConfig:
+def with_execution(config: RunConfig, execution: ExecutionSettings) -> RunConfig:
     """Return ``config`` with another execution of its updates; InputError where that does not go with the rest."""
     changed = replace(config, **asdict(execution))
     _check(changed.values(), config.processes)
@@ -168,7 +168,7 @@ def _check_bound(name: str, flag: Flag, value: Any) -> None:
         raise InputError(f"--{dashed} {value} must be {bound} {limit}")
 
 
-def _name_row(values: dict[str, Any], origins: dict[str, str], asked: set[str]) -> set[str]:
+def _resolve_alias(values: dict[str, Any], origins: dict[str, str], asked: set[str]) -> set[str]:
     """Replace the name that ``--optim`` gives by the row that it means, and return the flags that it asks for.
 
     A name can ask for layerwise updates (``…_per_layer``), as ``--reduce projected`` does. ``asked`` holds the flags
@@ -207,7 +207,7 @@ def without_meaning(optim: str) -> dict[str, str]:
 
 
 def left_out(optim: str) -> dict[str, None]:
-    """Return the flags that a method does not take from those given to several methods, each as None."""
+    """Return {flag: None} for the flags that a method is not to get when all methods of a comparison are given them."""
     flags = dict.fromkeys(without_meaning(optim))
     if not method(optim).projects:
         flags["reduce"] = None

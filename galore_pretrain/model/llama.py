@@ -1,6 +1,5 @@
 """transformers' ``LlamaForCausalLM`` from its config: built on ``meta``, materialized once, in the run's dtype."""
 
-import hashlib
 from collections.abc import Callable
 
 import torch
@@ -9,6 +8,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import fill, local, shard_of
 
 _INIT_BLOCK = 1 << 22  # elements drawn at a time: 16 MiB of fp32, whatever the size of a matrix
@@ -64,7 +64,7 @@ def without_masks(model: LlamaForCausalLM) -> LlamaForCausalLM:
 # fp32 copy of a large matrix exists.
 @torch.no_grad()
 def draw(name: str, parameter: Tensor, std: float, seed: int) -> None:
-    """Fill ``parameter`` with the fresh weights of that ``name``: of N(0, ``std``) where it is a matrix."""
+    """Fill a parameter with fresh weights: a matrix with normal ones of mean 0 and deviation ``std``."""
     if shard_of(parameter) is not None:
         whole = torch.empty(parameter.shape, dtype=parameter.dtype)
         draw(name, whole, std, seed)
@@ -75,9 +75,7 @@ def draw(name: str, parameter: Tensor, std: float, seed: int) -> None:
         is_bias = name.endswith("bias")
         parameter.fill_(0.0 if is_bias else 1.0)
         return
-    digest = hashlib.blake2b(f"{seed}.{name}".encode(), digest_size=8).digest()
-    stream_seed = int.from_bytes(digest, "big") >> 1
-    generator = torch.Generator().manual_seed(stream_seed)
+    generator = torch.Generator().manual_seed(derive_seed(seed, name))
     flat = parameter.view(-1)
     for start in range(0, flat.numel(), _INIT_BLOCK):
         block = flat[start : start + _INIT_BLOCK]

@@ -140,6 +140,8 @@ def _configured(part: Any, values: Mapping[str, Any]) -> tuple[Any, set[str]]:
     An option sets the fields that `OPTIONS` names, or the field of its own name. Rules and moment stores inside of the
     rule take theirs likewise.
     """
+    if not is_dataclass(type(part)):
+        raise TypeError(f"{type(part).__name__} must be a dataclass: write @dataclass(frozen=True) above the class")
     changes: dict[str, Any] = {}
     used: set[str] = set()
     for field in fields(part):

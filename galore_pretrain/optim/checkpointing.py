@@ -55,7 +55,7 @@ def to_checkpoint(rule: UpdateRule, state: State, p: Tensor, *, blocks: bool | N
 
 @torch.no_grad()
 def blocks_from_checkpoint(rule: UpdateRule, state: State, saved: State, p: Tensor) -> None:
-    """Give ``state`` its part of what was loaded into ``saved``: the inverse for what is kept in blocks."""
+    """Undo `to_checkpoint` for moments kept in blocks: give ``state`` its part of those loaded into ``saved``."""
     shard = shard_of(p)
     if shard is None:
         return
@@ -66,7 +66,7 @@ def blocks_from_checkpoint(rule: UpdateRule, state: State, saved: State, p: Tens
 
 
 def _block_layouts(rule: UpdateRule, state: State, shard: Shard) -> dict[str, Shard]:
-    """Return where the moments lie, by name, that are shared out and cannot be cut like their tensors."""
+    """Return, by name, the shard of each moment that is kept in blocks, which cannot be cut like a parameter."""
     layouts: dict[str, Shard] = {}
     for name, store in rule.stores().items():
         is_padded = name in state and rule.has_slots(name)

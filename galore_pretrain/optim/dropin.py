@@ -38,7 +38,7 @@ _OPTIMIZER_SETTINGS = {
 
 
 class Options(TypedDict, total=False):
-    """Names what every class here takes beside the published arguments; left out, it is as the row has it."""
+    """The keyword arguments that all classes here take beside the published ones; by default, the method's own."""
 
     basis: str
     refresh: str
@@ -54,7 +54,7 @@ class _DropIn(RuleOptimizer):
     """Turns the settings of parameter groups, under their published names, into rules of the method ``row``."""
 
     row: ClassVar[str]
-    _own: Mapping[str, Any] = MappingProxyType({})  # options of one class alone
+    _class_options: Mapping[str, Any] = MappingProxyType({})  # a class's own; `__init__` reads them
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class _DropIn(RuleOptimizer):
         self._options |= added
         self._options.pop("seed", None)  # the optimizer's, and no setting of a rule
         self._options["numerics"] = numerics
-        self._options |= self._own
+        self._options |= self._class_options
         self._has_stepped = False
         self._followed: dict[int, list[Any]] = {}  # settings by which each group is updated
         groups: list[Any] = list(params)
@@ -263,7 +263,7 @@ class NaturalGaLoreAdamW(GaLoreAdamW):
         natural_damping: float = 1e-3,
         **kwargs: Any,
     ) -> None:
-        self._own = {"natural_history": natural_history, "natural_damping": natural_damping}
+        self._class_options = {"natural_history": natural_history, "natural_damping": natural_damping}
         super().__init__(params, *args, **kwargs)
 
 

@@ -120,7 +120,7 @@ class Slot:
 
 @dataclass(slots=True)
 class PendingGradient:
-    """The sum of the gradients of ``param`` in an update so far, on its way to that update.
+    """What has been summed so far of one parameter's gradient, ``param``'s, for one update.
 
     ``grad`` is m × n, or what the rule's `compress` made of that once it is ``compressed``. ``state`` and ``step`` are
     those of the update. ``refresh_due`` says that new bases are still to be found in it. ``finite``, a scalar, says
@@ -180,9 +180,10 @@ class PendingGradient:
 class PendingGradients:
     """Accumulates gradients until their update, and brings them into the form in which an update takes them.
 
-    A gradient goes through four steps, always in this order: it is accumulated, summed over processes, searched for new
-    bases if they are due, and compressed. `take` makes those steps that are still missing. Gradients are detached first
-    of all, so that autograd records nothing, and need not be turned off for each.
+    Four things happen to a gradient: it is summed over micro-batches and over processes, searched for new bases if they
+    are due, and compressed. It is compressed as early as no basis is due, else after its bases were found. `take` does
+    what is still missing. Gradients are detached first of all, so that autograd records nothing, and need not be turned
+    off for each.
     """
 
     def __init__(self, optimizer: "RuleOptimizer", distributor: "Distributor | None" = None) -> None:
@@ -229,7 +230,7 @@ class PendingGradients:
         if compress and not part.refresh_due:
             part.compress()
         if total is None:
-            if compress and not part.compressed:
+            if compress and not part.compressed:  # layerwise: the rest of the storage is to be freed meanwhile
                 _own_storage(part)
             self._pending[p] = part
             return
@@ -244,7 +245,10 @@ class PendingGradients:
         add_rounded(total.grad, part.grad, part.offset_step, stream)
 
     def _part(self, p: Tensor, total: PendingGradient | None) -> PendingGradient:
-        """Return ``p.grad`` as a part of the update whose earlier parts are summed in ``total``."""
+        """Return ``p.grad`` as a part of the update whose earlier parts are summed in ``total``.
+
+        For the first part, ``total`` is None, and the rule prepares its state (`UpdateRule.start`).
+        """
         grad = p.grad
         assert grad is not None
         if grad.layout != torch.strided:
@@ -269,7 +273,7 @@ class PendingGradients:
         )
 
     def _start(self, p: Tensor, slot: Slot, grad: Tensor, finite: Tensor) -> PendingGradient:
-        """Return the first part of an update of ``p``: ``grad``, with the step and the state of that update."""
+        """Begin an update of ``p``: let its rule prepare the state, and return ``grad`` with state and step."""
         optimizer = self._optimizer
         state = optimizer.tensors(p)
         count = optimizer.state[p]["step"] + 1
@@ -340,7 +344,7 @@ class PendingGradients:
                 gradients.append(pending)
         return gradients
 
-    def compress(self, p: Tensor) -> None:
+    def finalize(self, p: Tensor) -> None:
         """Find the bases of ``p`` that are due, and compress what is pending for it."""
         pending = self._pending.get(p)
         if pending is not None:
@@ -371,12 +375,12 @@ class PendingGradients:
         for p in params:
             self.accumulate(p, compress=True)
             if self.distributor is None:
-                self.compress(p)
+                self.finalize(p)
         if self.distributor is not None:
             self.sync(params)
             self.refresh(params)
             for p in params:
-                self.compress(p)
+                self.finalize(p)
 
     def norms(self, params: Iterable[Tensor]) -> Tensor:
         """Return the norm of each parameter's gradient, fp32 (number of parameters).
@@ -393,7 +397,7 @@ class PendingGradients:
             if pending is not None:
                 valid = pending.finite & valid
             norms.append(torch.where(valid, norm, 0.0))
-            if self.distributor is not None and _is_part(p, pending):
+            if self.distributor is not None and _is_of_shard(p, pending):
                 indices_of_parts.append(index)
         if self.distributor is not None and indices_of_parts:
             part_norms = [norms[index] for index in indices_of_parts]
@@ -440,7 +444,7 @@ def _norm(p: Tensor, pending: PendingGradient | None) -> Tensor:
     return pending.norm
 
 
-def _is_part(p: Tensor, pending: PendingGradient | None) -> bool:
+def _is_of_shard(p: Tensor, pending: PendingGradient | None) -> bool:
     """Return whether `_norm` is the norm of a part of the gradient, and other processes have the other parts."""
     if pending is None:
         return shard_of(p) is not None
@@ -455,7 +459,8 @@ def _is_part(p: Tensor, pending: PendingGradient | None) -> bool:
 class Outcome:
     """Tells what came of an update.
 
-    ``grad_norm`` is the norm of all gradients before clipping, or None where none was computed. ``skipped`` counts the
+    ``grad_norm`` is the norm that was clipped, of the full gradients or of the compressed ones, or None where none was.
+    ``skipped`` counts the
     tensors that were left alone because their gradient was not finite, ``failed_refreshes`` the bases that could not be
     renewed.
     """
@@ -515,7 +520,8 @@ class Execution(ABC):
             observer.observe("complete", None, self._complete)
 
     # The coefficient min(1, clip / ‖G‖) needs the norms of all gradients, and is multiplied into each at its update.
-    # Where processes share an update, gradients are summed before their norm is found, and bases renewed after it.
+    # Where processes share an update, gradients are summed first. Bases are renewed before the norm of compressed
+    # gradients is found, and after that of full ones, which compressing would lose.
     def _complete(self) -> None:
         """Find the clipping coefficient, and update all parameters that still have a gradient."""
         if self._grad_clip > 0 and self._compresses_first():
@@ -539,7 +545,7 @@ class Execution(ABC):
 
     @abstractmethod
     def _compresses_first(self) -> bool:
-        """Return whether gradients are to be compressed before their norm is found."""
+        """Return whether `_complete` has to compress what is pending before it finds the norm that is clipped."""
 
     def outcome(self) -> Outcome:
         """Return what came of the update that was completed. Waits for the device."""
@@ -587,9 +593,9 @@ class GlobalStep(Execution):
 
 
 class Layerwise(Execution):
-    """Makes each update as soon as the last backward pass has its gradient, which is then dropped.
+    """Makes each update, where nothing else is needed, as soon as the last backward pass has its gradient.
 
-    So no full set of gradients ever exists. Three things differ from that plain case:
+    The gradient is then dropped, so no full set of gradients ever exists. Three things differ from that plain case:
 
     * With several micro-batches, sums are kept compressed where the rule projects: GaLore is linear in the gradient
       between two bases. Only matrices whose basis is due keep a full sum.
@@ -613,7 +619,7 @@ class Layerwise(Execution):
         if waits:
             self._pending.start_sum(p)
         elif clips:
-            work = partial(self._pending.compress, p)
+            work = partial(self._pending.finalize, p)
             _observe(self._optimizer, "compress", p, work)
         else:
             self._optimizer.update_param(p)

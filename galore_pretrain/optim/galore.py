@@ -146,7 +146,7 @@ class GaLore(UpdateRule):
         return state | self.inner.init(low, low_shard)
 
     def start(self, state: State, step: Step) -> None:
-        """Give every matrix a random orthonormal basis before its first update, which depends on its seed alone."""
+        """Give the matrix a random orthonormal basis before its first update. The basis depends on the seed alone."""
         if step.count > 1:
             return
         for name, side in _SIDES.items():
@@ -207,18 +207,18 @@ class GaLore(UpdateRule):
             low = update_in_chunks(self.inner, grad, inner_state, low_step)
         if low.rest is not None:
             low = low.merged()
-        narrow = low.left
+        low_direction = low.left
         if low.right is not None or low.row is not None or low.column is not None:
-            narrow = low.whole()
-        if narrow.dtype != dtype:
-            narrow = narrow.to(dtype)
+            low_direction = low.whole()
+        if low_direction.dtype != dtype:
+            low_direction = low_direction.to(dtype)
         if left is None:
             assert right is not None
-            tall, wide = narrow, right
+            tall, wide = low_direction, right
         elif right is None:
-            tall, wide = left, narrow
+            tall, wide = left, low_direction
         else:
-            tall, wide = left @ narrow, right
+            tall, wide = left @ low_direction, right
         if not self.published:
             factor = self.scale * low.factor
             return Direction(tall, wide, factor, scaled=low.scaled)

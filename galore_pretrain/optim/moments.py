@@ -260,7 +260,7 @@ class Blockwise8bit:
 # of its own. Without both waits, moments are computed from gradients that are not there yet, in silence.
 @contextmanager
 def ordered_on_default_stream(device: torch.device) -> Iterator[None]:
-    """Order what is launched on CUDA's default stream meanwhile after the current stream's work, and before its next.
+    """Let CUDA's default stream wait for the current one on entry, and the current one for the default one on exit.
 
     Nothing happens where the current stream is the default one, or the device has no streams.
     """

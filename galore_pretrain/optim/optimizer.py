@@ -144,7 +144,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return loss
 
     def _before_step(self) -> None:
-        """Let a subclass do something first. In a ``step`` of its own, torch would call the hooks of steps twice."""
+        """Do nothing: for subclasses. Were they to override ``step``, torch would call the hooks of steps twice."""
 
     def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
         """Update ``p`` from what was accumulated for it, or else from ``p.grad``; do nothing where there is neither.
@@ -398,7 +398,7 @@ def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cannot_share(rule: UpdateRule, what: str) -> str:
-    """Return the message for a rule that needs whole tensors and does ``what`` no process can do with its part."""
+    """Return the error text for a rule that cannot be shared out, because it needs whole tensors and does ``what``."""
     return (
         f"{type(rule).__name__} needs whole tensors (scope {rule.scope.name}) and {what}: several processes cannot "
         "share its tensors out; use one process, or --shard none"

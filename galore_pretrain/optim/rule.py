@@ -255,7 +255,7 @@ class UpdateRule(ABC):
         return grad
 
     def compressed_step(self, state: State, step: Step) -> Step:
-        """Return the step that counts elements from where this process's part of the compressed gradient begins."""
+        """Return the step of the compressed gradient; its ``start`` is that of this process's part of it."""
         return step.placed()
 
     def full_update(self, grad: Tensor, state: State, step: Step) -> Direction:

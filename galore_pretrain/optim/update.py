@@ -19,7 +19,7 @@ class Step:
     - ``count``: the number of the update, 1 at the first.
     - ``lr``: the learning rate of the parameter's group.
     - ``seed``: the parameter's seed, the same at every update.
-    - ``phase``: in [0, 1), the place of the parameter among those that share its rule.
+    - ``phase``: in [0, 1), the place of the parameter among all that the optimizer has.
     - ``bits``: the random bits of stochastic rounding; None where rounding is to nearest.
     - ``valid``: a boolean scalar, whether the results may be kept. None means yes, and is the rule on a CPU. On other
       devices nobody waits to see it: `store` looks at it there.

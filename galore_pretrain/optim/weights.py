@@ -26,13 +26,13 @@ def add_rounded(total: Tensor, part: Tensor, step: Step, stream: str) -> None:
 
 
 class WeightStore(Protocol):
-    """Holds weights in a form of its own. Updates read and write weights through it alone."""
+    """Holds weights in a form of its own. But for kernels of one pass, updates write weights through it alone."""
 
     is_dense: ClassVar[bool]
     """Whether a weight is the tensor itself, so that a kernel may update it in place."""
 
     def subtract(self, weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
-        """Change ``weight`` to ``weight - lr · direction - decay · weight``.
+        """Change ``weight`` to ``weight - lr · direction - decay · weight``; here ``decay`` has lr in it already.
 
         Decay is taken from the weight before the update if ``decay_first``, else after it.
         """

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from galore_pretrain.config.options import Execution, RunConfig
-from galore_pretrain.config.resolve import known_norm, micro_batches, with_execution
+from galore_pretrain.config.options import ExecutionSettings, RunConfig
+from galore_pretrain.config.resolve import known_norm, micro_batch_sizes, with_execution
 from galore_pretrain.errors import InputError
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.llama_config import load_model_config
@@ -114,7 +114,7 @@ class Choice:
     plan: Plan | None
 
     @property
-    def execution(self) -> Execution:
+    def execution(self) -> ExecutionSettings:
         """Return how the updates are executed."""
         return self.config.execution
 
@@ -204,7 +204,7 @@ def _candidates(config: RunConfig) -> list[RunConfig]:
             values = config.values() | {"layerwise": is_layerwise, "batch_size": size}
             norm = known_norm(values, config.processes)
         try:
-            candidate = with_execution(config, Execution(is_layerwise, is_checkpointed, size, norm))
+            candidate = with_execution(config, ExecutionSettings(is_layerwise, is_checkpointed, size, norm))
         except InputError:  # this execution does not know the norm that is asked for
             continue
         candidates.append(candidate)
@@ -214,7 +214,7 @@ def _candidates(config: RunConfig) -> list[RunConfig]:
 def _sizes(config: RunConfig) -> list[int]:
     """Return the sizes of a micro-batch that may be chosen, each once. One micro-batch an update keeps no sums."""
     rows = config.total_batch_size // config.processes.total
-    sizes = micro_batches(config.total_batch_size, config.processes)
+    sizes = micro_batch_sizes(config.total_batch_size, config.processes)
     if device_of(config).type == "cuda":
         sizes = [1 << i for i in range(10) if rows % (1 << i) == 0]
         if rows > 512:

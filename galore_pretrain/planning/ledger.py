@@ -58,7 +58,7 @@ class Ledger(TorchDispatchMode):
     """Counts the bytes of every tensor that is made while it is active, until its storage is freed.
 
     It works on real tensors and on fake ones, which take no memory. ``peak`` is the largest sum in bytes, ``at_peak``
-    its parts by kind, and ``moment_of_peak`` what ``moment`` said then. A new tensor is of the kind that `kind` set
+    its parts by kind, and ``point_of_peak`` what ``point`` said then. A new tensor is of the kind that `kind` set
     last. With none set, it is an activation where autograd records and a temporary elsewhere; `assign` corrects it
     later. With ``resizes``, storages may also grow and shrink without an operation, as those of weights that FSDP2
     gathers. Only then are all sizes read again, which takes a tenth of a plan's time.
@@ -69,8 +69,8 @@ class Ledger(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self.at_peak = dict.fromkeys(KINDS, 0)
-        self.moment = ""
-        self.moment_of_peak = ""
+        self.point = ""
+        self.point_of_peak = ""
         self._resizes = resizes
         self._kind: str | None = None
         self._entries: dict[int, _Entry] = {}  # by the id of their storage
@@ -185,7 +185,7 @@ class Ledger(TorchDispatchMode):
         if total > self.peak:
             self.peak = total
             self.at_peak = self._at_high
-            self.moment_of_peak = self.moment
+            self.point_of_peak = self.point
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

@@ -22,7 +22,7 @@ from galore_pretrain.optim import Execution
 from galore_pretrain.planning.ledger import Ledger
 from galore_pretrain.tensors.chunks import ChunkSample
 from galore_pretrain.tensors.shards import local
-from galore_pretrain.train.build import device_of, execution_for, model_for, optimizer_for, prepare
+from galore_pretrain.train.build import device_of, execution_for, model_for, optimizer_for, set_up_model
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
@@ -198,7 +198,7 @@ def measure(
         optimizer.observer = _OptimizerObserver(ledger, optimizer, each=every_update)
         micro_batches = min(config.micro_batches, 2)
         make_heaviest_updates(config, model, optimizer, execution, micro_batches)
-    return Plan(config, ledger.peak, ledger.at_peak, ledger.moment_of_peak)
+    return Plan(config, ledger.peak, ledger.at_peak, ledger.point_of_peak)
 
 
 @contextmanager
@@ -238,7 +238,7 @@ def faked(
             # `to_empty` has given tied weights storages of their own.
             model.tie_weights()
         with kind("moments"):
-            optimizer = optimizer_for(config, prepare(config, model), mesh)
+            optimizer = optimizer_for(config, set_up_model(config, model), mesh)
         yield model, optimizer
 
 
@@ -271,13 +271,13 @@ def _add_hooks(ledger: Ledger, model: LlamaForCausalLM) -> None:
 
     def says(moment: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            ledger.moment = moment
+            ledger.point = moment
 
         return hook
 
     def assigns_gradient(name: str) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
-            ledger.moment = f"backward, at {name}"
+            ledger.point = f"backward, at {name}"
             if p.grad is not None:
                 ledger.assign(p.grad, "gradients")
 
@@ -322,7 +322,7 @@ class _OptimizerObserver:
     def observe(self, name: str, p: Tensor | None, work: Callable[[], None]) -> None:
         """Do a piece of the optimizer's work, or replay what an equal one held."""
         if name == "complete":
-            self._ledger.moment = "updates after backward"
+            self._ledger.point = "updates after backward"
         if p is None or name == "refresh":
             work()
             return

@@ -53,7 +53,7 @@ class Traffic:
         return sum(size for (_, between), size in self.sent.items() if between == network)
 
     def seconds_at_least(self, speeds: Speeds) -> dict[str, float]:
-        """Return what an update takes if all it has to do overlaps perfectly, in seconds, by what bounds it."""
+        """Return the least seconds that an update needs of each resource; where all overlap, the largest bounds it."""
         bounds = (
             ("compute", self.flops, speeds.flops),
             ("links", self.through(network=False), speeds.link),
@@ -131,7 +131,7 @@ def count(config: RunConfig, mesh: Any = None) -> Traffic:
     def counted(layers: int, micro_batches: int) -> Counts:
         smaller = copy.deepcopy(architecture)
         smaller.num_hidden_layers = layers
-        return _update(config_of_small, smaller, mesh, micro_batches)
+        return _update_counts(config_of_small, smaller, mesh, micro_batches)
 
     count_11 = counted(1, 1)
     count_21 = counted(2, 1)
@@ -143,7 +143,7 @@ def count(config: RunConfig, mesh: Any = None) -> Traffic:
         count_22 = count_21
     layers = architecture.num_hidden_layers - 1
     parts = config.micro_batches - 1
-    total = _refresh(config, architecture, mesh)
+    total = _refresh_counts(config, architecture, mesh)
     for key in count_11 | count_21 | count_12 | count_22:
         once = count_11[key]
         per_layer = count_21[key] - once
@@ -158,8 +158,8 @@ def count(config: RunConfig, mesh: Any = None) -> Traffic:
 # A new basis is found by one process of one replica. That process gathers the gradient from all shards, and broadcasts
 # the basis in fp32, with one more number: whether the basis is valid. The matrices are dealt out among all processes,
 # so on average each of them gathers one in `size`. Bytes between hosts are those of a host, of `here` processes.
-def _refresh(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
-    """Return the bytes that new bases send, as one update's share of T, on average over the processes."""
+def _refresh_counts(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
+    """Return the bytes that new bases send, divided by T: those of a process, and on the network those of a host."""
     counts: Counts = defaultdict(float)
     if mesh is None or not config.update_proj_gap:
         return counts
@@ -189,7 +189,7 @@ def _refresh(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
     return counts
 
 
-def _update(config: RunConfig, architecture: LlamaConfig, mesh: Any, micro_batches: int) -> Counts:
+def _update_counts(config: RunConfig, architecture: LlamaConfig, mesh: Any, micro_batches: int) -> Counts:
     """Count one update of so many micro-batches in which no basis is due."""
     if config.update_proj_gap:
         # The second update is counted. With T of 1 or 2 a basis could be due there.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from galore_pretrain.config.options import Execution, RunConfig
+from galore_pretrain.config.options import ExecutionSettings, RunConfig
 from galore_pretrain.config.resolve import known_norm, with_execution
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
@@ -100,7 +100,7 @@ def find_checkpoint(config: RunConfig, output: Path) -> Saved | None:
 
 
 # The memory that is free now may suggest another execution than the run had, and that would change roundings.
-def saved_execution(config: RunConfig, saved: Mapping[str, Any]) -> Execution | None:
+def saved_execution(config: RunConfig, saved: Mapping[str, Any]) -> ExecutionSettings | None:
     """Return how a run's updates were executed, where no flag says otherwise; None where that goes no more.
 
     ``saved`` are the values of the config in its checkpoint.
@@ -111,7 +111,7 @@ def saved_execution(config: RunConfig, saved: Mapping[str, Any]) -> Execution | 
         return None
     if "clip_norm" in config.undecided:  # nothing was clipped before
         values["clip_norm"] = known_norm(config.values() | values, config.processes)
-    execution = Execution(**values)
+    execution = ExecutionSettings(**values)
     try:
         with_execution(config, execution)
     except InputError:
@@ -190,7 +190,7 @@ class Saver:
             self._origin = str(resumed.folder.resolve())
             if resumed.is_in(self._root):
                 self._origin = resumed.state.get("origin")
-                self._tried = self._written = self._moment()
+                self._tried = self._written = self._progress()
         self._taken = 0.0  # seconds that the last one took to be written
         self._since = (time.monotonic(), state.step)  # the end of the last call of `save`, and its update
         self._thread: threading.Thread | None = None
@@ -202,14 +202,14 @@ class Saver:
             return None
         return self._written[0]
 
-    def _moment(self) -> tuple[int, bool]:
+    def _progress(self) -> tuple[int, bool]:
         """Return what tells two states of the run apart: an evaluation may be due after an update, or done."""
         return self._state.step, self._state.unlogged is None
 
     def save(self) -> None:
         """Save everything as it is now, for `restore`, unless that was tried already."""
         started = time.monotonic()
-        state, moment = self._state, self._moment()
+        state, moment = self._state, self._progress()
         if moment == self._tried:
             return
         last_time, last_step = self._since
@@ -258,11 +258,11 @@ class Saver:
         started = time.monotonic()
         self.wait()
         self.stalled += time.monotonic() - started
-        if self._written != self._moment():
+        if self._written != self._progress():
             self._tried = None
             self.save()
             self.wait()
-        if self._written != self._moment():
+        if self._written != self._progress():
             raise TrainingFailedError(
                 f"update {self._state.step} could not be saved in {self._config.output}; once it can be, "
                 f"{resume_hint(self._config)} goes on from update {self.saved_step or 0}"

@@ -24,7 +24,7 @@ def announce(config: RunConfig, device: torch.device, optimizer: RuleOptimizer, 
     log.info("%s: %.1fM weights in %s on %s", config.model, weights / 1e6, config.dtype, hardware)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):
         log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
-    _explain_layerwise(config, optimizer)
+    _say_where_layerwise_saves_nothing(config, optimizer)
     for group in optimizer.param_groups:
         _announce_group(group, optimizer)
 
@@ -39,7 +39,7 @@ def _hardware(config: RunConfig, device: torch.device, world: World) -> str:
     return f"{world.size} processes (--shard {config.shard}), each on {name}"
 
 
-def _explain_layerwise(config: RunConfig, optimizer: RuleOptimizer) -> None:
+def _say_where_layerwise_saves_nothing(config: RunConfig, optimizer: RuleOptimizer) -> None:
     """Log why layerwise updates save no memory, if they do not.
 
     A rule that projects keeps sums and clips norms in its small space. Any other one needs the full gradients for both.

@@ -106,7 +106,7 @@ def model_for(
     return model
 
 
-def prepare(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
+def set_up_model(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
     """Set ``model`` and torch up for training, and return the model."""
     # By default, cuBLAS may add up the parts of a long product in bf16. The published numbers were made so.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = config.numerics == "reference"

@@ -45,7 +45,7 @@ class Profile:
         self._optimizer = optimizer
         self._done = -_WARM_UP  # updates, of those that are timed
         self._since = 0.0  # when a span last opened or closed
-        self._seconds = 0.0  # when the first timed update began; once the last has ended, how long all took
+        self._seconds = 0.0  # that the timed updates took; until the last has ended, when the first began
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._stack: list[str] = []
         self._profiler: Any = None

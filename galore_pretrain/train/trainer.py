@@ -138,7 +138,7 @@ class Trainer:
     position: TrainingPosition = field(default_factory=TrainingPosition)
     watch: Watch = field(default_factory=NoWatch)
     stop_signal: int | None = field(default=None, init=False)
-    _may_leave: bool = field(default=False, init=False)
+    _is_interruptible: bool = field(default=False, init=False)
 
     def fit(self) -> bool:
         """Train to the end of the schedule, or until `stop` is called; return whether the end was reached."""
@@ -184,8 +184,8 @@ class Trainer:
         ``number`` is the signal's.
         """
         self.stop_signal = number
-        if self._may_leave:
-            self._may_leave = False
+        if self._is_interruptible:
+            self._is_interruptible = False
             raise _StopRequested
 
     def _is_asked_to_stop(self) -> bool:
@@ -205,24 +205,24 @@ class Trainer:
         metrics = state.unlogged
         if self._is_over() or state.step % self.eval_every == 0:
             with self.watch.span("evaluation"):
-                metrics = metrics | self._leaving(self._evaluate)
+                metrics = metrics | self._interruptibly(self._evaluate)
         with self.watch.span("logging"):
             for logger in self.loggers:
                 logger.log(metrics, state.step)
         state.unlogged = None
 
-    def _leaving(self, work: Callable[[], T]) -> T:
+    def _interruptibly(self, work: Callable[[], T]) -> T:
         """Do ``work`` that a signal may interrupt. With several processes it is done to its end: the others wait."""
         if self.world.size > 1:
             return work()
-        self._may_leave = True
+        self._is_interruptible = True
         try:
-            # The signal may have come before `_may_leave` was set, when its handler did not raise.
+            # The signal may have come before `_is_interruptible` was set, when its handler did not raise.
             if self.stop_signal:
                 raise _StopRequested
             return work()
         finally:
-            self._may_leave = False
+            self._is_interruptible = False
 
     # One training step:
     # 1. Count the tokens of the update over all processes. The loss is divided by that count, and the learning rate may
@@ -332,7 +332,7 @@ class Trainer:
         tokens_before = self.state.tokens_seen
         with self.watch.span("data"):
             batch = self.world.on_every_rank(
-                lambda: self._leaving(lambda: next(batches)),
+                lambda: self._interruptibly(lambda: next(batches)),
                 lambda read: read.fingerprint,
             )
         metrics = self.train_step(batch)
