@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import galore_pretrain
-from galore_pretrain.config.options import RunConfig, shipped_models
+from galore_pretrain.config.options import FLAGS, shipped_models
 from galore_pretrain.config.recipes import recipe
 
 PACKAGE = Path(galore_pretrain.__file__).parent
@@ -109,7 +109,7 @@ def test_nothing_asks_a_methods_name() -> None:
 
 def test_recipes_name_models_and_flags() -> None:
     table = json.loads((PACKAGE / "configs" / "recipes.json").read_text())
-    flags = set(RunConfig.__dataclass_fields__) | {"source"}
+    flags = FLAGS.keys() | {"source"}
     assert set(table["models"]) == {*shipped_models(), "other"}
     for name, entry in table["models"].items():
         assert entry["source"], name

@@ -472,7 +472,7 @@ def test_help_groups_every_flag() -> None:
         "Commands:",
     ):
         assert group in text
-    for name in RunConfig.__dataclass_fields__:
+    for name in FLAGS:
         assert f"--{name.replace('_', '-')}" in text
 
 

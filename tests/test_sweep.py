@@ -195,7 +195,7 @@ def test_a_signal_reaches_the_runs_and_the_sweep_goes_on(tiny_config: str, tmp_p
 
 
 def test_a_folder_that_holds_another_run_is_refused(tiny_config: str, tmp_path: Path) -> None:
-    shared: dict[str, Any] = {"model": tiny_config, "data": "sample", "steps": 5}
+    shared: dict[str, Any] = {"model": tiny_config, "data": "sample", "steps": 5, "grad_clip": 1.0}
     work = Sweep([Entry("a", {"optim": "adamw"})], shared, [0], [], 1, tmp_path)
     work.check()
     (tmp_path / "a-seed0").mkdir()

@@ -354,7 +354,7 @@ def _leave_out(folder: Path, error: DamagedError, older: Path, *, set_aside: boo
         os.replace(folder, aside)
         outcome = f"set aside as {aside.name}"
     reason, _, _ = str(error).removeprefix(f"{folder}: ").rpartition("; ")
-    log.warning("%s is %s: %s; going on from %s", folder, outcome, reason, older.name)
+    log.warning("%s is %s: %s; going on from %s", folder, reason, outcome, older.name)
 
 
 def later_than(root: Path, folder: Path | None) -> list[str]:
