@@ -223,7 +223,7 @@ def sweep(
     Flags go to every run. The same command goes on where it was stopped.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    output = Path(given.pop("output", f"sweeps/{Path(kind).stem}"))
+    output = Path(given.pop("output", "") or f"sweeps/{Path(kind).stem}")
     model = given.get("model")
     if model is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")

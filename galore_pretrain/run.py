@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from galore_pretrain.config.options import RunConfig
-from galore_pretrain.config.resolve import CHOSEN
+from galore_pretrain.config.resolve import AS_BEFORE
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
@@ -104,7 +104,8 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     """Open and check everything that a run needs before its weights; None where the run is finished already."""
     output = directory.path
     schedule = _schedule(config)
-    config, saved = world.on_rank_zero(lambda: resolve_resume(config, output))
+    resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
+    config, saved = resumption.config, resumption.saved
     if saved and world.on_rank_zero(lambda: is_finished(output, saved, schedule)):
         log.info("%s is finished; give another --output to train anew", output)
         return None
@@ -119,11 +120,10 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     outline = part = Outline.of(config, inputs.model)
     if world.mesh is not None:
         part = Outline.of(config, inputs.model, world.mesh)
-    is_restored = saved is not None and not config.undecided  # `resolve_resume` leaves it open where it cannot restore
-    choice = world.on_rank_zero(lambda: fitted(config, part, world.mesh, is_restored=is_restored))
+    runs_as_before = resumption.runs_as_before
+    choice = world.on_rank_zero(lambda: fitted(config, part, world.mesh, runs_as_before=runs_as_before))
     config = choice.config
-    if is_restored:
-        origins = {name: "as before" if origin == CHOSEN else origin for name, origin in origins.items()}
+    origins = {**origins, **dict.fromkeys(resumption.restored, AS_BEFORE)}
     log_config(config, origins)
     return Prepared(
         config=config,
@@ -274,7 +274,7 @@ def _out_of_memory(prepared: Prepared) -> str:
 # Fitting the updates to the memory mostly takes no plan, and training needs none. So this one is made last: it would
 # keep the first update waiting.
 def _planned_peak(prepared: Prepared) -> int | None:
-    """Return the peak of the run's plan in bytes; None where it cannot be planned, for a run must not fail of that."""
+    """Return the peak of the run's plan in bytes; None where it cannot be planned: no reason for a run to fail."""
     if prepared.plan:
         return prepared.plan.peak_bytes
     try:

@@ -26,9 +26,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from galore_pretrain.config.options import ExecutionSettings, Processes
 from galore_pretrain.config.resolve import resolve
-from galore_pretrain.errors import TrainingFailedError
+from galore_pretrain.errors import InputError, TrainingFailedError
+from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import build_optimizer
+from galore_pretrain.planning import budget
+from galore_pretrain.planning.plan import Outline
 from galore_pretrain.rundir import checkpoint, resume
 from galore_pretrain.rundir.directory import RunDirectory
 from galore_pretrain.train import metrics
@@ -550,3 +554,43 @@ def test_wandb_that_fails_is_one_warning(
 ) -> None:
     _logged(FakeWandb(error=ConnectionError("reset")), tmp_path, monkeypatch, 20)
     assert [r.message for r in caplog.records] == ["wandb is off from step 1 on: reset"]
+
+
+# -- how updates were executed ----------------------------------------------------------------------------------------
+
+
+def resumed(monkeypatch: pytest.MonkeyPatch, saved: dict[str, Any], **given: Any) -> resume.Resumption:
+    """What comes of a command where a checkpoint has these flags, by one of two processes without shards."""
+    shared = {"model": "llama_60m", "data": "sample", "steps": 10, "total_batch_size": 8, "grad_clip": 1.0}
+    shared |= {"shard": "none", "rank": 8, "memory_budget": 8 * 2**30}
+    before, _ = resolve(shared | saved, {}, Processes(2, 2))
+    state = {"config": json.loads(json.dumps(before.values()))}
+    monkeypatch.setattr(resume, "find_checkpoint", lambda config, output: checkpoint.Saved(Path("saved"), state))
+    config, _ = resolve(shared | given, dict.fromkeys(shared | given, "flag"), Processes(2, 2))
+    return resume.resolve_resume(config, Path("run"))
+
+
+def test_updates_are_executed_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    how = {"layerwise": True, "activation_checkpointing": True, "batch_size": 2}
+    found = resumed(monkeypatch, how)
+    assert found.runs_as_before
+    assert found.config.execution == ExecutionSettings(True, True, 2, "projected")
+    assert found.restored == {*how, "clip_norm"}
+    partly = resumed(monkeypatch, how, batch_size=4)  # one micro-batch, whose full norm would be known
+    assert partly.runs_as_before
+    assert partly.config.execution == ExecutionSettings(True, True, 4, "projected")
+    assert partly.restored == {"layerwise", "activation_checkpointing", "clip_norm"}
+
+
+@pytest.mark.parametrize("reduce", ["full", "projected"])
+def test_a_norm_that_was_clipped_and_is_not_known_any_more_is_refused(
+    monkeypatch: pytest.MonkeyPatch, reduce: str
+) -> None:
+    """Were it taken for the execution of before, replicas would each clip by a norm of their own."""
+    saved = {"layerwise": False, "activation_checkpointing": False, "batch_size": 2}
+    found = resumed(monkeypatch, saved, **saved | {"layerwise": True, "reduce": reduce})
+    assert found.config.clip_norm == "full"
+    assert not found.runs_as_before
+    assert found.restored == {"clip_norm"}
+    with pytest.raises(InputError, match="no way to run these updates knows it with 2 processes"):
+        budget.fitted(found.config, Outline.of(found.config, load_model_config("llama_60m")), runs_as_before=False)

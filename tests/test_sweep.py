@@ -202,6 +202,11 @@ def test_a_folder_that_holds_another_run_is_refused(tiny_config: str, tmp_path: 
     entries_of = {"steps": {"value": 5, "origin": "flag"}, "clip_norm": {"value": "projected", "origin": "chosen"}}
     (tmp_path / "a-seed0" / "config.json").write_text(json.dumps({"config": entries_of}))
     work.check()  # what a run chose for itself is no other option
+    entries_of["clip_norm"]["origin"] = "flag"  # but what its user chose is
+    (tmp_path / "a-seed0" / "config.json").write_text(json.dumps({"config": entries_of}))
+    with pytest.raises(InputError, match=r"made with other options: --clip-norm full \(was projected\)"):
+        work.check()
+    entries_of["clip_norm"]["origin"] = "as before"
     entries_of["lr"] = {"value": 0.5, "origin": "flag"}
     (tmp_path / "a-seed0" / "config.json").write_text(json.dumps({"config": entries_of}))
     with pytest.raises(InputError, match=r"made with other options: --lr 0\.001 \(was 0\.5\)"):

@@ -126,10 +126,11 @@ def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class ExecutionSettings:
-    """Says how an update is executed. That changes its memory and its speed, and its result by roundings alone.
+    """Says how an update is executed, which its memory and its speed depend on.
 
-    ``batch_size`` is in sequences a micro-batch. ``clip_norm`` is the norm that is clipped, None where none is: only
-    of some executions the full one is known.
+    ``batch_size`` is in sequences a micro-batch. ``clip_norm`` is the norm that is clipped, None where none is: some
+    executions do not know the full one. The other three change an update by roundings alone; but with reference
+    numerics the mean loss depends on the micro-batch.
     """
 
     layerwise: bool

@@ -29,6 +29,8 @@ from galore_pretrain.optim import OPTIONS, method, resolve_name
 
 CHOSEN = "chosen"
 """The origin of a value that the memory budget was free to choose, as ``config.json`` tells it."""
+AS_BEFORE = "as before"
+"""The origin of such a value where the run was resumed."""
 
 
 def resolve(
@@ -134,7 +136,7 @@ def with_execution(config: RunConfig, execution: ExecutionSettings) -> RunConfig
 
 
 # The norm of the full gradient is known where the full gradient is. Layerwise sums of several micro-batches are those
-# of projected gradients, and so is what replicas send each other under ``--reduce projected``.
+# of projected gradients, and so are those of replicas under ``--reduce projected``.
 def known_norm(values: Mapping[str, Any], processes: Processes) -> str:
     """Return which norm can be clipped: ``full``, or ``projected`` where only that of projected gradients is known."""
     has_several = values["total_batch_size"] != values["batch_size"] * processes.total

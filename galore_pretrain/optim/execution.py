@@ -305,7 +305,10 @@ class PendingGradients:
     # On a CPU the answer can be looked at: a gradient that is finite needs no further care. A GPU would have to be
     # waited for, so the step carries the answer along as ``valid``, and looks at it on the device whenever it stores.
     def take(self, p: Tensor) -> PendingGradient | None:
-        """Remove and return the gradient of ``p`` in the form in which an update takes it; None where there is none."""
+        """Remove and return the gradient of ``p`` in the form in which an update takes it; None where there is none.
+
+        A gradient is dropped too where this raises.
+        """
         pending = self._pending.pop(p, None)
         if pending is None:
             if p.grad is None:
@@ -532,10 +535,9 @@ class Execution(ABC):
         self._norm = None
         coefficient: Tensor | None = None
         if self._grad_clip > 0:
-            norms = self._pending.norms(self._params)
-            self._norm = norms.norm()
-            ratio = self._grad_clip / (self._norm + 1e-6)  # the 1e-6 is that of torch's clip_grad_norm_
-            coefficient = ratio.clamp(max=1.0)
+            self._norm = self._pending.norms(self._params).norm()
+            # The 1e-6 is that of torch's clip_grad_norm_.
+            coefficient = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
         if shares:
             self._pending.refresh(self._params)
         for p in self._params:

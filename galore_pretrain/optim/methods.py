@@ -107,7 +107,7 @@ class Method:
 
     @property
     def updater(self) -> str:
-        """Return the name of the method whose rules update the parameters: this one's, or its factors' updater."""
+        """Return the name of the method whose rules update the parameters: another where this one makes factors."""
         return self.factors_updated_by or self.name
 
 

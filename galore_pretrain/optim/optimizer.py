@@ -210,8 +210,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if decay and slot.decay == "l2":
             if self.rounding != "nearest":
                 grad = grad.float()
-            compressed_weight = slot.rule.compress(weight, state, step)
-            grad = torch.add(grad, compressed_weight, alpha=decay)
+            grad = torch.add(grad, slot.rule.compress(weight, state, step), alpha=decay)
         direction = slot.rule.update(grad, state, step)
         if slot.shard is not None and slot.scope is not Scope.ELEMENTS:  # of elements, the step is placed already
             step = step.placed()

@@ -265,10 +265,8 @@ class UpdateRule(ABC):
         """
         self.start(state, step)
         if self.next_refresh(step) == step.count:
-            bases = self.find_bases(grad, state)
-            self.set_bases(bases, state, step)
-        compressed = self.compress(grad, state, step)
-        return self.update(compressed, state, step)
+            self.set_bases(self.find_bases(grad, state), state, step)
+        return self.update(self.compress(grad, state, step), state, step)
 
     def next_refresh(self, step: Step) -> int | None:
         """Return the number of the first update, from this one on, that begins with new bases; None if none does."""

@@ -248,8 +248,8 @@ def update_gathered(
             whole[name] = distributor.gather(part[name], layout)
     grad = distributor.gather(pending.grad, shard)
     if decay and rule.decay == "l2":
-        whole_weight = distributor.gather(weight, shard)
-        grad = torch.add(grad.float(), whole_weight, alpha=decay)
+        # No name for the whole weight, which would keep it during the update.
+        grad = torch.add(grad.float(), distributor.gather(weight, shard), alpha=decay)
     step = replace(pending.step, shard=None)
     rule.start(whole, step)
     direction = rule.update(grad, whole, step)

@@ -39,7 +39,7 @@ class WeightStore(Protocol):
         ...
 
 
-# Subtraction in chunks. Three ways lead to W ← W - lr · D - decay · W, W being m × n:
+# Three ways lead to W ← W - lr · D - decay · W, W being m × n:
 #
 # - In place, in W's own dtype, where fp32 would gain nothing: W is fp32, or the result is rounded to nearest anyway.
 #   A direction L R of rank r is added as it is multiplied out (addmm), so D never exists.

@@ -113,11 +113,6 @@ class Choice:
     config: RunConfig
     plan: Plan | None
 
-    @property
-    def execution(self) -> ExecutionSettings:
-        """Return how the updates are executed."""
-        return self.config.execution
-
 
 def planned(config: RunConfig, budget: int, mesh: Any = None) -> Plan:
     """Return the plan of the run that `choose` would choose. ``budget`` is in bytes."""
@@ -125,15 +120,15 @@ def planned(config: RunConfig, budget: int, mesh: Any = None) -> Plan:
     return choice.plan or measure(choice.config, load_model_config(config.model), mesh)
 
 
-def fitted(config: RunConfig, outline: Outline, mesh: Any = None, *, is_restored: bool) -> Choice:
+def fitted(config: RunConfig, outline: Outline, mesh: Any = None, *, runs_as_before: bool) -> Choice:
     """Return an execution whose updates fit the memory budget, and their plan where one had to be made.
 
-    An execution that ``is_restored`` from a checkpoint has run before: it stays, and is measured only where a budget is
-    named. InputError where nothing fits, with the smallest peak that was seen and what helps. ``outline`` is of this
-    process's part.
+    A run that is resumed and ``runs_as_before`` keeps its execution, which is measured only where a budget is named.
+    InputError where nothing fits, with the smallest peak that was seen and what helps. ``outline`` is of this process's
+    part.
     """
     budget = budget_of(config)
-    if not is_restored:
+    if not runs_as_before:
         choice = choose(config, budget, mesh, outline)
     elif config.memory_budget is not None:
         choice = Choice(config, measure(config, load_model_config(config.model), mesh, outline=outline))
@@ -143,7 +138,7 @@ def fitted(config: RunConfig, outline: Outline, mesh: Any = None, *, is_restored
     if plan is None:
         return choice
     if plan.peak_bytes > budget:
-        peak = "peak" if is_restored else "smallest peak found"
+        peak = "peak" if runs_as_before else "smallest peak found"
         raise InputError(
             f"the {peak} is {plan.peak_bytes / 2**30:.2f} GiB "
             f"({describe(plan.config)}), and {budget / 2**30:.2f} GiB are to be had ({source_of(config)}); "
@@ -226,12 +221,13 @@ def _sizes(config: RunConfig) -> list[int]:
 def _cost(config: RunConfig) -> tuple[float, bool, int]:
     """Return the products with each weight per token, in units of 2mn; at equal cost, the plainer comes first."""
     tokens = config.batch_size * config.max_length
-    cost = 3 + _cost_of_size(config, tokens)
+    cost = 3.0
     if config.activation_checkpointing:
         cost += 1
     sums_are_projected = config.layerwise and config.micro_batches > 1 and method(config.optim).projects
     if sums_are_projected and config.rank:
         cost += config.rank / tokens
+    cost += _cost_of_size(config, tokens)
     return cost, config.layerwise, -config.batch_size
 
 

@@ -1,4 +1,4 @@
-"""Describe what a run must know to be repeated: its code, versions and hardware."""
+"""Describe what a run has to say of itself so that it can be repeated: its code, versions and hardware."""
 
 import os
 import platform

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def resolve_resume(config: RunConfig, output: Path) -> tuple[RunConfig, Saved | None]:
+@dataclass(frozen=True)
+class Resumption:
+    """Says how a run goes on.
+
+    ``config`` has the execution as it was, as far as the user leaves it open. ``saved`` is the checkpoint that the run
+    goes on from, None for a fresh start. ``restored`` names the settings that were taken from it. ``runs_as_before``
+    says that the updates are executed as they were, so that nothing has to be chosen anew.
+    """
+
+    config: RunConfig
+    saved: Saved | None = None
+    restored: frozenset[str] = frozenset()
+    runs_as_before: bool = False
+
+
+def resolve_resume(config: RunConfig, output: Path) -> Resumption:
     """Find out how a run goes on, if it has begun.
 
-    Returns the config with the execution as it was, and the checkpoint that the run goes on from. InputError where the
-    options compute something else than those that the checkpoint was made with.
+    Raises InputError where the options compute something else than those that the checkpoint was made with.
     """
     saved = find_checkpoint(config, output)
     if saved is None:
@@ -40,13 +54,16 @@ def resolve_resume(config: RunConfig, output: Path) -> tuple[RunConfig, Saved | 
             raise InputError(
                 f"--output {output} holds a finished run without its checkpoints, which would be lost; give another"
             )
-        return config, None
+        return Resumption(config)
     before = saved.state["config"]
+    restored: frozenset[str] = frozenset()
     saved_norm = before.get("clip_norm")
     if "clip_norm" in config.undecided and saved_norm is not None:  # another would be clipped, were it chosen anew
-        config = replace(config, clip_norm=saved_norm, undecided=config.undecided - {"clip_norm"})
+        restored = frozenset({"clip_norm"})
+        config = replace(config, clip_norm=saved_norm, undecided=config.undecided - restored)
     execution = saved_execution(config, before)
     if execution is not None:
+        restored |= config.undecided - {"clip_norm"}
         config = replace(with_execution(config, execution), undecided=frozenset())
     differences = config.differences(before)
     if differences and not config.resume_with_changes:
@@ -54,7 +71,7 @@ def resolve_resume(config: RunConfig, output: Path) -> tuple[RunConfig, Saved | 
             f"{saved.folder} was made with other options: {', '.join(differences)}; repeat the old ones, "
             "give another --output, or insist with --resume-with-changes"
         )
-    return config, saved
+    return Resumption(config, saved, restored, runs_as_before=execution is not None)
 
 
 def resume_hint(config: RunConfig) -> str:
@@ -101,7 +118,7 @@ def find_checkpoint(config: RunConfig, output: Path) -> Saved | None:
 
 # The memory that is free now may suggest another execution than the run had, and that would change roundings.
 def saved_execution(config: RunConfig, saved: Mapping[str, Any]) -> ExecutionSettings | None:
-    """Return how a run's updates were executed, where no flag says otherwise; None where that goes no more.
+    """Return how a run's updates were executed, where no flag says otherwise; None where that is not possible now.
 
     ``saved`` are the values of the config in its checkpoint.
     """

@@ -18,7 +18,7 @@ from typing import Any
 
 from galore_pretrain.config.flags import RunCommand, flags, resolved
 from galore_pretrain.config.options import find_model
-from galore_pretrain.config.resolve import without_meaning
+from galore_pretrain.config.resolve import AS_BEFORE, CHOSEN, without_meaning
 from galore_pretrain.errors import InputError
 from galore_pretrain.signals import on_stop
 from galore_pretrain.study.paper import printed
@@ -437,8 +437,9 @@ def _check_folder(run: Planned) -> None:
     try:
         saved = json.loads((run.folder / "config.json").read_text())["config"]
         for name, entry in saved.items():
-            # What the run is to choose for itself is no option of the one who starts it.
-            if name not in config.undecided:
+            # What a run chose for itself, and may choose again, is no option of the one who starts it.
+            was_chosen = entry["origin"] in (CHOSEN, AS_BEFORE)
+            if not (was_chosen and name in config.undecided):
                 values[name] = entry["value"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # there is no file, or none that can be read: the run will write it anew

@@ -419,8 +419,9 @@ def _checksum(rows: Sequence[Row]) -> int:
     """Return a checksum of what all processes read: of each row's text, or of its ids where those are in all."""
     check = 0
     for row in rows:
-        content = row.input_ids.tobytes()
-        if row.check is not None:
+        if row.check is None:
+            content = row.input_ids.tobytes()
+        else:
             content = row.check.to_bytes(4, "little")
         check = zlib.crc32(content, check)
     return check

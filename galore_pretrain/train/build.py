@@ -129,7 +129,7 @@ def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -
 
     Raises InputError where the options do not fit the model.
     """
-    # A method that factors the matrices, as LoRA, has another method update the factors: its own name otherwise.
+    # A method that factors the matrices, such as LoRA, leaves the factors to another method.
     updater = method(method(config.optim).updater)
     method_options = {OPTIONS[flag].argument: getattr(config, flag) for flag in updater.options}
     try:
