@@ -4,9 +4,11 @@ A position is a number of lines, rows or passages, so reading goes on anywhere; 
 """
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _PASSAGE = 1000  # characters after which a .txt document may end
+_LONGEST_PASSAGE = 4 * _PASSAGE  # characters after which it does
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*\s+|[。！？\r]")  # old Macs end lines with \r alone
 _PART = 1 << 16  # bytes of decompressed text that are read at a time
 
 
@@ -49,11 +53,15 @@ def is_known(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """Return the suffix that says how a file is laid out, whatever compresses it; empty if there is none."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _OPENERS]
-    if not suffixes:
-        return ""
-    return suffixes[-1]
+    """Return the suffix, in lower case, that says how a file is laid out, whatever compresses it; or ''."""
+    return without_compression(path).suffix.lower()
+
+
+def without_compression(path: Path) -> Path:
+    """Return the path without the suffix of what compresses the file: that of the same text uncompressed."""
+    while path.suffix.lower() in _OPENERS:
+        path = path.with_suffix("")
+    return path
 
 
 def is_text(value: object) -> bool:
@@ -84,12 +92,13 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".bz2": bz2.open,
     ".xz": lzma.open,
     ".zst": _open_zst,
+    ".zstd": _open_zst,
 }
 
 
 def _open(path: Path) -> Any:
     """Open a file for reading the bytes that it holds once decompressed."""
-    opener = _OPENERS.get(path.suffix)
+    opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
         return path.open("rb")
     return opener(path)
@@ -164,6 +173,38 @@ def _text_of_line(line: bytes, number: int) -> str | Flaw:
     return text
 
 
+def _read_csv(path: Path, start: int) -> Entries:
+    """Yield the texts of the column "text" of a file of comma-separated values; a position is a number of rows."""
+    # A field in quotes may hold line ends, so rows can only be counted from the file's beginning. Bytes that are no
+    # UTF-8 become half surrogate pairs on the way through the parser, which show in the text of their own row alone.
+    csv.field_size_limit(2**31 - 1)  # by default a document of 128 KiB would be an error
+    number = 0
+    lines = (line.decode("utf-8-sig" if not i else "utf-8", "surrogateescape") for i, line in enumerate(_lines(path)))
+    rows = csv.reader(lines)
+    try:
+        header = next(rows, [])
+        if "text" not in header:
+            yield start, Flaw(f'has no column "text"; its columns: {", ".join(header)}', is_end=True)
+            return
+        column = header.index("text")
+        for number, row in enumerate(rows, 1):
+            if number > start and row:
+                yield number, _text_of_cell(row, column, number)
+    except csv.Error as error:
+        yield number, Flaw(f"cannot be read after row {number} ({error})", is_end=True)
+    except _BrokenError as error:
+        yield number, Flaw(str(error), is_end=True)
+
+
+def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
+    """Return the string in one column of a row."""
+    if len(row) <= column:
+        return Flaw(f'row {number} has no cell in the column "text"')
+    if not is_text(row[column]):
+        return Flaw(f"row {number} is not UTF-8")
+    return row[column]
+
+
 def _read_parquet(path: Path, start: int) -> Entries:
     """Yield the texts of the column "text"; a position is a number of rows."""
     # Rows are decoded a row group at a time, so one that cannot be decoded takes all rows of its group with it. Groups
@@ -215,29 +256,31 @@ def _text_of_row(scalar: Any, row: int) -> str | Flaw:
 def _read_txt(path: Path, start: int) -> Entries:
     """Yield passages of plain text; a position is a number of passages."""
     # Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a
-    # paragraph. Text without blank lines is cut after any line past four times that. Where a passage ends depends on
-    # all lines before it, so the file is read from its beginning whatever the position.
+    # paragraph. Text without blank lines is cut after any line past four times that, and a line that is longer, such as
+    # a book without line ends, at the ends of its sentences. Where a passage ends depends on all lines before it, so
+    # the file is read from its beginning whatever the position.
     passage: list[str] = []
     length = 0
     number = 0  # of passages that have ended
     try:
         for line_number, line in enumerate(_lines(path), 1):
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")  # a byte order mark is no text
             except UnicodeDecodeError as error:
                 if number >= start:
                     yield number, Flaw(f"line {line_number} is not UTF-8 ({error.reason} at byte {error.start})")
                 continue
-            passage.append(text)
-            length += len(text)
-            is_whole = length >= _PASSAGE and not text.strip()
-            is_too_long = length >= 4 * _PASSAGE
-            if is_whole or is_too_long:
-                number += 1
-                if number > start:
-                    yield number, "".join(passage).strip()
-                passage = []
-                length = 0
+            for part in _in_parts(text):
+                passage.append(part)
+                length += len(part)
+                is_whole = length >= _PASSAGE and not part.strip()
+                is_too_long = length >= _LONGEST_PASSAGE
+                if is_whole or is_too_long:
+                    number += 1
+                    if number > start:
+                        yield number, "".join(passage).strip()
+                    passage = []
+                    length = 0
     except _BrokenError as error:
         yield number, Flaw(str(error), is_end=True)
     last = "".join(passage).strip()
@@ -245,9 +288,28 @@ def _read_txt(path: Path, start: int) -> Entries:
         yield number + 1, last
 
 
+def _in_parts(line: str) -> Iterator[str]:
+    """Yield a line whole, or in parts of about a passage's length where it is longer than one may be.
+
+    A part ends behind the last sentence that fits, or else behind the last word, or else anywhere.
+    """
+    start = 0
+    while len(line) - start > _LONGEST_PASSAGE:
+        latest = start + _LONGEST_PASSAGE
+        ends = [match.end() for match in _SENTENCE_END.finditer(line, start + _PASSAGE, latest)]
+        stop = ends[-1] if ends else line.rfind(" ", start + _PASSAGE, latest) + 1
+        stop = stop or latest
+        yield line[start:stop]
+        start = stop
+    yield line[start:]
+
+
 _READERS: dict[str, Callable[[Path, int], Entries]] = {
     ".json": _read_jsonl,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".pq": _read_parquet,
     ".txt": _read_txt,
 }
