@@ -29,6 +29,8 @@ from galore_pretrain.optim import OPTIONS, method, resolve_name
 
 CHOSEN = "chosen"
 """The origin of a value that the memory budget was free to choose, as ``config.json`` tells it."""
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
+"""How the names of files with a model's weights end."""
 
 
 def resolve(
@@ -46,6 +48,7 @@ def resolve(
     for name, flag in FLAGS.items():
         _check_bound(name, flag, values[name])
     find_model(values["model"])
+    _refuse_weights(values["model"])
     model = Path(values["model"]).stem
 
     def fill(name: str, value: Any, origin: str) -> None:
@@ -80,6 +83,19 @@ def resolve(
     origins |= dict.fromkeys(undecided, CHOSEN)
     _check(values, processes)
     return RunConfig(**values, processes=processes, undecided=undecided), origins
+
+
+def _refuse_weights(model: str) -> None:
+    """Raise InputError where ``--model`` names a folder with weights, which a run would not begin from."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _WEIGHTS:
+            raise InputError(
+                f"--model {model} holds weights ({file.name}), and a run begins with new ones: name "
+                f"{folder / 'config.json'} to train its architecture from new weights"
+            )
 
 
 def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tuple[Any, str]]:
