@@ -45,8 +45,7 @@ def resolve(
     origins = {name: sources.get(name, "default") for name in FLAGS}
     if values["model"] is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
-    for name, flag in FLAGS.items():
-        _check_bound(name, flag, values[name])
+    check_bounds(values)
     find_model(values["model"])
     _refuse_weights(values["model"])
     model = Path(values["model"]).stem
@@ -164,6 +163,12 @@ def _refuse_norm_of_nothing(values: Mapping[str, Any]) -> None:
     norm = values["clip_norm"]
     if norm is not None:
         raise InputError(f"--clip-norm {norm} has no meaning without --grad-clip; give one, such as 1")
+
+
+def check_bounds(values: Mapping[str, Any]) -> None:
+    """Raise InputError for the first value of a flag that is beyond the flag's bounds."""
+    for name, value in values.items():
+        _check_bound(name, FLAGS[name], value)
 
 
 def _check_bound(name: str, flag: Flag, value: Any) -> None:
