@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 from click.core import ParameterSource
+from safetensors import SafetensorError
 
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
@@ -157,7 +158,8 @@ def plan(
         name = Path(first.model).stem
         picture = picture or Path(f"memory-{name}.png")
         title = f"{name} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
-        pictures.draw_memory(picture, title, budget.bars(rows, plans), available)
+        with _writing(f"--picture {picture}", "file"):
+            pictures.draw_memory(picture, title, budget.bars(rows, plans), available)
         click.echo(f"drawn: {picture}", err=as_json)
     return 0
 
@@ -242,6 +244,8 @@ def sweep(
     if plan_only:
         click.echo("\n".join(work.listing()))
         return 0
+    with _writing(f"--output {output}", "folder"):
+        output.mkdir(parents=True, exist_ok=True)
     folders, code = work.run()
     if folders:
         click.echo(_report(folders, output / "report"))
@@ -264,7 +268,9 @@ def _report(runs: Sequence[Path], output: Path, *, as_json: bool = False) -> str
     comparisons = results.compare(results.find(runs))
     if as_json:
         return json.dumps(report.as_json(comparisons), indent=2)
-    return f"{report.write(comparisons, output)}\nwritten: {output / 'report.md'}, {output / 'report.html'}"
+    with _writing(f"--output {output}", "folder"):
+        text = report.write(comparisons, output)
+    return f"{text}\nwritten: {output / 'report.md'}, {output / 'report.html'}"
 
 
 _TEXT = ("data", "eval_data", "bad_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
@@ -290,7 +296,10 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
         return 0
     text = config.eval_data or f"{config.data} (validation)"
     click.echo(f"{text}, {numbers['eval_tokens']:,} tokens: loss {numbers['eval_loss']:.4f}")
-    click.echo(f"perplexity {numbers['eval_perplexity']:.4f} (reference {numbers['eval_reference_perplexity']:.4f})")
+    line = f"perplexity {numbers['eval_perplexity']:.4f}"
+    if "eval_reference_perplexity" in numbers:
+        line += f" (reference {numbers['eval_reference_perplexity']:.4f})"
+    click.echo(line)
     return 0
 
 
@@ -307,7 +316,8 @@ def export(path: Path, folder: Path) -> int:
         from galore_pretrain.train import build
 
     model = loaded.load(path, {}, build.device_named("cpu"))
-    write_model(folder, model.model, model.tokenizer)
+    with _writing(str(folder), "folder"):
+        write_model(folder, model.model, model.tokenizer)
     click.echo(f"written: {folder}")
     return 0
 
@@ -340,6 +350,16 @@ def _let_cuda_grow_segments() -> None:
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+@contextmanager
+def _writing(place: str, kind: str) -> Iterator[None]:
+    """Raise InputError, which names the ``place``, where nothing can be written there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{place} cannot be written ({why}); give another {kind}") from error
 
 
 # torch and transformers make a million objects when they are imported, none of which is garbage. Looking for some among
@@ -409,6 +429,9 @@ def main() -> None:
     warnings.showwarning = _show_warning
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of --profile, before torch reads it
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it warns its developers, and what matters is checked here
     debug = "--debug" in sys.argv[1:]
     ending = _Ending()
     try:

@@ -261,3 +261,33 @@ def test_inside_transformers_trainer(optimizer_class: Any, how: str, tmp_path: P
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):  # type: ignore[union-attr]
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rnk": 4}, "rnk=4, which is not supported; did you mean rank?"),
+        ({"maximize": True}, "maximize=True, which is not supported; a note of your own goes into param_groups"),
+        ({"amsgrad": True}, "amsgrad=True, which is not supported"),
+        ({"fused": True}, "fused=True, which is not supported"),
+        ({"momentum": 0.9}, "momentum=0.9, which is not supported"),
+        ({"update_gap": 4}, "did you mean update_proj_gap?"),
+    ],
+)
+def test_a_setting_of_a_group_is_obeyed_or_refused(setting: dict[str, Any], message: str, optimizer_class: Any) -> None:
+    """As the constructor refuses it: nothing would follow it."""
+    more = KWARGS.get(optimizer_class, {})
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        optimizer_class([{"params": parameters([(24, 40)]), **GROUP, **setting}], lr=0.01, **more)
+    with pytest.raises((TypeError, ValueError)):
+        optimizer_class([{"params": parameters([(24, 40)]), **GROUP}], lr=0.01, **more, **setting)
+
+
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+def test_what_torch_and_schedulers_leave_in_a_group_is_no_setting(optimizer_class: Any) -> None:
+    off = dict.fromkeys(["amsgrad", "maximize", "foreach", "fused"], False)
+    group = {"params": parameters([(24, 40)]), **GROUP, **off, "name": "matrices", "initial_lr": 0.01}
+    optimizer = optimizer_class([group], lr=0.01, **KWARGS.get(optimizer_class, {}))
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    assert optimizer_class(optimizer.param_groups, lr=0.01, **KWARGS.get(optimizer_class, {}))

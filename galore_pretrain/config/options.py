@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim import BASIS_NAMES, METHODS, MOMENTS, NUMERICS, PROJ_TYPES, REFRESHES
+from galore_pretrain.optim import BASIS_NAMES, METHODS, MOMENTS, NUMERICS, OPTIONS, PROJ_TYPES, REFRESHES, method
 
 _THOUSANDS = {"": 0, "k": 1, "m": 2, "b": 3, "g": 3, "t": 4, "p": 5}
 """Powers of 1000 that a letter behind a number stands for."""
@@ -94,6 +94,13 @@ def parse_betas(text: str) -> tuple[float, float]:
     return first, second
 
 
+def parse_place(text: str) -> str:
+    """Return a name or a path as it is, but for ``~``, which no shell has replaced in a JSON file or behind a ``=``."""
+    if text.startswith("~"):
+        return os.path.expanduser(text)
+    return text
+
+
 @dataclass(frozen=True)
 class Flag:
     """Says what the command line needs to know of a field.
@@ -167,7 +174,7 @@ class RunConfig:
     changed to fit the memory budget.
     """
 
-    model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", str, METHOD, shown="required")
+    model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", parse_place, METHOD, shown="required")
     optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}.", str, METHOD)
     rank: int | None = _flag(None, "Rank r: of GaLore's subspace, or of the factors.", int, METHOD, least=1)
     update_proj_gap: int | None = _flag(None, "GaLore: updates T between two bases.", int, METHOD, least=1)
@@ -227,10 +234,16 @@ class RunConfig:
         shown="full, or projected where only that is known",
     )
 
-    data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", str, TEXT)
-    eval_data: str | None = _flag(None, "Validation text, not a part of --data.", str, TEXT, shown="from --data")
+    data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", parse_place, TEXT)
+    eval_data: str | None = _flag(
+        None, "Validation text, not a part of --data.", parse_place, TEXT, shown="from --data"
+    )
     tokenizer: str = _flag(
-        None, "t5, sample, a .model file, a folder or a hub id.", str, TEXT, shown="t5 for c4, sample for sample"
+        None,
+        "t5, sample, a .model file, a folder or a hub id.",
+        parse_place,
+        TEXT,
+        shown="t5 for c4, sample for sample",
     )
     bad_data: str = _flag(
         "raise", "Documents that cannot be read: stop, or leave them out, up to 1 in 100.", BAD_DATA, TEXT, free=True
@@ -295,8 +308,8 @@ class RunConfig:
     )
     seed: int = _flag(0, "Of weights, data order and rounding.", int, MACHINE, least=0)
 
-    output: str = _flag(None, "Folder of the run.", str, OUTPUT, free=True, shown="runs/MODEL-OPTIM-TIME")
-    resume: str = _flag("auto", "auto (go on in --output), never, or a checkpoint.", str, OUTPUT, free=True)
+    output: str = _flag(None, "Folder of the run.", parse_place, OUTPUT, free=True, shown="runs/MODEL-OPTIM-TIME")
+    resume: str = _flag("auto", "auto (go on in --output), never, or a checkpoint.", parse_place, OUTPUT, free=True)
     resume_with_changes: bool = _flag(
         False, "Resume although options differ that change the computation.", bool, OUTPUT, free=True
     )
@@ -347,7 +360,7 @@ class RunConfig:
         for name, value in self.values().items():
             if name not in saved or self._is_free(name):
                 continue
-            if _as_json(value) != _as_json(saved[name]):
+            if not self._means_the_same(name, saved[name]):
                 changed[name] = value
         # A field that is not in use any more (None) follows from another one that changed, which says enough.
         in_use = {name: value for name, value in changed.items() if value is not None}
@@ -356,6 +369,37 @@ class RunConfig:
             flag = name.replace("_", "-")
             sentences.append(f"--{flag} {value} (was {saved[name]})")
         return sentences
+
+    def _means_the_same(self, name: str, saved: Any) -> bool:
+        """Whether the value of a flag computes the same as the ``saved`` one, which may be said in other words."""
+        value = getattr(self, name)
+        if _as_json(value) == _as_json(saved):
+            return True
+        if name in _SHIPPED and isinstance(value, str) and isinstance(saved, str):
+            return _place(name, value) == _place(name, saved)
+        if (value is None) != (saved is None):
+            return self._is_default(name, value if saved is None else saved)
+        return False
+
+    # A flag that is None leaves a method's rules as they are. What they have then, only they know: so they are built
+    # both ways, and compared.
+    def _is_default(self, name: str, value: Any) -> bool:
+        """Whether the method has ``value`` where the flag is left out, as Adam has ``--betas 0.9,0.999``."""
+        updater = method(method(self.optim).updater)
+        if name not in updater.options:
+            return False
+        from galore_pretrain.optim import build_rules  # torch: a run has it by now, and a sweep is seldom here
+
+        argument = OPTIONS[name].argument
+        left_out = {OPTIONS[flag].argument: getattr(self, flag) for flag in updater.options}
+        left_out[argument] = None
+        said = dict(left_out)
+        said[argument] = tuple(value) if isinstance(value, list) else value
+        try:
+            rules = build_rules(updater.name, self.numerics, **said)
+        except ValueError:  # another version took what no rule takes now
+            return False
+        return rules == build_rules(updater.name, self.numerics, **left_out)
 
     def _is_free(self, name: str) -> bool:
         if name == "batch_size" and self.numerics == "reference":
@@ -366,6 +410,25 @@ class RunConfig:
 
 FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(RunConfig) if "flag" in f.metadata}
 """What the command line knows of each field, by its name."""
+
+
+_SHIPPED: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "data": ("c4", "sample"),
+    "eval_data": (),
+    "tokenizer": ("t5", "sample"),
+}
+"""The flags that name what a run reads, and their values that are no paths, beside the names of shipped models."""
+
+
+def _place(name: str, value: str) -> str:
+    """Return what a value of one of these flags stands for: a shipped thing's name, or else a whole path."""
+    if value in _SHIPPED[name] or (name == "model" and value in shipped_models()):
+        return value
+    path = Path(value)
+    if name == "model" and path.is_dir():
+        path /= "config.json"
+    return f"path {path.resolve()}"
 
 
 def _as_json(value: Any) -> Any:

@@ -31,6 +31,8 @@ CHOSEN = "chosen"
 """The origin of a value that the memory budget was free to choose, as ``config.json`` tells it."""
 AS_BEFORE = "as before"
 """The origin of such a value where the run was resumed."""
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
+"""How the names of files with a model's weights end."""
 
 
 def resolve(
@@ -45,9 +47,9 @@ def resolve(
     origins = {name: sources.get(name, "default") for name in FLAGS}
     if values["model"] is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
-    for name, flag in FLAGS.items():
-        _check_bound(name, flag, values[name])
+    check_bounds(values)
     find_model(values["model"])
+    _refuse_weights(values["model"])
     model = Path(values["model"]).stem
 
     def fill(name: str, value: Any, origin: str) -> None:
@@ -82,6 +84,19 @@ def resolve(
     origins |= dict.fromkeys(undecided, CHOSEN)
     _check(values, processes)
     return RunConfig(**values, processes=processes, undecided=undecided), origins
+
+
+def _refuse_weights(model: str) -> None:
+    """Raise InputError where ``--model`` names a folder with weights, which a run would not begin from."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _WEIGHTS:
+            raise InputError(
+                f"--model {model} holds weights ({file.name}), and a run begins with new ones: name "
+                f"{folder / 'config.json'} to train its architecture from new weights"
+            )
 
 
 def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tuple[Any, str]]:
@@ -150,6 +165,12 @@ def _refuse_norm_of_nothing(values: Mapping[str, Any]) -> None:
     norm = values["clip_norm"]
     if norm is not None:
         raise InputError(f"--clip-norm {norm} has no meaning without --grad-clip; give one, such as 1")
+
+
+def check_bounds(values: Mapping[str, Any]) -> None:
+    """Raise InputError for the first value of a flag that is beyond the flag's bounds."""
+    for name, value in values.items():
+        _check_bound(name, FLAGS[name], value)
 
 
 def _check_bound(name: str, flag: Flag, value: Any) -> None:

@@ -12,6 +12,7 @@ In transformers' ``Trainer``: ``optimizers=(GaLoreAdamW(groups, lr=0.01), None)`
 ``optimizer_cls_and_kwargs=(GaLoreAdamW, {"params": groups, "lr": 0.01})``.
 """
 
+import difflib
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -35,6 +36,11 @@ _OPTIMIZER_SETTINGS = {
     "scale_parameter",
     "relative_step",
 }
+_OTHERS = {"params", "param_names", "name", "lr", "weight_decay", "settings"}
+_OTHERS |= {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
+"""Keys of a group that the optimizer, schedulers or what logs them read or leave there."""
+_OFF_IN_TORCH = {"amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable"}
+"""Settings of torch's optimizers that are not supported, which a group of theirs has all the same, switched off."""
 
 
 class Options(TypedDict, total=False):
@@ -103,6 +109,10 @@ class _DropIn(RuleOptimizer):
         if ignored:
             names = ", ".join(sorted(ignored))
             raise ValueError(f"a parameter group sets {names}, which holds for the whole optimizer")
+        known = {*self._options, *_GROUP_SETTINGS, *_OTHERS}
+        for key, value in param_group.items():
+            if key not in known and not (key in _OFF_IN_TORCH and not value):
+                raise ValueError(_unknown_setting(key, value, known))
         group = {**self._options, **param_group}
         group["rule"] = self._rule_for(group)
         super().add_param_group(group)
@@ -265,6 +275,15 @@ class NaturalGaLoreAdamW(GaLoreAdamW):
     ) -> None:
         self._class_options = {"natural_history": natural_history, "natural_damping": natural_damping}
         super().__init__(params, *args, **kwargs)
+
+
+def _unknown_setting(key: str, value: Any, known: Iterable[str]) -> str:
+    """Return what to say of a group's setting that nothing here would follow."""
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = "a note of your own goes into param_groups when the optimizer is built"
+    if near:
+        hint = f"did you mean {near[0]}?"
+    return f"a parameter group sets {key}={value!r}, which is not supported; {hint}"
 
 
 def _require(name: str, value: Any, *, supported: Any) -> None:

@@ -40,15 +40,30 @@ def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenize
     # A shard's tensors are copied to the host together, and let go before the next shard's.
     model.save_pretrained(aside, state_dict=state, max_shard_size=_SHARD_SIZE)
     tokenizer.save(aside, model_max_length=model.config.max_position_embeddings)
-    config_file = aside / "config.json"
-    config = json.loads(config_file.read_text())
-    config["use_cache"] = True  # training has no use for a cache, generation has
-    write_json(config_file, config)
+    for name in ("config.json", "generation_config.json"):
+        _amend(aside / name, {"use_cache": True})  # training has no use for a cache, generation has
+    _name_beginning(aside / "tokenizer_config.json")
     # safetensors makes its files private to the user. They get the mode of every other file instead.
-    mode = config_file.stat().st_mode
+    mode = (aside / "config.json").stat().st_mode
     for file in aside.glob("*.safetensors"):
         file.chmod(mode)
     for file in aside.iterdir():
         sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
+
+
+def _amend(file: Path, changes: Mapping[str, Any]) -> None:
+    """Change values of a JSON file."""
+    write_json(file, json.loads(file.read_text()) | changes)
+
+
+# In training, the end of a document stands before the next one, as in GPT-2. Programs that ask for a beginning by name,
+# such as CTranslate2's converter, get that: without any, the files that it makes cannot be loaded.
+def _name_beginning(file: Path) -> None:
+    """Name the end marker as the beginning of a text where a tokenizer has none. No text gets one by that."""
+    if not file.exists():  # a SentencePiece model alone
+        return
+    settings = json.loads(file.read_text())
+    if settings.get("bos_token") is None and settings.get("eos_token") is not None:
+        _amend(file, {"bos_token": settings["eos_token"], "add_bos_token": False})

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.recipes import reference_batch
-from galore_pretrain.config.resolve import resolve
+from galore_pretrain.config.resolve import check_bounds, resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama import without_masks
 from galore_pretrain.rundir import checkpoint
@@ -22,7 +22,7 @@ from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
 from galore_pretrain.train.build import model_for
 from galore_pretrain.train.evaluate import Evaluation, evaluate
-from galore_pretrain.train.inputs import architecture_for
+from galore_pretrain.train.inputs import architecture_for, check_length, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class LoadedModel:
     """Holds a model in evaluation mode, its tokenizer, and the config that says how its text is read.
 
     The config is that of the run that made the model, but for the fields that were replaced when it was loaded.
+    ``reference_batch`` sequences made a batch of the published script's evaluation; None where no run tells how many.
     """
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
     config: RunConfig
+    reference_batch: int | None = None
 
 
 def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
@@ -43,6 +45,7 @@ def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> Load
     ``overrides`` replaces fields of the run's config. A Hugging Face folder says nothing of its text, so for one they
     are added to defaults. Raises InputError where ``path`` is none of these.
     """
+    check_bounds(overrides)
     saved = checkpoint.newest(path / "checkpoints", set_aside=False)
     if saved is None and checkpoint.is_checkpoint(path):
         saved = checkpoint.opened(path)
@@ -65,7 +68,7 @@ def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], devi
     architecture = architecture_for(config, tokenizer)
     model = model_for(config, architecture, device, fresh=False)
     saved.load(checkpoint.model_tensors(model), part="model.")
-    return LoadedModel(model.eval(), tokenizer, config)
+    return LoadedModel(model.eval(), tokenizer, config, reference_batch(config))
 
 
 def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
@@ -77,15 +80,23 @@ def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.d
         "tokenizer": str(path),
         "steps": 1,
     }
+    if "batch_size" in overrides:
+        values["total_batch_size"] = overrides["batch_size"]  # of an update, which is not made here
     config, _ = resolve({**values, **overrides}, {})
+    tokenizer = load_tokenizer(config.tokenizer)
     try:
         # Only safetensors are read: loading a pickle can execute code.
-        loaded = LlamaForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
-        loaded.to(device)
-    except (OSError, SafetensorError) as error:
+        loaded, told = LlamaForCausalLM.from_pretrained(
+            path, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: its weights cannot be loaded ({first_line(error)})") from error
-    model = without_masks(loaded)
-    return LoadedModel(model.eval(), load_tokenizer(config.tokenizer), config)
+    if told["missing_keys"]:  # transformers draws these anew, and warns
+        missing = sorted(told["missing_keys"])
+        raise InputError(f"{path}: {len(missing)} of its weights are missing, such as {missing[0]}; copy it anew")
+    check_vocabulary(config, loaded.config, tokenizer)
+    model = without_masks(loaded.to(device))
+    return LoadedModel(model.eval(), tokenizer, config)
 
 
 def _architectures(file: Path) -> Any:
@@ -99,6 +110,7 @@ def _architectures(file: Path) -> Any:
 def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     """Evaluate a model over the validation text, as its run does."""
     config = trained.config
+    check_length(config, trained.model.config)
     check_hub(config.data, config.tokenizer)
     layout = TokenRows(trained.tokenizer, config.layout, config.max_length)
     source = open_source(config.data, "validation", config.eval_data, config.bad_data)
@@ -107,7 +119,7 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
         trained.model,
         rows,
         batch_size=config.batch_size,
-        reference_batch=reference_batch(config),
+        reference_batch=trained.reference_batch,
         device=device,
     )
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -96,8 +97,8 @@ class Planned:
         return file.exists() and b"\n" in file.read_bytes()
 
     def command(self) -> str:
-        """Return the command that a person would type."""
-        return " ".join(["galore-pretrain", *self.arguments()])
+        """Return the command that a person would type, quoted for a shell."""
+        return shlex.join(["galore-pretrain", *self.arguments()])
 
     def arguments(self) -> list[str]:
         """Return the command's words, without the program's name."""

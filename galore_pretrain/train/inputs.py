@@ -60,16 +60,28 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
 def architecture_for(config: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
     """Return the model's architecture with the tokenizer's control tokens; InputError where the two do not fit."""
     architecture = load_model_config(config.model)
-    vocabulary, positions = architecture.vocab_size, architecture.max_position_embeddings
+    check_vocabulary(config, architecture, tokenizer)
+    check_length(config, architecture)
+    architecture.eos_token_id = tokenizer.eos_id
+    architecture.bos_token_id = None  # no row begins with one
+    return architecture
+
+
+def check_vocabulary(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raise InputError where the tokenizer can produce an id that the model has no embedding for."""
+    vocabulary = architecture.vocab_size
     if tokenizer.vocab_size > vocabulary:
         raise InputError(
             f"--tokenizer {tokenizer.name} produces ids up to {tokenizer.vocab_size - 1}, but --model {config.model} "
             f"has a vocabulary of {vocabulary}; use another of the two"
         )
+
+
+def check_length(config: RunConfig, architecture: LlamaConfig) -> None:
+    """Raise InputError where rows are longer than the model has positions."""
+    positions = architecture.max_position_embeddings
     if config.max_length > positions:
         raise InputError(
-            f"--max-length {config.max_length} exceeds the {positions} positions of --model {config.model}"
+            f"--max-length {config.max_length} exceeds the {positions} positions of --model {config.model}; "
+            f"give --max-length {positions}, or less"
         )
-    architecture.eos_token_id = tokenizer.eos_id
-    architecture.bos_token_id = None  # no row begins with one
-    return architecture
