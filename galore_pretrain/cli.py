@@ -313,10 +313,12 @@ def export(path: Path, folder: Path) -> int:
     with _importing():
         from galore_pretrain.rundir import loaded
         from galore_pretrain.rundir.export import export as write_model
+        from galore_pretrain.rundir.export import try_export
         from galore_pretrain.train import build
 
     model = loaded.load(path, {}, build.device_named("cpu"))
     with _writing(str(folder), "folder"):
+        try_export(model.model.config, model.tokenizer, [])
         write_model(folder, model.model, model.tokenizer)
     click.echo(f"written: {folder}")
     return 0

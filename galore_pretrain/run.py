@@ -28,7 +28,7 @@ from galore_pretrain.planning.plan import Outline, Plan, measure
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import RunDirectory, log_config
 from galore_pretrain.rundir.environment import describe_environment
-from galore_pretrain.rundir.export import export
+from galore_pretrain.rundir.export import export, try_export
 from galore_pretrain.rundir.resume import Saver, check_inputs, is_finished, resolve_resume, restore, resume_hint
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
@@ -115,7 +115,8 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         revision = world.on_rank_zero(lambda: open_inputs(config, revision).revision)
     inputs = world.on_every_rank(lambda: open_inputs(config, revision), lambda opened: str(opened.fingerprints()))
     if saved:
-        check_inputs(config, saved, inputs.fingerprints())
+        check_inputs(config, saved, inputs.fingerprints(saved.format))
+    world.on_rank_zero(lambda: try_export(inputs.model, inputs.tokenizer, inputs.first_texts()))
 
     outline = part = Outline.of(config, inputs.model)
     if world.mesh is not None:

@@ -9,7 +9,8 @@ only then is the folder renamed, which a file system does at once or not at all.
 leaves the checkpoints of before and at most one ``.partial``. What is damaged later, by a disk or by hand, is found by
 its checksums, and left out in favour of the one before.
 
-``state.json`` names its `FORMAT` and the version that wrote it; one that names none is of format 1, which 0.1 wrote.
+``state.json`` names its `FORMAT` and the version that wrote it; one that names none is of format 1, which 0.1 wrote. Up
+to format 2, a Hugging Face tokenizer was known again by its vocabulary; from 3 on, by all that decides on its ids.
 Older formats are read: their weights always, and a run goes on from them bit for bit, or is refused with a line that
 says what differs. A newer format is refused with the version that wrote it. The number goes up with every change that
 an older program would misread.
@@ -42,7 +43,7 @@ from galore_pretrain.meters import ran_out
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
 
-FORMAT = 2
+FORMAT = 3
 """The format of the checkpoints, and of the config.json, that this version writes."""
 OLD_NAMES: dict[str, str] = {}
 """Maps the name that an older format has for a tensor of an optimizer's state to the name it has now. Both are the last

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 
 from transformers import LlamaConfig
 
@@ -11,6 +12,9 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.sources import DocumentSource, HubDataset, open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
+
+_TRIED_TEXTS = 16
+_TRIED_CHARACTERS = 4000  # of each
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,24 @@ class Inputs:
             return self.training.revision
         return None
 
-    def fingerprints(self) -> dict[str, str]:
-        """Return what must not change before the run is resumed: the same flags can name other files by then."""
+    def first_texts(self) -> list[str]:
+        """Return the beginnings of a few documents, on which the exported tokenizer is tried."""
+        return [text[:_TRIED_CHARACTERS] for _, text in islice(self.validation.read(0, 0), _TRIED_TEXTS)]
+
+    def fingerprints(self, format_number: int | None = None) -> dict[str, str]:
+        """Return what must not change before the run is resumed: the same flags can name other files by then.
+
+        With a ``format_number``, they are as a checkpoint of this format holds them: up to 2, a tokenizer's is of its
+        vocabulary alone.
+        """
+        tokenizer = self.tokenizer.fingerprint
+        if format_number is not None and format_number <= 2:
+            tokenizer = self.tokenizer.vocabulary_fingerprint
         return {
             "model": json.dumps(self.model.to_diff_dict(), sort_keys=True),
             "training text": self.training.fingerprint,
             "validation text": self.validation.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
+            "tokenizer": tokenizer,
         }
 
 
