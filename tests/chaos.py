@@ -8,8 +8,8 @@ moment, or at a random call of what a checkpoint, an evaluation, a backward pass
 goes through. At last it is left alone. Its weights, its last checkpoint and its ``metrics.jsonl`` must be the
 undisturbed run's, bit for bit, but for what a clock or the process's memory put there.
 
-With ``--every-row`` each method is killed once, in both executions or one, on packed and padded rows, of the sample and of
-local files.
+With ``--every-row`` each method is killed once, in both executions or in one, on packed and padded rows, of the sample
+and of local files.
 
 The command line is called as a user would, in a process of its own, forked from one that has torch imported already.
 """
