@@ -12,6 +12,7 @@ In transformers' ``Trainer``: ``optimizers=(GaLoreAdamW(groups, lr=0.01), None)`
 ``optimizer_cls_and_kwargs=(GaLoreAdamW, {"params": groups, "lr": 0.01})``.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from torch import Tensor
 from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
+from galore_pretrain.optim.slots import settings_of
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
@@ -117,6 +119,8 @@ class _DropIn(RuleOptimizer):
             raise ValueError(f"numerics {group['numerics']} of a group: it holds for the whole optimizer")
         options = {name: group[name] for name in self._options}
         options |= projection
+        if options.get("betas") is not None:
+            options["betas"] = tuple(options["betas"])
         projected, companion = build_rules(self.row, **options)
         if not projection:
             return companion
@@ -131,24 +135,36 @@ class _DropIn(RuleOptimizer):
         names = (*_GROUP_SETTINGS, *self._options)
         for index, group in enumerate(self.param_groups):
             settings = [group.get(name) for name in names]
-            if self._followed.get(index) != settings:
-                self.follow(index, self._rule_for(group))
-                self._followed[index] = settings
+            if self._followed.get(index) != [*settings, group["settings"]]:
+                self.slots.follow(index, self._rule_for(group))
+                self._followed[index] = [*settings, group["settings"]]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _load(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `RuleOptimizer` does, and take over the settings that were saved, as torch's optimizers do.
 
         ValueError where the state would have another shape for it, as for another rank; nothing is changed then.
         """
         groups_before = [dict(group) for group in self.param_groups]
+        saved_groups = [self._restated(saved) for saved in state_dict["param_groups"]]
         try:
-            self._follow_saved(state_dict["param_groups"])
-            super().load_state_dict(state_dict)
+            self._follow_saved(saved_groups)
+            super()._load({**state_dict, "param_groups": saved_groups})
         except ValueError:
             for index, before in enumerate(groups_before):
                 self.param_groups[index] |= before
-                self.follow(index, self._rule_for(before))
+                self.slots.follow(index, self._rule_for(before))
             raise
+
+    # A scheduler that cycles momentum changes betas after the step, so that a saved group has other ones than its rule
+    # was made of; and what passes through JSON, or torch's full state dicts, comes back with lists for tuples.
+    def _restated(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved group with the rule that its own settings ask for, if it is one of this class."""
+        if "settings" not in saved or not self._options.keys() <= saved.keys():
+            return saved
+        settings = settings_of(self._rule_for(saved))
+        if _classes(settings) != _classes(saved["settings"]):
+            return saved
+        return {**saved, "settings": settings}
 
     def _follow_saved(self, saved_groups: Iterable[Mapping[str, Any]]) -> None:
         """Give each group the settings that were saved with it, and the rule that they ask for."""
@@ -157,7 +173,12 @@ class _DropIn(RuleOptimizer):
         pairs = zip(saved_groups, self.param_groups, strict=False)
         for index, (saved, group) in enumerate(pairs):
             group |= {name: saved[name] for name in names if name in saved}
-            self.follow(index, self._rule_for(group))
+            self.slots.follow(index, self._rule_for(group))
+
+
+def _classes(settings: str) -> list[str]:
+    """Return the names of the classes of which a rule is made."""
+    return re.findall(r"(\w+)\(", settings)
 
 
 class GaLoreAdamW(_DropIn):
