@@ -115,6 +115,56 @@ def test_an_update_inside_autocast_is_that_outside(row: str) -> None:
     assert_equal(*weights)
 
 
+# One optimizer a parameter, as layerwise recipes of others make them.
+
+
+def alone(params: list[Tensor], **more: Any) -> list[Any]:
+    return [GaLoreAdamW([{"params": [p], **({"rank": 2} if p.ndim == 2 else {})}], lr=0.01, **more) for p in params]
+
+
+def test_optimizers_of_one_parameter_renew_bases_in_turn_and_warn_of_nothing() -> None:
+    params = parameters([(16, 8)] * 8 + [(8,)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizers = alone(params)
+        for p, optimizer in reversed(list(zip(params, optimizers, strict=True))):
+            train(optimizer, [p], 1)
+    due = {optimizer.next_due(p, 2) for p, optimizer in zip(params[:-1], optimizers, strict=False)}
+    assert len(due) > 4
+
+
+def test_optimizers_of_one_parameter_round_by_bits_of_their_own() -> None:
+    """Two weights whose first values alone differ are elsewhere rounded alike only where both have the same bits."""
+    weights = [torch.ones(8, 64, dtype=torch.bfloat16) for _ in range(2)]
+    weights[1][0, 0] = 2.0
+    params = [weight.requires_grad_() for weight in weights]
+    for p, optimizer in zip(params, alone(params, seed=3), strict=True):
+        p.grad = torch.full_like(p, 1e-2)
+        optimizer.param_groups[0]["lr"] = 1e-4
+        optimizer.step()
+    assert not torch.equal(params[0][1:], params[1][1:])
+    again = [weight.detach().clone().requires_grad_() for weight in (torch.ones(8, 64, dtype=torch.bfloat16),)]
+    assert alone(again, seed=3)[0].param_groups[0]["first_index"] != 0
+
+
+def test_an_optimizer_of_one_parameter_goes_on_in_its_place() -> None:
+    """By then, other values stand in the parameter."""
+    (p,) = parameters([(16, 8)])
+    (optimizer,) = alone([p])
+    train(optimizer, [p], 3)
+    q = p.detach().clone().requires_grad_()
+    (other,) = alone([q])
+    older = copy.deepcopy(optimizer.state_dict())
+    del older["param_groups"][0]["first_index"]
+    other.load_state_dict(older)
+    assert other.slots[q].index == 0
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.next_due(q, 4) == optimizer.next_due(p, 4)
+    train(optimizer, [p], 30)
+    train(other, [q], 30)
+    assert torch.equal(p, q)
+
+
 # States that others make, change and load.
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict, Unpack
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
 from galore_pretrain.optim.slots import settings_of
+from galore_pretrain.tensors.rounding import derive_seed
+from galore_pretrain.tensors.shards import is_shared
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
@@ -37,6 +40,7 @@ _OPTIMIZER_SETTINGS = {
     "scale_parameter",
     "relative_step",
 }
+_INDICES = 1 << 20  # few enough that their multiples of a fraction keep its digits
 
 
 class Options(TypedDict, total=False):
@@ -83,11 +87,18 @@ class _DropIn(RuleOptimizer):
         self._has_stepped = False
         self._followed: dict[int, list[Any]] = {}  # settings by which each group is updated
         groups: list[Any] = list(params)
-        if groups and not isinstance(groups[0], dict):
+        has_groups = bool(groups) and isinstance(groups[0], dict)
+        if groups and not has_groups:
             groups = [{"params": groups}]
         rounding = rounding_of(numerics)
         super().__init__(groups, lr=lr, weight_decay=weight_decay, rounding=rounding, seed=seed)
         self.defaults |= self._options  # where schedulers look for betas
+        all_params = [p for group in self.param_groups for p in group["params"]]
+        has_one_param = len(all_params) == 1
+        if has_one_param:
+            self.param_groups[0]["first_index"] = _index_alone(all_params[0])
+        self._is_one_of_many = has_groups and has_one_param
+        _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy take; a copy compares the settings of its groups anew."""
@@ -95,6 +106,7 @@ class _DropIn(RuleOptimizer):
             **super().__getstate__(),
             "_options": self._options,
             "_has_stepped": self._has_stepped,
+            "_is_one_of_many": self._is_one_of_many,
             "_followed": {},
         }
 
@@ -128,7 +140,7 @@ class _DropIn(RuleOptimizer):
 
     def _before_step(self) -> None:
         """Update each group by the settings that it has now."""
-        if not self._has_stepped and not self.projects:
+        if not self._has_stepped and not self.projects and not self._others_project():
             name = type(self).__name__
             warnings.warn(f"{name} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2)
         self._has_stepped = True
@@ -139,6 +151,10 @@ class _DropIn(RuleOptimizer):
                 self.slots.follow(index, self._rule_for(group))
                 self._followed[index] = [*settings, group["settings"]]
 
+    def _others_project(self) -> bool:
+        """Return whether this is one of many optimizers, each of one parameter, of which others project."""
+        return self._is_one_of_many and any(other.projects for other in _alive)
+
     def _load(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `RuleOptimizer` does, and take over the settings that were saved, as torch's optimizers do.
 
@@ -146,6 +162,8 @@ class _DropIn(RuleOptimizer):
         """
         groups_before = [dict(group) for group in self.param_groups]
         saved_groups = [self._restated(saved) for saved in state_dict["param_groups"]]
+        if saved_groups and "first_index" in groups_before[0]:
+            saved_groups[0] = {"first_index": 0, **saved_groups[0]}  # which it was where none was saved
         try:
             self._follow_saved(saved_groups)
             super()._load({**state_dict, "param_groups": saved_groups})
@@ -176,9 +194,27 @@ class _DropIn(RuleOptimizer):
             self.slots.follow(index, self._rule_for(group))
 
 
+# Layerwise recipes make an optimizer for each parameter, and a parameter that is alone has no place among others. All
+# would be the first: their bases would be renewed at once, and their weights rounded with the same random bits. A
+# parameter's values tell it from the others, and are the same in all processes and, by the seed, in each run.
+def _index_alone(p: Tensor) -> int:
+    """Return the index of a parameter that is alone in its optimizer, by its first values; 0 where they are unknown."""
+    if is_shared(p) or p.is_meta or not p.numel():
+        return 0
+    row = p.detach()
+    while row.ndim > 1:
+        row = row[0]
+    if row.ndim:
+        row = row[:64]
+    return derive_seed(str(tuple(p.shape)), str(row.tolist())) % _INDICES
+
+
 def _classes(settings: str) -> list[str]:
     """Return the names of the classes of which a rule is made."""
     return re.findall(r"(\w+)\(", settings)
+
+
+_alive: WeakSet[_DropIn] = WeakSet()
 
 
 class GaLoreAdamW(_DropIn):
