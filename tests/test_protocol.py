@@ -189,6 +189,34 @@ def test_a_state_loads_that_was_saved_after_a_scheduler_had_stepped(scheduler_cl
     assert_equal(params, copies)
 
 
+@pytest.mark.parametrize("row", ["adamw", "galore_adamw", "galore_adamw8bit"])
+def test_schedulers_that_cycle_momentum_take_the_rows_of_the_table(row: str) -> None:
+    def scheduled(seed: int) -> tuple[nn.Module, Any, Any]:
+        torch.manual_seed(seed)
+        model = nn.ModuleDict({"mlp": nn.Linear(16, 24)})
+        options = {"rank": 4} if "galore" in row else {}
+        optimizer = build_optimizer(model, row, lr=0.01, **options)
+        return model, optimizer, OneCycleLR(optimizer, 0.01, total_steps=20)
+
+    model, optimizer, scheduler = scheduled(0)
+    params = list(model.parameters())
+    used = []
+    for _ in range(3):
+        train(optimizer, params, 1)
+        used.append(optimizer.param_groups[0]["settings"])
+        scheduler.step()
+    assert len(set(used)) == 3
+    other, restored, _ = scheduled(1)
+    other.load_state_dict(model.state_dict())
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, params, 2)
+    train(restored, list(other.parameters()), 2)
+    assert_equal(params, list(other.parameters()))
+    adafactor = build_optimizer(model, "galore_adafactor", lr=0.01, rank=4)
+    with pytest.raises(ValueError, match="momentum"):
+        OneCycleLR(adafactor, 0.01, total_steps=20)
+
+
 def test_lists_for_tuples_load() -> None:
     """JSON, YAML and torch's full state dicts make them."""
     params = parameters(SHAPES)
