@@ -13,16 +13,21 @@ In transformers' ``Trainer``: ``optimizers=(GaLoreAdamW(groups, lr=0.01), None)`
 """
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict, Unpack
+from weakref import WeakSet
 
 from torch import Tensor
 
 from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
+from galore_pretrain.optim.slots import settings_of
+from galore_pretrain.tensors.rounding import derive_seed
+from galore_pretrain.tensors.shards import is_shared
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
@@ -41,6 +46,7 @@ _OTHERS |= {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_mo
 """Keys of a group that the optimizer, schedulers or what logs them read or leave there."""
 _OFF_IN_TORCH = {"amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable"}
 """Settings of torch's optimizers that are not supported, which a group of theirs has all the same, switched off."""
+_INDICES = 1 << 20  # few enough that their multiples of a fraction keep its digits
 
 
 class Options(TypedDict, total=False):
@@ -87,11 +93,18 @@ class _DropIn(RuleOptimizer):
         self._has_stepped = False
         self._followed: dict[int, list[Any]] = {}  # settings by which each group is updated
         groups: list[Any] = list(params)
-        if groups and not isinstance(groups[0], dict):
+        has_groups = bool(groups) and isinstance(groups[0], dict)
+        if groups and not has_groups:
             groups = [{"params": groups}]
         rounding = rounding_of(numerics)
         super().__init__(groups, lr=lr, weight_decay=weight_decay, rounding=rounding, seed=seed)
         self.defaults |= self._options  # where schedulers look for betas
+        all_params = [p for group in self.param_groups for p in group["params"]]
+        has_one_param = len(all_params) == 1
+        if has_one_param:
+            self.param_groups[0]["first_index"] = _index_alone(all_params[0])
+        self._is_one_of_many = has_groups and has_one_param
+        _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy take; a copy compares the settings of its groups anew."""
@@ -99,6 +112,7 @@ class _DropIn(RuleOptimizer):
             **super().__getstate__(),
             "_options": self._options,
             "_has_stepped": self._has_stepped,
+            "_is_one_of_many": self._is_one_of_many,
             "_followed": {},
         }
 
@@ -127,6 +141,8 @@ class _DropIn(RuleOptimizer):
             raise ValueError(f"numerics {group['numerics']} of a group: it holds for the whole optimizer")
         options = {name: group[name] for name in self._options}
         options |= projection
+        if options.get("betas") is not None:
+            options["betas"] = tuple(options["betas"])
         projected, companion = build_rules(self.row, **options)
         if not projection:
             return companion
@@ -134,31 +150,49 @@ class _DropIn(RuleOptimizer):
 
     def _before_step(self) -> None:
         """Update each group by the settings that it has now."""
-        if not self._has_stepped and not self.projects:
+        if not self._has_stepped and not self.projects and not self._others_project():
             name = type(self).__name__
             warnings.warn(f"{name} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2)
         self._has_stepped = True
         names = (*_GROUP_SETTINGS, *self._options)
         for index, group in enumerate(self.param_groups):
             settings = [group.get(name) for name in names]
-            if self._followed.get(index) != settings:
-                self.follow(index, self._rule_for(group))
-                self._followed[index] = settings
+            if self._followed.get(index) != [*settings, group["settings"]]:
+                self.slots.follow(index, self._rule_for(group))
+                self._followed[index] = [*settings, group["settings"]]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _others_project(self) -> bool:
+        """Return whether this is one of many optimizers, each of one parameter, of which others project."""
+        return self._is_one_of_many and any(other.projects for other in _alive)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `RuleOptimizer` does, and take over the settings that were saved, as torch's optimizers do.
 
         ValueError where the state would have another shape for it, as for another rank; nothing is changed then.
         """
         groups_before = [dict(group) for group in self.param_groups]
+        saved_groups = [self._restated(saved) for saved in state_dict["param_groups"]]
+        if saved_groups and "first_index" in groups_before[0]:
+            saved_groups[0] = {"first_index": 0, **saved_groups[0]}  # which it was where none was saved
         try:
-            self._follow_saved(state_dict["param_groups"])
-            super().load_state_dict(state_dict)
+            self._follow_saved(saved_groups)
+            super()._load({**state_dict, "param_groups": saved_groups})
         except ValueError:
             for index, before in enumerate(groups_before):
                 self.param_groups[index] |= before
-                self.follow(index, self._rule_for(before))
+                self.slots.follow(index, self._rule_for(before))
             raise
+
+    # A scheduler that cycles momentum changes betas after the step, so that a saved group has other ones than its rule
+    # was made of; and what passes through JSON, or torch's full state dicts, comes back with lists for tuples.
+    def _restated(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved group with the rule that its own settings ask for, if it is one of this class."""
+        if "settings" not in saved or not self._options.keys() <= saved.keys():
+            return saved
+        settings = settings_of(self._rule_for(saved))
+        if _classes(settings) != _classes(saved["settings"]):
+            return saved
+        return {**saved, "settings": settings}
 
     def _follow_saved(self, saved_groups: Iterable[Mapping[str, Any]]) -> None:
         """Give each group the settings that were saved with it, and the rule that they ask for."""
@@ -167,7 +201,30 @@ class _DropIn(RuleOptimizer):
         pairs = zip(saved_groups, self.param_groups, strict=False)
         for index, (saved, group) in enumerate(pairs):
             group |= {name: saved[name] for name in names if name in saved}
-            self.follow(index, self._rule_for(group))
+            self.slots.follow(index, self._rule_for(group))
+
+
+# Layerwise recipes make an optimizer for each parameter, and a parameter that is alone has no place among others. All
+# would be the first: their bases would be renewed at once, and their weights rounded with the same random bits. A
+# parameter's values tell it from the others, and are the same in all processes and, by the seed, in each run.
+def _index_alone(p: Tensor) -> int:
+    """Return the index of a parameter that is alone in its optimizer, by its first values; 0 where they are unknown."""
+    if is_shared(p) or p.is_meta or not p.numel():
+        return 0
+    row = p.detach()
+    while row.ndim > 1:
+        row = row[0]
+    if row.ndim:
+        row = row[:64]
+    return derive_seed(str(tuple(p.shape)), str(row.tolist())) % _INDICES
+
+
+def _classes(settings: str) -> list[str]:
+    """Return the names of the classes of which a rule is made."""
+    return re.findall(r"(\w+)\(", settings)
+
+
+_alive: WeakSet[_DropIn] = WeakSet()
 
 
 class GaLoreAdamW(_DropIn):

@@ -47,12 +47,17 @@ class Distributor:
 
     @classmethod
     def of(cls, params: Sequence[Tensor]) -> "Distributor | None":
-        """Return a distributor for the processes that share ``params``; None where this process is alone."""
+        """Return a distributor for the processes that share ``params``; None where this process is alone.
+
+        ValueError where they lie on several meshes.
+        """
+        found: Any = None
         for p in params:
             mesh = getattr(p, "device_mesh", None)
-            if mesh is not None:
-                return cls(mesh)
-        return None
+            if found is not None and mesh is not None and mesh != found:
+                raise ValueError(f"parameters lie on several meshes, {found} and {mesh}; give each an optimizer")
+            found = found or mesh
+        return None if found is None else cls(found)
 
     @property
     def stream_suffix(self) -> str:
