@@ -41,7 +41,7 @@ _OPTIMIZER_SETTINGS = {
     "scale_parameter",
     "relative_step",
 }
-_OTHERS = {"params", "param_names", "name", "lr", "weight_decay", "settings"}
+_OTHERS = {"params", "param_names", "name", "lr", "weight_decay", "settings", "first_index"}
 _OTHERS |= {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
 """Keys of a group that the optimizer, schedulers or what logs them read or leave there."""
 _OFF_IN_TORCH = {"amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable"}
