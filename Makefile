@@ -30,9 +30,10 @@ dist: $(VENV)/.installed            ## every optimizer in every way to share it,
 golden: $(VENV)/.installed          ## write tests/golden anew
 	$(BIN)/python tests/test_golden.py
 
-chaos: $(VENV)/.installed           ## kill runs a hundred times; they must end as if nothing had happened: 10 minutes
+chaos: $(VENV)/.installed           ## kill runs a hundred times, and every method's; they must end as if nothing had happened
 	rm -rf runs/chaos
 	$(BIN)/python tests/chaos.py runs/chaos --kills 100
+	$(BIN)/python tests/chaos.py runs/chaos/rows --every-row both
 
 fuzz: $(VENV)/.installed            ## 500 random command lines, as many model configs and run JSONs
 	FUZZ=500 $(BIN)/pytest tests/test_fuzz.py

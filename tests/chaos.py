@@ -1,15 +1,15 @@
 """Runs that are killed with SIGKILL again and again, and must end as if nothing had happened.
 
     python tests/chaos.py FOLDER --kills 100
-    python tests/chaos.py FOLDER --every-row
+    python tests/chaos.py FOLDER --every-row both
 
 Each row of `SCENARIOS` is run once undisturbed. Then it is started again and again, each time killed: at a random
 moment, or at a random call of what a checkpoint, an evaluation, a backward pass, a line of metrics or the export
 goes through. At last it is left alone. Its weights, its last checkpoint and its ``metrics.jsonl`` must be the
 undisturbed run's, bit for bit, but for what a clock or the process's memory put there.
 
-With ``--every-row`` each optimizer is killed once, in both executions, on packed and padded rows, of the sample and of
-local files.
+With ``--every-row`` each method is killed once, in both executions or in one, on packed and padded rows, of the sample
+and of local files.
 
 The command line is called as a user would, in a process of its own, forked from one that has torch imported already.
 """
@@ -202,13 +202,19 @@ def torment(name: str, folder: Path, kills: int, rng: random.Random, places: Ite
     return deaths
 
 
-def every_row(folder: Path) -> int:
-    """How many runs were killed before their ninth update, gone on with from their sixth, and found to be the same."""
+def every_row(folder: Path, *, both: bool) -> int:
+    """How many runs were killed before their ninth update, gone on with from their sixth, and found to be the same.
+
+    Each row has two runs if ``both`` executions are asked for, else one, layerwise and global in turn.
+    """
     folder.mkdir(parents=True)
     (folder / "model.json").write_text(json.dumps(TINY))
     texts = [text for _, text in open_source("sample", "train").read(0, 0)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    runs = [(row, execution) for row in METHODS for execution in ("--layerwise", "--no-layerwise")]
+    executions = ("--layerwise", "--no-layerwise")
+    runs = [(row, execution) for row in METHODS for execution in executions]
+    if not both:
+        runs = [(row, executions[i % 2]) for i, row in enumerate(METHODS)]
     for i, (row, execution) in enumerate(runs):
         flags = f"--model {folder / 'model.json'} {COMMON} --optim {row} {execution} --batch-size {2 + i // 2 % 2 * 2}"
         flags += " --layout pack" * (i // 4 % 2)
@@ -244,12 +250,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--every-row", action="store_true")
+    parser.add_argument("--every-row", choices=("once", "both"), help="each row in one execution, or in both")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.disable(logging.NOTSET)
     if arguments.every_row:
-        print(json.dumps({"runs": every_row(arguments.folder)}))
+        print(json.dumps({"runs": every_row(arguments.folder, both=arguments.every_row == "both")}))
         return
     rng, total = random.Random(arguments.seed), Counter[str]()
     places = itertools.cycle(rng.sample([ANYWHERE, *PLACES], len(PLACES) + 1))

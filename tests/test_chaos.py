@@ -21,5 +21,6 @@ def test_killed_twenty_times_runs_end_bit_for_bit_as_undisturbed(tmp_path: Path)
     assert chaos(tmp_path / "runs", "--kills", "20", "--seed", "7")["kills"] == 20
 
 
-def test_every_row_resumes_bit_for_bit_in_both_executions(tmp_path: Path) -> None:
-    assert chaos(tmp_path / "runs", "--every-row")["runs"] == 2 * len(METHODS)
+def test_every_row_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """In one execution, since layerwise updates are global ones bit for bit; `make chaos` takes both."""
+    assert chaos(tmp_path / "runs", "--every-row", "once")["runs"] == len(METHODS)
