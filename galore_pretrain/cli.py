@@ -111,9 +111,10 @@ def plan(
     network: float | None,
     **values: Any,
 ) -> int:
-    """Say what memory a run would take, or each process of one, with the same flags, without running it.
+    """Say what memory a run would take, without running it.
 
-    Of several processes, or with --flops, also what an update computes and sends, and what bounds its speed.
+    The flags are those of the run. Of several processes, the memory of each is told. Of them, or with --flops, also
+    what an update computes and sends, and what bounds its speed.
     """
     if paper:
         return _print_paper(ctx, as_json)
@@ -220,9 +221,10 @@ def sweep(
     plan_only: bool,
     **values: Any,
 ) -> int:
-    """Run a table of the paper, a grid of learning rates, or a list of runs, and report on it.
+    """Make many runs, and report on them.
 
-    Flags go to every run. The same command goes on where it was stopped.
+    They are a table of the paper, a grid of learning rates, or a list in FILE.json. Flags go to every run. The same
+    command goes on where it was stopped.
     """
     given = {name: value for name, value in values.items() if value is not None}
     output = Path(given.pop("output", "") or f"sweeps/{Path(kind).stem}")
@@ -281,7 +283,10 @@ _TEXT = ("data", "eval_data", "bad_data", "tokenizer", "layout", "max_length", "
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print what a program can read.")
 def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
-    """Tell the perplexity of a checkpoint, a run or a Hugging Face folder, on its own validation text or on another."""
+    """Tell the perplexity of a trained model.
+
+    PATH is a run, a checkpoint or a Hugging Face folder. The text is the run's own validation text, or another.
+    """
     given = {name: value for name, value in values.items() if value is not None}
     with _importing():
         from galore_pretrain.rundir import loaded
@@ -307,7 +312,10 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 def export(path: Path, folder: Path) -> int:
-    """Write a checkpoint (or a run's newest) as a plain Hugging Face folder, with dense matrices and its tokenizer."""
+    """Write a model as a plain Hugging Face folder.
+
+    PATH is a run, whose newest checkpoint is taken, or a checkpoint. FOLDER gets dense matrices and the tokenizer.
+    """
     if folder.exists():
         raise InputError(f"{folder} exists; name a new folder")
     with _importing():
@@ -333,7 +341,10 @@ def export(path: Path, folder: Path) -> int:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 def generate(path: Path, prompt: str, tokens: int, temperature: float, top_p: float, seed: int, device: str) -> int:
-    """Continue PROMPT with the model of a checkpoint, a run or a Hugging Face folder."""
+    """Continue PROMPT with a trained model.
+
+    PATH is a run, a checkpoint or a Hugging Face folder.
+    """
     with _importing():
         from galore_pretrain.rundir import loaded
         from galore_pretrain.train import build

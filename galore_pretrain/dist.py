@@ -38,7 +38,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints, logs and writes."""
+        """Return whether this is the process that prints, logs and writes."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:

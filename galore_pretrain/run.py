@@ -86,9 +86,8 @@ def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable
     """
     started = time.monotonic()
     with joined(config) as world:
-        config, origins = world.on_rank_zero(
-            lambda: (config, origins)
-        )  # the default --output holds the time: all take that of the first
+        # The default --output holds the time, so all take that of the first.
+        config, origins = world.on_rank_zero(lambda: (config, origins))
         directory = RunDirectory(Path(config.output), world)
         with directory.locked():
             prepared = prepare(config, origins, directory, world)

@@ -503,20 +503,14 @@ def seven(options: argparse.Namespace, table: "Table") -> None:
     # has 128 micro-batches of 4 × 256, forward and backward of each. Layerwise updates add the gradients of all but the
     # first to their sums. The rest of an update is there once, and the bases once in 500 updates.
     import torch
-    from bench_growth import gathering, measured, two_layers_of
+    from bench_growth import BASE, gathering, measured, two_layers_of
 
     from galore_pretrain.config.resolve import resolve
 
-    values: dict[str, Any] = {
+    values: dict[str, Any] = BASE | {
         "model": two_layers_of("llama_7b"),
         "optim": "galore_adamw8bit",
         "rank": 1024,
-        "data": "sample",
-        "steps": 1000,
-        "grad_clip": 0.0,
-        "layerwise": False,
-        "activation_checkpointing": False,
-        "refresh": "together",
         "batch_size": 4,
         "total_batch_size": 4,
     }

@@ -404,7 +404,7 @@ ERRORS = [
     (["plan", "--model", "llama_60m", "--picture", "a.png"], "only --compare draws"),
     (["plan", "--paper", "--model", "llama_60m"], "whatever --model may say"),
     (["--model", "llama_60m", "--data", "nowhere/at/all"], "no such file, folder or pattern"),
-    (["--model", "llama_60m", "--optim", "sgd", "--eps", "1e-8"], "only rows of Adam's"),
+    (["--model", "llama_60m", "--optim", "sgd", "--eps", "1e-8"], "only methods with an Adam"),
     (["--model", "llama_60m", "--optim", "relora", "--relora-every", "2", "--relora-warmup", "3"], "never recover"),
     (["trian", "--model", "llama_60m"], "no command 'trian'; choose from train"),
     (["--model", "llama_20m", "--max-tokens", "recipe"], "no table of the paper has llama_20m"),

@@ -1,1 +1,1 @@
-"""What the user asked for. No torch in here."""
+"""Reads what the user asks for: flags, run JSONs, recipes and the checks between them. No torch in here."""

@@ -199,9 +199,13 @@ class RunConfig:
     numerics: str = _flag("sound", "Sound, or the published code's choices.", NUMERICS, METHOD)
     weight_decay: float = _flag(None, "Weight decay.", float, METHOD, least=0)
     betas: tuple[float, float] | None = _flag(
-        None, "Adam's β, as 0.9,0.999; the first is sgd's and adafactor's momentum.", parse_betas, METHOD, shown="row"
+        None,
+        "Adam's β, as 0.9,0.999; the first is sgd's and adafactor's momentum.",
+        parse_betas,
+        METHOD,
+        shown="method",
     )
-    eps: float | None = _flag(None, "Adam's ε.", float, METHOD, above=0, shown="row")
+    eps: float | None = _flag(None, "Adam's ε.", float, METHOD, above=0, shown="method")
 
     layerwise: bool = _flag(
         False,

@@ -1,4 +1,4 @@
-"""Where a run is in its text, for the parts of a model that draw random numbers of their own."""
+"""Tells where a run is in its text, for the parts of a model that draw random numbers of their own."""
 
 from dataclasses import dataclass
 

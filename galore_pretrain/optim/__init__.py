@@ -91,4 +91,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        module = import_module(f"{__name__}.{_HOMES[name]}")
+    except AttributeError as error:
+        # Python would take it for this module's own, and say only that the name cannot be imported.
+        raise ImportError(f"{__name__}.{_HOMES[name]} cannot be imported: {error}") from error
+    return getattr(module, name)

@@ -118,11 +118,11 @@ class Adam(UpdateRule):
         return True
 
     def needs_chunks(self, step: Step, dtype: torch.dtype) -> bool:
-        """Whether a large tensor is updated a chunk at a time; torch's kernel makes no temporaries to keep small."""
+        """Return whether a large tensor is updated by chunks; torch's kernel makes no temporaries to keep small."""
         return not self.kernel_suffices(step, dtype)
 
     def kernel_suffices(self, step: Step, dtype: torch.dtype) -> bool:
-        """Whether torch's kernel, given whole tensors of that dtype, does what this rule does.
+        """Return whether torch's kernel, given whole tensors of that dtype, does what this rule does.
 
         It computes in fp32, and rounds what it writes to nearest.
         """
@@ -134,7 +134,7 @@ class Adam(UpdateRule):
 
     @cached_property
     def _is_plain(self) -> bool:
-        """Whether the rule is what torch's kernel knows, but for how results are rounded."""
+        """Return whether the rule is what torch's kernel knows, but for how results are rounded."""
         if self.scaled or self.decay == "after":
             return False
         return self.formula == "torch" and self.store == Dense()

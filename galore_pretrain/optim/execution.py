@@ -107,7 +107,7 @@ class SkipCounts:
 
 @dataclass(slots=True)
 class PendingGradient:
-    """What has been summed so far of one parameter's gradient, ``param``'s, for one update.
+    """Holds what has been summed so far of the gradient of one parameter, ``param``, for one update.
 
     ``grad`` is m × n, or what the rule's `compress` made of that once it is ``compressed``. ``state`` and ``step`` are
     those of the update. ``refresh_due`` says that new bases are still to be found in it. ``finite``, a scalar, says

@@ -107,7 +107,7 @@ class GaLore(UpdateRule):
         return self.inner.layout(name, state, low_shard)
 
     def has_slots(self, name: str) -> bool:
-        """Whether a moment of the inner rule has slots of padded length."""
+        """Return whether a moment of the inner rule has slots of padded length."""
         return self.inner.has_slots(name)
 
     def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -299,7 +299,7 @@ class GaLore(UpdateRule):
 
 
 def is_projected(module_name: str, module: torch.nn.Module) -> bool:
-    """Whether the paper projects the weight of a module.
+    """Return whether the paper projects the weight of a module.
 
     These are the linear layers of attention and MLP; not embeddings, norms or the head.
     """

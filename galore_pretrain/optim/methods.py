@@ -30,13 +30,13 @@ class Option:
     fields: tuple[str, ...] = ()
 
 
-_PROJECTS = "only GaLore rows project"
-_NATURAL = "only natural_galore rows have a history"
-_FROZEN = "only lora and relora rows add to a frozen matrix"
-_MERGES = "only relora rows merge"
+_PROJECTS = "only GaLore methods project"
+_NATURAL = "only Natural GaLore methods have a history"
+_FROZEN = "only LoRA and ReLoRA methods add to a frozen matrix"
+_MERGES = "only ReLoRA methods merge"
 
 OPTIONS: dict[str, Option] = {
-    "rank": Option("only GaLore rows and low_rank, lora and relora have one", "rank", ("rank",)),
+    "rank": Option("only GaLore methods and low_rank, lora and relora have one", "rank", ("rank",)),
     "update_proj_gap": Option(_PROJECTS, "update_proj_gap", ("update_proj_gap",)),
     "galore_scale": Option(_PROJECTS, "scale", ("scale",)),
     "proj_type": Option(_PROJECTS, "proj_type", ("proj_type",)),
@@ -47,10 +47,10 @@ OPTIONS: dict[str, Option] = {
     "natural_damping": Option(_NATURAL, "natural_damping", ("damping",)),
     "lora_alpha": Option(_FROZEN),
     "lora_dropout": Option(_FROZEN),
-    "eps": Option("only rows of Adam's have one", "eps", ("eps",)),
+    "eps": Option("only methods with an Adam have one", "eps", ("eps",)),
     "relora_every": Option(_MERGES),
     "relora_warmup": Option(_MERGES),
-    "betas": Option("only rows with a first moment have them", "betas", ("betas", "momentum", "beta1")),
+    "betas": Option("only methods with a first moment have them", "betas", ("betas", "momentum", "beta1")),
 }
 """The options of methods by their flags, in the order in which they are checked. A field that is one number takes the
 first of ``betas``: SGD's momentum, Adafactor's first moment."""
@@ -303,6 +303,6 @@ def resolve_name(name: str) -> tuple[str, bool]:
         near = difflib.get_close_matches(plain, [*METHODS, *aliases], n=3, cutoff=0.5)
         hint = "choose from "
         if near:
-            hint = f"did you mean {' or '.join(near)}? All rows: "
+            hint = f"did you mean {' or '.join(near)}? All methods: "
         raise ValueError(f"{name} is unknown; {hint}{', '.join(METHODS)}")
     return row, layerwise

@@ -1,4 +1,4 @@
-"""How a moment is kept between two updates: one axis of a method, independent of the rule that uses it."""
+"""Keeps moments between two updates: one axis of a method, independent of the rule that uses it."""
 
 import math
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ class MomentStore(Protocol):
         ...
 
     def in_blocks(self, state: State, name: str) -> bool:
-        """Whether elements of the moment share a scale, so that its bytes cannot be cut anywhere."""
+        """Return whether elements of the moment share a scale, so that its bytes cannot be cut anywhere."""
         ...
 
     def fused_adam(
@@ -198,7 +198,7 @@ class Blockwise8bit:
         return tuple(entry for entry in (name, f"{name}_absmax") if entry in state)
 
     def in_blocks(self, state: State, name: str) -> bool:
-        """Whether the moment is large enough to be kept in blocks that share a scale."""
+        """Return whether the moment is large enough to be kept in blocks that share a scale."""
         return f"{name}_absmax" in state
 
     def fused_adam(

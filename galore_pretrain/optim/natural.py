@@ -67,7 +67,7 @@ class Natural(UpdateRule):
         return self.inner.layout(name, state, shard)
 
     def has_slots(self, name: str) -> bool:
-        """Whether a moment has slots of padded length: the history has, one for each gradient."""
+        """Return whether a moment has slots of padded length: the history has, one for each gradient."""
         return name == "history" or self.inner.has_slots(name)
 
     def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:

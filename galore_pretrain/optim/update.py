@@ -1,4 +1,4 @@
-"""What one update of one parameter knows besides its tensors, and the one way in which its results are kept."""
+"""Says what an update of one parameter knows besides its tensors, and keeps its results in the one way there is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

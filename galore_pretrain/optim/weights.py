@@ -1,4 +1,4 @@
-"""How weights and sums of gradients change: in place, a block at a time, each result rounded as `Step` says."""
+"""Changes weights and sums of gradients: in place, a block at a time, each result rounded as `Step` says."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -79,7 +79,7 @@ class DenseWeights:
 
 
 def _is_plain(weight: Tensor, direction: Direction, step: Step) -> bool:
-    """Whether the weight's own dtype is as good as fp32: it is fp32, or results are rounded to nearest anyway."""
+    """Return whether the weight's own dtype is as good as fp32: it is fp32, or results are rounded to nearest."""
     if weight.dtype == torch.float32:
         return True
     return step.bits is None and direction.left.dtype == weight.dtype

@@ -1,4 +1,4 @@
-"""How a run's updates are made to fit the memory that it may take: layerwise, checkpointing and the micro-batch."""
+"""Makes a run's updates fit the memory that it may take: by layerwise updates, checkpointing and the micro-batch."""
 
 import itertools
 import logging

@@ -38,7 +38,7 @@ class Speeds(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one process computes and sends in an update.
+    """Counts what one process computes and sends in an update.
 
     ``sent``: bytes by (collective, whether between hosts), as rings move them: within hosts what passes through each
     process, and between hosts what goes in and out of each host.

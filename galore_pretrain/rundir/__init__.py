@@ -1,1 +1,1 @@
-"""What a run leaves: checkpoints, config, summary, exported model; and how it is taken up again."""
+"""Writes what a run leaves (checkpoints, config, summary, exported model) and takes a run up again."""

@@ -245,7 +245,7 @@ class Saved:
             )
 
     def is_in(self, root: Path) -> bool:
-        """Whether the checkpoint is one of those under ``root``."""
+        """Return whether the checkpoint is one of those under ``root``."""
         return self.folder.resolve().parent == root.resolve()
 
     # Old formats are kept readable by one table. A change of a state tensor's name adds an entry to `OLD_NAMES` and
@@ -376,7 +376,7 @@ def present(root: Path) -> int:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether ``folder`` was meant to be a checkpoint, damaged or not."""
+    """Return whether ``folder`` was meant to be a checkpoint, damaged or not."""
     return (folder / _STATE).is_file() or (folder / _CHECKSUMS).is_file()
 
 

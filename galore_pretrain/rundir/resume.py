@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run; which one a run goes on from, whether it may, and putting everything back."""
+"""Finds the checkpoint that a run goes on from and whether it may; saves a run, and puts everything back."""
 
 import logging
 import threading
@@ -198,8 +198,8 @@ class Saver:
         self._config, self._model, self._optimizer, self._state = config, model, optimizer, state
         self._extra, self._world = extra, world
         self._root = Path(config.output) / "checkpoints"
-        self._tried: tuple[int, bool] | None = None  # the moment that was last tried to save
-        self._written: tuple[int, bool] | None = None  # the moment of the newest checkpoint on disk
+        self._tried: tuple[int, bool] | None = None  # what was last tried to save
+        self._written: tuple[int, bool] | None = None  # what the newest checkpoint on disk holds
         self._origin: str | None = None  # the checkpoint of another run that this one began from
         self.stalled = 0.0
         if resumed is not None:
@@ -226,13 +226,13 @@ class Saver:
     def save(self) -> None:
         """Save everything as it is now, for `restore`, unless that was tried already."""
         started = time.monotonic()
-        state, moment = self._state, self._progress()
-        if moment == self._tried:
+        state, progress = self._state, self._progress()
+        if progress == self._tried:
             return
         last_time, last_step = self._since
         seconds_an_update = (started - last_time) / max(1, state.step - last_step)
         self.wait()
-        self._tried = moment
+        self._tried = progress
         try:
             extra = self._world.on_rank_zero(self._extra)
         except OSError as error:
@@ -252,10 +252,10 @@ class Saver:
         if self._taken > seconds_an_update and self._world.size == 1:
             copy = self._copied(tensors)
         if copy is not None:
-            self._thread = threading.Thread(target=self._write, args=(moment, copy, meta, keep))
+            self._thread = threading.Thread(target=self._write, args=(progress, copy, meta, keep))
             self._thread.start()
         else:
-            self._write(moment, tensors, meta, keep)
+            self._write(progress, tensors, meta, keep)
         ended = time.monotonic()
         self._since = (ended, state.step)
         self.stalled += ended - started
@@ -298,15 +298,21 @@ class Saver:
         log.warning("the checkpoint of update %d cannot be written (%s): going on; %s", step, why, have)
 
     def _write(
-        self, moment: tuple[int, bool], tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any], keep: int | None
+        self,
+        progress: tuple[int, bool],
+        tensors: Mapping[str, torch.Tensor],
+        meta: Mapping[str, Any],
+        keep: int | None,
     ) -> None:
+        """Write a checkpoint, and remove what ``keep`` leaves no room for; None removes nothing."""
+        step, _ = progress
         started = time.monotonic()
         try:
-            checkpoint.save(checkpoint.folder_of(self._root, moment[0]), tensors, meta, self._world)
+            checkpoint.save(checkpoint.folder_of(self._root, step), tensors, meta, self._world)
         except checkpoint.NotWrittenError as error:
-            self._missed(moment[0], str(error))
+            self._missed(step, str(error))
             return
-        self._written = moment
+        self._written = progress
         self._taken = time.monotonic() - started
         if keep is not None and self._world.is_main:
             checkpoint.prune(self._root, keep, self._config.keep_every)

@@ -171,7 +171,8 @@ def exact() -> dict[str, Any]:
 
 def _allocated(model: str, method: str, rank: int) -> tuple[float, float]:
     """Return (weights, optimizer state) of a cell in 10⁹ bytes, as they are allocated."""
-    static = _static(model, PRINTED[method], rank=None if method == "full" else rank)
+    given = {} if method == "full" else {"rank": rank}
+    static = _static(model, PRINTED[method], **given)
     return static.weights / 1e9, static.state / 1e9
 
 

@@ -44,7 +44,7 @@ _MOST_POINTS = 1000  # of a curve: a picture has fewer pixels across
 
 @dataclass(frozen=True)
 class Result:
-    """What one run wrote into its folder.
+    """Holds what one run wrote into its folder.
 
     ``lines`` are the lines of ``metrics.jsonl`` that can be read. ``config`` has the resolved values (empty where there
     is no ``config.json``). ``summary`` is what the run wrote at its end (empty before). ``unread`` names the parts that
@@ -76,7 +76,7 @@ class Result:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last line is the last update, evaluated."""
+        """Return whether the last line is the last update, evaluated."""
         if not self.evaluations:
             return False
         last = self.lines[-1]
@@ -323,14 +323,16 @@ def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, flo
 
 
 def told_apart(mean: float, error: float, pairs: int) -> bool:
-    """Whether a mean of paired differences is other than 0 at the 95 % level of Student's t (two-sided).
+    """Return whether a mean of paired differences is other than 0 at the 95 % level of Student's t (two-sided).
 
     ``error`` is the mean's standard error; ``pairs`` is 2 at least.
     """
     # With few seeds the quantile matters: a mean of 3 pairs must exceed 4.3 of its standard errors, where a normal
     # distribution would ask for 2.
     index = pairs - 2  # n pairs have n - 1 degrees of freedom, and the table begins with one
-    quantile = _T95[index] if index < len(_T95) else _T95_BEYOND
+    quantile = _T95_BEYOND
+    if index < len(_T95):
+        quantile = _T95[index]
     return abs(mean) > error * quantile
 
 

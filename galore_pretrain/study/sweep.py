@@ -62,7 +62,7 @@ class Entry:
 
     @property
     def is_tuned(self) -> bool:
-        """Whether a factor on the matrices' learning rate is looked for; not where the line itself says one."""
+        """Return whether a factor on the matrices' learning rate is looked for; not where the line itself says one."""
         return "matrix_lr_scale" not in self.flags
 
 
@@ -92,7 +92,7 @@ class Planned:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the run has written the line of an update."""
+        """Return whether the run has written the line of an update."""
         file = self.folder / "metrics.jsonl"
         return file.exists() and b"\n" in file.read_bytes()
 
@@ -246,7 +246,7 @@ class Sweep:
         return runs
 
     def _tunes(self, entry: Entry) -> bool:
-        """Whether a factor is looked for: factors were named, and the line leaves it open."""
+        """Return whether a factor is looked for: factors were named, and the line leaves it open."""
         return bool(self.factors) and entry.is_tuned
 
     def all_runs(self) -> list[Planned]:

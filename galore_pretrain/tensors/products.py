@@ -20,12 +20,10 @@ def product(wide: Tensor, thin: Tensor) -> Tensor:
             thin = thin.to(wide.dtype)
         return wide @ thin
     thin = thin.float()
-    m, n = wide.shape
-    r = thin.shape[1]
+    m, _ = wide.shape
+    _, r = thin.shape
     out = torch.empty(m, r, dtype=wide.dtype, device=wide.device)
-    block_elements = _CHUNKS_PER_BLOCK * chunk_elements(wide.device)
-    block_rows = max(1, block_elements // max(1, n))
-    for start, stop in chunks(wide, m, block_rows):
+    for start, stop in chunks(wide, m, _rows_of_a_block(wide)):
         out[start:stop] = wide[start:stop].float() @ thin
     return out
 
@@ -40,23 +38,28 @@ def product_of_transposed(wide: Tensor, thin: Tensor) -> Tensor:
             thin = thin.to(wide.dtype)
         return wide.T @ thin
     m, n = wide.shape
-    r = thin.shape[1]
+    _, r = thin.shape
     out = torch.zeros(n, r, dtype=torch.float32, device=wide.device)
-    block_elements = _CHUNKS_PER_BLOCK * chunk_elements(wide.device)
-    block_rows = max(1, block_elements // max(1, n))
-    for start, stop in chunks(wide, m, block_rows):
+    for start, stop in chunks(wide, m, _rows_of_a_block(wide)):
         # No names for the fp32 copies, which would keep them until the next block has its own.
         out.addmm_(wide[start:stop].float().T, thin[start:stop].float())
     return out
 
 
+def _rows_of_a_block(wide: Tensor) -> int:
+    """Return how many rows of ``wide`` are taken to fp32 at a time."""
+    _, columns = wide.shape
+    elements = _CHUNKS_PER_BLOCK * chunk_elements(wide.device)
+    return max(1, elements // max(1, columns))
+
+
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32 ones; a Xeon with AVX-512 alone takes 3.6 times as long for them."""
+    """Return whether bf16 products are faster than fp32 ones. A Xeon with AVX-512 alone takes 3.6 times as long."""
     return device.type != "cpu" or _cpu_has_bf16()
 
 
 @cache
 def _cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products (x86: AVX-512 BF16 or AMX; Arm: BF16)."""
+    """Return whether this CPU has instructions for bf16 products (x86: AVX-512 BF16 or AMX; Arm: BF16)."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -91,7 +91,7 @@ class Shard:
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Whether other processes have a part in ``tensor``, or a copy of it."""
+    """Return whether other processes have a part in ``tensor``, or a copy of it."""
     return hasattr(tensor, "device_mesh")
 
 

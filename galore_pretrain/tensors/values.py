@@ -23,10 +23,10 @@ def gradient_norm(grad: Tensor) -> Tensor:
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Whether a value can be looked at without waiting for a device (fake and meta tensors have none)."""
+    """Return whether a value can be looked at without waiting for a device (fake and meta tensors have none)."""
     return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def known_true(condition: Tensor) -> bool:
-    """Whether a scalar is true and can be looked at."""
+    """Return whether a scalar is true and can be looked at."""
     return can_look(condition) and bool(condition)

@@ -1,4 +1,4 @@
-"""Where documents come from: local files, the embedded sample, the Hugging Face hub. Each is a list of shards.
+"""Opens and reads documents: local files, the embedded sample, the Hugging Face hub. Each is a list of shards.
 
 Reading has no state of its own, since a position is a shard and a number within it. So a stream that broke is opened
 again at the document where it broke, and a resumed run goes on at the document where it stopped.

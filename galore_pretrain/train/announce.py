@@ -35,7 +35,8 @@ def announce(config: RunConfig, device: torch.device, optimizer: RuleOptimizer, 
 
 def _hardware(config: RunConfig, device: torch.device, world: World) -> str:
     """Name the device of each process, and the number of processes where there are several."""
-    name = f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     if world.size == 1:

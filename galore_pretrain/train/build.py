@@ -206,7 +206,7 @@ def _weights_cut_by_columns(model: nn.Module, config: RunConfig, shards: int) ->
 
 
 def _by_columns(module: nn.Module, config: RunConfig, shards: int) -> bool:
-    """Whether a weight of m × n is projected from the left alone, and its n columns can be dealt out evenly."""
+    """Return whether a weight of m × n is projected from the left alone, and its n columns can be dealt out evenly."""
     m, n = module.weight.shape  # type: ignore[misc]
     left, right = sides(m, n, config.proj_type or "std")
     return left and not right and n % shards == 0

@@ -207,7 +207,7 @@ class Progress:
 
 
 def _has_evaluation(metrics: Metrics) -> bool:
-    """Whether the numbers are of an update after which the model was evaluated."""
+    """Return whether the numbers are of an update after which the model was evaluated."""
     return "eval_perplexity" in metrics
 
 
@@ -345,7 +345,7 @@ def _resolve_mode(mode: str) -> str:
 
 
 def _has_key() -> bool:
-    """Whether there is an API key where wandb looks for one: in the environment, or in netrc."""
+    """Return whether there is an API key where wandb looks for one: in the environment, or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()

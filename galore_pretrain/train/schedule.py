@@ -48,7 +48,7 @@ class Schedule:
 
     @property
     def _asks_at_the_end(self) -> bool:
-        """Whether an update's rate is that of its end, not of its beginning."""
+        """Return whether an update's rate is that of its end, not of its beginning."""
         return self.numerics == "sound"
 
     def _long_rate(self, steps: int, tokens: int) -> float:
@@ -84,7 +84,7 @@ class Schedule:
         return position * self.warmup_steps / steps
 
     def is_over(self, step: int, tokens_seen: int) -> bool:
-        """Whether ``step`` updates and ``tokens_seen`` real tokens complete the run."""
+        """Return whether ``step`` updates and ``tokens_seen`` real tokens complete the run."""
         if self.steps is not None:
             return step >= self.steps
         assert self.max_tokens is not None

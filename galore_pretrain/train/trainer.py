@@ -172,7 +172,7 @@ class Trainer:
             _log_report(self.watch.update_done())
 
     def _has_work(self) -> bool:
-        """Whether another update is to be made, or one that is complete is still to be evaluated and logged."""
+        """Return whether another update is to be made, or one that is complete is still to be evaluated and logged."""
         if self.state.unlogged is not None:
             return True
         return not (self._is_over() or self._is_asked_to_stop())
@@ -189,7 +189,7 @@ class Trainer:
             raise _StopRequested
 
     def _is_asked_to_stop(self) -> bool:
-        """Whether `stop` was called, in this process or another."""
+        """Return whether `stop` was called, in this process or another."""
         if self.world.size > 1:
             (number,) = self.world.largest(self.stop_signal or 0)
             self.stop_signal = int(number) or None
@@ -319,11 +319,11 @@ class Trainer:
         return total_loss, True
 
     def _looks_at_each(self) -> bool:
-        """Whether the loss of each micro-batch is looked at before its backward pass."""
+        """Return whether the loss of each micro-batch is looked at before its backward pass."""
         return self.device.type == "cpu" or math.isfinite(self.max_loss)
 
     def _is_sound(self, loss: float) -> bool:
-        """Whether a loss is finite and not beyond ``max_loss``."""
+        """Return whether a loss is finite and not beyond ``max_loss``."""
         return math.isfinite(loss) and loss <= self.max_loss
 
     def _timed_step(self, batches: "Iterator[Batch]") -> Metrics:
@@ -350,7 +350,7 @@ class Trainer:
         return {**self.state.evaluation}
 
     def _is_over(self) -> bool:
-        """Whether the schedule is complete."""
+        """Return whether the schedule is complete."""
         return self.schedule.is_over(self.state.step, self.state.tokens_seen)
 
 
