@@ -393,11 +393,11 @@ def test_what_lies_before_a_position_is_not_read(tmp_path: Path) -> None:
 
 
 def test_refused_paths(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.md").write_text("x")
     for data, message in (
         (str(tmp_path / "absent"), "no such file, folder or pattern"),
         (str(tmp_path), "holds no"),
-        (str(tmp_path / "a.csv"), "unknown kind of file"),
+        (str(tmp_path / "a.md"), "unknown kind of file"),
         (str(tmp_path / "*.jsonl"), "holds no"),
     ):
         with pytest.raises(InputError, match=message):

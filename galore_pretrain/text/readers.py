@@ -4,6 +4,7 @@ A position is a number of lines, rows or passages, so reading goes on anywhere; 
 """
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -49,11 +50,15 @@ def is_known(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """Return the suffix that says how a file is laid out, whatever compresses it; empty if there is none."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _OPENERS]
-    if not suffixes:
-        return ""
-    return suffixes[-1]
+    """Return the suffix, in lower case, that says how a file is laid out, whatever compresses it; or ''."""
+    return without_compression(path).suffix.lower()
+
+
+def without_compression(path: Path) -> Path:
+    """Return the path without the suffix of what compresses the file: that of the same text uncompressed."""
+    while path.suffix.lower() in _OPENERS:
+        path = path.with_suffix("")
+    return path
 
 
 def is_text(value: object) -> bool:
@@ -84,12 +89,13 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".bz2": bz2.open,
     ".xz": lzma.open,
     ".zst": _open_zst,
+    ".zstd": _open_zst,
 }
 
 
 def _open(path: Path) -> Any:
     """Open a file for reading the bytes that it holds once decompressed."""
-    opener = _OPENERS.get(path.suffix)
+    opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
         return path.open("rb")
     return opener(path)
@@ -162,6 +168,38 @@ def _text_of_line(line: bytes, number: int) -> str | Flaw:
     if not is_text(text):
         return Flaw(f"line {number} has half a surrogate pair, which is no character")
     return text
+
+
+def _read_csv(path: Path, start: int) -> Entries:
+    """Yield the texts of the column "text" of a file of comma-separated values; a position is a number of rows."""
+    # A field in quotes may hold line ends, so rows can only be counted from the file's beginning. Bytes that are no
+    # UTF-8 become half surrogate pairs on the way through the parser, which show in the text of their own row alone.
+    csv.field_size_limit(2**31 - 1)  # by default a document of 128 KiB would be an error
+    number = 0
+    lines = (line.decode("utf-8-sig" if not i else "utf-8", "surrogateescape") for i, line in enumerate(_lines(path)))
+    rows = csv.reader(lines)
+    try:
+        header = next(rows, [])
+        if "text" not in header:
+            yield start, Flaw(f'has no column "text"; its columns: {", ".join(header)}', is_end=True)
+            return
+        column = header.index("text")
+        for number, row in enumerate(rows, 1):
+            if number > start and row:
+                yield number, _text_of_cell(row, column, number)
+    except csv.Error as error:
+        yield number, Flaw(f"cannot be read after row {number} ({error})", is_end=True)
+    except _BrokenError as error:
+        yield number, Flaw(str(error), is_end=True)
+
+
+def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
+    """Return the string in one column of a row."""
+    if len(row) <= column:
+        return Flaw(f'row {number} has no cell in the column "text"')
+    if not is_text(row[column]):
+        return Flaw(f"row {number} is not UTF-8")
+    return row[column]
 
 
 def _read_parquet(path: Path, start: int) -> Entries:
@@ -248,6 +286,9 @@ def _read_txt(path: Path, start: int) -> Entries:
 _READERS: dict[str, Callable[[Path, int], Entries]] = {
     ".json": _read_jsonl,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".pq": _read_parquet,
     ".txt": _read_txt,
 }

@@ -12,12 +12,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Protocol
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text import readers
+from galore_pretrain.text.files import select, select_all, summary
 from galore_pretrain.text.hub import C4, first_line, unreachable_data
 from galore_pretrain.text.readers import Flaw
 
@@ -62,10 +62,10 @@ def open_source(
     Raises InputError where ``--data`` is none of these, or nothing is left to train on.
     """
     # What makes the splits disjoint: C4 has its own two. The sample is split by file. Of local files, the validation
-    # split is what --eval-data names, or else the files whose names say so, or else one document in fifty by its
-    # checksum.
+    # split is what --eval-data names, or else the files whose names say so (`select`), or else one document in fifty
+    # by its checksum.
     if eval_data is not None and split == "validation":
-        files = _find_files(eval_data, "--eval-data")
+        files = select_all(eval_data, "--eval-data")
         return LocalFiles(files, BadData(bad_data, "--eval-data"))
     if data == "c4":
         return HubDataset(C4, "en", split, BadData(bad_data), revision)
@@ -73,11 +73,19 @@ def open_source(
         return sample_source(split)
     if eval_data is None:
         return local_source(data, split, BadData(bad_data))
-    evaluated = {file.resolve() for file in _find_files(eval_data, "--eval-data")}
-    files = [file for file in _find_files(data) if file.resolve() not in evaluated]
-    if not files:
+    evaluated = frozenset(file.resolve() for file in select_all(eval_data, "--eval-data"))
+    source = local_source(data, split, BadData(bad_data), evaluated)
+    if not source.shards:
         raise InputError(f"--eval-data {eval_data}: is all that --data {data} holds; nothing is left to train on")
-    return LocalFiles(files, BadData(bad_data))
+    return source
+
+
+def describe_files(data: str, eval_data: str | None) -> str | None:
+    """Return a line that says which local files are read for what, and what is left out; None for other text."""
+    if data in ("c4", "sample"):
+        return None
+    line = summary(select(data), _HELD_OUT, None if eval_data is None else select_all(eval_data, "--eval-data"))
+    return f"--data {data}: {line}"
 
 
 @dataclass(frozen=True)
@@ -208,12 +216,17 @@ class LocalFiles:
             log.warning("%s holds no document", name)
 
 
-def local_source(data: str, split: Split, bad_data: BadData) -> LocalFiles:
-    """Open local files; validation is those named ``*valid*``, or else the documents whose checksum says so."""
-    files = _find_files(data)
-    validation = [file for file in files if "valid" in file.name]
-    if validation and len(validation) < len(files):
-        return LocalFiles(_of_split(split, files, validation), bad_data)
+def local_source(data: str, split: Split, bad_data: BadData, evaluated: frozenset[Path] = frozenset()) -> LocalFiles:
+    """Open local files. Validation is those whose names say so, or else one document in fifty by its checksum.
+
+    Files that are ``evaluated`` by ``--eval-data`` (resolved paths) are left out; then all others are for training.
+    """
+    selection = select(data)
+    if split == "validation" and selection.validation:
+        return LocalFiles(selection.validation, bad_data)
+    files = [file for file in selection.training if file.resolve() not in evaluated]
+    if evaluated or selection.validation:
+        return LocalFiles(files, bad_data)
     if split == "validation":
         return LocalFiles(files, bad_data, keep=_is_held_out)
     return LocalFiles(files, bad_data, keep=lambda text: not _is_held_out(text))
@@ -240,33 +253,6 @@ def _is_held_out(text: str) -> bool:
     """Return whether a document is for validation, one in `_HELD_OUT` being so."""
     # By content rather than by place, so that a document that occurs twice is on one side both times.
     return zlib.crc32(text.encode(errors="replace")) % _HELD_OUT == 0
-
-
-def _find_files(data: str, flag: str = "--data") -> list[Path]:
-    """Return the files, in order, that a path or pattern names. Raises InputError where there are none to be read."""
-    path = Path(data)
-    try:
-        if path.is_file():
-            files = [path]
-        elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and readers.is_known(file))
-        else:
-            matches = map(Path, glob(data, recursive=True))
-            files = sorted(file for file in matches if file.is_file())
-    except OSError as error:
-        raise InputError(f"{flag} {data}: {error.filename} cannot be read ({error.strerror}); leave it out") from error
-    if not files and not path.is_dir() and not has_magic(data):
-        choices = "a path"
-        if flag == "--data":
-            choices = "c4, sample or a path"
-        raise InputError(f"{flag} {data}: no such file, folder or pattern; choose {choices}")
-    for file in files:
-        if not readers.is_known(file):
-            kinds = ".json, .jsonl, .parquet or .txt, plain or compressed"
-            raise InputError(f"{flag} {file}: unknown kind of file; use {kinds}")
-    if not files:
-        raise InputError(f"{flag} {data}: holds no .json, .jsonl, .parquet or .txt file")
-    return files
 
 
 def _identify(file: Path) -> str:

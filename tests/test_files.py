@@ -1,0 +1,199 @@
+"""Which files of a folder are text, and what each is for: by whole words of names, and nothing is left out unsaid."""
+
+import gzip
+import json
+import os
+import random
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from galore_pretrain.errors import InputError
+from galore_pretrain.text.files import TEST, TRAINING, VALIDATION, role_of, select
+from galore_pretrain.text.sources import LocalFiles, describe_files, open_source
+
+
+def write(path: Path, *texts: str) -> Path:
+    """Write documents in the layout that the path's suffixes ask for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    name = path.name.lower()
+    if ".csv" in name:
+        lines = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts))
+    elif ".txt" in name:
+        lines = "\n\n".join(texts)
+    if ".pq" in name or ".parquet" in name:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": list(texts)}), path)
+    elif ".zst" in name:
+        import pyarrow
+
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(lines.encode())
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        path.write_text(lines)
+    return path
+
+
+def texts_of(source: object) -> Counter[str]:
+    assert isinstance(source, LocalFiles)
+    return Counter(text for shard in range(len(source.shards)) for _, text in source.read(shard, 0))
+
+
+def both(folder: Path) -> tuple[Counter[str], Counter[str]]:
+    return texts_of(open_source(str(folder), "train")), texts_of(open_source(str(folder), "validation"))
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("train.jsonl", TRAINING),
+        ("val.jsonl", VALIDATION),
+        ("valid_00.jsonl", VALIDATION),
+        ("validation/part-0.jsonl", VALIDATION),
+        ("DEV-set.JSONL", VALIDATION),
+        ("eval/train/a.jsonl", TRAINING),  # the nearest name decides
+        ("test.jsonl", TEST),
+        ("c4-train.00000-of-01024.json.gz", TRAINING),
+        ("validated_part1.jsonl", None),
+        ("invalid.jsonl", None),
+        ("evaluation.jsonl", None),
+        ("contest.txt", None),
+        ("latest/a.jsonl", None),
+    ],
+)
+def test_whole_words_of_names_decide(name: str, role: str | None) -> None:
+    assert role_of(Path(name)) == role
+
+
+def test_a_name_that_says_two_things_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "a")
+    write(tmp_path / "train_test.jsonl", "b")
+    with pytest.raises(InputError, match=r"train_test\.jsonl.* says test and training; rename it"):
+        open_source(str(tmp_path), "train")
+
+
+def test_folders_of_a_hugging_face_data_set(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write(tmp_path / "data" / split / "0.jsonl", split)
+    assert both(tmp_path / "data") == (Counter(["train"]), Counter(["validation"]))
+    assert both(tmp_path / "data" / "test")[0] + both(tmp_path / "data" / "test")[1] == Counter(["test"])
+
+
+def test_every_kind_is_read_whatever_its_case(tmp_path: Path) -> None:
+    names = ("a.JSONL", "b.ndjson", "c.csv", "d.jsonl.zstd", "e.pq", "f.Json.GZ", "g.parquet", "h.txt", "i.CSV.gz")
+    for name in names:
+        write(tmp_path / name, name)
+    write(tmp_path / "val.jsonl", "held out")
+    assert both(tmp_path)[0] == Counter(names)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "b.jsonl", "b")
+    write(tmp_path / "data" / "a.jsonl", "a")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "round").symlink_to(tmp_path / "data")
+    train, validation = both(tmp_path / "data")
+    assert train + validation == Counter("ab")
+
+
+def test_hidden_files_and_second_copies_are_no_data(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "a")
+    write(tmp_path / "a.jsonl.gz", "a")
+    write(tmp_path / "b.jsonl.gz", "b")
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\1\2")
+    write(tmp_path / ".ipynb_checkpoints" / "a-checkpoint.jsonl", "a")
+    (tmp_path / "README.md").write_text("about")
+    train, validation = both(tmp_path)
+    assert train + validation == Counter("ab")
+    said = describe_files(str(tmp_path), None)
+    assert said is not None
+    for part in (
+        "training 2 .jsonl",
+        "1 document in 50",
+        "README.md: of another kind",
+        "hidden",
+        "the same text as a.js",
+    ):
+        assert part in said, said
+
+
+def test_nothing_left_for_training_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "val.jsonl", "a")
+    write(tmp_path / "test.jsonl", "b")
+    with pytest.raises(InputError, match=r"no training text; .*val\.jsonl, .*test\.jsonl are for validation or test"):
+        open_source(str(tmp_path), "train")
+    assert both(tmp_path / "val.jsonl")[0] + both(tmp_path / "val.jsonl")[1] == Counter("a")  # named by itself
+
+
+def test_a_pattern_is_sorted_like_a_folder(tmp_path: Path) -> None:
+    for name in ("x/train.jsonl", "x/dev.jsonl", "y/more.jsonl", "y/more.md"):
+        write(tmp_path / name, name)
+    expected = Counter(["x/train.jsonl", "y/more.jsonl"]), Counter(["x/dev.jsonl"])
+    assert both(tmp_path / "*" / "*") == both(tmp_path / "**") == both(tmp_path / "*") == expected
+    with pytest.raises(InputError, match=r"but y/more\.md"):
+        open_source(str(tmp_path / "?" / "*.md"), "train")
+
+
+def test_eval_data_leaves_named_validation_text_out(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "val.jsonl"):
+        write(tmp_path / name, name)
+    other = str(tmp_path / "b.jsonl")
+    assert texts_of(open_source(str(tmp_path), "train", other)) == Counter(["a.jsonl"])
+    assert "val.jsonl: validation text by their names" in (describe_files(str(tmp_path), other) or "")
+
+
+# -- an independent reading, written before the rule it checks ---------------------------------------------------------
+
+WORDS = ("train", "val", "valid", "validation", "dev", "eval", "test", "part", "validated", "contest", "x")
+SUFFIXES = (".jsonl", ".JSONL", ".json.gz", ".txt", ".csv", ".ndjson", ".parquet", ".md", ".jsonl.zstd")
+
+
+def expected_role(parts: tuple[str, ...]) -> str:
+    for part in parts[::-1]:
+        words = set(re.split(r"[^a-z]+", part.lower()))
+        roles = [r for r, named in ((TRAINING, {"train", "training"}), (TEST, {"test"})) if words & named]
+        roles += [VALIDATION] if words & {"validation", "valid", "val", "dev", "eval"} else []
+        if roles:
+            return roles[0] if len(roles) == 1 else "refused"
+    return TRAINING
+
+
+@settings(max_examples=int(os.environ.get("FUZZ", "40")), deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_random_folders_are_read_as_written_or_refused(rng: random.Random) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        expected: dict[str, Counter[str]] = {TRAINING: Counter(), VALIDATION: Counter(), TEST: Counter()}
+        refused = False
+        for number in range(rng.randint(1, 8)):
+            depth = rng.randint(0, 2)
+            parts = [rng.choice("-_. ").join(rng.choices(WORDS, k=rng.randint(1, 2))) for _ in range(depth)]
+            if rng.random() < 0.1:
+                parts.append(".hidden")
+            name = rng.choice(WORDS) + rng.choice(("", "-00", "_7", "2")) + f"-{number}" + rng.choice(SUFFIXES)
+            path = write(folder.joinpath(*parts, name), f"text {number}")
+            if not name.endswith(".md") and ".hidden" not in parts:
+                role = expected_role((*parts, name))
+                refused |= role == "refused"
+                if role != "refused":
+                    expected[role][f"text {number}"] += 1
+            assert path.is_file()
+        if refused or not expected[TRAINING]:
+            with pytest.raises(InputError):
+                select(str(folder))
+            return
+        train, validation = both(folder)
+        if expected[VALIDATION]:
+            assert (train, validation) == (expected[TRAINING], expected[VALIDATION])
+        else:
+            assert train + validation == expected[TRAINING]
