@@ -597,7 +597,9 @@ def test_wandb_gets_the_same_numbers(tiny_config: str, tmp_path: Path) -> None:
     recorder.mkdir(parents=True)
     (recorder / "__init__.py").write_text(
         "import json\n"
+        "from types import SimpleNamespace\n"
         "def Settings(**kwargs): return kwargs\n"
+        "def setup(_): return SimpleNamespace(settings=SimpleNamespace(base_url='', project=None, run_name=None))\n"
         "def init(*, dir, config, **kwargs):\n"
         "    assert config['steps'] == 3 and kwargs['mode'] == 'offline'\n"
         "    return Run(open(dir / 'recorded.jsonl', 'w'))\n"

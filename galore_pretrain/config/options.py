@@ -310,10 +310,16 @@ class RunConfig:
         free=True,
         shown="off",
     )
-    wandb: str = _flag("auto", "auto is online with a key, else offline.", WANDB_MODES, OUTPUT, free=True)
-    wandb_project: str = _flag("galore-pretrain", "wandb project.", str, OUTPUT, free=True)
-    name: str | None = _flag(None, "wandb name of the run.", str, OUTPUT, free=True, shown="name of the folder")
-    tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="none")
+    wandb: str = _flag(
+        "auto", "auto is WANDB_MODE, else online with a key, else offline.", WANDB_MODES, OUTPUT, free=True
+    )
+    wandb_project: str | None = _flag(
+        None, "wandb project.", str, OUTPUT, free=True, shown="WANDB_PROJECT, or galore-pretrain"
+    )
+    name: str | None = _flag(
+        None, "wandb name of the run.", str, OUTPUT, free=True, shown="WANDB_NAME, or name of the folder"
+    )
+    tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="WANDB_TAGS")
 
     processes: Processes = ONE_PROCESS
     undecided: frozenset[str] = frozenset()
