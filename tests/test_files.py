@@ -197,3 +197,39 @@ def test_random_folders_are_read_as_written_or_refused(rng: random.Random) -> No
             assert (train, validation) == (expected[TRAINING], expected[VALIDATION])
         else:
             assert train + validation == expected[TRAINING]
+
+
+def test_another_key_names_the_text_of_every_kind_of_file(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    texts = [f"text {n}" for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text, "text": "no"}) + "\n" for text in texts))
+    (tmp_path / "b.csv").write_text("text,body\n" + "".join(f"no,{text}\n" for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["no"] * 3, "body": texts}), tmp_path / "c.parquet")
+    eval_file = tmp_path / "a.jsonl"
+    training = open_source(str(tmp_path), "train", str(eval_file), text_key="body")
+    assert [[text for _, text in training.read(shard, 0)] for shard in range(2)] == [texts, texts]
+    validation = open_source(str(tmp_path), "validation", str(eval_file), text_key="body")
+    assert [text for _, text in validation.read(0, 0)] == texts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, name: str) -> None:
+    import pyarrow.parquet
+
+    file = tmp_path / name
+    if name == "a.jsonl":
+        file.write_text('{"title": "a", "body": "b"}\n')
+    elif name == "a.csv":
+        file.write_text("title,body\na,b\n")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"title": ["a"], "body": ["b"]}), file)
+    source = open_source(str(file), "train", text_key="nothing")
+    with pytest.raises(InputError, match=r'"nothing".*its (keys|columns): title, body; name one with --text-key'):
+        list(source.read(0, 0))
+
+
+def test_plain_text_has_no_key(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(InputError, match=r"--text-key body: .* is plain text, which has no keys"):
+        open_source(str(tmp_path), "train", text_key="body")

@@ -226,7 +226,8 @@ class RunConfig:
         shown="full, or projected where only that is known",
     )
 
-    data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", str, TEXT)
+    data: str = _flag("c4", "c4, hub:ORG/NAME[:CONFIG], sample, or a file, folder or glob of text.", str, TEXT)
+    text_key: str = _flag("text", "Key or column of the text in --data and --eval-data.", str, TEXT)
     eval_data: str | None = _flag(None, "Validation text, not a part of --data.", str, TEXT, shown="from --data")
     tokenizer: str = _flag(
         None, "t5, sample, a .model file, a folder or a hub id.", str, TEXT, shown="t5 for c4, sample for sample"

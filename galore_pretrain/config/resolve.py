@@ -238,8 +238,11 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
     if not values["output"]:
         raise InputError("--output is empty; give a folder")
     if values["tokenizer"] is None:
-        if not Path(values["data"]).exists() and not has_magic(values["data"]):
-            raise InputError(f"--data {values['data']}: no such file, folder or pattern; choose c4, sample or a path")
+        is_there = values["data"].startswith("hub:") or Path(values["data"]).exists() or has_magic(values["data"])
+        if not is_there:
+            raise InputError(
+                f"--data {values['data']}: no such file, folder or pattern; choose c4, hub:ORG/NAME, sample or a path"
+            )
         raise InputError(f"--tokenizer is missing: --data {values['data']} needs one; give t5, sample or a .model file")
 
 
