@@ -109,6 +109,31 @@ def test_txt_is_cut_into_passages(tmp_path: Path) -> None:
     assert max(len(text) for text in everything(source)) < 5000
 
 
+@pytest.mark.parametrize(
+    "book", ["It was so. It was not. " * 2000, "words without a stop " * 3000, "x" * 50_000, "語" * 9000]
+)
+def test_a_line_that_holds_a_book_is_cut_where_a_reader_would(tmp_path: Path, book: str) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("a preface\n" + book + "\nthe end")
+    source = LocalFiles([path])
+    whole = list(source.read(0, 0))
+    passages = [text for _, text in whole]
+    assert "".join("".join(passages).split()) == "".join(("a preface" + book + "the end").split())
+    assert all(len(text) <= 8000 for text in passages)
+    if ". " in book:
+        assert all(text.endswith(".") for text in passages[:-1])
+    elif " " in book:
+        assert {word for text in passages for word in text.split()} <= set((book + " a preface the end").split())
+    assert [t for _, t in source.read(0, whole[2][0])] == passages[3:]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    content = {"a.txt": "text", "a.jsonl": json.dumps({"text": "text"}), "a.csv": "text\ntext\n"}[name]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert everything(LocalFiles([tmp_path / name])) == ["text"]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=200))
 def test_held_out_documents_are_a_partition(texts: list[str]) -> None:
@@ -418,15 +443,38 @@ def test_each_epoch_is_a_new_permutation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert first != [text for _, text, _ in islice(Documents(Lists(shards), 1, Position()), total)]
 
 
+def test_long_documents_are_held_by_the_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a block nor a call to the tokenizer holds more than its bound and one document."""
+    monkeypatch.setattr("galore_pretrain.text.batches.BLOCK_CHARACTERS", 1000)
+    monkeypatch.setattr("galore_pretrain.text.batches._TOKENIZE_CHARACTERS", 300)
+    documents = Documents(Lists([["x" * 99] * 50, ["y" * 700] * 9, ["z"] * 5000]), 0, Position())
+    blocks = [texts for texts, _, _ in documents._blocks(0, 0, 0)]
+    assert sum(map(len, blocks)) == 5059
+    assert max(sum(map(len, texts)) for texts in blocks) < 1700
+    calls: list[list[str]] = []
+
+    class Counting(Letters):
+        def encode(self, texts: list[str], first: int | None = None) -> list[Any]:
+            calls.append(texts)
+            return super().encode(texts, first)
+
+    rows = list(islice(TokenRows(Counting(), "pad", 8)(documents), 400))
+    assert len(rows) == 400
+    assert max(sum(map(len, texts)) for texts in calls) < 1000
+    assert max(map(len, calls)) > 50
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.text("abc", min_size=0, max_size=30), max_size=12), min_size=1, max_size=5),
     st.integers(1, 20),
+    st.integers(1, 200),
     st.data(),
 )
-def test_documents_resume_anywhere(shards: list[list[str]], block: int, data: st.DataObject) -> None:
+def test_documents_resume_anywhere(shards: list[list[str]], block: int, characters: int, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("galore_pretrain.text.batches.BLOCK", block)
+        patch.setattr("galore_pretrain.text.batches.BLOCK_CHARACTERS", characters)
         source = Lists(shards)
         total = sum(map(len, shards))
         if total == 0:

@@ -28,8 +28,11 @@ from galore_pretrain.text.tokenizer import Ids, Tokenizer
 IGNORE = -100
 """The label of padding, which the loss leaves out."""
 BLOCK = 4096
-"""Documents that are shuffled among themselves; a resumed run reads the block it stopped in again."""
-_TOKENIZE = 256  # documents a call to the tokenizer
+"""Documents, at most, that are shuffled among themselves; a resumed run reads the block it stopped in again."""
+BLOCK_CHARACTERS = 1 << 24
+"""Characters after which a block ends, however few its documents are: in memory they take one to four bytes each."""
+_TOKENIZE = 256  # documents a call to the tokenizer, at most
+_TOKENIZE_CHARACTERS = 1 << 21  # after which a call has enough of them; their ids take four bytes each, and more
 _AHEAD = 1 << 18  # tokens that are read before they are needed: those of a few calls to the tokenizer
 _EMPTY = 100_000  # documents in a row without a token, after which the data are refused rather than read for ever
 _NO_IDS = np.empty(0, np.int32)
@@ -80,8 +83,9 @@ class Documents:
     """
 
     # All of the order follows from the seed, so that a position needs no generator's state. An epoch's shards are
-    # permuted by (seed, epoch). Read in that order, their documents are cut into blocks of BLOCK, which may span
-    # several shards, and a block is permuted by (seed, epoch, where it starts). A resumed run reads the block it
+    # permuted by (seed, epoch). Read in that order, their documents are cut into blocks of BLOCK documents, or of fewer
+    # where these are long. A block may span several shards, and is permuted by (seed, epoch, where it starts). A
+    # resumed run reads the block it
     # stopped in from its start, and passes over those of the permuted documents that were taken. Reading them counts
     # them once more, which is why a position carries the tally from before its block.
 
@@ -117,18 +121,21 @@ class Documents:
                 log.info("the end of the data is read for time %d: from here on they repeat", epoch)
 
     def _blocks(self, epoch: int, shard: int, document: int) -> Iterator[tuple[list[str], _BlockStart, _BlockStart]]:
-        """Yield blocks of `BLOCK` texts across the ends of shards, each with its own start and that of the next."""
+        """Yield blocks of texts across the ends of shards, each with its own start and that of the next."""
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(len(self._source.shards))
         texts: list[str] = []
+        characters = 0
         block_start = (shard, document)
         for place in range(shard, len(order)):
             for position, text in self._source.read(int(order[place]), document):
                 texts.append(text)
-                if len(texts) == BLOCK:
+                characters += len(text)
+                if len(texts) == BLOCK or characters >= BLOCK_CHARACTERS:
                     next_start = (place, position)
                     yield texts, block_start, next_start
                     texts = []
+                    characters = 0
                     block_start = next_start
             document = 0  # only the first shard is read from its middle
         if texts:
@@ -197,7 +204,7 @@ class TokenRows:
 
     def __call__(self, documents: Iterable[_PlacedText], share: Share = ALL) -> Iterator[Row]:
         """Yield all rows. Those outside of ``share`` may be empty: a process need not tokenize what another does."""
-        groups = _in_groups(iter(documents), _TOKENIZE)
+        groups = _in_groups(documents)
         if self._layout == "pad":
             return self._pad(groups, share)
         return self._pack(self._tokenize(groups))
@@ -285,9 +292,19 @@ class TokenRows:
             positions = positions[document:]
 
 
-def _in_groups(documents: Iterator[_PlacedText], size: int) -> Iterator[list[_PlacedText]]:
-    """Yield the documents in lists of ``size``; the last one may be shorter."""
-    while group := list(islice(documents, size)):
+def _in_groups(documents: Iterable[_PlacedText]) -> Iterator[list[_PlacedText]]:
+    """Yield the documents in lists for one call to the tokenizer each, bounded in documents and in characters."""
+    group: list[_PlacedText] = []
+    characters = 0
+    for document in documents:
+        _, text, _ = document
+        group.append(document)
+        characters += len(text)
+        if len(group) == _TOKENIZE or characters >= _TOKENIZE_CHARACTERS:
+            yield group
+            group = []
+            characters = 0
+    if group:
         yield group
 
 

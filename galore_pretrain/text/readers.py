@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 TEXT_KEY = "text"
 """The key or the column of a document's text where no other is named."""
 _PASSAGE = 1000  # characters after which a .txt document may end
+_LONGEST_PASSAGE = 4 * _PASSAGE  # characters after which it does
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*\s+|[。！？\r]")  # old Macs end lines with \r alone
 _PART = 1 << 16  # bytes of decompressed text that are read at a time
 
 
@@ -264,34 +267,52 @@ def _text_of_row(scalar: Any, row: int) -> str | Flaw:
 def _read_txt(path: Path, start: int, key: str) -> Entries:
     """Yield passages of plain text; a position is a number of passages."""
     # Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a
-    # paragraph. Text without blank lines is cut after any line past four times that. Where a passage ends depends on
-    # all lines before it, so the file is read from its beginning whatever the position.
+    # paragraph. Text without blank lines is cut after any line past four times that, and a line that is longer, such as
+    # a book without line ends, at the ends of its sentences. Where a passage ends depends on all lines before it, so
+    # the file is read from its beginning whatever the position.
     passage: list[str] = []
     length = 0
     number = 0  # of passages that have ended
     try:
         for line_number, line in enumerate(_lines(path), 1):
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")  # a byte order mark is no text
             except UnicodeDecodeError as error:
                 if number >= start:
                     yield number, Flaw(f"line {line_number} is not UTF-8 ({error.reason} at byte {error.start})")
                 continue
-            passage.append(text)
-            length += len(text)
-            is_whole = length >= _PASSAGE and not text.strip()
-            is_too_long = length >= 4 * _PASSAGE
-            if is_whole or is_too_long:
-                number += 1
-                if number > start:
-                    yield number, "".join(passage).strip()
-                passage = []
-                length = 0
+            for part in _in_parts(text):
+                passage.append(part)
+                length += len(part)
+                is_whole = length >= _PASSAGE and not part.strip()
+                is_too_long = length >= _LONGEST_PASSAGE
+                if is_whole or is_too_long:
+                    number += 1
+                    if number > start:
+                        yield number, "".join(passage).strip()
+                    passage = []
+                    length = 0
     except _BrokenError as error:
         yield number, Flaw(str(error), is_end=True)
     last = "".join(passage).strip()
     if last and number >= start:
         yield number + 1, last
+
+
+def _in_parts(line: str) -> Iterator[str]:
+    """Yield a line whole, or in parts of about a passage's length where it is longer than one may be.
+
+    A part ends behind the last sentence that fits, or else behind the last word, or else anywhere.
+    """
+    start = 0
+    while len(line) - start > _LONGEST_PASSAGE:
+        latest = start + _LONGEST_PASSAGE
+        ends = [match.end() for match in _SENTENCE_END.finditer(line, start + _PASSAGE, latest)]
+        stop = ends[-1] if ends else line.rfind(" ", start + _PASSAGE, latest) + 1
+        stop = stop or latest
+        yield line[start:stop]
+        start = stop
+    yield line[start:]
 
 
 _READERS: dict[str, Callable[[Path, int, str], Entries]] = {
