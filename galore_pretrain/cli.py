@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
-from galore_pretrain.config.options import Processes, RunConfig
+from galore_pretrain.config.options import Processes, RunConfig, texts_of
 from galore_pretrain.config.resolve import left_out
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, own_length
@@ -296,7 +296,7 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     if as_json:
         click.echo(json.dumps(numbers, indent=2))
         return 0
-    text = config.eval_data or f"{config.data} (validation)"
+    text = config.eval_data or f"{' + '.join(texts_of(config.data))} (validation)"
     click.echo(f"{text}, {numbers['eval_tokens']:,} tokens: loss {numbers['eval_loss']:.4f}")
     click.echo(f"perplexity {numbers['eval_perplexity']:.4f} (reference {numbers['eval_reference_perplexity']:.4f})")
     return 0

@@ -233,3 +233,33 @@ def test_plain_text_has_no_key(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=r"--text-key body: .* is plain text, which has no keys"):
         open_source(str(tmp_path), "train", text_key="body")
+
+
+def test_several_paths_are_one_list_of_shards_each_by_its_own_rule(tmp_path: Path) -> None:
+    """One folder has a validation file, the other has none: of that, one document in fifty is held out."""
+    trained = [f"a {n}" for n in range(120)]
+    write(tmp_path / "a" / "train.jsonl", *trained)
+    write(tmp_path / "a" / "validation.jsonl", "of a")
+    others = [f"b {n}" for n in range(300)]
+    write(tmp_path / "b" / "0.jsonl", *others[:100])
+    write(tmp_path / "b" / "1.parquet", *others[100:])
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    train, validation = (open_source(paths, split) for split in ("train", "validation"))
+    alone = [open_source(path, split) for split in ("train", "validation") for path in paths]
+    read = [[list(source.read(i, 0)) for i in range(len(source.shards))] for source in (train, validation)]
+    read_alone = [[list(source.read(i, 0)) for i in range(len(source.shards))] for source in alone]
+    assert read[0] == read_alone[0] + read_alone[1]
+    assert read[1] == read_alone[2] + read_alone[3]
+    assert [text for _, text in read[0][0]] == trained
+    assert sum(map(len, read[0][1:])) + sum(map(len, read[1][1:])) == len(others)
+    assert train.fingerprint not in (alone[0].fingerprint, alone[1].fingerprint)
+    said = describe_files(paths, None) or ""
+    assert [line.partition(":")[0] for line in said.splitlines()] == [f"--data {path}" for path in paths]
+
+
+def test_a_file_of_two_paths_is_refused(tmp_path: Path) -> None:
+    """It may be validation by one of them, and training text by the other."""
+    write(tmp_path / "a" / "train.jsonl", "a")
+    file = write(tmp_path / "a" / "validation.jsonl", "of a")
+    with pytest.raises(InputError, match=r"both hold .*validation\.jsonl; give it by one of them"):
+        open_source([str(tmp_path / "a"), str(file)], "train")

@@ -7,7 +7,7 @@ model and optimizer says and checks what depends on two fields.
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from importlib import resources
@@ -100,7 +100,8 @@ class Flag:
 
     ``default`` is None where `resolve` fills the field in, or where None means that it is not in use. ``kind`` is a
     type, the choices, or a parser of strings. Numbers are at ``least``, or ``above``, a bound. ``shown`` stands for the
-    default in the help. A ``free`` flag may change when a run is resumed: it does not change what is computed.
+    default in the help. A ``free`` flag may change when a run is resumed: it does not change what is computed. One that
+    is ``repeated`` has a tuple of values where it is given several times.
     """
 
     default: Any
@@ -111,6 +112,7 @@ class Flag:
     above: float | None = None
     shown: str = "recipe"
     free: bool = False
+    repeated: bool = False
 
 
 def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
@@ -226,7 +228,13 @@ class RunConfig:
         shown="full, or projected where only that is known",
     )
 
-    data: str = _flag("c4", "c4, hub:ORG/NAME[:CONFIG], sample, or a file, folder or glob of text.", str, TEXT)
+    data: str | tuple[str, ...] = _flag(
+        "c4",
+        "c4, hub:ORG/NAME[:CONFIG], sample, or a file, folder or glob of text; several of these are one text.",
+        str,
+        TEXT,
+        repeated=True,
+    )
     text_key: str = _flag("text", "Key or column of the text in --data and --eval-data.", str, TEXT)
     eval_data: str | None = _flag(None, "Validation text, not a part of --data.", str, TEXT, shown="from --data")
     tokenizer: str = _flag(
@@ -372,6 +380,13 @@ class RunConfig:
 
 FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(RunConfig) if "flag" in f.metadata}
 """What the command line knows of each field, by its name."""
+
+
+def texts_of(data: str | Sequence[str]) -> tuple[str, ...]:
+    """Return each of the texts that ``--data`` names: mostly one."""
+    if isinstance(data, str):
+        return (data,)
+    return tuple(data)
 
 
 def _as_json(value: Any) -> Any:

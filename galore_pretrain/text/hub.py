@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -46,14 +46,14 @@ class HubText:
         return f"{self.repository}:{self.config}" if self.config else self.repository
 
 
-def hub_text(data: str) -> HubText | None:
+def hub_text(data: str | Sequence[str]) -> HubText | None:
     """Return the text on the hub that ``--data`` names, ``c4`` or ``hub:ORG/NAME[:CONFIG]``; None if it names another.
 
-    Raises InputError where what follows ``hub:`` is no name of the hub.
+    Several texts are none of the hub. Raises InputError where what follows ``hub:`` is no name of the hub.
     """
     if data == "c4":
         return HubText(C4, "en")
-    if not data.startswith(_PREFIX):
+    if not isinstance(data, str) or not data.startswith(_PREFIX):
         return None
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([^:]+))?", data.removeprefix(_PREFIX))
     if match is None:
@@ -61,7 +61,7 @@ def hub_text(data: str) -> HubText | None:
     return HubText(match[1], match[2])
 
 
-def check_hub(data: str, tokenizer: str, *, goes_on: bool = False) -> None:
+def check_hub(data: str | Sequence[str], tokenizer: str, *, goes_on: bool = False) -> None:
     """Raise InputError if ``--data`` or ``--tokenizer`` needs the hub and the hub does not answer.
 
     A run that ``goes_on`` waits for half an hour; any other is told within seconds.

@@ -11,14 +11,14 @@ import importlib.util
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text import readers
-from galore_pretrain.text.files import select, select_all, summary
+from galore_pretrain.text.files import Selection, select, select_all, summary
 from galore_pretrain.text.hub import (
     C4,
     LONGEST,
@@ -63,7 +63,7 @@ class DocumentSource(Protocol):
 
 
 def open_source(
-    data: str,
+    data: str | Sequence[str],
     split: Split,
     eval_data: str | None = None,
     bad_data: str = "raise",
@@ -72,10 +72,10 @@ def open_source(
 ) -> DocumentSource:
     """Open the documents of ``--data``: ``c4``, ``hub:ORG/NAME[:CONFIG]``, ``sample``, or a file, folder or glob.
 
-    The two splits are disjoint. ``eval_data`` is a path whose documents are all validation, and whose files are left
-    out of the training split. ``bad_data`` says what becomes of documents that cannot be read: see `BadData`.
-    ``revision`` is the hub's commit. ``text_key`` names the key or the column of the text. Raises InputError where
-    ``--data`` is none of these, or nothing is left to train on.
+    Several paths are one text of all their files. The two splits are disjoint. ``eval_data`` is a path whose documents
+    are all validation, and whose files are left out of the training split. ``bad_data`` says what becomes of documents
+    that cannot be read: see `BadData`. ``revision`` is the hub's commit. ``text_key`` names the key or the column of
+    the text. Raises InputError where ``--data`` is none of these, or nothing is left to train on.
     """
     # What makes the splits disjoint: those of the hub are, and where it has no validation split, a checksum decides as
     # it does for local files. The sample is split by file. Of local files, the validation
@@ -93,24 +93,31 @@ def open_source(
         if eval_data is None:
             _refuse_key(data, text_key)
         return sample_source(split)
+    paths = [data] if isinstance(data, str) else data
     if eval_data is None:
-        return local_source(data, split, BadData(bad_data), text_key=text_key)
+        return local_source(paths, split, BadData(bad_data), text_key=text_key)
     evaluated = frozenset(file.resolve() for file in select_all(eval_data, "--eval-data"))
-    source = local_source(data, split, BadData(bad_data), evaluated, text_key)
+    source = local_source(paths, split, BadData(bad_data), evaluated, text_key)
     if not source.shards:
-        raise InputError(f"--eval-data {eval_data}: is all that --data {data} holds; nothing is left to train on")
+        all_of_it = " + ".join(paths)
+        raise InputError(f"--eval-data {eval_data}: is all that --data {all_of_it} holds; nothing is left to train on")
     return source
 
 
-def describe_files(data: str, eval_data: str | None) -> str | None:
-    """Return a line that says which local files are read for what, and what is left out; None for other text."""
+def describe_files(data: str | Sequence[str], eval_data: str | None) -> str | None:
+    """Return a line a path that says which local files are read for what, and what is left out; None for other text."""
     if data == "sample" or hub_text(data) is not None:
         return None
-    line = summary(select(data), _HELD_OUT, None if eval_data is None else select_all(eval_data, "--eval-data"))
-    return f"--data {data}: {line}"
+    evaluated = None
+    if eval_data is not None:
+        evaluated = select_all(eval_data, "--eval-data")
+    paths = [data] if isinstance(data, str) else data
+    return "\n".join(f"--data {path}: {summary(select(path), _HELD_OUT, evaluated)}" for path in paths)
 
 
-def describe_text(data: str, eval_data: str | None, training: DocumentSource, validation: DocumentSource) -> str | None:
+def describe_text(
+    data: str | Sequence[str], eval_data: str | None, training: DocumentSource, validation: DocumentSource
+) -> str | None:
     """Return a line that says what of files or of the hub is read for what; None for the sample."""
     if not isinstance(training, HubDataset):
         return describe_files(data, eval_data)
@@ -195,7 +202,8 @@ class LocalFiles:
     """Files of ``.json``/``.jsonl`` lines, ``.csv``, ``.parquet``, or ``.txt``.
 
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
-    ``text_key`` is the text's key or column. Raises InputError where a file cannot be read.
+    ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this
+    split. Raises InputError where a file cannot be read.
     """
 
     def __init__(
@@ -204,6 +212,7 @@ class LocalFiles:
         bad_data: BadData | None = None,
         keep: Callable[[str], bool] | None = None,
         text_key: str = TEXT_KEY,
+        whole: Collection[Path] = (),
     ) -> None:
         self.shards = [str(file) for file in files]
         try:
@@ -213,6 +222,7 @@ class LocalFiles:
         self.bad_data = bad_data or BadData()
         self._keep = keep
         self._text_key = text_key
+        self._whole = frozenset(str(file) for file in whole)
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
         """Yield the documents of ``shard`` from position ``start`` on, each with the position after it.
@@ -226,6 +236,7 @@ class LocalFiles:
         position = start
         is_empty = start == 0
         failures = 0
+        keep = None if name in self._whole else self._keep
         while True:
             try:
                 for after, text in readers.read(Path(name), position, self._text_key):
@@ -236,7 +247,7 @@ class LocalFiles:
                         self.bad_data.bad(text, shard, self.shards)
                         continue
                     self.bad_data.good()
-                    if self._keep is None or self._keep(text):
+                    if keep is None or keep(text):
                         yield position, text
                 break
             except OSError as error:
@@ -251,26 +262,43 @@ class LocalFiles:
 
 
 def local_source(
-    data: str,
+    paths: Sequence[str],
     split: Split,
     bad_data: BadData,
     evaluated: frozenset[Path] = frozenset(),
     text_key: str = TEXT_KEY,
 ) -> LocalFiles:
-    """Open local files. Validation is those whose names say so, or else one document in fifty by its checksum.
+    """Open local files: of each path by its own rule, and all of them as one list of shards.
 
-    Files that are ``evaluated`` by ``--eval-data`` (resolved paths) are left out; then all others are for training.
+    Validation is the files of a path whose names say so, or else one document in fifty of it by its checksum. Files
+    that are ``evaluated`` by ``--eval-data`` (resolved paths) are left out; then all others are for training.
     """
-    selection = select(data)
-    if not evaluated and all(readers.kind_of(file) == ".txt" for file in selection.training):
-        _refuse_key(data, text_key)
-    if split == "validation" and selection.validation:
-        return LocalFiles(selection.validation, bad_data, text_key=text_key)
-    files = [file for file in selection.training if file.resolve() not in evaluated]
-    if evaluated or selection.validation:
-        return LocalFiles(files, bad_data, text_key=text_key)
+    selections = [select(path) for path in paths]
+    _refuse_shared(paths, selections)
+    training = [file for selection in selections for file in selection.training]
+    if not evaluated and all(readers.kind_of(file) == ".txt" for file in training):
+        _refuse_key(" + ".join(paths), text_key)
+    files: list[Path] = []
+    whole: list[Path] = []
+    for selection in selections:
+        of_path = [file for file in selection.training if file.resolve() not in evaluated]
+        if split == "validation" and selection.validation:
+            of_path = selection.validation
+        if evaluated or selection.validation:
+            whole += of_path
+        files += of_path
     keep = _is_held_out if split == "validation" else _is_not_held_out
-    return LocalFiles(files, bad_data, keep, text_key)
+    return LocalFiles(files, bad_data, keep, text_key, whole)
+
+
+def _refuse_shared(paths: Sequence[str], selections: Sequence[Selection]) -> None:
+    """Raise InputError where two paths hold the same file, which may be for training by one and not by the other."""
+    holders: dict[Path, str] = {}
+    for path, selection in zip(paths, selections, strict=True):
+        for file in {file.resolve() for file in [*selection.training, *selection.validation]}:
+            if file in holders:
+                raise InputError(f"--data {holders[file]} and --data {path} both hold {file}; give it by one of them")
+            holders[file] = path
 
 
 def _refuse_key(data: str, text_key: str) -> None:
