@@ -552,7 +552,7 @@ print(json.dumps([text for _, text in source.read(0, 0)]))
         pytest.param(Fault(times=5, status=503, suffix=""), id="a long outage"),
         pytest.param(Fault(times=2, status=500, suffix=".parquet"), id="the first file fails"),
         pytest.param(Fault(times=2, suffix=""), id="drops"),
-        pytest.param(Fault(times=1, hang=5.0, suffix=""), id="answers too late"),
+        pytest.param(Fault(times=3, hang=5.0, suffix=""), id="answers too late"),
     ],
 )
 def test_a_hub_that_fails_while_a_text_is_opened_is_waited_for(
