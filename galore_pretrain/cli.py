@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
-from galore_pretrain.config.options import Processes
+from galore_pretrain.config.options import Processes, RunConfig, texts_of
 from galore_pretrain.config.resolve import left_out
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, own_length
-from galore_pretrain.text.hub import check_hub
+from galore_pretrain.text.hub import check_hub, hub_text
 from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import find_tokenizer
 
@@ -71,10 +71,10 @@ def cli() -> None:
 def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     """Train (the same as without a subcommand)."""
     config, origins = resolved(ctx, values)
-    check_hub(config.data, config.tokenizer)
+    check_hub(config.data, config.tokenizer, goes_on=_goes_on(config))
     find_tokenizer(config.tokenizer)
-    if config.data != "c4":
-        open_source(config.data, "train", config.eval_data)
+    if hub_text(config.data) is None:
+        open_source(config.data, "train", config.eval_data, text_key=config.text_key)
 
     _let_cuda_grow_segments()
     with _importing():
@@ -82,6 +82,14 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
 
     ending = ctx.ensure_object(_Ending)
     return run.train(config, origins, when_stuck=ending.hurry)
+
+
+def _goes_on(config: RunConfig) -> bool:
+    """Return whether a run goes on from a checkpoint, as far as can be told before it is opened."""
+    if config.resume == "never":
+        return False
+    has_checkpoint = any(Path(config.output, "checkpoints").glob("step_*"))
+    return config.resume != "auto" or has_checkpoint
 
 
 @cli.command(cls=RunCommand, params=flags())
@@ -275,7 +283,7 @@ def _report(runs: Sequence[Path], output: Path, *, as_json: bool = False) -> str
     return f"{text}\nwritten: {output / 'report.md'}, {output / 'report.html'}"
 
 
-_TEXT = ("data", "eval_data", "bad_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
+_TEXT = ("data", "eval_data", "text_key", "bad_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
 
 
 @cli.command("eval", params=flags(_TEXT))
@@ -299,7 +307,7 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     if as_json:
         click.echo(json.dumps(numbers, indent=2))
         return 0
-    text = config.eval_data or f"{config.data} (validation)"
+    text = config.eval_data or f"{' + '.join(texts_of(config.data))} (validation)"
     click.echo(f"{text}, {numbers['eval_tokens']:,} tokens: loss {numbers['eval_loss']:.4f}")
     line = f"perplexity {numbers['eval_perplexity']:.4f}"
     if "eval_reference_perplexity" in numbers:

@@ -151,7 +151,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     if config.compile:
         build.compile_layers(model)
     execution = execution_for(config, optimizer)
-    announce(config, device, optimizer, world)
+    announce(config, device, inputs, optimizer, world)
 
     sequences = config.total_batch_size
     data = TrainingData(inputs.training, inputs.rows, sequences, config.seed, rank=world.rank, size=world.size)

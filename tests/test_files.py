@@ -197,3 +197,69 @@ def test_random_folders_are_read_as_written_or_refused(rng: random.Random) -> No
             assert (train, validation) == (expected[TRAINING], expected[VALIDATION])
         else:
             assert train + validation == expected[TRAINING]
+
+
+def test_another_key_names_the_text_of_every_kind_of_file(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    texts = [f"text {n}" for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text, "text": "no"}) + "\n" for text in texts))
+    (tmp_path / "b.csv").write_text("text,body\n" + "".join(f"no,{text}\n" for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["no"] * 3, "body": texts}), tmp_path / "c.parquet")
+    eval_file = tmp_path / "a.jsonl"
+    training = open_source(str(tmp_path), "train", str(eval_file), text_key="body")
+    assert [[text for _, text in training.read(shard, 0)] for shard in range(2)] == [texts, texts]
+    validation = open_source(str(tmp_path), "validation", str(eval_file), text_key="body")
+    assert [text for _, text in validation.read(0, 0)] == texts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, name: str) -> None:
+    import pyarrow.parquet
+
+    file = tmp_path / name
+    if name == "a.jsonl":
+        file.write_text('{"title": "a", "body": "b"}\n')
+    elif name == "a.csv":
+        file.write_text("title,body\na,b\n")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"title": ["a"], "body": ["b"]}), file)
+    source = open_source(str(file), "train", text_key="nothing")
+    with pytest.raises(InputError, match=r'"nothing".*its (keys|columns): title, body; name one with --text-key'):
+        list(source.read(0, 0))
+
+
+def test_plain_text_has_no_key(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(InputError, match=r"--text-key body: .* is plain text, which has no keys"):
+        open_source(str(tmp_path), "train", text_key="body")
+
+
+def test_several_paths_are_one_list_of_shards_each_by_its_own_rule(tmp_path: Path) -> None:
+    """One folder has a validation file, the other has none: of that, one document in fifty is held out."""
+    trained = [f"a {n}" for n in range(120)]
+    write(tmp_path / "a" / "train.jsonl", *trained)
+    write(tmp_path / "a" / "validation.jsonl", "of a")
+    others = [f"b {n}" for n in range(300)]
+    write(tmp_path / "b" / "0.jsonl", *others[:100])
+    write(tmp_path / "b" / "1.parquet", *others[100:])
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    train, validation = (open_source(paths, split) for split in ("train", "validation"))
+    alone = [open_source(path, split) for split in ("train", "validation") for path in paths]
+    read = [[list(source.read(i, 0)) for i in range(len(source.shards))] for source in (train, validation)]
+    read_alone = [[list(source.read(i, 0)) for i in range(len(source.shards))] for source in alone]
+    assert read[0] == read_alone[0] + read_alone[1]
+    assert read[1] == read_alone[2] + read_alone[3]
+    assert [text for _, text in read[0][0]] == trained
+    assert sum(map(len, read[0][1:])) + sum(map(len, read[1][1:])) == len(others)
+    assert train.fingerprint not in (alone[0].fingerprint, alone[1].fingerprint)
+    said = describe_files(paths, None) or ""
+    assert [line.partition(":")[0] for line in said.splitlines()] == [f"--data {path}" for path in paths]
+
+
+def test_a_file_of_two_paths_is_refused(tmp_path: Path) -> None:
+    """It may be validation by one of them, and training text by the other."""
+    write(tmp_path / "a" / "train.jsonl", "a")
+    file = write(tmp_path / "a" / "validation.jsonl", "of a")
+    with pytest.raises(InputError, match=r"both hold .*validation\.jsonl; give it by one of them"):
+        open_source([str(tmp_path / "a"), str(file)], "train")

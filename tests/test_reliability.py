@@ -465,6 +465,10 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.seconds, self.error, self.taken = seconds, error, []
         self.id, self.Settings = "abc", dict
+        self.settings = types.SimpleNamespace(base_url="https://example.com", project=None, run_name=None)
+
+    def setup(self, _: Any) -> "FakeWandb":
+        return self
 
     def init(self, **_: Any) -> "FakeWandb":
         return self
@@ -482,7 +486,7 @@ class FakeWandb(types.ModuleType):
 def _logged(wandb: FakeWandb, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> tuple[float, bool]:
     """Seconds that so many lines and the end took; whether it has ended."""
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    logger = Wandb("offline", folder, project="p", name="n", tags=[], config={}, run_id=None)
+    logger = Wandb("offline", folder, project="p", name="n", tags=None, config={}, run_id=None)
     started = time.monotonic()
     for step in range(1, count + 1):
         logger.log({"loss": 1.0}, step)

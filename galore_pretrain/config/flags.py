@@ -67,9 +67,25 @@ def _option(name: str, flag: Flag) -> _Option:
     if kind is bool:
         declaration += f"/--no-{dashed}"
     # The default is not click's to fill in: None says that the user did not set the flag.
-    option = _Option([declaration, name], type=kind, default=None, help=f"{flag.help}  [{flag.shown}]")
+    option = _Option(
+        [declaration, name],
+        type=kind,
+        default=None,
+        multiple=flag.repeated,
+        callback=_value_or_values if flag.repeated else None,
+        help=f"{flag.help}  [{flag.shown}]",
+    )
     option.group = flag.group
     return option
+
+
+def _value_or_values(ctx: click.Context, param: click.Parameter, values: Any) -> Any:
+    """Return the value of a repeated flag that was given once, all of them if more often, None if never."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return values[0]
+    return tuple(values)
 
 
 class RunCommand(click.Command):
@@ -147,7 +163,11 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
         # It is a run's own config.json, perhaps edited.
         values, ctx.meta["set_by_user"] = _values_of_a_run(values["config"])
     _check_run_json(path, values)
-    ctx.default_map = {key.replace("-", "_"): value for key, value in values.items()}
+    ctx.default_map = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        is_alone = FLAGS[name].repeated and isinstance(value, str)
+        ctx.default_map[name] = [value] if is_alone else value
     ctx.meta["run_json"] = path
 
 
@@ -178,7 +198,11 @@ def _check_run_json(path: Path, values: Any) -> None:
         if key.replace("-", "_") not in FLAGS:
             raise InputError(f"--config {path}: unknown key {key!r}; {keys_are}")
     for key, value in values.items():
-        if not _fits(value, FLAGS[key.replace("-", "_")].kind):
+        known = FLAGS[key.replace("-", "_")]
+        parts = [value]
+        if known.repeated and isinstance(value, list) and value:
+            parts = value
+        if not all(_fits(part, known.kind) for part in parts):
             flag = key.replace("_", "-")
             raise InputError(f"--config {path}: {key} is {value!r}, which --{flag} cannot be")
 

@@ -7,7 +7,7 @@ model and optimizer says and checks what depends on two fields.
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from importlib import resources
@@ -107,7 +107,8 @@ class Flag:
 
     ``default`` is None where `resolve` fills the field in, or where None means that it is not in use. ``kind`` is a
     type, the choices, or a parser of strings. Numbers are at ``least``, or ``above``, a bound. ``shown`` stands for the
-    default in the help. A ``free`` flag may change when a run is resumed: it does not change what is computed.
+    default in the help. A ``free`` flag may change when a run is resumed: it does not change what is computed. One that
+    is ``repeated`` has a tuple of values where it is given several times.
     """
 
     default: Any
@@ -118,6 +119,7 @@ class Flag:
     above: float | None = None
     shown: str = "recipe"
     free: bool = False
+    repeated: bool = False
 
 
 def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
@@ -238,7 +240,14 @@ class RunConfig:
         shown="full, or projected where only that is known",
     )
 
-    data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", parse_place, TEXT)
+    data: str | tuple[str, ...] = _flag(
+        "c4",
+        "c4, hub:ORG/NAME[:CONFIG], sample, or a file, folder or glob of text; several of these are one text.",
+        parse_place,
+        TEXT,
+        repeated=True,
+    )
+    text_key: str = _flag("text", "Key or column of the text in --data and --eval-data.", str, TEXT)
     eval_data: str | None = _flag(
         None, "Validation text, not a part of --data.", parse_place, TEXT, shown="from --data"
     )
@@ -328,10 +337,16 @@ class RunConfig:
         free=True,
         shown="off",
     )
-    wandb: str = _flag("auto", "auto is online with a key, else offline.", WANDB_MODES, OUTPUT, free=True)
-    wandb_project: str = _flag("galore-pretrain", "wandb project.", str, OUTPUT, free=True)
-    name: str | None = _flag(None, "wandb name of the run.", str, OUTPUT, free=True, shown="name of the folder")
-    tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="none")
+    wandb: str = _flag(
+        "auto", "auto is WANDB_MODE, else online with a key, else offline.", WANDB_MODES, OUTPUT, free=True
+    )
+    wandb_project: str | None = _flag(
+        None, "wandb project.", str, OUTPUT, free=True, shown="WANDB_PROJECT, or galore-pretrain"
+    )
+    name: str | None = _flag(
+        None, "wandb name of the run.", str, OUTPUT, free=True, shown="WANDB_NAME, or name of the folder"
+    )
+    tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="WANDB_TAGS")
 
     processes: Processes = ONE_PROCESS
     undecided: frozenset[str] = frozenset()
@@ -375,20 +390,18 @@ class RunConfig:
         return sentences
 
     def _means_the_same(self, name: str, saved: Any) -> bool:
-        """Whether the value of a flag computes the same as the ``saved`` one, which may be said in other words."""
+        """Return whether a flag's value computes the same as the ``saved`` one, said in other words perhaps."""
         value = getattr(self, name)
         if _as_json(value) == _as_json(saved):
             return True
-        if name in _SHIPPED and isinstance(value, str) and isinstance(saved, str):
-            return _place(name, value) == _place(name, saved)
         if (value is None) != (saved is None):
             return self._is_default(name, value if saved is None else saved)
-        return False
+        return name in _SHIPPED and _places(name, value) == _places(name, saved)
 
     # A flag that is None leaves a method's rules as they are. What they have then, only they know: so they are built
     # both ways, and compared.
     def _is_default(self, name: str, value: Any) -> bool:
-        """Whether the method has ``value`` where the flag is left out, as Adam has ``--betas 0.9,0.999``."""
+        """Return whether the method has ``value`` where the flag is left out, as Adam has ``--betas 0.9,0.999``."""
         updater = method(method(self.optim).updater)
         if name not in updater.options:
             return False
@@ -416,6 +429,13 @@ FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(RunConfig) 
 """What the command line knows of each field, by its name."""
 
 
+def texts_of(data: str | Sequence[str]) -> tuple[str, ...]:
+    """Return each of the texts that ``--data`` names: mostly one."""
+    if isinstance(data, str):
+        return (data,)
+    return tuple(data)
+
+
 _SHIPPED: dict[str, tuple[str, ...]] = {
     "model": (),
     "data": ("c4", "sample"),
@@ -425,9 +445,14 @@ _SHIPPED: dict[str, tuple[str, ...]] = {
 """The flags that name what a run reads, and their values that are no paths, beside the names of shipped models."""
 
 
+def _places(name: str, value: str | Sequence[str]) -> list[str]:
+    """Return the `_place` of each text, model or tokenizer that the value of one of these flags names."""
+    return [_place(name, part) for part in texts_of(value)]
+
+
 def _place(name: str, value: str) -> str:
-    """Return what a value of one of these flags stands for: a shipped thing's name, or else a whole path."""
-    if value in _SHIPPED[name] or (name == "model" and value in shipped_models()):
+    """Return what a value of one of these flags stands for: a name that is shipped or on the hub, or a whole path."""
+    if value in _SHIPPED[name] or value.startswith("hub:") or (name == "model" and value in shipped_models()):
         return value
     path = Path(value)
     if name == "model" and path.is_dir():

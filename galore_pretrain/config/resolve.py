@@ -5,7 +5,7 @@ defaults < recipe < run JSON < flags. No torch in here: a wrong flag is refused 
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from glob import has_magic
 from pathlib import Path
@@ -22,6 +22,7 @@ from galore_pretrain.config.options import (
     RunConfig,
     find_model,
     parse_bytes,
+    texts_of,
 )
 from galore_pretrain.config.recipes import printed_tokens, recipe
 from galore_pretrain.errors import InputError
@@ -116,7 +117,7 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
     warmup_steps = steps // 10 if steps else None
 
     name = f"{Path(values['model']).stem}-{values['optim']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    tokenizer = {"c4": "t5", "sample": "sample"}.get(values["data"])
+    tokenizer = {"c4": "t5", "sample": "sample"}.get(" + ".join(texts_of(values["data"])))
     return {
         "proj_type": ("std", "default"),
         "basis": basis,
@@ -260,10 +261,28 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
     if not values["output"]:
         raise InputError("--output is empty; give a folder")
+    texts = texts_of(values["data"])
+    if len(texts) > 1:
+        _refuse_all_but_paths(texts)
     if values["tokenizer"] is None:
-        if not Path(values["data"]).exists() and not has_magic(values["data"]):
-            raise InputError(f"--data {values['data']}: no such file, folder or pattern; choose c4, sample or a path")
-        raise InputError(f"--tokenizer is missing: --data {values['data']} needs one; give t5, sample or a .model file")
+        for text in texts:
+            is_there = text.startswith("hub:") or Path(text).exists() or has_magic(text)
+            if not is_there:
+                raise InputError(
+                    f"--data {text}: no such file, folder or pattern; choose c4, hub:ORG/NAME, sample or a path"
+                )
+        raise InputError(
+            f"--tokenizer is missing: --data {' + '.join(texts)} needs one; give t5, sample or a .model file"
+        )
+
+
+def _refuse_all_but_paths(texts: Sequence[str]) -> None:
+    """Check that each of several texts may be a path: only files are joined to one text."""
+    for text in texts:
+        if text in ("c4", "sample") or text.startswith("hub:"):
+            raise InputError(
+                f"--data {text}: cannot be joined to another --data; give it alone, or paths of local files"
+            )
 
 
 def _check_batch(values: Mapping[str, Any], processes: int) -> None:

@@ -63,6 +63,8 @@ def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], devi
     fields = dict(saved.state["config"])
     if "data" in overrides and "eval_data" not in overrides:
         fields["eval_data"] = None  # the run's validation text belongs to the run's data
+    if "data" in overrides:
+        fields.pop("text_key", None)  # and so does its key
     config = replace(RunConfig.of(fields), **overrides)
     tokenizer = load_tokenizer(config.tokenizer)
     architecture = architecture_for(config, tokenizer)
@@ -113,7 +115,7 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     check_length(config, trained.model.config)
     check_hub(config.data, config.tokenizer)
     layout = TokenRows(trained.tokenizer, config.layout, config.max_length)
-    source = open_source(config.data, "validation", config.eval_data, config.bad_data)
+    source = open_source(config.data, "validation", config.eval_data, config.bad_data, text_key=config.text_key)
     rows = validation_rows(source, layout, config.eval_tokens)
     return evaluate(
         trained.model,

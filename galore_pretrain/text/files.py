@@ -160,7 +160,7 @@ def _files(data: str, flag: str) -> Iterator[tuple[Path, Path]]:
         base = _fixed_part(path)
         tops = sorted(Path(match) for match in glob(data, recursive=True))
     else:
-        choices = "c4, sample or a path" if flag == "--data" else "a path"
+        choices = "c4, hub:ORG/NAME, sample or a path" if flag == "--data" else "a path"
         raise InputError(f"{flag} {data}: no such file, folder or pattern; choose {choices}")
     try:
         files = {file for top in tops for file in _below(top)}

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+TEXT_KEY = "text"
+"""The key or the column of a document's text where no other is named."""
 _PASSAGE = 1000  # characters after which a .txt document may end
 _LONGEST_PASSAGE = 4 * _PASSAGE  # characters after which it does
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*\s+|[。！？\r]")  # old Macs end lines with \r alone
@@ -38,13 +40,14 @@ Entries = Iterator[tuple[int, str | Flaw]]
 """Documents and flaws, each with the position after it."""
 
 
-def read(path: Path, start: int) -> Entries:
+def read(path: Path, start: int, key: str = TEXT_KEY) -> Entries:
     """Yield the documents of a file from position ``start`` on, each with the position after it.
 
-    Raises OSError where the system cannot read the file, which may pass.
+    ``key`` is the key or the column of the text; a ``.txt`` has none. Raises OSError where the system cannot read the
+    file, which may pass.
     """
     reader = _READERS[kind_of(path)]
-    return reader(path, start)
+    return reader(path, start, key)
 
 
 def is_known(path: Path) -> bool:
@@ -145,36 +148,39 @@ def _lines(path: Path) -> Iterator[bytes]:
 # -- kinds of files ---------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(path: Path, start: int) -> Entries:
+def _read_jsonl(path: Path, start: int, key: str) -> Entries:
     """Yield the text of each line's object; a position is a number of lines, blank ones included."""
     number = start
     lines = islice(_lines(path), start, None)
     try:
         for number, line in enumerate(lines, start + 1):
             if line.strip():
-                yield number, _text_of_line(line, number)
+                yield number, _text_of_line(line, number, key)
     except _BrokenError as error:
         yield number, Flaw(str(error), is_end=True)
 
 
-def _text_of_line(line: bytes, number: int) -> str | Flaw:
-    """Return the string under "text" of a line of JSON."""
+def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
+    """Return the string under ``key`` of a line of JSON."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         return Flaw(f"line {number} is not JSON ({error}); one object a line is expected")
     text = None
     if isinstance(document, dict):
-        text = document.get("text")
+        text = document.get(key)
     if not isinstance(text, str):
-        return Flaw(f'line {number} has no string under "text"; each line is {{"text": "…"}}')
+        way_out = f'each line is {{"{key}": "…"}}'
+        if isinstance(document, dict):
+            way_out += f"; its keys: {', '.join(document)}; name one with --text-key"
+        return Flaw(f'line {number} has no string under "{key}"; {way_out}')
     if not is_text(text):
         return Flaw(f"line {number} has half a surrogate pair, which is no character")
     return text
 
 
-def _read_csv(path: Path, start: int) -> Entries:
-    """Yield the texts of the column "text" of a file of comma-separated values; a position is a number of rows."""
+def _read_csv(path: Path, start: int, key: str) -> Entries:
+    """Yield the texts of the column ``key`` of a file of comma-separated values; a position is a number of rows."""
     # A field in quotes may hold line ends, so rows can only be counted from the file's beginning. Bytes that are no
     # UTF-8 become half surrogate pairs on the way through the parser, which show in the text of their own row alone.
     csv.field_size_limit(2**31 - 1)  # by default a document of 128 KiB would be an error
@@ -183,10 +189,10 @@ def _read_csv(path: Path, start: int) -> Entries:
     rows = csv.reader(lines)
     try:
         header = next(rows, [])
-        if "text" not in header:
-            yield start, Flaw(f'has no column "text"; its columns: {", ".join(header)}', is_end=True)
+        if key not in header:
+            yield start, Flaw(_no_column(key, header), is_end=True)
             return
-        column = header.index("text")
+        column = header.index(key)
         for number, row in enumerate(rows, 1):
             if number > start and row:
                 yield number, _text_of_cell(row, column, number)
@@ -199,14 +205,19 @@ def _read_csv(path: Path, start: int) -> Entries:
 def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
     """Return the string in one column of a row."""
     if len(row) <= column:
-        return Flaw(f'row {number} has no cell in the column "text"')
+        return Flaw(f"row {number} has no cell in the column of the text")
     if not is_text(row[column]):
         return Flaw(f"row {number} is not UTF-8")
     return row[column]
 
 
-def _read_parquet(path: Path, start: int) -> Entries:
-    """Yield the texts of the column "text"; a position is a number of rows."""
+def _no_column(key: str, columns: list[str]) -> str:
+    """Return what is wrong with a file without the column of the text."""
+    return f'has no column "{key}"; its columns: {", ".join(columns)}; name one with --text-key'
+
+
+def _read_parquet(path: Path, start: int, key: str) -> Entries:
+    """Yield the texts of the column ``key``; a position is a number of rows."""
     # Rows are decoded a row group at a time, so one that cannot be decoded takes all rows of its group with it. Groups
     # that end before `start` are passed over by their number of rows, which stands in the file's footer.
     import pyarrow.parquet
@@ -215,8 +226,8 @@ def _read_parquet(path: Path, start: int) -> Entries:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        if "text" not in names:
-            raise ValueError(f'it has no column "text"; its columns: {", ".join(names)}')
+        if key not in names:
+            raise ValueError(f"it {_no_column(key, names)}")
     except unreadable as error:
         if not _is_fault_of_file(error):
             raise
@@ -231,7 +242,7 @@ def _read_parquet(path: Path, start: int) -> Entries:
             continue
         skipped = max(0, start - group_start)
         try:
-            column = file.read_row_group(group, columns=["text"]).column(0)
+            column = file.read_row_group(group, columns=[key]).column(0)
         except unreadable as error:
             if not _is_fault_of_file(error):
                 raise
@@ -253,7 +264,7 @@ def _text_of_row(scalar: Any, row: int) -> str | Flaw:
     return text
 
 
-def _read_txt(path: Path, start: int) -> Entries:
+def _read_txt(path: Path, start: int, key: str) -> Entries:
     """Yield passages of plain text; a position is a number of passages."""
     # Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a
     # paragraph. Text without blank lines is cut after any line past four times that, and a line that is longer, such as
@@ -304,7 +315,7 @@ def _in_parts(line: str) -> Iterator[str]:
     yield line[start:]
 
 
-_READERS: dict[str, Callable[[Path, int], Entries]] = {
+_READERS: dict[str, Callable[[Path, int, str], Entries]] = {
     ".json": _read_jsonl,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,

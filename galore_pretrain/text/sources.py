@@ -4,33 +4,47 @@ Reading has no state of its own, since a position is a shard and a number within
 again at the document where it broke, and a resumed run goes on at the document where it stopped.
 """
 
+import difflib
 import gzip
 import hashlib
 import importlib.util
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text import readers
-from galore_pretrain.text.files import select, select_all, summary
-from galore_pretrain.text.hub import C4, first_line, unreachable_data
-from galore_pretrain.text.readers import Flaw
+from galore_pretrain.text.files import Selection, select, select_all, summary
+from galore_pretrain.text.hub import (
+    C4,
+    LONGEST,
+    NO_ACCESS,
+    PATIENCE,
+    HubText,
+    first_line,
+    hub_text,
+    is_passing,
+    status_of,
+    unreachable_data,
+)
+from galore_pretrain.text.readers import TEXT_KEY, Flaw
 
 Split = str  # "train" or "validation"
 _HELD_OUT = 50  # one document in so many is validation where no file is
-_PATIENCE = 30 * 60  # seconds without a document after which the hub is given up
-_LONGEST = 60  # seconds between two attempts to reach it
+_PATIENCE = PATIENCE
+_LONGEST = LONGEST
+_ANSWER = 10.0  # seconds that it has to say which commit is the newest
 _CUT = (gzip.BadGzipFile, EOFError, zlib.error, ValueError)  # pyarrow's and UTF-8's errors are ValueErrors
-_NO_ACCESS = (401, 403, 404)  # HTTP statuses that another attempt does not change
 _CUT_RETRIES = 4  # after which it is not the connection that cut a stream
 _READ_RETRIES = 4  # of a local file, in 15 s
+_NAMED = 20  # configs that an error names at most
 _GLANCE = 1 << 16  # bytes at both ends of a file by which it is known again
 
+Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
 
@@ -49,43 +63,68 @@ class DocumentSource(Protocol):
 
 
 def open_source(
-    data: str,
+    data: str | Sequence[str],
     split: Split,
     eval_data: str | None = None,
     bad_data: str = "raise",
     revision: str | None = None,
+    text_key: str = TEXT_KEY,
 ) -> DocumentSource:
-    """Open the documents of ``--data``: ``c4``, ``sample``, or a file, folder or glob. The two splits are disjoint.
+    """Open the documents of ``--data``: ``c4``, ``hub:ORG/NAME[:CONFIG]``, ``sample``, or a file, folder or glob.
 
-    ``eval_data`` is a path whose documents are all validation, and whose files are left out of the training split.
-    ``bad_data`` says what becomes of documents that cannot be read: see `BadData`. ``revision`` is the hub's commit.
-    Raises InputError where ``--data`` is none of these, or nothing is left to train on.
+    Several paths are one text of all their files. The two splits are disjoint. ``eval_data`` is a path whose documents
+    are all validation, and whose files are left out of the training split. ``bad_data`` says what becomes of documents
+    that cannot be read: see `BadData`. ``revision`` is the hub's commit. ``text_key`` names the key or the column of
+    the text. Raises InputError where ``--data`` is none of these, or nothing is left to train on.
     """
-    # What makes the splits disjoint: C4 has its own two. The sample is split by file. Of local files, the validation
+    # What makes the splits disjoint: those of the hub are, and where it has no validation split, a checksum decides as
+    # it does for local files. The sample is split by file. Of local files, the validation
     # split is what --eval-data names, or else the files whose names say so (`select`), or else one document in fifty
     # by its checksum.
     if eval_data is not None and split == "validation":
         files = select_all(eval_data, "--eval-data")
-        return LocalFiles(files, BadData(bad_data, "--eval-data"))
-    if data == "c4":
-        return HubDataset(C4, "en", split, BadData(bad_data), revision)
+        return LocalFiles(files, BadData(bad_data, "--eval-data"), text_key=text_key)
+    text = hub_text(data)
+    if text is not None:
+        return HubDataset(
+            text.repository, text.config, split, BadData(bad_data), revision, text_key, holds_out=eval_data is None
+        )
     if data == "sample":
+        if eval_data is None:
+            _refuse_key(data, text_key)
         return sample_source(split)
+    paths = [data] if isinstance(data, str) else data
     if eval_data is None:
-        return local_source(data, split, BadData(bad_data))
+        return local_source(paths, split, BadData(bad_data), text_key=text_key)
     evaluated = frozenset(file.resolve() for file in select_all(eval_data, "--eval-data"))
-    source = local_source(data, split, BadData(bad_data), evaluated)
+    source = local_source(paths, split, BadData(bad_data), evaluated, text_key)
     if not source.shards:
-        raise InputError(f"--eval-data {eval_data}: is all that --data {data} holds; nothing is left to train on")
+        all_of_it = " + ".join(paths)
+        raise InputError(f"--eval-data {eval_data}: is all that --data {all_of_it} holds; nothing is left to train on")
     return source
 
 
-def describe_files(data: str, eval_data: str | None) -> str | None:
-    """Return a line that says which local files are read for what, and what is left out; None for other text."""
-    if data in ("c4", "sample"):
+def describe_files(data: str | Sequence[str], eval_data: str | None) -> str | None:
+    """Return a line a path that says which local files are read for what, and what is left out; None for other text."""
+    if data == "sample" or hub_text(data) is not None:
         return None
-    line = summary(select(data), _HELD_OUT, None if eval_data is None else select_all(eval_data, "--eval-data"))
-    return f"--data {data}: {line}"
+    evaluated = None
+    if eval_data is not None:
+        evaluated = select_all(eval_data, "--eval-data")
+    paths = [data] if isinstance(data, str) else data
+    return "\n".join(f"--data {path}: {summary(select(path), _HELD_OUT, evaluated)}" for path in paths)
+
+
+def describe_text(
+    data: str | Sequence[str], eval_data: str | None, training: DocumentSource, validation: DocumentSource
+) -> str | None:
+    """Return a line that says what of files or of the hub is read for what; None for the sample."""
+    if not isinstance(training, HubDataset):
+        return describe_files(data, eval_data)
+    evaluated = f"--eval-data {eval_data}"
+    if isinstance(validation, HubDataset):
+        evaluated = validation.title
+    return f"--data {data}: training {training.title}, {len(training.shards)} shards; validation {evaluated}"
 
 
 @dataclass(frozen=True)
@@ -160,10 +199,11 @@ class BadData:
 
 
 class LocalFiles:
-    """Files of ``.json``/``.jsonl`` lines with a ``text`` key, ``.parquet`` with a ``text`` column, or ``.txt``.
+    """Files of ``.json``/``.jsonl`` lines, ``.csv``, ``.parquet``, or ``.txt``.
 
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
-    Raises InputError where a file cannot be read.
+    ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this
+    split. Raises InputError where a file cannot be read.
     """
 
     def __init__(
@@ -171,6 +211,8 @@ class LocalFiles:
         files: list[Path],
         bad_data: BadData | None = None,
         keep: Callable[[str], bool] | None = None,
+        text_key: str = TEXT_KEY,
+        whole: Collection[Path] = (),
     ) -> None:
         self.shards = [str(file) for file in files]
         try:
@@ -179,6 +221,8 @@ class LocalFiles:
             raise InputError(f"--data: {error.filename} cannot be read ({error.strerror})") from error
         self.bad_data = bad_data or BadData()
         self._keep = keep
+        self._text_key = text_key
+        self._whole = frozenset(str(file) for file in whole)
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
         """Yield the documents of ``shard`` from position ``start`` on, each with the position after it.
@@ -192,9 +236,10 @@ class LocalFiles:
         position = start
         is_empty = start == 0
         failures = 0
+        keep = None if name in self._whole else self._keep
         while True:
             try:
-                for after, text in readers.read(Path(name), position):
+                for after, text in readers.read(Path(name), position, self._text_key):
                     position = after
                     is_empty = False
                     failures = 0
@@ -202,7 +247,7 @@ class LocalFiles:
                         self.bad_data.bad(text, shard, self.shards)
                         continue
                     self.bad_data.good()
-                    if self._keep is None or self._keep(text):
+                    if keep is None or keep(text):
                         yield position, text
                 break
             except OSError as error:
@@ -216,20 +261,50 @@ class LocalFiles:
             log.warning("%s holds no document", name)
 
 
-def local_source(data: str, split: Split, bad_data: BadData, evaluated: frozenset[Path] = frozenset()) -> LocalFiles:
-    """Open local files. Validation is those whose names say so, or else one document in fifty by its checksum.
+def local_source(
+    paths: Sequence[str],
+    split: Split,
+    bad_data: BadData,
+    evaluated: frozenset[Path] = frozenset(),
+    text_key: str = TEXT_KEY,
+) -> LocalFiles:
+    """Open local files: of each path by its own rule, and all of them as one list of shards.
 
-    Files that are ``evaluated`` by ``--eval-data`` (resolved paths) are left out; then all others are for training.
+    Validation is the files of a path whose names say so, or else one document in fifty of it by its checksum. Files
+    that are ``evaluated`` by ``--eval-data`` (resolved paths) are left out; then all others are for training.
     """
-    selection = select(data)
-    if split == "validation" and selection.validation:
-        return LocalFiles(selection.validation, bad_data)
-    files = [file for file in selection.training if file.resolve() not in evaluated]
-    if evaluated or selection.validation:
-        return LocalFiles(files, bad_data)
-    if split == "validation":
-        return LocalFiles(files, bad_data, keep=_is_held_out)
-    return LocalFiles(files, bad_data, keep=lambda text: not _is_held_out(text))
+    selections = [select(path) for path in paths]
+    _refuse_shared(paths, selections)
+    training = [file for selection in selections for file in selection.training]
+    if not evaluated and all(readers.kind_of(file) == ".txt" for file in training):
+        _refuse_key(" + ".join(paths), text_key)
+    files: list[Path] = []
+    whole: list[Path] = []
+    for selection in selections:
+        of_path = [file for file in selection.training if file.resolve() not in evaluated]
+        if split == "validation" and selection.validation:
+            of_path = selection.validation
+        if evaluated or selection.validation:
+            whole += of_path
+        files += of_path
+    keep = _is_held_out if split == "validation" else _is_not_held_out
+    return LocalFiles(files, bad_data, keep, text_key, whole)
+
+
+def _refuse_shared(paths: Sequence[str], selections: Sequence[Selection]) -> None:
+    """Raise InputError where two paths hold the same file, which may be for training by one and not by the other."""
+    holders: dict[Path, str] = {}
+    for path, selection in zip(paths, selections, strict=True):
+        for file in {file.resolve() for file in [*selection.training, *selection.validation]}:
+            if file in holders:
+                raise InputError(f"--data {holders[file]} and --data {path} both hold {file}; give it by one of them")
+            holders[file] = path
+
+
+def _refuse_key(data: str, text_key: str) -> None:
+    """Raise InputError where a key is named for text that has none."""
+    if text_key != TEXT_KEY:
+        raise InputError(f"--text-key {text_key}: --data {data} is plain text, which has no keys; leave it out")
 
 
 def sample_source(split: Split) -> LocalFiles:
@@ -253,6 +328,11 @@ def _is_held_out(text: str) -> bool:
     """Return whether a document is for validation, one in `_HELD_OUT` being so."""
     # By content rather than by place, so that a document that occurs twice is on one side both times.
     return zlib.crc32(text.encode(errors="replace")) % _HELD_OUT == 0
+
+
+def _is_not_held_out(text: str) -> bool:
+    """Return whether a document is for training."""
+    return not _is_held_out(text)
 
 
 def _identify(file: Path) -> str:
@@ -279,39 +359,47 @@ def _digest(lines: list[str]) -> str:
 class HubDataset:
     """A text data set of the Hugging Face hub, streamed by ``datasets``; a shard is one of its files.
 
-    ``revision`` is the commit that is read, by default the newest. Raises InputError where the hub cannot be reached.
+    Its splits are the hub's own. Where there is no validation split, one document in fifty of the training split is
+    held out by its checksum, unless ``holds_out`` is False. ``config`` is None for the repository's only or default
+    one. ``revision`` is the commit that is read, by default the newest. ``text_key`` names the column of the text.
+
+    A hub that fails is asked again for half an hour. Raises InputError where it cannot be reached then, or where the
+    repository has no such config, split or column.
     """
 
     def __init__(
         self,
         repository: str,
-        config: str,
+        config: str | None,
         split: Split,
         bad_data: BadData | None = None,
         revision: str | None = None,
+        text_key: str = TEXT_KEY,
+        holds_out: bool = True,
     ) -> None:
-        import datasets
         from huggingface_hub import HfApi
 
-        # datasets' own retries go on reading a gzip stream that has lost bytes; the position here is exact.
-        datasets.config.STREAMING_READ_MAX_RETRIES = 1
-        datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
-        text = datasets.Value("string")
-        features = datasets.Features({"text": text, "timestamp": text, "url": text})
-        try:
-            self.revision = revision or HfApi().dataset_info(repository).sha
-            self._stream = datasets.load_dataset(
-                repository,
-                config,
-                split=split,
-                streaming=True,
-                features=features,
-                revision=self.revision,
-            )
-        except Exception as error:  # everything that datasets, the hub library and two HTTP clients raise
-            raise unreachable_data(repository, error) from error
+        text = HubText(repository, config)
+        self.revision = revision or _patiently(lambda: HfApi().dataset_info(repository, timeout=_ANSWER).sha, text)
+        streams = _patiently(lambda: _open_streams(text, self.revision), text)
+        self._text_key = text_key
+        self._keep: Callable[[str], bool] | None = None
+        self.title = f"split {split}"
+        if "train" not in streams:
+            splits = ", ".join(streams)
+            raise InputError(f"--data hub:{text}: it has no split train; its splits: {splits}; give another data set")
+        if "validation" not in streams and holds_out:
+            self._keep = _is_held_out if split == "validation" else _is_not_held_out
+            self.title = f"1 document in {_HELD_OUT} of split train"
+            if split == "train":
+                self.title = f"split train but for 1 document in {_HELD_OUT}"
+        self._stream = streams.get(split, streams["train"])
+        columns = self._stream.column_names
+        if columns is not None and text_key not in columns:
+            raise InputError(f"--text-key {text_key}: {text} has no such column; choose one of {', '.join(columns)}")
         self.bad_data = bad_data or BadData()
-        self.shards = [f"{repository} {split} shard {i}" for i in range(self._stream.num_shards)]
+        name = C4 if text == HubText(C4, "en") else str(text)
+        self.shards = [f"{name} {split} shard {i}" for i in range(self._stream.num_shards)]
         self.fingerprint = _digest([str(self.revision), *self.shards])
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
@@ -338,12 +426,14 @@ class HubDataset:
                     position += 1
                     failures = 0
                     cuts = 0
-                    text = row["text"]
-                    if readers.is_text(text):
-                        self.bad_data.good()
-                        yield position, text
+                    text = row.get(self._text_key)
+                    if not readers.is_text(text):
+                        flaw = Flaw(f'document {position} has no string "{self._text_key}"')
+                        self.bad_data.bad(flaw, shard, self.shards)
                     else:
-                        self.bad_data.bad(Flaw(f'document {position} has no string "text"'), shard, self.shards)
+                        self.bad_data.good()
+                        if self._keep is None or self._keep(text):
+                            yield position, text
                     last_heard = time.monotonic()
                 return
             except (InputError, MemoryError):
@@ -358,13 +448,80 @@ class HubDataset:
                     self.bad_data.bad(Flaw(what, is_end=True), shard, self.shards)
                     return
                 silence = time.monotonic() - last_heard
-                if silence > _PATIENCE or _status(error) in _NO_ACCESS:
+                if silence > _PATIENCE or status_of(error) in NO_ACCESS:
                     raise unreachable_data(name, error) from error
                 log.warning("%s: %s; reconnecting at document %d", name, first_line(error), position)
                 time.sleep(min(2.0 ** (failures - 1), _LONGEST))
 
 
-def _status(error: Exception) -> int | None:
-    """Return the HTTP status that an error of the hub library carries, or None where it carries none."""
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
+def _patiently(ask: Callable[[], Answer], text: HubText) -> Answer:
+    """Return what ``ask`` does, and ask again while the hub fails, for half an hour; then raise InputError."""
+    failures = 0
+    began = time.monotonic()
+    while True:
+        try:
+            return ask()
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # everything that datasets, the hub library and two HTTP clients raise
+            if not is_passing(error) or time.monotonic() - began > _PATIENCE:
+                raise unreachable_data(str(text), error) from error
+            failures += 1
+            log.warning("%s: %s; opening it again", text, first_line(error))
+            time.sleep(min(2.0 ** (failures - 1), _LONGEST))
+
+
+def _open_streams(text: HubText, revision: str | None) -> dict[str, Any]:
+    """Return the streams of a text's splits, by their names.
+
+    Raises InputError where the repository has no such config.
+    """
+    import datasets
+
+    _let_datasets_read_zst()
+    # datasets' own retries go on reading a gzip stream that has lost bytes; the position here is exact.
+    datasets.config.STREAMING_READ_MAX_RETRIES = 1
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+    features = None
+    if text.repository == C4:  # where they are not named, the beginning of a file is read to find them
+        string = datasets.Value("string")
+        features = datasets.Features({"text": string, "timestamp": string, "url": string})
+    try:
+        streams: dict[str, Any] = datasets.load_dataset(
+            text.repository, text.config, streaming=True, features=features, revision=revision
+        )
+    except ValueError as error:
+        configs = datasets.get_dataset_config_names(text.repository, revision=revision)
+        has_default = len(configs) == 1 or "default" in configs
+        if text.config in configs or (text.config is None and has_default):
+            raise
+        raise _no_config(text, configs) from error
+    return streams
+
+
+def _no_config(text: HubText, configs: list[str]) -> InputError:
+    """Return the error that a repository has no such config, or several; it names those that are most alike."""
+    problem = "has several configs"
+    named = configs[:_NAMED]
+    if text.config:
+        problem = f"has no config {text.config}"
+        named = difflib.get_close_matches(text.config, configs, n=_NAMED, cutoff=0.0)
+    more = ""
+    if len(configs) > len(named):
+        more = f" and {len(configs) - len(named)} more"
+    return InputError(
+        f"--data hub:{text}: {text.repository} {problem}; write hub:{text.repository}:CONFIG with one of "
+        f"{', '.join(named)}{more}"
+    )
+
+
+def _let_datasets_read_zst() -> None:
+    """Teach fsspec, by which ``datasets`` reads, to decompress Zstandard, for which it needs a package otherwise."""
+    import pyarrow
+    from fsspec.compression import available_compressions, register_compression
+
+    def decompressed(file: Any, mode: str = "rb", **_: Any) -> Any:
+        return pyarrow.CompressedInputStream(file, "zstd")
+
+    if "zstd" not in available_compressions():
+        register_compression("zstd", decompressed, "zst")

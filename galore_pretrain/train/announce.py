@@ -9,21 +9,22 @@ from galore_pretrain.config.options import RunConfig
 from galore_pretrain.dist import World
 from galore_pretrain.optim import RuleOptimizer, describe
 from galore_pretrain.tensors.products import has_fast_bf16
-from galore_pretrain.text.sources import describe_files
+from galore_pretrain.text.sources import describe_text
+from galore_pretrain.train.inputs import Inputs
 
 log = logging.getLogger(__name__)
 
 
-def announce(config: RunConfig, device: torch.device, optimizer: RuleOptimizer, world: World) -> None:
+def announce(config: RunConfig, device: torch.device, inputs: Inputs, optimizer: RuleOptimizer, world: World) -> None:
     """Log what is trained, on what and where, and which rule updates which tensors; warn of useless options."""
     if config.reduce == "projected" and world.size == 1:
         log.warning("--reduce projected: one process sums with nobody; it makes the updates layerwise, and no more")
     weights = 0
     for group in optimizer.param_groups:
         weights += sum(p.numel() for p in group["params"])
-    files = describe_files(config.data, config.eval_data)
-    if files:
-        log.info(files)
+    text = describe_text(config.data, config.eval_data, inputs.training, inputs.validation)
+    for line in (text or "").splitlines():
+        log.info(line)
     hardware = _hardware(config, device, world)
     log.info("%s: %.1fM weights in %s on %s", config.model, weights / 1e6, config.dtype, hardware)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):

@@ -61,7 +61,7 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     Raises InputError where something is missing or does not fit the rest.
     """
     training, validation = (
-        open_source(config.data, split, config.eval_data, config.bad_data, revision)
+        open_source(config.data, split, config.eval_data, config.bad_data, revision, config.text_key)
         for split in ("train", "validation")
     )
     tokenizer = load_tokenizer(config.tokenizer)
