@@ -51,8 +51,9 @@ log = logging.getLogger(__name__)
 class Prepared:
     """All that is known of a run before its weights exist.
 
-    ``saved`` is the checkpoint that it goes on from. ``plan`` is the plan of its updates, where fitting them to the
-    memory took one. ``outline`` is of the whole run, ``part`` of this process's share of it.
+    ``tokenizer`` are the tokenizer's files, by name. ``saved`` is the checkpoint that the run goes on from. ``plan`` is
+    the plan of its updates, where fitting them to the memory took one. ``outline`` is of the whole run, ``part`` of
+    this process's share of it.
     """
 
     config: RunConfig
@@ -60,6 +61,7 @@ class Prepared:
     world: World
     directory: RunDirectory
     inputs: Inputs
+    tokenizer: Mapping[str, bytes]
     saved: Saved | None
     outline: Outline
     part: Outline
@@ -116,6 +118,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     if saved:
         check_inputs(config, saved, inputs.fingerprints(saved.format))
     world.on_rank_zero(lambda: try_export(inputs.model, inputs.tokenizer, inputs.first_texts()))
+    tokenizer = world.on_rank_zero(inputs.tokenizer.files)
 
     outline = part = Outline.of(config, inputs.model)
     if world.mesh is not None:
@@ -131,6 +134,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         world=world,
         directory=directory,
         inputs=inputs,
+        tokenizer=tokenizer,
         saved=saved,
         outline=outline,
         part=part,
@@ -163,7 +167,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
 
     loggers = _loggers(prepared, state)
     totals = RunTotals(device, inputs, loggers, saved.state if saved else {}, started)
-    saver = Saver(config, model, optimizer, state, totals.state, saved, world)
+    saver = Saver(config, model, optimizer, state, totals.state, prepared.tokenizer, saved, world)
     batches = read_ahead(data, pin=device.type == "cuda")
     factors = factors_of(config)
     after_update = partial(factors.after_update, model, optimizer) if factors else lambda step: None

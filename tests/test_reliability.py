@@ -221,7 +221,7 @@ def _saver(
     model, state = build_tiny(), TrainState(step=3)
     optimizer = build_optimizer(model, "galore_adamw8bit", lr=0.1, rank=4)
     config, _ = resolve({"model": "llama_60m", "data": "sample", "output": str(output), "keep": 2}, {})
-    return resume.Saver(config, model, optimizer, state, extra), model, state
+    return resume.Saver(config, model, optimizer, state, extra, {}), model, state
 
 
 def test_a_slow_save_goes_on_in_the_background(

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
+from glob import glob
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -443,6 +444,16 @@ _SHIPPED: dict[str, tuple[str, ...]] = {
     "tokenizer": ("t5", "sample"),
 }
 """The flags that name what a run reads, and their values that are no paths, beside the names of shipped models."""
+
+
+def text_seen_from(folder: Path, text: str) -> str:
+    """Return the path of a text that was named from another working ``folder``; ``text`` itself if it is not there."""
+    if text in _SHIPPED["data"] or text.startswith("hub:"):
+        return text
+    path = str(folder / text)
+    if glob(path):
+        return path
+    return text
 
 
 def _places(name: str, value: str | Sequence[str]) -> list[str]:

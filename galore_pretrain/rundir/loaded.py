@@ -1,6 +1,7 @@
 """Load what training left, to evaluate it, export it, or have it continue a text."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,21 +9,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import RunConfig, text_seen_from, texts_of
 from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.config.resolve import check_bounds, resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama import without_masks
+from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.hub import check_hub, first_line
 from galore_pretrain.text.sources import open_source
-from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
+from galore_pretrain.text.tokenizer import Tokenizer, load_folder, load_tokenizer
 from galore_pretrain.train.build import model_for
 from galore_pretrain.train.evaluate import Evaluation, evaluate
-from galore_pretrain.train.inputs import architecture_for, check_length, check_vocabulary
+from galore_pretrain.train.inputs import check_length, check_vocabulary, fit_together
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,16 @@ class LoadedModel:
 
     The config is that of the run that made the model, but for the fields that were replaced when it was loaded.
     ``reference_batch`` sequences made a batch of the published script's evaluation; None where no run tells how many.
+    ``revision`` is the commit of the run's text on the hub, and ``validation_text`` the fingerprint of what the run was
+    evaluated on: each None where another text was named.
     """
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
     config: RunConfig
     reference_batch: int | None = None
+    revision: str | None = None
+    validation_text: str | None = None
 
 
 def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
@@ -58,19 +66,62 @@ def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> Load
     )
 
 
+# What a run is stands in its checkpoint: paths of its config may name other files by now, or none. Only its text is
+# elsewhere, and is known again by its commit or its fingerprint.
 def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
     """Load the model of a checkpoint, whatever version wrote it."""
-    fields = dict(saved.state["config"])
-    if "data" in overrides and "eval_data" not in overrides:
-        fields["eval_data"] = None  # the run's validation text belongs to the run's data
-    if "data" in overrides:
-        fields.pop("text_key", None)  # and so does its key
-    config = replace(RunConfig.of(fields), **overrides)
-    tokenizer = load_tokenizer(config.tokenizer)
-    architecture = architecture_for(config, tokenizer)
+    config = replace(RunConfig.of(_fields(saved, overrides)), **overrides)
+    if "tokenizer" in overrides:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        tokenizer = _saved_tokenizer(saved, config)
+    architecture = _saved_architecture(saved, config)
+    fit_together(config, architecture, tokenizer)
     model = model_for(config, architecture, device, fresh=False)
     saved.load(checkpoint.model_tensors(model), part="model.")
-    return LoadedModel(model.eval(), tokenizer, config, reference_batch(config))
+    loaded = LoadedModel(model.eval(), tokenizer, config, reference_batch(config))
+    if "data" in overrides or "eval_data" in overrides:
+        return loaded
+    text = saved.state.get("inputs", {}).get("validation text")
+    return replace(loaded, revision=saved.state.get("revision"), validation_text=text)
+
+
+def _fields(saved: checkpoint.Saved, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a checkpoint's run, its texts as they are seen from here."""
+    fields = dict(saved.state["config"])
+    if "data" in overrides:
+        # The run's validation text and key belong to the run's data.
+        fields["eval_data"] = None
+        fields.pop("text_key", None)
+        return fields
+    folder = Path(saved.state.get("folder", ""))
+    texts = [text_seen_from(folder, text) for text in texts_of(fields["data"])]
+    fields["data"] = texts if len(texts) > 1 else texts[0]
+    if fields.get("eval_data") is not None:
+        fields["eval_data"] = text_seen_from(folder, fields["eval_data"])
+    return fields
+
+
+def _saved_tokenizer(saved: checkpoint.Saved, config: RunConfig) -> Tokenizer:
+    """Return the tokenizer that a checkpoint holds. One up to format 2 holds none: it is where its config says."""
+    folder = saved.folder / checkpoint.TOKENIZER
+    if folder.is_dir():
+        return load_folder(folder, config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
+    known = saved.state.get("inputs", {}).get("tokenizer")
+    if known not in (None, tokenizer.vocabulary_fingerprint):
+        raise InputError(
+            f"{saved.folder} was trained with another tokenizer than {config.tokenizer} is now; restore it"
+        )
+    return tokenizer
+
+
+def _saved_architecture(saved: checkpoint.Saved, config: RunConfig) -> LlamaConfig:
+    """Return the architecture that a checkpoint holds. The first ones hold none: it is where their config says."""
+    kept = saved.state.get("inputs", {}).get("model")
+    if kept is None:
+        return load_model_config(config.model)
+    return LlamaConfig.from_dict(json.loads(kept))
 
 
 def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
@@ -115,7 +166,11 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     check_length(config, trained.model.config)
     check_hub(config.data, config.tokenizer)
     layout = TokenRows(trained.tokenizer, config.layout, config.max_length)
-    source = open_source(config.data, "validation", config.eval_data, config.bad_data, text_key=config.text_key)
+    source = open_source(
+        config.data, "validation", config.eval_data, config.bad_data, trained.revision, config.text_key
+    )
+    if trained.validation_text not in (None, source.fingerprint):
+        log.warning("the validation text is another one than the run was evaluated on")
     rows = validation_rows(source, layout, config.eval_tokens)
     return evaluate(
         trained.model,

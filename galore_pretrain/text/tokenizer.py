@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -63,6 +64,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, without control tokens."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files, by name, of which `load_folder` makes this tokenizer again: a checkpoint holds them."""
         ...
 
     def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
@@ -125,6 +130,10 @@ class SentencePieceTokenizer:
         """Return the text of token ids, without control tokens."""
         text_ids = [i for i in ids if not self._processor.is_control(i)]
         return str(self._processor.decode(text_ids))
+
+    def files(self) -> dict[str, bytes]:
+        """Return the model's file alone: `load_folder` takes it by itself then."""
+        return {"tokenizer.model": self._path.read_bytes()}
 
     def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
         """Copy the model and, where transformers can give the same ids, write a tokenizer of its own."""
@@ -278,6 +287,26 @@ class HuggingFaceTokenizer:
                 harmless.append(unknown)
         return harmless
 
+    def files(self) -> dict[str, bytes]:
+        """Return what transformers saves. InputError where that is not this tokenizer, or cannot be saved."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            try:
+                self._tokenizer.save_pretrained(folder)
+                again = load_folder(folder, self.name)
+            except Exception as error:  # of a class of somebody else's
+                raise InputError(f"--tokenizer {self.name}: cannot be saved ({first_line(error)})") from error
+            if again.fingerprint != self.fingerprint:
+                raise InputError(
+                    f"--tokenizer {self.name}: what transformers saves of it is another tokenizer, so no checkpoint "
+                    "could hold it; name a folder to which it was saved with save_pretrained"
+                )
+            files: dict[str, bytes] = {}
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    files[file.relative_to(folder).as_posix()] = file.read_bytes()
+            return files
+
     def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
         """Write the tokenizer that ``encode`` uses, with the roles of its special tokens."""
         from tokenizers import Tokenizer
@@ -327,14 +356,17 @@ def load_tokenizer(name: str) -> Tokenizer:
         return HuggingFaceTokenizer(name, name)
     if path.is_file():
         return SentencePieceTokenizer(path, name)
-    return _load_folder(path, name)
+    return load_folder(path, name)
 
 
 # A folder may hold a SentencePiece model and what transformers makes of it. What transformers gives is what the folder
 # is known by: it has the tokens that were added, and a file named tokenizer.model may be of another kind (tiktoken's).
 # SentencePiece's own is the faster one. So it is used where both are the same.
-def _load_folder(folder: Path, name: str) -> Tokenizer:
-    """Load the tokenizer that transformers finds in a folder, by SentencePiece itself where that gives the same ids."""
+def load_folder(folder: Path, name: str) -> Tokenizer:
+    """Load the tokenizer that transformers finds in a folder, by SentencePiece itself where that gives the same ids.
+
+    ``name`` is what messages call it. Raises InputError where the folder holds none that can be used.
+    """
     models = [folder / file for file in _MODEL_FILES if (folder / file).is_file()]
     has_json = (folder / "tokenizer.json").is_file()
     if not models:

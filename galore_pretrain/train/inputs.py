@@ -75,11 +75,16 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
 def architecture_for(config: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
     """Return the model's architecture with the tokenizer's control tokens; InputError where the two do not fit."""
     architecture = load_model_config(config.model)
+    fit_together(config, architecture, tokenizer)
+    return architecture
+
+
+def fit_together(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Give an architecture the tokenizer's control tokens; InputError where the two, or the rows, do not fit."""
     check_vocabulary(config, architecture, tokenizer)
     check_length(config, architecture)
     architecture.eos_token_id = tokenizer.eos_id
     architecture.bos_token_id = None  # no row begins with one
-    return architecture
 
 
 def check_vocabulary(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
