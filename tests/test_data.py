@@ -134,6 +134,20 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
     assert everything(LocalFiles([tmp_path / name])) == ["text"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_utf_16_is_no_text(tmp_path: Path, name: str, encoding: str) -> None:
+    """With a byte order mark, it is known from the first line: the lines after it would be text with NULs."""
+    content = {"a.txt": "text\n", "a.jsonl": json.dumps({"text": "text"}) + "\n", "a.csv": "text\ntext\n"}[name]
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    (tmp_path / name).write_bytes((mark + content * 100).encode(encoding))
+    with pytest.raises(InputError, match=f"{name} is UTF-16; convert it"):
+        everything(LocalFiles([tmp_path / name]))
+    write_jsonl(tmp_path / "b.jsonl", ["sound"] * 20)
+    files = [tmp_path / name, *[tmp_path / "b.jsonl"] * 20]
+    assert everything(LocalFiles(files, BadData("skip"))) == ["sound"] * 400
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=200))
 def test_held_out_documents_are_a_partition(texts: list[str]) -> None:

@@ -116,9 +116,6 @@ class Documents:
             epoch += 1
             shard = 0
             document = 0
-            is_power_of_two = epoch & (epoch - 1) == 0
-            if is_power_of_two:  # said a few times, however short the text
-                log.info("the end of the data is read for time %d: from here on they repeat", epoch)
 
     def _blocks(self, epoch: int, shard: int, document: int) -> Iterator[tuple[list[str], _BlockStart, _BlockStart]]:
         """Yield blocks of texts across the ends of shards, each with its own start and that of the next."""

@@ -4,6 +4,7 @@ A position is a number of lines, rows or passages, so reading goes on anywhere; 
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import json
@@ -122,6 +123,15 @@ def _is_fault_of_file(error: Exception) -> bool:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """Yield all lines, each with its end, that stand before what cannot be read; _BrokenError says where that is."""
+    for number, line in enumerate(_lines_of_bytes(path), 1):
+        # Of UTF-16, only the line of the mark is no UTF-8: the others would be text, with a NUL behind each letter.
+        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise _BrokenError("is UTF-16; convert it, as with iconv -f UTF-16 -t UTF-8")
+        yield line
+
+
+def _lines_of_bytes(path: Path) -> Iterator[bytes]:
+    """Yield all lines, in whatever encoding, as `_lines` does."""
     # `read1` gives out what was decompressed before the decoder fails, all but the last 64 KiB of zst. `readline` would
     # lose what stands in its buffer.
     number = 0
