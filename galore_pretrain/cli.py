@@ -86,9 +86,11 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
 
 def _goes_on(config: RunConfig) -> bool:
     """Return whether a run goes on from a checkpoint, as far as can be told before it is opened."""
-    if config.resume == "never":
+    output = Path(config.output)
+    is_finished = (output / "summary.json").exists() and (output / "model").exists()
+    if config.resume == "never" or is_finished:
         return False
-    has_checkpoint = any(Path(config.output, "checkpoints").glob("step_*"))
+    has_checkpoint = any((output / "checkpoints").glob("step_*"))
     return config.resume != "auto" or has_checkpoint
 
 

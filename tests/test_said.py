@@ -89,9 +89,9 @@ def test_a_run_goes_on_with_its_defaults_said(finished: Path) -> None:
     values = json.loads((finished / "config.json").read_text())["config"]
     config = RunConfig.of({name: entry["value"] for name, entry in values.items()})
     config = replace(config, betas=(0.9, 0.999), eps=1e-8, model=os.path.relpath(config.model))
-    _, checkpoint = resolve_resume(config, finished)
+    checkpoint = resolve_resume(config, finished).saved
     assert checkpoint is not None
-    with pytest.raises(InputError, match=r"--betas \(0.8, 0.999\) \(was None\)"):
+    with pytest.raises(InputError, match=r"--betas 0\.8,0\.999 \(was None\)"):
         resolve_resume(replace(config, betas=(0.8, 0.999)), finished)
 
 
@@ -115,6 +115,20 @@ def test_a_path_is_the_same_in_every_spelling(flag: str, tmp_path: Path, monkeyp
         assert len(replace(config, **{flag: "./sample"}).differences(shipped)) == 1
 
 
+def test_another_key_of_the_text_is_a_change_where_there_was_no_flag_for_it() -> None:
+    config = replace(config_of("adamw", "sound"), text_key="body")
+    before = saved(config)
+    del before["text_key"]
+    assert config.differences(before) == ["--text-key body (was text)"]
+    assert replace(config, text_key="text").differences(before) == []
+
+
+def test_several_texts_are_shown_as_they_are_typed() -> None:
+    config = replace(config_of("adamw", "sound"), data=("a", "b"))
+    assert config.differences(saved(replace(config, data=("b", "c")))) == ["--data a --data b (was b --data c)"]
+    assert config.differences(saved(replace(config, data="a"))) == ["--data a --data b (was a)"]
+
+
 def test_a_models_folder_is_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = replace(config_of("adamw", "sound"), model=str(tmp_path / "config.json"))
@@ -136,9 +150,16 @@ def test_a_tilde_is_the_home_folder(
     base = {"model": tiny_config, "data": "sample", "tokenizer": "sample", "steps": 2}
     (tmp_path / "run.json").write_text(json.dumps(base | {flag: "~/tiny.json"}))
     assert getattr(of_command("--config", str(tmp_path / "run.json")), flag) == str(tmp_path / "tiny.json")
-    words = ["--model", tiny_config, "--data", "sample", "--tokenizer", "sample", "--steps", "2"]
+    words = [f"--{name}={value}" for name, value in base.items() if name != flag]
     assert getattr(of_command(*words, f"--{flag.replace('_', '-')}=~/tiny.json"), flag) == str(tmp_path / "tiny.json")
     assert parse_place("a~/b") == "a~/b"
+
+
+@pytest.mark.parametrize("value", [["a", None], [None], [["a"]], [1], 5])
+def test_a_text_in_a_run_json_is_a_name_or_several(value: Any, tiny_config: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"model": tiny_config, "steps": 2, "data": value}))
+    with pytest.raises(InputError, match=r"data is .*, which --data cannot be"):
+        of_command("--config", str(tmp_path / "run.json"))
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -163,6 +184,8 @@ def test_a_folder_with_weights_is_no_architecture(
     folder.mkdir()
     shutil.copyfile(tiny_config, folder / "config.json")
     given = SHORT | {"model": str(folder)}
+    assert resolve(given, {})[0].model == str(folder)
+    (folder / "training_args.bin").touch()  # a trainer's flags
     assert resolve(given, {})[0].model == str(folder)
     (folder / file).touch()
     words = [*command, "--model", str(folder), "--data", "sample", "--steps", "2", "--output", str(tmp_path / "out")]

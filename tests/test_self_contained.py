@@ -221,3 +221,18 @@ def test_where_a_text_is_seen_from_another_folder(tmp_path: Path) -> None:
     assert text_seen_from(tmp_path, "*.txt") == str(tmp_path / "*.txt")
     for text in ("c4", "sample", "hub:acme/books", "b.txt", str(tmp_path / "a.txt")):
         assert text_seen_from(tmp_path, text) == text
+
+
+def test_a_library_that_writes_tokenizers_otherwise_changes_none(home: Path) -> None:
+    """The checkpoint's own files are asked, where the fingerprint is not the one that was written."""
+    newest = home / "run" / "checkpoints" / "step_00000012"
+    state = json.loads((newest / "state.json").read_text())
+    now = dict(state["inputs"])
+    state["inputs"]["tokenizer"] = "as an older library wrote it"
+    (newest / "state.json").write_text(json.dumps(state))
+    seal(newest)
+    saved = checkpoint.opened(newest)
+    config = RunConfig.of(saved.state["config"])
+    check_inputs(config, saved, now)
+    with pytest.raises(InputError, match="made with another tokenizer than there is now"):
+        check_inputs(config, saved, now | {"tokenizer": "another"})

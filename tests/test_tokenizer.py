@@ -1,6 +1,7 @@
 """Tokenizers: ids, control tokens spelled by text, what an exported folder gives back, refusals."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -219,7 +220,14 @@ def test_a_text_of_the_run_that_gets_other_ids_is_told(tmp_path: Path, caplog: p
     try_export(architecture(), tokenizer, ["plain", "①\u0301"])
     (message,) = caplog.messages
     assert "AutoTokenizer will give 1 of" in message
-    assert "①" in message
+    caplog.clear()
+    try_export(architecture(), tokenizer, ["plain " * 40 + "①\u0301"])
+    (message,) = caplog.messages
+    shown = re.search(r"behind '(.*)' come (.*), in training (.*)", message)
+    assert shown is not None
+    before, theirs, ours = shown.groups()
+    assert before.endswith("plain plain 1")
+    assert (theirs, ours) == ("[]", "['<0xCC>', '<0x81>']")
 
 
 # -- special tokens ---------------------------------------------------------------------------------------------------

@@ -199,10 +199,11 @@ def _check_run_json(path: Path, values: Any) -> None:
             raise InputError(f"--config {path}: unknown key {key!r}; {keys_are}")
     for key, value in values.items():
         known = FLAGS[key.replace("-", "_")]
-        parts = [value]
         if known.repeated and isinstance(value, list) and value:
-            parts = value
-        if not all(_fits(part, known.kind) for part in parts):
+            fits = all(isinstance(part, str) for part in value)
+        else:
+            fits = _fits(value, known.kind)
+        if not fits:
             flag = key.replace("_", "-")
             raise InputError(f"--config {path}: {key} is {value!r}, which --{flag} cannot be")
 

@@ -377,17 +377,18 @@ class RunConfig:
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
         changed = {}
+        before = {"text_key": FLAGS["text_key"].default} | dict(saved)  # which runs before 0.2 had no flag for
         for name, value in self.values().items():
-            if name not in saved or self._is_free(name):
+            if name not in before or self._is_free(name):
                 continue
-            if not self._means_the_same(name, saved[name]):
+            if not self._means_the_same(name, before[name]):
                 changed[name] = value
         # A field that is not in use any more (None) follows from another one that changed, which says enough.
         in_use = {name: value for name, value in changed.items() if value is not None}
         sentences = []
         for name, value in (in_use or changed).items():
             flag = name.replace("_", "-")
-            sentences.append(f"--{flag} {value} (was {saved[name]})")
+            sentences.append(f"--{flag} {_as_typed(name, value)} (was {_as_typed(name, before[name])})")
         return sentences
 
     def _means_the_same(self, name: str, saved: Any) -> bool:
@@ -444,6 +445,16 @@ _SHIPPED: dict[str, tuple[str, ...]] = {
     "tokenizer": ("t5", "sample"),
 }
 """The flags that name what a run reads, and their values that are no paths, beside the names of shipped models."""
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """Return a value as it is typed behind its flag, with the flag once more before each further one of several."""
+    if not isinstance(value, (list, tuple)):
+        return str(value)
+    parts = [str(part) for part in value]
+    flag = name.replace("_", "-")
+    separator = f" --{flag} " if FLAGS[name].repeated else ","
+    return separator.join(parts)
 
 
 def text_seen_from(folder: Path, text: str) -> str:

@@ -32,8 +32,8 @@ CHOSEN = "chosen"
 """The origin of a value that the memory budget was free to choose, as ``config.json`` tells it."""
 AS_BEFORE = "as before"
 """The origin of such a value where the run was resumed."""
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
-"""How the names of files with a model's weights end."""
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
+"""What files with a model's weights are called."""
 
 
 def resolve(
@@ -93,7 +93,7 @@ def _refuse_weights(model: str) -> None:
     if not folder.is_dir():
         return
     for file in sorted(folder.iterdir()):
-        if file.suffix in _WEIGHTS:
+        if any(file.match(pattern) for pattern in _WEIGHTS):
             raise InputError(
                 f"--model {model} holds weights ({file.name}), and a run begins with new ones: name "
                 f"{folder / 'config.json'} to train its architecture from new weights"

@@ -23,7 +23,8 @@ from galore_pretrain.text.tokenizer import PROBES, Tokenizer
 
 _SHARD_SIZE = "1GB"
 """Size of an exported model's files. It bounds the host memory that exporting from a GPU takes."""
-_SHOWN = 60  # characters of a text that a warning shows
+_SHOWN = 60  # characters of a text that a warning shows, at most
+_SHOWN_IDS = 8  # ids that come behind them
 
 log = logging.getLogger(__name__)
 
@@ -111,17 +112,28 @@ def try_export(architecture: LlamaConfig, tokenizer: Tokenizer, texts: Sequence[
         if exported(sample, verbose=False)["input_ids"] != ours:
             differing.append(sample)
     if differing:
-        first = differing[0][:_SHOWN]
+        first = differing[0]
+        theirs = exported(first, verbose=False)["input_ids"]
+        ours = tokenizer.encode([first])[0].tolist()
+        at = _first_difference(theirs, ours)
         log.warning(
             "AutoTokenizer will give %d of %d texts other ids in model/ than training with --tokenizer %s does; the "
-            "first: %r is %s, in training %s",
+            "first: behind %r come %s, in training %s",
             len(differing),
             len(samples),
             tokenizer.name,
-            first,
-            exported(first, verbose=False)["input_ids"],
-            tokenizer.encode([first])[0].tolist(),
+            tokenizer.decode(ours[:at])[-_SHOWN:],
+            exported.convert_ids_to_tokens(theirs[at : at + _SHOWN_IDS]),
+            exported.convert_ids_to_tokens(ours[at : at + _SHOWN_IDS]),
         )
+
+
+def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return the index of the first element that two sequences do not share."""
+    for i, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return i
+    return min(len(left), len(right))
 
 
 class _NoLikeError(Exception):

@@ -20,6 +20,7 @@ from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import read_summary
 from galore_pretrain.text.batches import TrainingData
+from galore_pretrain.text.tokenizer import load_folder
 from galore_pretrain.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
         known = before.get(name, value)
         if name == "model":
             is_same = _without_version(known) == _without_version(value)
+        elif name == "tokenizer" and known != value:
+            is_same = _kept_tokenizer(saved, config) == value
         else:
             is_same = known == value
         if not is_same:
@@ -156,6 +159,16 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
             f"{saved.folder} was made with another {' and '.join(changed)} than there is now; restore it, "
             "give another --output, or insist with --resume-with-changes"
         )
+
+
+# A fingerprint is of a tokenizer as its library writes it. Where another version of that writes otherwise, the files in
+# the checkpoint are written by the same version now.
+def _kept_tokenizer(saved: Saved, config: RunConfig) -> str | None:
+    """Return the fingerprint of the tokenizer that a checkpoint holds, as it is made now; None if it holds none."""
+    folder = saved.folder / checkpoint.TOKENIZER
+    if not folder.is_dir():
+        return None
+    return load_folder(folder, config.tokenizer).fingerprint
 
 
 def _without_version(architecture: str) -> dict[str, Any]:
