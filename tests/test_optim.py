@@ -218,10 +218,12 @@ def _kernel_agrees_with_the_rule(device: str) -> None:
         # A GPU's kernel rounds some bytes to the neighbour, which the directions to come show.
         bound = 1e-6 if device == "cpu" else 1e-2
         assert (fused + expected).norm() <= bound * expected.norm()
+    # A GPU's kernel takes 1 - beta2 in fp32, of 0.999 in fp32: that is 1.3e-5 less, and so are the second moments.
+    rtol = 1e-5 if device == "cpu" else 2e-5
     for name, value in states[0].items():
         # A kernel may order its sums otherwise, and round a byte otherwise: to its neighbour.
         if value.is_floating_point():
-            assert torch.allclose(value, states[1][name], rtol=1e-5)
+            assert torch.allclose(value, states[1][name], rtol=rtol)
         else:
             apart = (value.int() - states[1][name].int()).abs()
             assert apart.max() <= 1, name

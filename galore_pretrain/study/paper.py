@@ -171,8 +171,8 @@ def exact() -> dict[str, Any]:
 
 def _allocated(model: str, method: str, rank: int) -> tuple[float, float]:
     """Return (weights, optimizer state) of a cell in 10⁹ bytes, as they are allocated."""
-    given = {} if method == "full" else {"rank": rank}
-    static = _static(model, PRINTED[method], **given)
+    has_rank = method != "full"
+    static = _static(model, PRINTED[method], rank if has_rank else None)
     return static.weights / 1e9, static.state / 1e9
 
 
