@@ -502,6 +502,27 @@ def test_documents_resume_anywhere(shards: list[list[str]], block: int, characte
         assert list(islice(Documents(source, 0, after), len(run) - cut - 1)) == run[cut + 1 :]
 
 
+def test_a_run_of_before_keeps_blocks_without_a_bound_of_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its positions count in blocks of so many documents, however long: none comes twice, and none is lost."""
+    monkeypatch.setattr("galore_pretrain.text.batches.BLOCK", 16)
+    monkeypatch.setattr("galore_pretrain.text.batches.BLOCK_CHARACTERS", 100)
+    shards = [[f"{s}.{i} " + "long " * i for i in range(20)] for s in range(3)]
+    written = Position(block_characters=None).state_dict()
+    assert written.pop("block_characters", 0) is None  # a state of before has no such key
+    whole = list(islice(Documents(Lists(shards), 0, Position.of(written)), 150))
+    assert sorted(text for _, text, _ in whole[:60]) == sorted(text for shard in shards for text in shard)
+    starts = {(before.shard, before.document) for before, _, _ in whole[:60]}
+    assert len(starts) == 4  # 60 documents in blocks of 16
+    for stop in (0, 1, 7, 15, 16, 40, 60, 75):
+        state = json.loads(json.dumps(whole[stop][0].state_dict()))
+        assert state["block_characters"] is None
+        del state["block_characters"]
+        for start in (Position.of(state), whole[stop][0]):
+            assert list(islice(Documents(Lists(shards), 0, start), 150 - stop)) == whole[stop:]
+    bounded = next(iter(Documents(Lists(shards), 0, Position())))[2].state_dict()
+    assert bounded["block_characters"] == 100
+
+
 @pytest.mark.parametrize("layout", ["pad", "pack"])
 @settings(max_examples=40, deadline=None)
 @given(
