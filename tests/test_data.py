@@ -2,12 +2,14 @@
 
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import lzma
 import random
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galore_pretrain.errors import InputError
+from galore_pretrain.text import readers
 from galore_pretrain.text.batches import (
     IGNORE,
     Batch,
@@ -103,10 +106,39 @@ def test_txt_is_cut_into_passages(tmp_path: Path) -> None:
     source = LocalFiles([path])
     whole = list(source.read(0, 0))
     assert len(whole) == 10
+    assert all(len(text) <= 4000 for _, text in whole)
     assert "".join("".join(t.split()) for _, t in whole) == "".join("".join(p.split()) for p in paragraphs)
     assert [t for _, t in source.read(0, whole[3][0])] == [t for _, t in whole[4:]]
     path.write_text("line without end\n" * 2000)  # no blank line at all
-    assert max(len(text) for text in everything(source)) < 5000
+    assert 3900 < max(len(text) for text in everything(source)) <= 4000
+    path.write_text(("a" * 3900 + "\n" + "b" * 3990 + "\n") * 3)  # together they would be twice as long
+    assert [text[0] for text in everything(source)] == ["a", "b"] * 3
+
+
+def test_text_of_before_its_lines_were_cut_is_another_text(tmp_path: Path) -> None:
+    """What a position in it means has changed; the sample is cut as ever, so its runs go on."""
+    path = tmp_path / "book.txt"
+    path.write_text("x" * 9000)
+    written = hashlib.sha256(f"book.txt 9000 {zlib.crc32(b'x' * 18000):08x}".encode()).hexdigest()
+    assert LocalFiles([path], passages=readers.WHOLE_LINES).fingerprint == written
+    assert LocalFiles([path]).fingerprint != written
+    assert everything(LocalFiles([path], passages=readers.WHOLE_LINES)) == ["x" * 9000]
+    write_jsonl(tmp_path / "a.jsonl", ["x"])  # of other kinds, nothing has changed
+    both = [LocalFiles([tmp_path / "a.jsonl"], passages=rule) for rule in (readers.WHOLE_LINES, readers.CUT_LINES)]
+    assert both[0].fingerprint == both[1].fingerprint
+
+
+def test_the_sample_is_the_one_that_runs_were_made_with() -> None:
+    """Down to each passage: checksums of the first versions."""
+    checksums = {}
+    for split in ("train", "validation"):
+        source = open_source("sample", split)
+        entries = [f"{i} {n} {text}\0" for i in range(len(source.shards)) for n, text in source.read(i, 0)]
+        checksums[split] = (zlib.crc32("".join(entries).encode()), source.fingerprint[:16])
+    assert checksums == {
+        "train": (3150209798, "19f71e599f861720"),
+        "validation": (1843421096, "286f80ac0879a64f"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -119,7 +151,7 @@ def test_a_line_that_holds_a_book_is_cut_where_a_reader_would(tmp_path: Path, bo
     whole = list(source.read(0, 0))
     passages = [text for _, text in whole]
     assert "".join("".join(passages).split()) == "".join(("a preface" + book + "the end").split())
-    assert all(len(text) <= 8000 for text in passages)
+    assert all(len(text) <= 4000 for text in passages)
     if ". " in book:
         assert all(text.endswith(".") for text in passages[:-1])
     elif " " in book:

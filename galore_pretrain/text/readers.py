@@ -11,7 +11,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import Any, BinaryIO
 TEXT_KEY = "text"
 """The key or the column of a document's text where no other is named."""
 _PASSAGE = 1000  # characters after which a .txt document may end
-_LONGEST_PASSAGE = 4 * _PASSAGE  # characters after which it does
+_LONGEST_PASSAGE = 4 * _PASSAGE  # characters that it holds at most
+WHOLE_LINES, CUT_LINES = 1, 2
+"""Rules by which plain text is cut into passages: lines are kept whole, however long; or no passage is too long."""
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*\s+|[。！？\r]")  # old Macs end lines with \r alone
 _PART = 1 << 16  # bytes of decompressed text that are read at a time
 
@@ -41,19 +43,23 @@ Entries = Iterator[tuple[int, str | Flaw]]
 """Documents and flaws, each with the position after it."""
 
 
-def read(path: Path, start: int, key: str = TEXT_KEY) -> Entries:
+def read(path: Path, start: int, key: str = TEXT_KEY, passages: int = CUT_LINES) -> Entries:
     """Yield the documents of a file from position ``start`` on, each with the position after it.
 
-    ``key`` is the key or the column of the text; a ``.txt`` has none. Raises OSError where the system cannot read the
-    file, which may pass.
+    ``key`` is the key or the column of the text; a ``.txt`` has none, and is cut by the rule ``passages``. Raises
+    OSError where the system cannot read the file, which may pass.
     """
-    reader = _READERS[kind_of(path)]
+    kind = kind_of(path)
+    if kind == ".txt":
+        return _read_txt(path, start, passages)
+    reader = _READERS[kind]
     return reader(path, start, key)
 
 
 def is_known(path: Path) -> bool:
     """Return whether there is a reader for such a file."""
-    return kind_of(path) in _READERS
+    kind = kind_of(path)
+    return kind == ".txt" or kind in _READERS
 
 
 def kind_of(path: Path) -> str:
@@ -274,39 +280,86 @@ def _text_of_row(scalar: Any, row: int) -> str | Flaw:
     return text
 
 
-def _read_txt(path: Path, start: int, key: str) -> Entries:
-    """Yield passages of plain text; a position is a number of passages."""
-    # Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a
-    # paragraph. Text without blank lines is cut after any line past four times that, and a line that is longer, such as
-    # a book without line ends, at the ends of its sentences. Where a passage ends depends on all lines before it, so
-    # the file is read from its beginning whatever the position.
+def _read_txt(path: Path, start: int, passages: int) -> Entries:
+    """Yield passages of plain text, cut by the rule ``passages``; a position is a number of them."""
+    # Where a passage ends depends on all lines before it, so the file is read from its beginning whatever the position.
+    lines = _lines_of_text(path)
+    if passages == CUT_LINES:
+        cut = _in_passages(lines)
+    else:
+        cut = _in_passages_of_whole_lines(lines)
+    number = 0  # of passages that have ended
+    for passage in cut:
+        if isinstance(passage, Flaw):
+            if number >= start or passage.is_end:
+                yield number, passage
+        else:
+            number += 1
+            if number > start:
+                yield number, passage
+
+
+def _lines_of_text(path: Path) -> Iterator[str | Flaw]:
+    """Yield the lines of plain text, each with its end, and what is wrong in place of those that are no UTF-8."""
+    try:
+        for number, line in enumerate(_lines(path), 1):
+            encoding = "utf-8"
+            if number == 1:
+                encoding = "utf-8-sig"  # a byte order mark is no text
+            try:
+                yield line.decode(encoding)
+            except UnicodeDecodeError as error:
+                yield Flaw(f"line {number} is not UTF-8 ({error.reason} at byte {error.start})")
+    except _BrokenError as error:
+        yield Flaw(str(error), is_end=True)
+
+
+# Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a paragraph.
+# Text without blank lines ends before the line that would make it longer than four times that. A line that is longer
+# itself, such as a book without line ends, is cut at the ends of its sentences.
+def _in_passages(lines: Iterable[str | Flaw]) -> Iterator[str | Flaw]:
+    """Yield the passages that lines make, of `_LONGEST_PASSAGE` characters at most; flaws come through."""
     passage: list[str] = []
     length = 0
-    number = 0  # of passages that have ended
-    try:
-        for line_number, line in enumerate(_lines(path), 1):
-            try:
-                text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")  # a byte order mark is no text
-            except UnicodeDecodeError as error:
-                if number >= start:
-                    yield number, Flaw(f"line {line_number} is not UTF-8 ({error.reason} at byte {error.start})")
-                continue
-            for part in _in_parts(text):
-                passage.append(part)
-                length += len(part)
-                is_whole = length >= _PASSAGE and not part.strip()
-                is_too_long = length >= _LONGEST_PASSAGE
-                if is_whole or is_too_long:
-                    number += 1
-                    if number > start:
-                        yield number, "".join(passage).strip()
-                    passage = []
-                    length = 0
-    except _BrokenError as error:
-        yield number, Flaw(str(error), is_end=True)
-    last = "".join(passage).strip()
-    if last and number >= start:
-        yield number + 1, last
+    for line in lines:
+        if isinstance(line, Flaw):
+            yield line
+            continue
+        for part in _in_parts(line):
+            is_whole = length >= _PASSAGE and not part.strip()
+            if is_whole or length + len(part) > _LONGEST_PASSAGE:
+                yield from _joined(passage)
+                passage = []
+                length = 0
+            passage.append(part)
+            length += len(part)
+    yield from _joined(passage)
+
+
+# The rule of the first versions, which the embedded sample keeps: its runs go on, and their numbers stay as they were.
+def _in_passages_of_whole_lines(lines: Iterable[str | Flaw]) -> Iterator[str | Flaw]:
+    """Yield the passages that lines make, of which the last line may be of any length; flaws come through."""
+    passage: list[str] = []
+    length = 0
+    for line in lines:
+        if isinstance(line, Flaw):
+            yield line
+            continue
+        passage.append(line)
+        length += len(line)
+        is_whole = length >= _PASSAGE and not line.strip()
+        if is_whole or length >= _LONGEST_PASSAGE:
+            yield from _joined(passage)
+            passage = []
+            length = 0
+    yield from _joined(passage)
+
+
+def _joined(passage: list[str]) -> Iterator[str]:
+    """Yield the text that lines make together, unless it is white space alone."""
+    text = "".join(passage).strip()
+    if text:
+        yield text
 
 
 def _in_parts(line: str) -> Iterator[str]:
@@ -318,8 +371,10 @@ def _in_parts(line: str) -> Iterator[str]:
     while len(line) - start > _LONGEST_PASSAGE:
         latest = start + _LONGEST_PASSAGE
         ends = [match.end() for match in _SENTENCE_END.finditer(line, start + _PASSAGE, latest)]
-        stop = ends[-1] if ends else line.rfind(" ", start + _PASSAGE, latest) + 1
-        stop = stop or latest
+        if ends:
+            stop = ends[-1]
+        else:
+            stop = line.rfind(" ", start + _PASSAGE, latest) + 1 or latest
         yield line[start:stop]
         start = stop
     yield line[start:]
@@ -332,5 +387,4 @@ _READERS: dict[str, Callable[[Path, int, str], Entries]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".pq": _read_parquet,
-    ".txt": _read_txt,
 }

