@@ -166,6 +166,37 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
     assert everything(LocalFiles([tmp_path / name])) == ["text"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('text\na\n"b\nc\nd\n', r'cannot be read after row 1 \(a quote " is opened there and never closed\)'),
+        ('text\na\n"b" c\n', "cannot be read after row 1 .*expected"),
+        ("text\ra\rb\r", r"cannot be read after row 0 \(its line ends are \\r alone; convert them"),
+    ],
+)
+def test_a_csv_that_means_nothing_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    """A quote that is never closed took all that follows into one document."""
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    with pytest.raises(InputError, match=message) as error:
+        everything(LocalFiles([tmp_path / "a.csv"]))
+    assert "open the file" not in str(error.value)
+    write_jsonl(tmp_path / "b.jsonl", ["sound"])
+    files = [tmp_path / "a.csv", *[tmp_path / "b.jsonl"] * 20]
+    assert everything(LocalFiles(files, BadData("skip"))) == ["a"] * ("\na\n" in content) + ["sound"] * 20
+
+
+def test_quotes_inside_of_csv_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('n,text\n1,5" wide\n2,"5"" and\na line, more"\n3,say "hi"\n')
+    assert everything(LocalFiles([tmp_path / "a.csv"])) == ['5" wide', '5" and\na line, more', 'say "hi"']
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"text\n"])
+def test_an_empty_csv_is_a_warning(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    assert everything(LocalFiles([tmp_path / "a.csv"])) == []
+    assert "a.csv holds no document" in caplog.text
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
 def test_utf_16_is_no_text(tmp_path: Path, name: str, encoding: str) -> None:

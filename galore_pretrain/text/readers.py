@@ -198,13 +198,15 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
 def _read_csv(path: Path, start: int, key: str) -> Entries:
     """Yield the texts of the column ``key`` of a file of comma-separated values; a position is a number of rows."""
     # A field in quotes may hold line ends, so rows can only be counted from the file's beginning. Bytes that are no
-    # UTF-8 become half surrogate pairs on the way through the parser, which show in the text of their own row alone.
+    # UTF-8 become half surrogate pairs on the way through the parser, which show in the text of their own row alone. A
+    # quote that is never closed would take the rest of the file into one field; `strict` makes that an error.
     csv.field_size_limit(2**31 - 1)  # by default a document of 128 KiB would be an error
     number = 0
-    lines = (line.decode("utf-8-sig" if not i else "utf-8", "surrogateescape") for i, line in enumerate(_lines(path)))
-    rows = csv.reader(lines)
+    rows = csv.reader(_lines_of_csv(path), strict=True)
     try:
-        header = next(rows, [])
+        header = next((row for row in rows if row), None)
+        if header is None:
+            return
         if key not in header:
             yield start, Flaw(_no_column(key, header), is_end=True)
             return
@@ -213,9 +215,28 @@ def _read_csv(path: Path, start: int, key: str) -> Entries:
             if number > start and row:
                 yield number, _text_of_cell(row, column, number)
     except csv.Error as error:
-        yield number, Flaw(f"cannot be read after row {number} ({error})", is_end=True)
+        yield number, Flaw(f"cannot be read after row {number} ({_explained(error)})", is_end=True)
     except _BrokenError as error:
         yield number, Flaw(str(error), is_end=True)
+
+
+def _lines_of_csv(path: Path) -> Iterator[str]:
+    """Yield the lines of a file of comma-separated values, without a byte order mark."""
+    for number, line in enumerate(_lines(path), 1):
+        encoding = "utf-8"
+        if number == 1:
+            encoding = "utf-8-sig"
+        yield line.decode(encoding, "surrogateescape")
+
+
+def _explained(error: csv.Error) -> str:
+    """Return what an error of the csv module means for a file; its own words are for programmers."""
+    told = str(error)
+    if "new-line character" in told:
+        return "its line ends are \\r alone; convert them, as with tr '\\r' '\\n'"
+    if "unexpected end of data" in told:
+        return 'a quote " is opened there and never closed'
+    return told
 
 
 def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
