@@ -275,7 +275,7 @@ def test_damaged_files_name_themselves(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=name):
             everything(LocalFiles([tmp_path / name]))
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "b.parquet")
-    with pytest.raises(InputError, match='no column "text"; its columns: body'):
+    with pytest.raises(InputError, match=r"no column \"text\"; its columns: 'body'"):
         everything(LocalFiles([tmp_path / "b.parquet"]))
 
 

@@ -225,8 +225,33 @@ def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, 
     else:
         pyarrow.parquet.write_table(pyarrow.table({"title": ["a"], "body": ["b"]}), file)
     source = open_source(str(file), "train", text_key="nothing")
-    with pytest.raises(InputError, match=r'"nothing".*its (keys|columns): title, body; name one with --text-key'):
+    with pytest.raises(InputError, match=r"\"nothing\".*its (keys|columns): 'title', 'body'; name one with --text-key"):
         list(source.read(0, 0))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_keys_are_named_within_bounds(tmp_path: Path, name: str) -> None:
+    """The file may be of another kind than its name says, and its keys whole texts."""
+    import pyarrow.parquet
+
+    file = tmp_path / name
+    keys = ["long " * 1000, "line\nend", *(f"key {n}" for n in range(500))]
+    if name == "a.jsonl":
+        file.write_text(json.dumps(dict.fromkeys(keys, "a")))
+    elif name == "a.csv":
+        file.write_text(",".join(f'"{key}"' for key in keys) + "\n")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({key: ["a"] for key in keys}), file)
+    with pytest.raises(InputError, match=r"'long long .*…', 'line\\nend', .*'key 17', and 482 more; name one") as error:
+        list(open_source(str(file), "train").read(0, 0))
+    assert len(str(error.value)) < 700
+
+
+def test_a_key_whose_value_is_no_string_is_not_recommended(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ["a", "b"], "title": "t"}\n')
+    with pytest.raises(InputError, match="line 1 has no string under \"text\".*its keys: 'text', 'title'") as error:
+        list(open_source(str(tmp_path), "train").read(0, 0))
+    assert "--text-key" not in str(error.value)
 
 
 def test_plain_text_has_no_key(tmp_path: Path) -> None:

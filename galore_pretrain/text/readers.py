@@ -11,7 +11,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,8 @@ _LONGEST_PASSAGE = 4 * _PASSAGE  # characters that it holds at most
 WHOLE_LINES, CUT_LINES = 1, 2
 """Rules by which plain text is cut into passages: lines are kept whole, however long; or no passage is too long."""
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*\s+|[。！？\r]")  # old Macs end lines with \r alone
+_NAMED = 20  # keys or columns that an error names at most
+_NAME_LENGTH = 40  # characters that it shows of each
 _PART = 1 << 16  # bytes of decompressed text that are read at a time
 
 
@@ -188,7 +190,9 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
     if not isinstance(text, str):
         way_out = f'each line is {{"{key}": "…"}}'
         if isinstance(document, dict):
-            way_out += f"; its keys: {', '.join(document)}; name one with --text-key"
+            way_out += f"; its keys: {_listed(document)}"
+            if key not in document:
+                way_out += "; name one with --text-key"
         return Flaw(f'line {number} has no string under "{key}"; {way_out}')
     if not is_text(text):
         return Flaw(f"line {number} has half a surrogate pair, which is no character")
@@ -250,7 +254,23 @@ def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
 
 def _no_column(key: str, columns: list[str]) -> str:
     """Return what is wrong with a file without the column of the text."""
-    return f'has no column "{key}"; its columns: {", ".join(columns)}; name one with --text-key'
+    return f'has no column "{key}"; its columns: {_listed(columns)}; name one with --text-key'
+
+
+def _listed(names: Collection[str]) -> str:
+    """Return keys or columns for a message: the first few, each shortened, since they may be text of any length."""
+    shown = [_shortened(name) for name in islice(names, _NAMED)]
+    more = len(names) - len(shown)
+    if more:
+        shown.append(f"and {more} more")
+    return ", ".join(shown)
+
+
+def _shortened(name: str) -> str:
+    """Return a name as Python writes it, or its beginning."""
+    if len(name) > _NAME_LENGTH:
+        name = name[:_NAME_LENGTH] + "…"
+    return repr(name)
 
 
 def _read_parquet(path: Path, start: int, key: str) -> Entries:
