@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import importlib.util
 import logging
+import os
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text import readers
-from galore_pretrain.text.files import Selection, select, select_all, summary
+from galore_pretrain.text.files import Selection, TextFile, select, select_all, summary
 from galore_pretrain.text.hub import (
     C4,
     LONGEST,
@@ -82,7 +83,7 @@ def open_source(
     # split is what --eval-data names, or else the files whose names say so (`select`), or else one document in fifty
     # by its checksum.
     if eval_data is not None and split == "validation":
-        files = select_all(eval_data, "--eval-data")
+        files = [file.path for file in select_all(eval_data, "--eval-data")]
         return LocalFiles(files, BadData(bad_data, "--eval-data"), text_key=text_key)
     text = hub_text(data)
     if text is not None:
@@ -94,9 +95,9 @@ def open_source(
             _refuse_key(data, text_key)
         return sample_source(split)
     paths = [data] if isinstance(data, str) else data
-    if eval_data is None:
-        return local_source(paths, split, BadData(bad_data), text_key=text_key)
-    evaluated = frozenset(file.resolve() for file in select_all(eval_data, "--eval-data"))
+    evaluated = None
+    if eval_data is not None:
+        evaluated = select_all(eval_data, "--eval-data")
     source = local_source(paths, split, BadData(bad_data), evaluated, text_key)
     if not source.shards:
         all_of_it = " + ".join(paths)
@@ -104,27 +105,18 @@ def open_source(
     return source
 
 
-def describe_files(data: str | Sequence[str], eval_data: str | None) -> str | None:
-    """Return a line a path that says which local files are read for what, and what is left out; None for other text."""
-    if data == "sample" or hub_text(data) is not None:
-        return None
-    evaluated = None
-    if eval_data is not None:
-        evaluated = select_all(eval_data, "--eval-data")
-    paths = [data] if isinstance(data, str) else data
-    return "\n".join(f"--data {path}: {summary(select(path), _HELD_OUT, evaluated)}" for path in paths)
-
-
 def describe_text(
     data: str | Sequence[str], eval_data: str | None, training: DocumentSource, validation: DocumentSource
-) -> str | None:
-    """Return a line that says what of files or of the hub is read for what; None for the sample."""
+) -> list[str]:
+    """Return lines that say what of files (one a path) or of the hub is read for what; none for the sample."""
+    if isinstance(training, LocalFiles):
+        return training.titles
     if not isinstance(training, HubDataset):
-        return describe_files(data, eval_data)
+        return []
     evaluated = f"--eval-data {eval_data}"
     if isinstance(validation, HubDataset):
         evaluated = validation.title
-    return f"--data {data}: training {training.title}, {len(training.shards)} shards; validation {evaluated}"
+    return [f"--data {data}: training {training.title}, {len(training.shards)} shards; validation {evaluated}"]
 
 
 @dataclass(frozen=True)
@@ -203,7 +195,8 @@ class LocalFiles:
 
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
     ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this split. Plain text
-    is cut by the rule ``passages``: see `readers.CUT_LINES`. Raises InputError where a file cannot be read.
+    is cut by the rule ``passages``: see `readers.CUT_LINES`. ``titles`` are lines for the log, which say what is read
+    of each path. Raises InputError where a file cannot be read.
     """
 
     def __init__(
@@ -216,6 +209,7 @@ class LocalFiles:
         passages: int = readers.CUT_LINES,
     ) -> None:
         self.shards = [str(file) for file in files]
+        self.titles: list[str] = []
         try:
             self.fingerprint = _digest([_identify(file, passages) for file in files])
         except OSError as error:
@@ -267,40 +261,48 @@ def local_source(
     paths: Sequence[str],
     split: Split,
     bad_data: BadData,
-    evaluated: frozenset[Path] = frozenset(),
+    evaluated: list[TextFile] | None = None,
     text_key: str = TEXT_KEY,
 ) -> LocalFiles:
     """Open local files: of each path by its own rule, and all of them as one list of shards.
 
-    Validation is the files of a path whose names say so, or else one document in fifty of it by its checksum. Files
-    that are ``evaluated`` by ``--eval-data`` (resolved paths) are left out; then all others are for training.
+    Validation is the files of a path whose names say so, or else one document in fifty of it by its checksum. The texts
+    of files that are ``evaluated`` by ``--eval-data`` are left out; then all others are for training.
     """
     selections = [select(path) for path in paths]
     _refuse_shared(paths, selections)
     training = [file for selection in selections for file in selection.training]
-    if not evaluated and all(readers.kind_of(file) == ".txt" for file in training):
+    if evaluated is None and all(readers.kind_of(file.path) == ".txt" for file in training):
         _refuse_key(" + ".join(paths), text_key)
+    evaluated_texts = frozenset(file.text for file in evaluated or [])
     files: list[Path] = []
     whole: list[Path] = []
     for selection in selections:
-        of_path = [file for file in selection.training if file.resolve() not in evaluated]
+        of_path = [file.path for file in selection.training if file.text not in evaluated_texts]
         if split == "validation" and selection.validation:
-            of_path = selection.validation
+            of_path = [file.path for file in selection.validation]
         if evaluated or selection.validation:
             whole += of_path
         files += of_path
     keep = _is_held_out if split == "validation" else _is_not_held_out
-    return LocalFiles(files, bad_data, keep, text_key, whole)
+    source = LocalFiles(files, bad_data, keep, text_key, whole)
+    if split == "train":
+        for path, selection in zip(paths, selections, strict=True):
+            source.titles.append(f"--data {path}: {summary(selection, _HELD_OUT, evaluated)}")
+    return source
 
 
 def _refuse_shared(paths: Sequence[str], selections: Sequence[Selection]) -> None:
-    """Raise InputError where two paths hold the same file, which may be for training by one and not by the other."""
-    holders: dict[Path, str] = {}
+    """Raise InputError where two paths hold the same text, which may be for training by one and not by the other."""
+    if len(paths) == 1:
+        return
+    holders: dict[str, str] = {}
     for path, selection in zip(paths, selections, strict=True):
-        for file in {file.resolve() for file in [*selection.training, *selection.validation]}:
-            if file in holders:
-                raise InputError(f"--data {holders[file]} and --data {path} both hold {file}; give it by one of them")
-            holders[file] = path
+        files = {file.text: file.path for file in [*selection.training, *selection.validation]}
+        for text, file in files.items():
+            if text in holders:
+                raise InputError(f"--data {holders[text]} and --data {path} both hold {file}; give it by one of them")
+            holders[text] = path
 
 
 def _refuse_key(data: str, text_key: str) -> None:
@@ -344,11 +346,13 @@ def _identify(file: Path, passages: int) -> str:
     """
     # Both ends show a file that was shuffled or exchanged. Of terabytes, to read more would take too long. Of plain
     # text, what a position means and what is held out depends on how it is cut.
-    size = file.stat().st_size
     with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
         beginning = stream.read(_GLANCE)
-        stream.seek(max(0, size - _GLANCE))
-        end = stream.read(_GLANCE)
+        end = beginning
+        if size > _GLANCE:
+            stream.seek(size - _GLANCE)
+            end = stream.read(_GLANCE)
     checksum = zlib.crc32(end, zlib.crc32(beginning))
     identity = f"{file.name} {size} {checksum:08x}"
     if readers.kind_of(file) == ".txt" and passages != readers.WHOLE_LINES:
