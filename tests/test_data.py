@@ -24,6 +24,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text import readers
@@ -39,6 +40,7 @@ from galore_pretrain.text.batches import (
 )
 from galore_pretrain.text.sources import BadData, LocalFiles, Tally, open_source
 from galore_pretrain.text.tokenizer import Ids
+from galore_pretrain.train.inputs import Inputs
 
 
 class Letters:
@@ -327,6 +329,23 @@ def test_too_many_bad_lines_are_refused_all_the_same(tmp_path: Path, caplog: pyt
     with pytest.raises(InputError, match=r"11 of 501 documents cannot be read.*a.jsonl line 501.*1 in 100 at most"):
         everything(LocalFiles([tmp_path / "a.jsonl"], BadData("skip")))
     assert len(caplog.records) == 10
+
+
+def test_texts_for_a_trial_are_read_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They are read again by each evaluation, which counts them and warns of them; an empty file is passed over."""
+    (tmp_path / "0.jsonl").write_bytes(b"")
+    (tmp_path / "1.jsonl").write_bytes(b"\n".join([b"{", *lines_of(SOUND[:5])]))
+    (tmp_path / "2.jsonl").write_bytes(b"\n".join([*lines_of(SOUND[5:9]), b"{", *lines_of(SOUND[9:])]))
+    source = LocalFiles([tmp_path / f"{n}.jsonl" for n in range(3)], BadData("skip"))
+    inputs = Inputs(LlamaConfig(), source, source, Letters(), TokenRows(Letters(), "pad", 6))
+    assert inputs.first_texts() == SOUND[:16]
+    assert (source.bad_data.tally, caplog.text) == (Tally(), "")
+    assert everything(source) == SOUND
+    assert source.bad_data.tally == Tally(3000, 2)
+    assert len(caplog.records) == 3
+    strict = LocalFiles([tmp_path / "1.jsonl"])
+    with pytest.raises(InputError, match=r"1\.jsonl line 1 is not JSON"):
+        replace(inputs, validation=strict).first_texts()
 
 
 BROKEN = {

@@ -4,6 +4,7 @@ Reading has no state of its own, since a position is a shard and a number within
 again at the document where it broke, and a resumed run goes on at the document where it stopped.
 """
 
+import contextlib
 import difflib
 import gzip
 import hashlib
@@ -136,7 +137,7 @@ class BadData:
 
     ``raise``: InputError. ``skip``: they are left out, with a warning for each of the first ten. InputError comes where
     they are more than one in a hundred (and ten), or more than one in ten shards (and one) has broken off. ``flag`` is
-    the command line's, for messages.
+    the command line's, for messages. What is read in a `trial` is neither counted nor warned of.
     """
 
     def __init__(self, policy: str = "raise", flag: str = "--data") -> None:
@@ -145,6 +146,16 @@ class BadData:
         self._good = 0
         self._bad = 0
         self._broken: set[int] = set()
+        self._is_trial = False
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Count nothing and warn of nothing of what is read within, since it is read again."""
+        self._is_trial = True
+        try:
+            yield
+        finally:
+            self._is_trial = False
 
     @property
     def tally(self) -> Tally:
@@ -159,13 +170,21 @@ class BadData:
 
     def good(self) -> None:
         """Count a document that was read."""
-        self._good += 1
+        if not self._is_trial:
+            self._good += 1
+
+    def empty(self, name: str) -> None:
+        """Warn of a shard without any document."""
+        if not self._is_trial:
+            log.warning("%s holds no document", name)
 
     def bad(self, flaw: Flaw, shard: int, shards: list[str]) -> None:
         """Count what was found in place of a document, or raise InputError if the policy does not allow it."""
         where = f"{shards[shard]} {flaw.what}"
         if self._policy == "raise":
             raise InputError(f"{self._flag}: {where}; repair it, or leave it out with --bad-data skip")
+        if self._is_trial:
+            return
         if flaw.is_end:
             self._broken.add(shard)
             log.warning("%s: left out, and all that comes after it there", where)
@@ -254,7 +273,7 @@ class LocalFiles:
                 log.warning("%s: trying again", why)
                 time.sleep(2.0 ** (failures - 1))
         if is_empty:
-            log.warning("%s holds no document", name)
+            self.bad_data.empty(name)
 
 
 def local_source(
