@@ -121,8 +121,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     write(tmp_path / "data" / "a.jsonl", "a")
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "round").symlink_to(tmp_path / "data")
+    write(tmp_path / "not named" / "c.jsonl", "c")
+    (tmp_path / "data" / "up").symlink_to("..")
+    (tmp_path / "elsewhere" / "up").symlink_to("..")
     train, validation = both(tmp_path / "data")
     assert train + validation == Counter("ab")
+    assert "data/up" in said(str(tmp_path / "data"))
 
 
 def test_a_file_is_read_once_whatever_links_lead_to_it(tmp_path: Path) -> None:

@@ -219,8 +219,9 @@ class _Walk:
 
     # Links are put aside until all that is reached without them is found, and then followed in the order of their
     # names, a round of them after the other. So a file is found by its own path, where it has one below what the user
-    # named, and the time is linear in the number of entries, however links lead from folder to folder. Of what is
-    # reached without links the real path is known from its folder's, so the system is asked for it at links alone.
+    # named, and the time is linear in the number of entries, however links lead from folder to folder. A link that
+    # leads up is left out: it would take what the user has not named. Of what is reached without links the real path is
+    # known from its folder's, so the system is asked for it at links alone.
 
     def __init__(self, base: Path, selection: Selection) -> None:
         self.found: list[TextFile] = []
@@ -246,7 +247,11 @@ class _Walk:
             links = sorted(self._links)
             self._links = []
             for link, name in links:
-                self._enter(link, name, os.path.realpath(link))
+                real = os.path.realpath(link)
+                if _is_within(real_base, real) or _is_within(os.path.realpath(os.path.dirname(link)), real):
+                    self._selection.leave_out("leads to a folder that it is in", Path(link))
+                else:
+                    self._enter(link, name, real)
 
     def _leads_through_link(self, path: Path) -> bool:
         """Return whether a path below the base is a link, or one of its folders is."""
@@ -303,6 +308,11 @@ class _Walk:
         elif first != path:
             self._selection.leave_out("links to what is counted already", Path(path))
         return first is None
+
+
+def _is_within(path: str, folder: str) -> bool:
+    """Return whether a real path is that of a folder, or below it."""
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _fixed_part(pattern: Path) -> Path:
