@@ -37,8 +37,6 @@ from galore_pretrain.text.readers import TEXT_KEY, Flaw
 
 Split = str  # "train" or "validation"
 _HELD_OUT = 50  # one document in so many is validation where no file is
-_PATIENCE = PATIENCE
-_LONGEST = LONGEST
 _ANSWER = 10.0  # seconds that it has to say which commit is the newest
 _CUT = (gzip.BadGzipFile, EOFError, zlib.error, ValueError)  # pyarrow's and UTF-8's errors are ValueErrors
 _CUT_RETRIES = 4  # after which it is not the connection that cut a stream
@@ -80,9 +78,8 @@ def open_source(
     the text. Raises InputError where ``--data`` is none of these, or nothing is left to train on.
     """
     # What makes the splits disjoint: those of the hub are, and where it has no validation split, a checksum decides as
-    # it does for local files. The sample is split by file. Of local files, the validation
-    # split is what --eval-data names, or else the files whose names say so (`select`), or else one document in fifty
-    # by its checksum.
+    # it does for local files. The sample is split by file. Of local files, the validation split is what --eval-data
+    # names, or else the files whose names say so (`select`), or else one document in fifty by its checksum.
     if eval_data is not None and split == "validation":
         files = [file.path for file in select_all(eval_data, "--eval-data")]
         return LocalFiles(files, BadData(bad_data, "--eval-data"), text_key=text_key)
@@ -441,7 +438,7 @@ class HubDataset:
         """
         # To open again is to read the shard from its beginning and to pass over `position` documents: a gzip stream has
         # no other way in. How often that is tried depends on what broke the stream. A connection that fails is tried
-        # again until no document has come for _PATIENCE seconds, with waits that double up to _LONGEST. A stream that
+        # again until no document has come for PATIENCE seconds, with waits that double up to LONGEST. A stream that
         # is cut, or is no gzip, may be the connection's fault too; but where that happens more than _CUT_RETRIES times
         # in a row, with no document and no other failure between, the hub's file itself is broken, and that is bad
         # data. A status that says that the file is missing or refused ends the attempts at once.
@@ -480,10 +477,10 @@ class HubDataset:
                     self.bad_data.bad(Flaw(what, is_end=True), shard, self.shards)
                     return
                 silence = time.monotonic() - last_heard
-                if silence > _PATIENCE or status_of(error) in NO_ACCESS:
+                if silence > PATIENCE or status_of(error) in NO_ACCESS:
                     raise unreachable_data(name, error) from error
                 log.warning("%s: %s; reconnecting at document %d", name, first_line(error), position)
-                time.sleep(min(2.0 ** (failures - 1), _LONGEST))
+                time.sleep(min(2.0 ** (failures - 1), LONGEST))
 
 
 def _patiently(ask: Callable[[], Answer], text: HubText) -> Answer:
@@ -496,11 +493,11 @@ def _patiently(ask: Callable[[], Answer], text: HubText) -> Answer:
         except (InputError, MemoryError):
             raise
         except Exception as error:  # everything that datasets, the hub library and two HTTP clients raise
-            if not is_passing(error) or time.monotonic() - began > _PATIENCE:
+            if not is_passing(error) or time.monotonic() - began > PATIENCE:
                 raise unreachable_data(str(text), error) from error
             failures += 1
             log.warning("%s: %s; opening it again", text, first_line(error))
-            time.sleep(min(2.0 ** (failures - 1), _LONGEST))
+            time.sleep(min(2.0 ** (failures - 1), LONGEST))
 
 
 def _open_streams(text: HubText, revision: str | None) -> dict[str, Any]:
