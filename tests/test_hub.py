@@ -217,7 +217,7 @@ from galore_pretrain.text import batches, sources
 from galore_pretrain.train import trainer
 
 http_backoff.__kwdefaults__["max_retries"] = 0
-batches.BLOCK, sources._PATIENCE, sources._LONGEST = 64, 2, 0.5
+batches.BLOCK, sources.PATIENCE, sources.LONGEST = 64, 2, 0.5
 run._planned_peak = lambda *_: None  # half the time of so small a run
 advance = trainer.Trainer._advance
 def deadly(self, batches):

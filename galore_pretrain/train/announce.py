@@ -22,9 +22,9 @@ def announce(config: RunConfig, device: torch.device, inputs: Inputs, optimizer:
     weights = 0
     for group in optimizer.param_groups:
         weights += sum(p.numel() for p in group["params"])
-    text = describe_text(config.data, config.eval_data, inputs.training, inputs.validation)
-    for line in (text or "").splitlines():
-        log.info(line)
+    if world.is_main:
+        for line in describe_text(config.data, config.eval_data, inputs.training, inputs.validation):
+            log.info("%s", line)
     hardware = _hardware(config, device, world)
     log.info("%s: %.1fM weights in %s on %s", config.model, weights / 1e6, config.dtype, hardware)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):

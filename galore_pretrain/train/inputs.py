@@ -36,7 +36,15 @@ class Inputs:
 
     def first_texts(self) -> list[str]:
         """Return the beginnings of a few documents, on which the exported tokenizer is tried."""
-        return [text[:_TRIED_CHARACTERS] for _, text in islice(self.validation.read(0, 0), _TRIED_TEXTS)]
+        validation = self.validation
+        texts: list[str] = []
+        with validation.bad_data.trial():
+            for shard in range(len(validation.shards)):
+                for _, text in islice(validation.read(shard, 0), _TRIED_TEXTS - len(texts)):
+                    texts.append(text[:_TRIED_CHARACTERS])
+                if len(texts) == _TRIED_TEXTS:
+                    break
+        return texts
 
     def fingerprints(self, format_number: int | None = None) -> dict[str, str]:
         """Return what must not change before the run is resumed: the same flags can name other files by then.
