@@ -1,6 +1,7 @@
 """Load what training left, to evaluate it, export it, or have it continue a text."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import RunConfig, texts_of
 from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.config.resolve import check_bounds, resolve
 from galore_pretrain.errors import InputError
@@ -18,11 +19,14 @@ from galore_pretrain.model.llama import without_masks
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.hub import check_hub, first_line
-from galore_pretrain.text.sources import open_source
+from galore_pretrain.text.sources import DocumentSource, first_documents, open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
+from galore_pretrain.text.usable import measure
 from galore_pretrain.train.build import model_for
 from galore_pretrain.train.evaluate import Evaluation, evaluate
 from galore_pretrain.train.inputs import architecture_for, check_length, check_vocabulary
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     check_hub(config.data, config.tokenizer)
     layout = TokenRows(trained.tokenizer, config.layout, config.max_length)
     source = open_source(config.data, "validation", config.eval_data, config.bad_data, text_key=config.text_key)
+    _warn_of_text(trained, source, layout)
     rows = validation_rows(source, layout, config.eval_tokens)
     return evaluate(
         trained.model,
@@ -124,6 +129,18 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
         reference_batch=trained.reference_batch,
         device=device,
     )
+
+
+def _warn_of_text(trained: LoadedModel, source: DocumentSource, layout: TokenRows) -> None:
+    """Log a warning where more of a text cannot be used than a run would begin with: its perplexity says little."""
+    config = trained.config
+    fault = measure(first_documents(source), trained.tokenizer, layout.kept).fault(config.max_unknown)
+    if fault is None:
+        return
+    text = f"--eval-data {config.eval_data}"
+    if config.eval_data is None:
+        text = f"--data {' + '.join(texts_of(config.data))}"
+    log.warning("%s: %s", text, fault.what)
 
 
 @torch.no_grad()
