@@ -33,11 +33,12 @@ from galore_pretrain.rundir.resume import Saver, check_inputs, is_finished, reso
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
 from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
+from galore_pretrain.text.usable import TextShares
 from galore_pretrain.train import build
 from galore_pretrain.train.announce import announce
 from galore_pretrain.train.build import device_of, execution_for, factors_of, model_for, optimizer_for
 from galore_pretrain.train.evaluate import Evaluator
-from galore_pretrain.train.inputs import Inputs, open_inputs
+from galore_pretrain.train.inputs import Inputs, check_text, open_inputs
 from galore_pretrain.train.metrics import MetricLogger, open_loggers
 from galore_pretrain.train.profile import Profile
 from galore_pretrain.train.schedule import Schedule
@@ -51,9 +52,9 @@ log = logging.getLogger(__name__)
 class Prepared:
     """All that is known of a run before its weights exist.
 
-    ``tokenizer`` are the tokenizer's files, by name. ``saved`` is the checkpoint that the run goes on from. ``plan`` is
-    the plan of its updates, where fitting them to the memory took one. ``outline`` is of the whole run, ``part`` of
-    this process's share of it.
+    ``tokenizer`` are the tokenizer's files, by name. ``shares`` are of the text that cannot be used. ``saved`` is the
+    checkpoint that the run goes on from. ``plan`` is the plan of its updates, where fitting them to the memory took
+    one. ``outline`` is of the whole run, ``part`` of this process's share of it.
     """
 
     config: RunConfig
@@ -62,6 +63,7 @@ class Prepared:
     directory: RunDirectory
     inputs: Inputs
     tokenizer: Mapping[str, bytes]
+    shares: TextShares
     saved: Saved | None
     outline: Outline
     part: Outline
@@ -117,6 +119,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     inputs = world.on_every_rank(lambda: open_inputs(config, revision), lambda opened: str(opened.fingerprints()))
     if saved:
         check_inputs(config, saved, inputs.fingerprints(saved.format))
+    shares = world.on_rank_zero(lambda: check_text(config, inputs, is_new=saved is None))
     world.on_rank_zero(lambda: try_export(inputs.model, inputs.tokenizer, inputs.first_texts()))
     tokenizer = world.on_rank_zero(inputs.tokenizer.files)
 
@@ -135,6 +138,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         directory=directory,
         inputs=inputs,
         tokenizer=tokenizer,
+        shares=shares,
         saved=saved,
         outline=outline,
         part=part,
@@ -155,7 +159,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     if config.compile:
         build.compile_layers(model)
     execution = execution_for(config, optimizer)
-    announce(config, device, inputs, optimizer, world)
+    announce(config, device, inputs, prepared.shares, optimizer, world)
 
     sequences = config.total_batch_size
     data = TrainingData(inputs.training, inputs.rows, sequences, config.seed, rank=world.rank, size=world.size)
@@ -163,7 +167,8 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         world.on_every_rank(lambda: restore(saved, model, optimizer, state, data), lambda done: "")
     # Only now: what the folder holds may be of another method, and is refused then.
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, "processes": world.size}
-    directory.write_config(config, prepared.origins, environment | describe_environment(device))
+    text = {"text": prepared.shares.as_json()}
+    directory.write_config(config, prepared.origins, text | environment | describe_environment(device))
 
     loggers = _loggers(prepared, state)
     totals = RunTotals(device, inputs, loggers, saved.state if saved else {}, started)

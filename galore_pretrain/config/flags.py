@@ -19,6 +19,7 @@ from galore_pretrain.config.options import (
     parse_count,
     parse_place,
     parse_rate,
+    parse_share,
     parse_tokens,
 )
 from galore_pretrain.config.resolve import resolve
@@ -49,6 +50,7 @@ _METAVARS: dict[Any, str] = {
     parse_betas: "pair",
     parse_bytes: "size",
     parse_place: "text",
+    parse_share: "share",
 }
 
 
@@ -220,5 +222,5 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, list):
         return kind is parse_betas and all(isinstance(part, (int, float)) for part in value)
     if isinstance(value, int):
-        return kind in (int, float, parse_count, parse_tokens, parse_bytes)
-    return isinstance(value, float) and kind is float
+        return kind in (int, float, parse_count, parse_tokens, parse_bytes, parse_share)
+    return isinstance(value, float) and kind in (float, parse_share)

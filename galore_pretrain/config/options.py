@@ -83,6 +83,22 @@ def parse_rate(text: str) -> float:
     return rate
 
 
+def parse_share(text: str) -> float:
+    """Parse a share of a whole, from 0 to 1: ``0.05`` or ``5%``."""
+    number = text.strip()
+    scale = 1
+    if number.endswith("%"):
+        number = number[:-1]
+        scale = 100
+    try:
+        share = float(number) / scale
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text!r} is not a share; write 0.05 or 5%, and 1 for all")
+    return share
+
+
 def parse_betas(text: str) -> tuple[float, float]:
     """Parse Adam's two decay rates, as ``0.9,0.999``."""
     message = f"{text!r} is not a pair of numbers in [0, 1); write 0.9,0.999"
@@ -261,6 +277,13 @@ class RunConfig:
     )
     bad_data: str = _flag(
         "raise", "Documents that cannot be read: stop, or leave them out, up to 1 in 100.", BAD_DATA, TEXT, free=True
+    )
+    max_unknown: float = _flag(
+        0.05,
+        "Largest share of unknown tokens, or of control characters, that a run begins with; 1 is any.",
+        parse_share,
+        TEXT,
+        free=True,
     )
     layout: str = _flag("pad", "One document a row, or documents packed.", ("pad", "pack"), TEXT)
     max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)

@@ -20,8 +20,9 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.hub import check_hub, first_line
-from galore_pretrain.text.sources import open_source
+from galore_pretrain.text.sources import DocumentSource, first_documents, open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_folder, load_tokenizer
+from galore_pretrain.text.usable import measure
 from galore_pretrain.train.build import model_for
 from galore_pretrain.train.evaluate import Evaluation, evaluate
 from galore_pretrain.train.inputs import check_length, check_vocabulary, fit_together
@@ -171,6 +172,7 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     )
     if trained.validation_text not in (None, source.fingerprint):
         log.warning("the validation text is another one than the run was evaluated on")
+    _warn_of_text(trained, source, layout)
     rows = validation_rows(source, layout, config.eval_tokens)
     return evaluate(
         trained.model,
@@ -179,6 +181,18 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
         reference_batch=trained.reference_batch,
         device=device,
     )
+
+
+def _warn_of_text(trained: LoadedModel, source: DocumentSource, layout: TokenRows) -> None:
+    """Log a warning where more of a text cannot be used than a run would begin with: its perplexity says little."""
+    config = trained.config
+    fault = measure(first_documents(source), trained.tokenizer, layout.kept).fault(config.max_unknown)
+    if fault is None:
+        return
+    text = f"--eval-data {config.eval_data}"
+    if config.eval_data is None:
+        text = f"--data {' + '.join(texts_of(config.data))}"
+    log.warning("%s: %s", text, fault.what)
 
 
 @torch.no_grad()

@@ -203,6 +203,13 @@ class TokenRows:
         self._layout = layout
         self._max_length = max_length
 
+    @property
+    def kept(self) -> int | None:
+        """Return how many tokens of a document a row has room for; None where rows cut nothing away."""
+        if self._layout == "pad":
+            return self._max_length - 1
+        return None
+
     def __call__(self, documents: Iterable[_PlacedText], share: Share = ALL) -> Iterator[Row]:
         """Yield all rows. Those outside of ``share`` may be empty: a process need not tokenize what another does."""
         groups = _in_groups(documents)
@@ -221,7 +228,7 @@ class TokenRows:
             documents = [(text, after) for _, text, after in group if text and not text.isspace()]
             texts = [text for text, _ in documents]
             own_texts = [text for i, text in enumerate(texts, number) if i in share]
-            encoded = self._tokenizer.encode(own_texts, self._max_length - 1)
+            encoded = self._tokenizer.encode(own_texts, self.kept)
             own_ids = iter(encoded)
             for i, (text, after) in enumerate(documents, number):
                 check = None
@@ -238,7 +245,7 @@ class TokenRows:
     def _padded(self, ids: Ids, after: Position, check: int | None) -> Row:
         """Return a document's row: ids d₁ … dₙ, the end marker, padding, with labels d₂ … dₙ, the end marker, none."""
         length = self._max_length
-        real = min(len(ids), length - 1)
+        real = len(ids[: self.kept])
         # Any id may stand for padding, since nothing attends to it; this one is the document's end marker as well.
         input_ids = np.full(length, self._tokenizer.eos_id, np.int32)
         input_ids[:real] = ids[:real]

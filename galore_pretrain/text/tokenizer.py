@@ -49,6 +49,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     """One more than the largest id that ``encode`` can return."""
     eos_id: int
+    unknown_id: int | None
+    """What stands in place of characters that the vocabulary cannot write; None where there is no such token."""
     fingerprint: str
     """SHA-256 of all that decides on the ids, so that a run can tell that it goes on with the same tokenizer."""
     vocabulary_fingerprint: str
@@ -95,6 +97,8 @@ class SentencePieceTokenizer:
         self.name = name
         self.vocab_size = int(self._processor.get_piece_size())
         self.eos_id = int(self._processor.eos_id())
+        # Every model has an unknown piece. One that can write bytes never makes it.
+        self.unknown_id: int | None = int(self._processor.unk_id())
         self.fingerprint = _sha256(path)
         self.vocabulary_fingerprint = self.fingerprint
         pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
@@ -204,6 +208,9 @@ class HuggingFaceTokenizer:
             raise InputError(f"--tokenizer {where}: has no end-of-sequence token, which separates documents")
         self.name = name
         self.eos_id = int(self._tokenizer.eos_token_id)
+        self.unknown_id: int | None = self._tokenizer.unk_token_id
+        if self.unknown_id in (self.eos_id, self._tokenizer.bos_token_id):  # a marker too, as GPT-2's is
+            self.unknown_id = None
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         special = {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         special.update(self._tokenizer.all_special_ids)
@@ -211,20 +218,13 @@ class HuggingFaceTokenizer:
         if len(ordinary) < 2:  # what transformers builds, silently, where it finds no vocabulary
             raise InputError(f"--tokenizer {where}: has no tokens but special ones; is tokenizer.json missing?")
         # The ids that no text may produce. The end marker is one of them, but the data pipeline adds it by itself.
-        self._control = special - {self._unknown_id()}
+        self._control = special - {self.unknown_id}
         usable = set(self.vocabulary.values()) - (self._control - {self.eos_id})
         self.vocab_size = max(usable) + 1
         self._plain = self._plain_form(special)
         self.fingerprint = self._behaviour()
         content = repr(sorted(self.vocabulary.items()))
         self.vocabulary_fingerprint = hashlib.sha256(content.encode()).hexdigest()
-
-    def _unknown_id(self) -> int | None:
-        """Return the id of the unknown token; None if there is none, or if it is a marker too, as GPT-2's is."""
-        unknown: int | None = self._tokenizer.unk_token_id
-        if unknown in (self.eos_id, self._tokenizer.bos_token_id):
-            return None
-        return unknown
 
     def _plain_form(self, special: set[int]) -> "tokenizers.Tokenizer":
         """Return a copy of the library's tokenizer that adds nothing to a text, cuts none, and spells special tokens.
@@ -255,7 +255,7 @@ class HuggingFaceTokenizer:
         """Return the SHA-256 of all that decides on the ids."""
         form = json.loads(self._plain.to_str())
         del form["decoder"]
-        content = json.dumps([form, sorted(self._control), self.eos_id, self._unknown_id()], sort_keys=True)
+        content = json.dumps([form, sorted(self._control), self.eos_id, self.unknown_id], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
@@ -278,13 +278,12 @@ class HuggingFaceTokenizer:
         # The last guard: a control token of one character (``!`` for padding) cannot be spelled by others.
         if self._control.isdisjoint(ids):
             return ids
-        unknown = self._unknown_id()
         harmless: list[int] = []
         for i in ids:
             if i not in self._control:
                 harmless.append(i)
-            elif unknown is not None:
-                harmless.append(unknown)
+            elif self.unknown_id is not None:
+                harmless.append(self.unknown_id)
         return harmless
 
     def files(self) -> dict[str, bytes]:

@@ -1,20 +1,24 @@
 """Open everything that a run reads, and check that it fits together, before any weight exists."""
 
 import json
+import logging
 from dataclasses import dataclass
 from itertools import islice
 
 from transformers import LlamaConfig
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import RunConfig, texts_of
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.text.batches import TokenRows, validation_rows
-from galore_pretrain.text.sources import DocumentSource, HubDataset, open_source
+from galore_pretrain.text.sources import DocumentSource, HubDataset, first_documents, open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
+from galore_pretrain.text.usable import TextShares, measure
 
 _TRIED_TEXTS = 16
 _TRIED_CHARACTERS = 4000  # of each
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Inputs:
                 if len(texts) == _TRIED_TEXTS:
                     break
         return texts
+
+    def shares(self) -> TextShares:
+        """Measure how much of the training text's first documents cannot be used."""
+        return measure(first_documents(self.training), self.tokenizer, self.rows.kept)
 
     def fingerprints(self, format_number: int | None = None) -> dict[str, str]:
         """Return what must not change before the run is resumed: the same flags can name other files by then.
@@ -78,6 +86,23 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     # Reading one row fails now, not hours later at the first evaluation, where there is no validation text.
     validation_rows(validation, rows, tokens=1)
     return Inputs(architecture, training, validation, tokenizer, rows)
+
+
+# A run that goes on is not refused: its weights have seen the text, and an older version may have begun it.
+def check_text(config: RunConfig, inputs: Inputs, *, is_new: bool) -> TextShares:
+    """Measure how much of the training text cannot be used, and return it.
+
+    Raises InputError where that is beyond ``--max-unknown`` and the run is new; of one that goes on, a warning tells.
+    """
+    shares = inputs.shares()
+    fault = shares.fault(config.max_unknown)
+    if fault is None:
+        return shares
+    told = f"--data {' + '.join(texts_of(config.data))}: {fault.what}"
+    if is_new:
+        raise InputError(f"{told}; {fault.way_out}, or give --max-unknown 1 to train on it all the same")
+    log.warning(told)
+    return shares
 
 
 def architecture_for(config: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
