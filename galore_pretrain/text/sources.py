@@ -203,13 +203,11 @@ class BadData:
 
     def bad(self, flaw: Flaw, shard: int, shards: list[str]) -> None:
         """Count what was found in place of a document, or raise InputError if the policy does not allow it."""
-        if self._is_trial:
+        if self._is_trial:  # a run that goes on may have left it out, and one that is short never come to it
             return
         where = f"{shards[shard]} {flaw.what}"
         if self._policy == "raise":
             raise InputError(f"{self._flag}: {where}; repair it, or leave it out with --bad-data skip")
-        if self._is_trial:
-            return
         if flaw.is_end:
             self._broken.add(shard)
             log.warning("%s: left out, and all that comes after it there", where)
