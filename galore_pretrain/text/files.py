@@ -327,7 +327,7 @@ def _fixed_part(pattern: Path) -> Path:
 
 def _amount(files: list[TextFile]) -> str:
     """Return how many files of which kinds there are, and their bytes."""
-    kinds = Counter(readers.kind_of(file.path) for file in files)
+    kinds = Counter(_kind(file.path) for file in files)
     named = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     size = 0
     for file in files:
@@ -336,6 +336,13 @@ def _amount(files: list[TextFile]) -> str:
         except OSError as error:
             raise InputError(f"--data: {file.path} cannot be read ({error.strerror})") from error
     return f"{named} ({size / 1e6:.3g} MB)"
+
+
+def _kind(path: Path) -> str:
+    """Return the suffix of a file's kind, with that of what compresses it: ``.jsonl.gz``."""
+    name = path.name.lower()
+    plain = readers.without_compression(name)
+    return readers.kind_of(plain) + name.removeprefix(plain)
 
 
 def _examples(paths: list[Path], most: int = 3) -> str:
