@@ -226,7 +226,7 @@ def test_hidden_files_and_second_copies_are_no_data(tmp_path: Path) -> None:
     assert train + validation == Counter("ab")
     line = said(str(tmp_path))
     for part in (
-        "training 2 .jsonl",
+        "training 1 .jsonl, 1 .jsonl.gz",
         "1 document in 50",
         "README.md: of another kind",
         "hidden",

@@ -129,7 +129,8 @@ def test_what_transformers_has_no_like_of_is_told_before_training(
     tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ["--model", tiny_config, "--optim", "adamw", "--lr", "0.01", "--data", "sample", "--steps", "1"]
-    words += ["--max-length", "16", "--tokenizer", str(make("words", tmp_path)), "--output", str(tmp_path / "run")]
+    words += ["--max-length", "16", "--max-unknown", "1", "--output", str(tmp_path / "run")]
+    words += ["--tokenizer", str(make("words", tmp_path))]
 
     def stop(*_: object) -> None:
         raise InputError("training would begin here")

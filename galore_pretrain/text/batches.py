@@ -121,14 +121,13 @@ class Documents:
 
     def _blocks(self, epoch: int, shard: int, document: int) -> Iterator[tuple[list[str], _BlockStart, _BlockStart]]:
         """Yield blocks of texts across the ends of shards, each with its own start and that of the next."""
-        rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(len(self._source.shards))
+        order = shard_order(self._source, self._seed, epoch)
         most_characters = self._start.block_characters
         texts: list[str] = []
         characters = 0
         block_start = (shard, document)
         for place in range(shard, len(order)):
-            for position, text in self._source.read(int(order[place]), document):
+            for position, text in self._source.read(order[place], document):
                 texts.append(text)
                 characters += len(text)
                 is_long = most_characters is not None and characters >= most_characters
@@ -153,6 +152,13 @@ class Documents:
                 after = next_block
             yield position, texts[order[i]], after
             position = after
+
+
+def shard_order(source: DocumentSource, seed: int, epoch: int = 0) -> list[int]:
+    """Return the shards of a source in the order in which an epoch reads them."""
+    rng = np.random.default_rng([seed, epoch])
+    order: list[int] = rng.permutation(len(source.shards)).tolist()
+    return order
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

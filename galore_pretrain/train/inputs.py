@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from galore_pretrain.config.options import RunConfig, texts_of
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
-from galore_pretrain.text.batches import TokenRows, validation_rows
+from galore_pretrain.text.batches import TokenRows, shard_order, validation_rows
 from galore_pretrain.text.sources import DocumentSource, HubDataset, first_documents, open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
 from galore_pretrain.text.usable import TextShares, measure
@@ -49,10 +49,6 @@ class Inputs:
                 if len(texts) == _TRIED_TEXTS:
                     break
         return texts
-
-    def shares(self) -> TextShares:
-        """Measure how much of the training text's first documents cannot be used."""
-        return measure(first_documents(self.training), self.tokenizer, self.rows.kept)
 
     def fingerprints(self, format_number: int | None = None) -> dict[str, str]:
         """Return what must not change before the run is resumed: the same flags can name other files by then.
@@ -94,7 +90,8 @@ def check_text(config: RunConfig, inputs: Inputs, *, is_new: bool) -> TextShares
 
     Raises InputError where that is beyond ``--max-unknown`` and the run is new; of one that goes on, a warning tells.
     """
-    shares = inputs.shares()
+    first_shard = shard_order(inputs.training, config.seed)[0]
+    shares = measure(first_documents(inputs.training, first_shard), inputs.tokenizer, inputs.rows.kept)
     fault = shares.fault(config.max_unknown)
     if fault is None:
         return shares
