@@ -68,6 +68,8 @@ def both(folder: Path) -> tuple[Counter[str], Counter[str]]:
         ("invalid.jsonl", None),
         ("evaluation.jsonl", None),
         ("contest.txt", None),
+        ("détest.txt", None),
+        ("de\u0301test.txt", None),  # as macOS writes it
         ("latest/a.jsonl", None),
     ],
 )
@@ -104,6 +106,48 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "data" / "round").symlink_to(tmp_path / "data")
     train, validation = both(tmp_path / "data")
     assert train + validation == Counter("ab")
+
+
+def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / name / f"{name}.jsonl", name)
+    (tmp_path / "a" / "other").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "other").symlink_to(tmp_path / "a")
+    train, validation = both(tmp_path)
+    assert train + validation == Counter("ab")
+    assert "links to what is read by another name" in (describe_files(str(tmp_path), None) or "")
+    assert texts_of(open_source(str(tmp_path), "validation", str(tmp_path))) == Counter("ab")
+
+
+@pytest.mark.parametrize("linked", ["val", "val.jsonl"])
+def test_a_link_that_makes_training_text_validation_is_refused(linked: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "train" / "a.jsonl", "a")
+    (tmp_path / linked).symlink_to(file if linked.endswith(".jsonl") else file.parent)
+    with pytest.raises(InputError, match=r"training text as train/a\.jsonl and validation text as val"):
+        open_source(str(tmp_path), "train")
+
+
+def test_a_link_to_a_compressed_copy_is_no_second_text(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.jsonl.gz").symlink_to(write(tmp_path / "a.jsonl.gz", "a"))
+    train, validation = both(tmp_path)
+    assert train + validation == Counter("a")
+
+
+def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert re.search(r"left out \S+/b\.jsonl: links to nothing", describe_files(str(tmp_path), None) or "")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"), [("utf-16", "text\n"), ("utf-16-le", "text\n"), ("utf-16-be", "text\n"), ("latin-1", "été\n")]
+)
+def test_plain_text_in_another_encoding_is_refused(encoding: str, text: str, tmp_path: Path) -> None:
+    """UTF-16 without a byte order mark is valid UTF-8, full of NUL characters, where the text is English."""
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match=r"line \d (is not UTF-8|holds NUL characters)"):
+        list(open_source(str(tmp_path), "train").read(0, 0))
 
 
 def test_hidden_files_and_second_copies_are_no_data(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Which files of a path are text, and what each is for: training, validation or neither. What is left out is said."""
 
-import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,8 +52,8 @@ def select(data: str, flag: str = "--data") -> Selection:
     if Path(data).is_file():
         return _named_file(Path(data), flag)
     selection = Selection()
-    for file, name in _readable(data, flag, selection):
-        role = role_of(name, f"{flag} {file}")
+    for file, names in _readable(data, flag, selection):
+        role = _role_by_all(names, f"{flag} {file}")
         if role == TEST:
             selection.leave_out("test text by their names", file)
         elif role == VALIDATION:
@@ -76,14 +76,26 @@ def select_all(data: str, flag: str) -> list[Path]:
     return [file for file, _ in _readable(data, flag, Selection())]
 
 
-# A word is a run of letters, so `validated_part1` says nothing, and `val-00000-of-00003` is validation text.
+def _role_by_all(names: list[Path], where: str) -> str:
+    """Return what a file is for, which may have several names. InputError where they say different things."""
+    says: dict[str, Path] = {}
+    for name in names:
+        says.setdefault(role_of(name, where) or TRAINING, name)
+    if len(says) > 1:
+        named = " and ".join(f"{role} text as {name}" for role, name in says.items())
+        raise InputError(f"{where}: a link makes it {named}; leave one of these names out")
+    return next(iter(says))
+
+
+# A word is a run of letters, so `validated_part1` says nothing, and `val-00000-of-00003` is validation text. Some
+# systems write an accent as a character of its own, which is none of a word: `détest` must not say test there.
 def role_of(name: Path, where: str = "--data") -> str | None:
     """Return what a file is for by the words of its name and its folders: training, validation, test, or None.
 
     ``name`` is relative to what the user named. Raises InputError where one name says two things.
     """
     for part in reversed(name.parts):
-        words = re.findall(r"[a-z]+", part.lower())
+        words = re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", part).lower())
         roles = {_ROLES[word] for word in words if word in _ROLES}
         if len(roles) > 1:
             raise InputError(
@@ -126,29 +138,41 @@ def _named_file(file: Path, flag: str) -> Selection:
     return Selection(training=[file])
 
 
-def _readable(data: str, flag: str, selection: Selection) -> Iterator[tuple[Path, Path]]:
-    """Yield the files that can be read, in order, each with its name below what the user named.
+def _readable(data: str, flag: str, selection: Selection) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield the files that can be read, in order, each with all its names below what the user named.
 
-    Those that cannot be are noted in ``selection``. Raises InputError where there is none.
+    A link gives a file, or all files of a folder, another name. Files that cannot be read are noted in ``selection``.
+    Raises InputError where there is none that can.
     """
-    files = list(_files(data, flag))
     by_text: dict[Path, Path] = {}  # the same text, compressed and not, by its name without the compression's suffix
-    for file, name in files:
+    known: list[tuple[Path, Path]] = []
+    for file, name in _files(data, flag):
         if any(part.startswith(".") for part in name.parts):
             selection.leave_out("hidden", file)
         elif not readers.is_known(file):
             selection.leave_out("of another kind", file)
+        elif not file.is_file():
+            selection.leave_out("links to nothing, or no files", file)
         else:
+            known.append((file, name))
             text = readers.without_compression(file)
             by_text[text] = min(by_text.get(text, file), file, key=lambda path: (path != text, path))
-    if not by_text:
+    if not known:
         raise InputError(f"{flag} {data}: holds no {KINDS} file, plain or compressed{_but(selection)}")
-    for file, name in files:
-        first = by_text.get(readers.without_compression(file))
-        if first == file:
-            yield file, name
-        elif first is not None and readers.is_known(file):
-            selection.leave_out(f"the same text as {first.name}", file)
+    names_of: dict[Path, list[Path]] = {}
+    first_of: dict[Path, Path] = {}
+    for file, name in known:
+        copied = by_text[readers.without_compression(file)]
+        if copied != file:
+            selection.leave_out(f"the same text as {copied.name}", file)
+            continue
+        real = readers.without_compression(file.resolve())
+        names_of.setdefault(real, []).append(name)
+        first = first_of.setdefault(real, file)
+        if first != file:
+            selection.leave_out("links to what is read by another name", file)
+    for real, first in first_of.items():
+        yield first, names_of[real]
 
 
 def _files(data: str, flag: str) -> Iterator[tuple[Path, Path]]:
@@ -170,25 +194,18 @@ def _files(data: str, flag: str) -> Iterator[tuple[Path, Path]]:
         yield file, file.relative_to(base)
 
 
-def _below(top: Path) -> Iterator[Path]:
-    """Yield the files below a folder, through links too, but no folder within itself; or ``top``, if it is a file."""
-    if top.is_file():
+def _below(top: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield the files below a folder, through links too, but no folder within itself; or ``top``, if it is no folder.
+
+    ``above`` holds the folders that the walk came through, and those that hold them.
+    """
+    if not top.is_dir():
         yield top
         return
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    for folder, folders, names in os.walk(top, onerror=stop, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [name for name in folders if not _leads_up(Path(folder, name), real)]
-        yield from (file for name in names if (file := Path(folder, name)).is_file())
-
-
-def _leads_up(folder: Path, real: str) -> bool:
-    """Return whether a folder is a link to a folder that holds it, in which a walk would go round for ever."""
-    target = os.path.realpath(folder)
-    return folder.is_symlink() and os.path.commonpath([target, real]) == target
+    real = top.resolve()
+    if real not in above:
+        for child in top.iterdir():
+            yield from _below(child, above | {real, *real.parents})
 
 
 def _fixed_part(pattern: Path) -> Path:

@@ -281,6 +281,10 @@ def _read_txt(path: Path, start: int, key: str) -> Entries:
                 if number >= start:
                     yield number, Flaw(f"line {line_number} is not UTF-8 ({error.reason} at byte {error.start})")
                 continue
+            if "\0" in text:  # every other byte of UTF-16 without a byte order mark, which is valid UTF-8 too
+                if number >= start:
+                    yield number, Flaw(f"line {line_number} holds NUL characters; plain text is UTF-8 without them")
+                continue
             for part in _in_parts(text):
                 passage.append(part)
                 length += len(part)
