@@ -87,6 +87,8 @@ def both(folder: Path) -> tuple[Counter[str], Counter[str]]:
         ("invalid.jsonl", None),
         ("evaluation.jsonl", None),
         ("contest.txt", None),
+        ("détest.txt", None),
+        ("de\u0301test.txt", None),  # as macOS writes it
         ("latest/a.jsonl", None),
     ],
 )
@@ -213,6 +215,29 @@ def test_a_compressed_twin_of_the_evaluated_text_is_not_trained_on(tmp_path: Pat
         assert "training 1 .jsonl" in said(str(tmp_path / "twins"), other)
     with pytest.raises(InputError, match=r"both hold .*b\.jsonl\.gz; give it by one of them"):
         open_source([str(tmp_path / "twins"), str(tmp_path / "twins" / "b.jsonl.gz")], "train")
+
+
+def test_a_link_to_a_compressed_copy_is_no_second_text(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.jsonl.gz").symlink_to(write(tmp_path / "a.jsonl.gz", "a"))
+    train, validation = both(tmp_path)
+    assert train + validation == Counter("a")
+
+
+def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert re.search(r"left out \S+/b\.jsonl: leads nowhere", said(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"), [("utf-16", "text\n"), ("utf-16-le", "text\n"), ("utf-16-be", "text\n"), ("latin-1", "été\n")]
+)
+def test_plain_text_in_another_encoding_is_refused(encoding: str, text: str, tmp_path: Path) -> None:
+    """UTF-16 without a byte order mark is valid UTF-8, full of NUL characters, where the text is English."""
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match=r"line \d (is not UTF-8|holds NUL characters)"):
+        list(open_source(str(tmp_path), "train").read(0, 0))
 
 
 def test_hidden_files_and_second_copies_are_no_data(tmp_path: Path) -> None:

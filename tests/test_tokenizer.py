@@ -241,6 +241,57 @@ def words(folder: Path, vocabulary: list[str], **roles: str) -> Path:
     return write(form, folder, roles)
 
 
+def test_a_special_token_between_other_text_is_spelled_by_the_export_too(tmp_path: Path) -> None:
+    """At the beginning of a word it is part of a larger piece, so that it shows in the midst of one alone."""
+    pieces = [*"▁</s>toxy", "<unk>", "▁<tool>", "<tool>"]
+    form = Form(models.Unigram([(piece, -float(len(piece))) for piece in pieces], pieces.index("<unk>")))
+    form.pre_tokenizer = pre_tokenizers.Metaspace()
+    form.add_special_tokens(["</s>", "<tool>"])
+    tokenizer = load_tokenizer(str(write(form, tmp_path, {"eos_token": "</s>", "unk_token": "<unk>"})))
+    (tmp_path / "model").mkdir()
+    tokenizer.save(tmp_path / "model", model_max_length=64, vocabulary=64)
+    text = "x<tool>y"
+    ids = encoded(tokenizer, [text])[0]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(text)["input_ids"] == ids
+
+
+def test_a_special_token_of_normalized_text_is_spelled(tmp_path: Path) -> None:
+    """The library takes those out of a text even where it is told to take none."""
+    vocabulary = {piece: number for number, piece in enumerate(["<unk>", "</s>", *"▁</s>xy"])}
+    form = Form(models.BPE(vocabulary, [], unk_token="<unk>"))
+    form.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    form.add_special_tokens([AddedToken("</s>", normalized=True)])
+    tokenizer = load_tokenizer(str(write(form, tmp_path, {"eos_token": "</s>", "unk_token": "<unk>"})))
+    (tmp_path / "model").mkdir()
+    tokenizer.save(tmp_path / "model", model_max_length=64, vocabulary=64)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text in ("</s>", "x</s>y", "x </s> y"):
+        ids = encoded(tokenizer, [text])[0]
+        assert exported.convert_ids_to_tokens(ids) == list(("▁" + text).replace(" ", "▁"))
+        assert exported(text)["input_ids"] == ids
+
+
+@pytest.mark.parametrize("name", ["WordLevel", "WordPiece", "Unigram", "Llama-3"])
+def test_an_exported_folder_is_the_same_tokenizer(name: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(make(name, tmp_path)))
+    (tmp_path / "model").mkdir()
+    tokenizer.save(tmp_path / "model", model_max_length=64, vocabulary=1000)
+    assert load_tokenizer(str(tmp_path / "model")).fingerprint == tokenizer.fingerprint
+
+
+def test_a_control_piece_is_cut_where_no_piece_goes_across_wherever_it_stands(tmp_path: Path) -> None:
+    """At the beginning of a word `▁<` is a piece, and elsewhere `<|` is."""
+    lines = ["a<|b c<|d <e <f <g"] * 50
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "own"), minloglevel=2, vocab_size=24,
+        model_type="bpe", hard_vocab_limit=False, user_defined_symbols=["qu"], control_symbols=["<|eot|>"],
+    )  # fmt: skip
+    tokenizer = load_tokenizer(str(tmp_path / "own.model"))
+    tokenizer.save(tmp_path, model_max_length=64, vocabulary=64)
+    texts = ["a<|eot|>", "<|eot|>", "a <|eot|> b"]
+    assert AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"] == encoded(tokenizer, texts)
+
+
 def test_a_special_token_of_one_character_is_filtered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It cannot be spelled by others, nor can the exported tokenizer filter: so it is told."""
     path = words(tmp_path / "own", ["?", "!", "a", "b", "<eos>"], eos_token="<eos>", pad_token="!", unk_token="?")

@@ -19,6 +19,7 @@ from galore_pretrain.errors import InputError
 log = logging.getLogger(__name__)
 
 _POSITIVE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_LARGEST = 2**63 - 1
 _NULL = type(None)
 _INTEGER = (int,)
 _NUMBER = (float, int)
@@ -157,8 +158,7 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
     values, source = _read(name_or_path)
     for key, value in values.items():
         _check_kind(key, value, source)
-        is_whole_number = float in _KINDS[key] and isinstance(value, int)
-        if is_whole_number and abs(value) < 2**63:  # transformers wants 1.0, and not 1
+        if float in _KINDS[key]:  # transformers wants 1.0, and not 1
             values[key] = float(value)
     for key in ("num_key_value_heads", "head_dim"):
         if key in values and values[key] is None:  # older transformers write that for what follows from other keys
@@ -178,9 +178,9 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
     try:
         built = LlamaConfig(**config, use_cache=False, architectures=["LlamaForCausalLM"])
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:  # what transformers itself refuses
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace("rope_parameters", _rope_key(values))
         raise InputError(f"{source}: {reason}") from error
-    _check_turning(built, source)
+    _check_turning(built, _rope_key(values), source)
     return built
 
 
@@ -228,6 +228,8 @@ def _check_kind(key: str, value: Any, source: str) -> None:
         names = {type(None): "null"}
         expected = " or ".join(names.get(kind, kind.__name__) for kind in kinds)
         raise InputError(f"{source}: {key} is {value!r}; it must be {expected}")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise InputError(f"{source}: {key} has {len(str(abs(value)))} digits; an integer must be below 2**63")
     if key == "eos_token_id" and isinstance(value, list) and not all(type(i) is int for i in value):
         raise InputError(f"{source}: {key} is {value!r}; a list must hold int alone")
 
@@ -246,7 +248,7 @@ def _check_shape(values: dict[str, Any], source: str) -> None:
     """Raise InputError where the hidden size cannot be divided into heads, or heads into groups."""
     hidden = values["hidden_size"]
     heads = values["num_attention_heads"]
-    if "head_dim" not in values and hidden % heads:
+    if hidden % heads:  # with head_dim it would be no matter, but transformers refuses it then too
         choices = []
         for divisor in range(1, 129):
             width, remainder = divmod(hidden, divisor)
@@ -258,8 +260,11 @@ def _check_shape(values: dict[str, Any], source: str) -> None:
         )
     head_dim = values.get("head_dim", hidden // heads)
     if head_dim < 2 or head_dim % 2:
+        origin = f"num_attention_heads {heads} of hidden_size {hidden}"
+        if "head_dim" in values:
+            origin = "head_dim"
         raise InputError(
-            f"{source}: heads are {head_dim} wide; rotary embeddings need an even width: change num_attention_heads"
+            f"{source}: heads are {head_dim} wide, by {origin}; rotary embeddings need an even width of at least 2"
         )
     groups = values.get("num_key_value_heads", heads)
     if groups < 1 or heads % groups:
@@ -296,7 +301,7 @@ def _rope(values: dict[str, Any], source: str) -> dict[str, Any] | None:
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     if new and old and new != old:
         raise InputError(f"{source}: rope_parameters and rope_scaling differ; leave out one")
-    name = "rope_parameters" if new else "rope_scaling"
+    name = _rope_key(values)
     rope = dict(new or old or {})
     if not rope:
         return None
@@ -318,10 +323,17 @@ def _rope(values: dict[str, Any], source: str) -> dict[str, Any] | None:
     return rope
 
 
+def _rope_key(values: dict[str, Any]) -> str:
+    """Return the key by which a config says how heads are turned."""
+    if values.get("rope_parameters"):
+        return "rope_parameters"
+    return "rope_scaling"
+
+
 # What the numbers of a scale must be differs from type to type, and transformers only warns of most. So the frequencies
 # are computed once: wrong types raise there, and wrong numbers give a table of another shape, or no finite one.
-def _check_turning(config: LlamaConfig, source: str) -> None:
-    """Raise InputError where the frequencies by which heads are turned cannot be computed."""
+def _check_turning(config: LlamaConfig, key: str, source: str) -> None:
+    """Raise InputError where the frequencies by which heads are turned, by what ``key`` says, cannot be computed."""
     rope = config.rope_parameters
     try:
         with torch.device("cpu"):
@@ -334,4 +346,4 @@ def _check_turning(config: LlamaConfig, source: str) -> None:
         is_sound = False
         reason = " ".join(str(error).split())
     if not is_sound:
-        raise InputError(f"{source}: no frequencies come of rope_parameters {rope} ({reason}); correct them")
+        raise InputError(f"{source}: no frequencies come of {key} {rope} ({reason}); correct them")

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -99,14 +100,15 @@ def select_all(data: str, flag: str) -> list[TextFile]:
     return _readable(data, flag, Selection())
 
 
-# A word is a run of letters, so `validated_part1` says nothing, and `val-00000-of-00003` is validation text.
+# A word is a run of letters, so `validated_part1` says nothing, and `val-00000-of-00003` is validation text. Some
+# systems write an accent as a character of its own, which is none of a word: `détest` must not say test there.
 def role_of(name: str, where: str = "--data") -> str | None:
     """Return what a file is for by the words of its name and its folders: training, validation, test, or None.
 
     ``name`` is relative to what the user named. Raises InputError where one name says two things.
     """
     for part in reversed(name.split(os.sep)):
-        words = re.findall(r"[a-z]+", part.lower())
+        words = re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", part).lower())
         roles = {_ROLES[word] for word in words if word in _ROLES}
         if len(roles) > 1:
             raise InputError(

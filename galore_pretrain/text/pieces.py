@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SPACE = "\u2581"
 """What SentencePiece writes for a space in a piece."""
+OF_NO_PIECE = "\ue000"
+"""A character for private use, beside which a text is tried."""
 _UNIGRAM, _BPE, _WORD, _CHARACTER = range(1, 5)  # TrainerSpec.ModelType of sentencepiece_model.proto
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 
@@ -54,13 +56,15 @@ def fast_form(processor: "sentencepiece.SentencePieceProcessor") -> "tokenizers.
     return form
 
 
+# What stands before a text may take its beginning: `▁<` is a piece and `<|` too. So the place to cut it is one between
+# pieces wherever it stands: alone, behind a space, and behind a character that is in no piece.
 def _first_part(processor: "sentencepiece.SentencePieceProcessor", text: str) -> int:
     """Return how many characters of ``text`` make the first of its pieces, where that is not all of them; else 1."""
-    for piece in processor.encode(text, out_type=str):
-        length = len(piece.lstrip(SPACE))
-        if 0 < length < len(text):
-            return length
-    return 1
+    common = set(range(1, len(text)))
+    for before in ("", "a ", OF_NO_PIECE):
+        spans = processor.encode(before + text, return_type="offset_mapping")["offsets"]
+        common &= {start - len(before) for start, _ in spans}
+    return min(common, default=1)
 
 
 def cut_apart(form: "tokenizers.Tokenizer", tokens: Mapping[str, int]) -> None:

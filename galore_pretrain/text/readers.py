@@ -354,9 +354,15 @@ def _lines_of_text(path: Path) -> Iterator[str | Flaw]:
             if number == 1:
                 encoding = "utf-8-sig"  # a byte order mark is no text
             try:
-                yield line.decode(encoding)
+                text = line.decode(encoding)
             except UnicodeDecodeError as error:
                 yield Flaw(f"line {number} is not UTF-8 ({error.reason} at byte {error.start})")
+                continue
+            # UTF-16 without a byte order mark is valid UTF-8 too, where every other byte is NUL.
+            if "\0" in text:
+                yield Flaw(f"line {number} holds NUL characters; plain text is UTF-8 without them")
+            else:
+                yield text
     except _BrokenError as error:
         yield Flaw(str(error), is_end=True)
 

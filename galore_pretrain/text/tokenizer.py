@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text.hub import T5, download, first_line, is_hub_id
-from galore_pretrain.text.pieces import SPACE, cut_apart, fast_form
+from galore_pretrain.text.pieces import OF_NO_PIECE, SPACE, cut_apart, fast_form
 
 if TYPE_CHECKING:
     import tokenizers
@@ -234,9 +234,13 @@ class HuggingFaceTokenizer:
         from tokenizers import Tokenizer, processors
 
         try:
-            plain = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+            content = json.loads(self._tokenizer.backend_tokenizer.to_str())
         except Exception as error:
             raise InputError(f"--tokenizer {self.name}: cannot be saved ({first_line(error)})") from error
+        for token in content["added_tokens"]:
+            if token["special"]:  # those that are looked for in normalized text are found whatever is said below
+                token["normalized"] = False
+        plain = Tokenizer.from_str(json.dumps(content))
         plain.post_processor = processors.Sequence([])
         plain.no_truncation()
         plain.no_padding()
@@ -246,7 +250,7 @@ class HuggingFaceTokenizer:
         made: dict[str, int] = {}
         for number in sorted(special):
             token = plain.id_to_token(number)
-            if token is not None and _makes(plain, token):
+            if token is not None and _makes(plain, token, number == self._tokenizer.unk_token_id):
                 made[token] = 1
         cut_apart(plain, made)
         return plain
@@ -330,15 +334,21 @@ class HuggingFaceTokenizer:
         return [token.content for number, token in added.items() if number not in self._control]
 
 
-def _makes(form: "tokenizers.Tokenizer", token: str) -> bool:
-    """Return whether a text that spells ``token`` gets its id."""
+# What stands beside a token may take its ends: `▁<` or `>.` may be pieces. So it is tried beside a character that is in
+# no piece, too, and beside itself where such a character cannot be written. Of the unknown token, the id alone does not
+# tell that it is made, since a part of it may be unknown: it must stand for all of the token's characters.
+def _makes(form: "tokenizers.Tokenizer", token: str, is_unknown: bool) -> bool:
+    """Return whether a text that spells ``token`` gets its id. ``is_unknown``: unknown characters get it as well."""
     number = form.token_to_id(token)
-    for text in (token, f"a {token} b"):
+    for before, behind in (("", ""), ("a ", " b"), (OF_NO_PIECE, OF_NO_PIECE), ("", token)):
         try:
-            if number in form.encode(text, add_special_tokens=False).ids:
-                return True
+            encoding = form.encode(before + token + behind, add_special_tokens=False)
         except Exception:  # a vocabulary that lacks a character, and an unknown token for it
             continue
+        whole = (len(before), len(before) + len(token))
+        for made, span in zip(encoding.ids, encoding.offsets, strict=True):
+            if made == number and (span == whole or not is_unknown):
+                return True
     return False
 
 
