@@ -115,6 +115,29 @@ def check_checkpoints(make: Callable[[Net], Any], folder: str, rank: int) -> Non
         assert found < 1e-6, (type(optimizer).__name__, way, found)
 
 
+def check_a_look() -> None:
+    """Trained after its state was looked at, or before, by gradients that are zero in one process alone."""
+    results = []
+    for is_looked_at in (False, True):
+        net = sharded()
+        optimizer = build(GaLoreAdamW, net)
+        if is_looked_at:
+            get_optimizer_state_dict(net, optimizer)
+        train(net, optimizer, 0, 5, distributed.get_rank())
+        results.append(whole(net))
+    assert largest_difference(*results) == 0
+    net = sharded()
+    optimizer = build(GaLoreAdamW, net)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+        local = p.grad.to_local()  # type: ignore[attr-defined]
+        local += distributed.get_rank()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert {state["step"] for state in optimizer.state.values()} == {1}
+
+
 def params_of(optimizer: Any) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -175,6 +198,7 @@ def main() -> None:
     for optimizer_class in (GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, NaturalGaLoreAdamW):
         check_checkpoints(lambda net, made=optimizer_class: build(made, net), folder[0], rank)  # type: ignore[misc]
     check_checkpoints(lambda net: build_optimizer(net, "galore_adamw", lr=0.01, rank=20), folder[0], rank)
+    check_a_look()
     check_tensor_parallelism()
     check_partial_gradients()
     distributed.destroy_process_group()

@@ -290,6 +290,34 @@ def test_a_count_may_be_saved_as_a_tensor() -> None:
     assert {type(value["step"]) for value in (*optimizer.state.values(), *other.state.values())} == {int}
 
 
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)])
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+def test_a_look_at_a_fresh_state_changes_nothing(optimizer_class: Any, lr: Any) -> None:
+    """torch.distributed.checkpoint looks by a step, of zero gradients at the rate 0."""
+    weights = []
+    for is_looked_at in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(24, 16)
+        params = list(net.parameters())
+        optimizer = build(optimizer_class, params, lr=lr)
+        if is_looked_at:
+            seen: Any = get_optimizer_state_dict(net, optimizer)
+            assert seen["state"]["weight"]["step"] == 0
+            assert len(seen["state"]["weight"]) > 2
+        train(optimizer, params, 6)
+        assert optimizer.state[params[0]]["step"] == 6
+        weights.append(params)
+    assert_equal(*weights)
+
+
+def test_a_first_update_at_the_rate_0_is_made() -> None:
+    """A warmup begins with it, and its gradients count."""
+    params = parameters(SHAPES)
+    optimizer = build(GaLoreAdamW, params, lr=0.0)
+    train(optimizer, params, 1)
+    assert [optimizer.state[p]["step"] for p in params] == [1] * 3
+
+
 def test_a_loaded_rate_is_a_copy() -> None:
     params = parameters(SHAPES)
     optimizer = build(GaLoreAdamW, params, lr=torch.tensor(0.01))

@@ -349,6 +349,17 @@ class PendingGradients:
         if pending is not None:
             self._finalize(pending)
 
+    def are_zero(self, params: Iterable[Tensor]) -> bool:
+        """Return whether there are gradients in ``params``, all of zeros, on all processes. Waits for the device."""
+        gradients = [local(p.grad) for p in params if p.grad is not None]
+        if not gradients:
+            return False
+        device = gradients[0].device
+        are_zero = torch.stack([~grad.any().to(device) for grad in gradients]).all()
+        if self.distributor is not None:
+            are_zero = self.distributor.agreed(are_zero)
+        return bool(are_zero)
+
     def start_sum(self, p: Tensor) -> None:
         """Begin to sum what is pending for ``p`` over the replicas, where that is done here."""
         pending = self._pending.get(p)

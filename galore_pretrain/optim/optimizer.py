@@ -125,6 +125,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.slots.renew()
         self._before_step()
         params = [p for group in self.param_groups for p in group["params"]]
+        if self._only_shows_state(params):
+            self.allocate()
+            return loss
         with own_precision():
             self.pending.sync(params)
             self.pending.refresh(params)
@@ -132,6 +135,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self.update_param(p)
         self._skips.end_step()
         return loss
+
+    # To see what a state holds, torch.distributed.checkpoint makes a first step with gradients of zeros at the rate 0.
+    # As an update it would count, and find bases in zeros, which later ones would go on with.
+    def _only_shows_state(self, params: Iterable[Tensor]) -> bool:
+        """Return whether a step is to change nothing: the first, where the rate and all gradients are 0."""
+        if self.state or any(group["lr"] for group in self.param_groups):
+            return False
+        return self.pending.are_zero(params)
 
     def _before_step(self) -> None:
         """Do nothing: for subclasses. Were they to override ``step``, torch would call the hooks of steps twice."""
@@ -293,7 +304,6 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _load(self, state_dict: dict[str, Any]) -> None:
         """Take a saved state, between the hooks of loading."""
         take_state_dict(state_dict, self)
-        self._skips.take()  # torch.distributed.checkpoint makes a first step to see what a state holds
 
 
 def _subtract(
