@@ -21,7 +21,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-from galore_pretrain.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW, build_optimizer
+from galore_pretrain.optim import (
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GlobalStep,
+    Layerwise,
+    NaturalGaLoreAdamW,
+    build_optimizer,
+)
 
 # 8-bit moments have blocks of 256 elements of the whole. Rows of 256 have parts begin where blocks do.
 IN, OUT = 256, 32
@@ -138,6 +146,31 @@ def check_a_look() -> None:
     assert {state["step"] for state in optimizer.state.values()} == {1}
 
 
+def check_an_exchange(rank: int) -> None:
+    """As accelerate does it: made for a model in one piece, which is then shared out, and trained by an execution."""
+    results = []
+    for execution_class in (None, GlobalStep, Layerwise):
+        net = sharded()
+        if execution_class is None:
+            optimizer = build(GaLoreAdamW, net)
+            train(net, optimizer, 0, 5, rank)
+        else:
+            before = Net()
+            optimizer = build(GaLoreAdamW, before)
+            pairs = dict(zip(before.parameters(), net.parameters(), strict=True))
+            for group in optimizer.param_groups:
+                group["params"] = [pairs[p] for p in group["params"]]
+            execution = execution_class(optimizer)
+            for i in range(5):
+                x = torch.randn(4, IN, generator=torch.Generator().manual_seed(10 * i + rank))
+                execution.begin(0, 1)
+                net(x).square().mean().backward()
+                execution.complete()
+        results.append(whole(net))
+    assert largest_difference(results[0], results[1]) < 1e-6
+    assert largest_difference(results[0], results[2]) < 1e-6
+
+
 def params_of(optimizer: Any) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -199,6 +232,7 @@ def main() -> None:
         check_checkpoints(lambda net, made=optimizer_class: build(made, net), folder[0], rank)  # type: ignore[misc]
     check_checkpoints(lambda net: build_optimizer(net, "galore_adamw", lr=0.01, rank=20), folder[0], rank)
     check_a_look()
+    check_an_exchange(rank)
     check_tensor_parallelism()
     check_partial_gradients()
     distributed.destroy_process_group()

@@ -70,6 +70,33 @@ def test_a_compiled_step_makes_the_same_update(optimizer_class: Any) -> None:
     assert_equal(params, others)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("execution_class", [GlobalStep, Layerwise])
+def test_compiled_passes_between_begin_and_complete_make_the_same_update(
+    execution_class: Any, micro_batches: int
+) -> None:
+    weights = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"mlp": nn.Linear(16, 24), "head": nn.Linear(24, 4)})
+        optimizer = build_optimizer(model, "galore_adamw", lr=0.01, rank=4, update_proj_gap=3)
+        execution = execution_class(optimizer)
+
+        def passes(x: Tensor, model: Any = model) -> None:
+            model["head"](model["mlp"](x).relu()).square().mean().backward()
+
+        called: Any = torch.compile(passes, backend="eager") if is_compiled else passes
+        for seed in range(6):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
+            for i, part in enumerate(x.chunk(micro_batches)):
+                execution.begin(i, micro_batches)
+                called(part)
+            execution.complete()
+        weights.append([p.detach() for p in model.parameters()])
+    assert_equal(*weights)
+
+
 @pytest.mark.parametrize("execution_class", [GlobalStep, Layerwise])
 def test_a_compiled_training_step_makes_the_same_update(execution_class: Any) -> None:
     weights = []
@@ -215,6 +242,39 @@ def test_schedulers_that_cycle_momentum_take_the_rows_of_the_table(row: str) -> 
     adafactor = build_optimizer(model, "galore_adafactor", lr=0.01, rank=4)
     with pytest.raises(ValueError, match="momentum"):
         OneCycleLR(adafactor, 0.01, total_steps=20)
+
+
+@pytest.mark.parametrize("make", ["row", "drop-in"])
+@pytest.mark.parametrize("execution_class", [GlobalStep, Layerwise])
+def test_an_execution_updates_by_the_betas_that_a_scheduler_has_left(execution_class: Any, make: str) -> None:
+    def scheduled() -> tuple[Any, Any, Any]:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"mlp": nn.Linear(16, 24)})
+        optimizer: Any = build_optimizer(model, "galore_adamw", lr=0.01, rank=4)
+        if make == "drop-in":
+            optimizer = build(GaLoreAdamW, list(model.parameters()))
+        return model, optimizer, OneCycleLR(optimizer, 0.01, total_steps=20)
+
+    def go_on(training: tuple[Any, Any, Any], updates: int, execution: Any = None) -> None:
+        model, optimizer, scheduler = training
+        params = list(model.parameters())
+        for grads in gradients(params, updates):
+            if execution:
+                execution.begin(0, 1)
+            torch.autograd.backward(params, grads)
+            (execution.complete if execution else optimizer.step)()
+            optimizer.zero_grad()
+            scheduler.step()
+
+    stepped, executed, resumed = scheduled(), scheduled(), scheduled()
+    go_on(stepped, 4)
+    go_on(executed, 4, execution_class(executed[1]))
+    assert_equal(*[list(training[0].parameters()) for training in (stepped, executed)])
+    for part, saved in zip(resumed, executed, strict=True):
+        part.load_state_dict(copy.deepcopy(saved.state_dict()))
+    go_on(executed, 3, execution_class(executed[1]))
+    go_on(resumed, 3, execution_class(resumed[1]))
+    assert_equal(*[list(training[0].parameters()) for training in (executed, resumed)])
 
 
 def test_lists_for_tuples_load() -> None:

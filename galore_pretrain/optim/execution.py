@@ -504,7 +504,6 @@ class Execution(ABC):
         self._micro_batch = 0
         self._micro_batches = 1
         self._norm: Tensor | None = None
-        self._is_compiled = False
         self._params: list[Tensor] = []
         for group in optimizer.param_groups:
             self._params.extend(group["params"])
@@ -512,13 +511,15 @@ class Execution(ABC):
         # parameters, would keep a model in memory for good.
         weak_self = weakref.ref(self)
 
+        @torch._disable_dynamo  # see `RuleOptimizer.step`; backward may be called from a compiled function
         def hook(p: Tensor) -> None:
             execution = weak_self()
             if execution is None:
                 return
-            if execution._is_compiled or torch.is_autocast_enabled(p.device.type):
-                execution._hook_by_itself(p)
-            else:
+            if torch.is_autocast_enabled(p.device.type):
+                with own_precision():
+                    execution._hook(p)
+            else:  # without a context: a call less for each parameter
                 execution._hook(p)
 
         handles = [p.register_post_accumulate_grad_hook(hook) for p in self._params]
@@ -529,16 +530,15 @@ class Execution(ABC):
         """Take the gradient of ``p`` as soon as a backward pass has finished ``p.grad``."""
 
     @torch._disable_dynamo  # see `RuleOptimizer.step`
-    def _hook_by_itself(self, p: Tensor) -> None:
-        """Do what `_hook` does, where backward is called from a compiled function or inside autocast."""
-        with own_precision():
-            self._hook(p)
-
     def begin(self, micro_batch: int, micro_batches: int) -> None:
-        """Say that the next backward pass is number ``micro_batch`` (from 0) of an update's ``micro_batches``."""
+        """Say that the next backward pass is number ``micro_batch`` (from 0) of an update's ``micro_batches``.
+
+        The first takes the groups as they are then: an update is made by what schedulers have left in them.
+        """
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
-        self._is_compiled = torch.compiler.is_compiling()
+        if micro_batch == 0:
+            self._optimizer.follow_groups()
 
     @torch._disable_dynamo  # see `RuleOptimizer.step`
     @torch.no_grad()

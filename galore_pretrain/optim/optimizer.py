@@ -122,8 +122,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.slots.renew()
-        self._before_step()
+        self.follow_groups()
         params = [p for group in self.param_groups for p in group["params"]]
         if self._only_shows_state(params):
             self.allocate()
@@ -143,6 +142,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self.state or any(group["lr"] for group in self.param_groups):
             return False
         return self.pending.are_zero(params)
+
+    def follow_groups(self) -> None:
+        """Go on with the parameters and settings that the groups have now; an update begins with it."""
+        self.slots.renew()
+        self._before_step()
 
     def _before_step(self) -> None:
         """Do nothing: for subclasses. Were they to override ``step``, torch would call the hooks of steps twice."""
