@@ -522,8 +522,18 @@ class Execution(ABC):
             else:  # without a context: a call less for each parameter
                 execution._hook(p)
 
-        handles = [p.register_post_accumulate_grad_hook(hook) for p in self._params]
-        weakref.finalize(self, _remove, handles)
+        self._run_hook = hook
+        self._hooked: set[Tensor] = set()
+        self._handles: list[Any] = []
+        self._hook_trained()
+        weakref.finalize(self, _remove, self._handles)
+
+    def _hook_trained(self) -> None:
+        """Hook the parameters that are trained now: torch hooks none that is frozen, and others may thaw it later."""
+        for p in self._params:
+            if p.requires_grad and p not in self._hooked:
+                self._handles.append(p.register_post_accumulate_grad_hook(self._run_hook))
+                self._hooked.add(p)
 
     @abstractmethod
     def _hook(self, p: Tensor) -> None:
@@ -539,6 +549,7 @@ class Execution(ABC):
         self._micro_batches = micro_batches
         if micro_batch == 0:
             self._optimizer.follow_groups()
+            self._hook_trained()
 
     @torch._disable_dynamo  # see `RuleOptimizer.step`
     @torch.no_grad()
