@@ -446,6 +446,47 @@ def test_a_group_that_is_taken_out_leaves_others_their_settings() -> None:
     assert not torch.equal(params[2], before[2])
 
 
+def test_a_group_that_is_out_for_a_while_comes_back_with_its_rule() -> None:
+    """Meanwhile, the other groups, which had the same rule, go on by other betas."""
+    params, bias = parameters(SHAPES), parameters([(9,)])[0]
+    groups = [{"params": params[:2], "rank": 4}, {"params": params[2:]}, {"params": [bias]}]
+    optimizer = GaLoreAdamW(groups, lr=0.01)
+    train(optimizer, [*params, bias], 1)
+    rule = optimizer.rule_of(bias)
+    group = optimizer.param_groups.pop()
+    for number in range(3):
+        for other in optimizer.param_groups:
+            other["betas"] = (0.8, 0.9 + number / 100)
+        train(optimizer, params, 1)
+    optimizer.param_groups.append(group)
+    train(optimizer, [*params, bias], 1)
+    assert optimizer.rule_of(bias) == rule
+    assert len(optimizer.slots._rules) == 3
+
+
+def test_a_parameter_that_is_moved_is_updated_by_the_rule_of_its_group() -> None:
+    a, b, c = parameters([(8, 8), (8, 8), (8, 8)])
+    groups = [{"params": [c], "rank": 2}, {"params": [a]}, {"params": [b], "betas": (0.5, 0.6)}]
+    optimizer = GaLoreAdamW(groups, lr=0.01)
+    train(optimizer, [a, b, c], 2)
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[2]["params"].pop())
+    train(optimizer, [a, b, c], 1)
+    assert optimizer.rule_of(b) == optimizer.rule_of(a)
+    assert optimizer.state[b]["step"] == 3
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    with pytest.raises(ValueError, match=r"another shape: del optimizer\.state"):
+        train(optimizer, [a, b, c], 1)
+    del optimizer.state[c]
+    train(optimizer, [a, b, c], 1)
+    assert [optimizer.state[p]["step"] for p in (a, b, c)] == [4, 4, 1]
+
+
+def test_a_foreign_tensor_has_an_empty_state() -> None:
+    optimizer = build(GaLoreAdamW, parameters(SHAPES))
+    assert optimizer.state[parameters([(3,)])[0]] == {}
+
+
 def test_a_group_that_does_not_fit_is_not_added() -> None:
     params = parameters(SHAPES)
     optimizer = build(GaLoreAdamW, params)

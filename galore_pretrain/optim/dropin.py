@@ -117,7 +117,7 @@ class _DropIn(RuleOptimizer):
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and allocate its state; ``rank`` and its companions in the group make it a projected one."""
+        """Add a group; ``rank`` and its companions in the group make it a projected one."""
         unused = param_group.keys() - self._options.keys()
         ignored = _OPTIMIZER_SETTINGS & unused
         if ignored:

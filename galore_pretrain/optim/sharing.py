@@ -47,7 +47,7 @@ class Distributor:
 
     @classmethod
     def of(cls, params: Sequence[Tensor]) -> "Distributor | None":
-        """Return a distributor for the processes that share ``params``; None where this process is alone.
+        """Return a distributor for the processes that share ``params``; None where none of these is a DTensor.
 
         ValueError where they lie on several meshes.
         """
