@@ -173,7 +173,9 @@ def _checked_state(state_dict: Mapping[str, Any], optimizer: "RuleOptimizer") ->
         for key, p in zip(saved_group["params"], group["params"], strict=True):
             saved = {**saved_states.get(key, {})}
             if saved:
-                step = int(saved.pop("step", 0))  # others save it as a tensor
+                if "step" not in saved:
+                    raise ValueError(f"the saved state holds {sorted(saved)}; step, the count of updates, is missing")
+                step = int(saved.pop("step"))  # others save it as a tensor
                 loaded[p] = {"step": step, **_loaded(saved, optimizer.slots[p], p)}
     return loaded
 
