@@ -29,6 +29,8 @@ from galore_pretrain.optim import (
     NaturalGaLoreAdamW,
     build_optimizer,
 )
+from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.sgd import SGD
 from prescribed import gradients, parameters, train
 from test_dist import torchrun
 
@@ -386,6 +388,83 @@ def test_a_loaded_rate_is_a_copy() -> None:
     restored.load_state_dict(saved)
     restored.param_groups[0]["lr"].fill_(0.25)
     assert [float(group["lr"]) for group in optimizer.param_groups] == [pytest.approx(0.01)] * 2
+
+
+@pytest.mark.parametrize("row", [True, False])
+def test_a_saved_group_names_the_rule_that_its_settings_ask_for(row: bool) -> None:
+    """A load compares both, so that what is no setting of a group is not thrown away."""
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"mlp": nn.Linear(16, 24)})
+        if row:
+            return build_optimizer(model, "galore_adamw", lr=0.01, rank=4)
+        return build(GaLoreAdamW, list(model.parameters()))
+
+    optimizer = made()
+    train(optimizer, [p for group in optimizer.param_groups for p in group["params"]], 1)
+    scheduler = OneCycleLR(optimizer, 0.01, total_steps=20)
+    scheduler.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    betas = tuple(saved["param_groups"][0]["betas"])
+    assert f"betas={betas}" in saved["param_groups"][0]["settings"]
+    restored = made()
+    restored.load_state_dict(saved)
+    assert restored.param_groups[0]["settings"] == saved["param_groups"][0]["settings"]
+    for group in saved["param_groups"]:
+        group["settings"] = group["settings"].replace("Adam(", "Adam(formula='other', ")
+    with pytest.raises(ValueError, match="formula='other'"):
+        made().load_state_dict(saved)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_refused_load_leaves_the_groups_as_they_were(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, c, d = parameters([(8, 8)] * 4)
+    optimizer = GaLoreAdamW([{"params": [a]}, {"params": [b], "rank": 2}], lr=0.01)
+    other = GaLoreAdamW([{"params": [c], "rank": 2, "scale": 0.5}, {"params": [d], "betas": (0.5, 0.6)}], lr=0.02)
+    train(optimizer, [a, b], 2)
+    before, rules = str(optimizer.param_groups), optimizer.slots.rules
+    if error is RuntimeError:
+        other = GaLoreAdamW([{"params": [c], "betas": (0.1, 0.2)}, {"params": [d], "rank": 2}], lr=0.02)
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("a message was lost")
+
+        monkeypatch.setattr("galore_pretrain.optim.optimizer.take_state_dict", fail)
+    with pytest.raises(error):
+        optimizer.load_state_dict(other.state_dict())
+    assert str(optimizer.param_groups) == before
+    assert optimizer.slots.rules == rules
+    train(optimizer, [a, b], 1)
+    assert [optimizer.rule_of(p) for p in (a, b)] == rules
+
+
+def test_a_state_without_a_count_is_refused() -> None:
+    params = parameters(SHAPES)
+    optimizer = build(GaLoreAdamW, params)
+    train(optimizer, params, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0]["step"]
+    with pytest.raises(ValueError, match="step, the count of updates, is missing"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_group_that_is_added_to_a_row_keeps_the_betas_of_its_rule() -> None:
+    optimizer = build_optimizer(nn.ModuleDict({"mlp": nn.Linear(8, 8)}), "galore_adamw", lr=0.01, rank=2)
+    params = parameters([(8,), (8,)])
+    rules = [Adam(betas=(0.5, 0.6)), SGD()]
+    for name, p, rule in zip(("one", "other"), params, rules, strict=True):
+        optimizer.add_param_group({"params": [(name, p)], "rule": rule})
+    train(optimizer, params, 1)
+    assert [optimizer.rule_of(p) for p in params] == rules
+    assert "betas" not in optimizer.param_groups[-1]
+
+
+def test_a_hook_may_exchange_the_state_for_an_empty_one() -> None:
+    optimizer = build(GaLoreAdamW, parameters(SHAPES))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: {})
+    with pytest.raises(KeyError):
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_hooks_of_loading_are_called_and_may_exchange_the_state() -> None:

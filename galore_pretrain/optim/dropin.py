@@ -13,7 +13,6 @@ In transformers' ``Trainer``: ``optimizers=(GaLoreAdamW(groups, lr=0.01), None)`
 """
 
 import difflib
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -25,7 +24,6 @@ from torch import Tensor
 from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
-from galore_pretrain.optim.slots import settings_of
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import is_shared
 
@@ -148,60 +146,32 @@ class _DropIn(RuleOptimizer):
             return companion
         return projected
 
-    def _before_step(self) -> None:
-        """Update each group by the settings that it has now."""
+    def begin_update(self) -> None:
+        """Go on with what the groups hold now. The first time, warn where nothing is projected."""
+        super().begin_update()
         if not self._has_stepped and not self.projects and not self._others_project():
             name = type(self).__name__
             warnings.warn(f"{name} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2)
         self._has_stepped = True
+
+    def _follow_settings(self, number: int, group: dict[str, Any]) -> None:
+        """Update a group by the settings that it has now."""
+        settings = [group.get(name) for name in (*_GROUP_SETTINGS, *self._options, "settings")]
+        if self._followed.get(number) != settings:
+            self.slots.follow(number, self._rule_for(group))
+            settings[-1] = group["settings"]
+            self._followed[number] = settings
+
+    def _take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Take over the settings that were saved with a group, as torch's optimizers do."""
         names = (*_GROUP_SETTINGS, *self._options)
-        for index, group in enumerate(self.param_groups):
-            settings = [group.get(name) for name in names]
-            if self._followed.get(index) != [*settings, group["settings"]]:
-                self.slots.follow(index, self._rule_for(group))
-                self._followed[index] = [*settings, group["settings"]]
+        group |= {name: saved[name] for name in names if name in saved}
+        if "first_index" in group:
+            group["first_index"] = saved.get("first_index", 0)  # which it was where none was saved
 
     def _others_project(self) -> bool:
         """Return whether this is one of many optimizers, each of one parameter, of which others project."""
         return self._is_one_of_many and any(other.projects for other in _alive)
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as `RuleOptimizer` does, and take over the settings that were saved, as torch's optimizers do.
-
-        ValueError where the state would have another shape for it, as for another rank; nothing is changed then.
-        """
-        groups_before = [dict(group) for group in self.param_groups]
-        saved_groups = [self._restated(saved) for saved in state_dict["param_groups"]]
-        if saved_groups and "first_index" in groups_before[0]:
-            saved_groups[0] = {"first_index": 0, **saved_groups[0]}  # which it was where none was saved
-        try:
-            self._follow_saved(saved_groups)
-            super()._load({**state_dict, "param_groups": saved_groups})
-        except ValueError:
-            for index, before in enumerate(groups_before):
-                self.param_groups[index] |= before
-                self.slots.follow(index, self._rule_for(before))
-            raise
-
-    # A scheduler that cycles momentum changes betas after the step, so that a saved group has other ones than its rule
-    # was made of; and what passes through JSON, or torch's full state dicts, comes back with lists for tuples.
-    def _restated(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Return a saved group with the rule that its own settings ask for, if it is one of this class."""
-        if "settings" not in saved or not self._options.keys() <= saved.keys():
-            return saved
-        settings = settings_of(self._rule_for(saved))
-        if _classes(settings) != _classes(saved["settings"]):
-            return saved
-        return {**saved, "settings": settings}
-
-    def _follow_saved(self, saved_groups: Iterable[Mapping[str, Any]]) -> None:
-        """Give each group the settings that were saved with it, and the rule that they ask for."""
-        names = (*_GROUP_SETTINGS, *self._options)
-        # Groups that only one side has are none of this method's business: loading the state refuses them.
-        pairs = zip(saved_groups, self.param_groups, strict=False)
-        for index, (saved, group) in enumerate(pairs):
-            group |= {name: saved[name] for name in names if name in saved}
-            self.slots.follow(index, self._rule_for(group))
 
 
 # Layerwise recipes make an optimizer for each parameter, and a parameter that is alone has no place among others. All
@@ -217,11 +187,6 @@ def _index_alone(p: Tensor) -> int:
     if row.ndim:
         row = row[:64]
     return derive_seed(str(tuple(p.shape)), str(row.tolist())) % _INDICES
-
-
-def _classes(settings: str) -> list[str]:
-    """Return the names of the classes of which a rule is made."""
-    return re.findall(r"(\w+)\(", settings)
 
 
 _alive: WeakSet[_DropIn] = WeakSet()

@@ -79,6 +79,10 @@ class Slots(dict[Tensor, Slot]):
         self._groups_by[settings] += 1
         return settings
 
+    def rule_named(self, settings: str) -> UpdateRule:
+        """Return the rule that groups name by these ``settings``."""
+        return self._rules[settings]
+
     def _forget_rule(self, settings: str) -> None:
         """Forget the rule of a group that goes on by another one, if it was the last that named it."""
         self._groups_by[settings] -= 1
@@ -160,8 +164,8 @@ class Slots(dict[Tensor, Slot]):
             return
         if _shapes(state_on_meta(slot, p)) != _shapes(self._optimizer.tensors(p)):
             raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is now in a group of {settings_of(slot.rule)}, and its state has "
-                "another shape: del optimizer.state[p] to begin it anew"
+                f"a parameter of shape {tuple(p.shape)} is now in a group of {settings_of(slot.rule)}, and its state "
+                "has another shape: del optimizer.state[p] to begin it anew"
             )
 
     # A group's rule may only be exchanged for one with the same state. Where that was made already, it is compared as
