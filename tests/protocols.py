@@ -171,6 +171,19 @@ def check_an_exchange(rank: int) -> None:
     assert largest_difference(results[0], results[2]) < 1e-6
 
 
+def check_places(rank: int) -> None:
+    """Optimizers of one parameter have the same places in processes whose values differ, as before a broadcast."""
+    places: list[Any] = []
+    for value in (rank, 1):
+        p = nn.Parameter(torch.full((8, 4), float(value)))
+        optimizer = GaLoreAdamW([{"params": [p], "rank": 2}])
+        places.append(optimizer.param_groups[0]["first_index"])
+    places_of_all: list[Any] = [None, None]
+    distributed.all_gather_object(places_of_all, places)
+    assert places_of_all[0] == places_of_all[1]
+    assert places[0] != places[1]
+
+
 def params_of(optimizer: Any) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -233,6 +246,7 @@ def main() -> None:
     check_checkpoints(lambda net: build_optimizer(net, "galore_adamw", lr=0.01, rank=20), folder[0], rank)
     check_a_look()
     check_an_exchange(rank)
+    check_places(rank)
     check_tensor_parallelism()
     check_partial_gradients()
     distributed.destroy_process_group()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -163,17 +164,35 @@ def test_optimizers_of_one_parameter_renew_bases_in_turn_and_warn_of_nothing() -
 
 
 def test_optimizers_of_one_parameter_round_by_bits_of_their_own() -> None:
-    """Two weights whose first values alone differ are elsewhere rounded alike only where both have the same bits."""
-    weights = [torch.ones(8, 64, dtype=torch.bfloat16) for _ in range(2)]
-    weights[1][0, 0] = 2.0
-    params = [weight.requires_grad_() for weight in weights]
+    """Of equal values too: norms are all ones."""
+    params = [torch.ones(8, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
     for p, optimizer in zip(params, alone(params, seed=3), strict=True):
         p.grad = torch.full_like(p, 1e-2)
         optimizer.param_groups[0]["lr"] = 1e-4
         optimizer.step()
-    assert not torch.equal(params[0][1:], params[1][1:])
-    again = [weight.detach().clone().requires_grad_() for weight in (torch.ones(8, 64, dtype=torch.bfloat16),)]
-    assert alone(again, seed=3)[0].param_groups[0]["first_index"] != 0
+    assert not torch.equal(*params)
+
+
+def test_an_optimizer_of_one_parameter_repeats_a_training_in_the_same_place() -> None:
+    params = [torch.ones(8, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
+    for p in params:
+        train(GaLoreAdamW([{"params": [p], "rank": 2, "first_index": 5}], lr=0.01), [p], 3)
+    assert_equal(params[:1], params[1:])
+
+
+def test_an_optimizer_of_one_parameter_is_made_of_fake_tensors() -> None:
+    with FakeTensorMode():
+        (optimizer,) = alone([torch.ones(8, 64).requires_grad_()])
+    assert "first_index" in optimizer.param_groups[0]
+
+
+def test_a_bare_parameter_beside_optimizers_that_project_is_no_mistake() -> None:
+    matrix, vector = parameters([(16, 8), (8,)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizers = [GaLoreAdamW([{"params": [matrix], "rank": 2}], lr=0.01), GaLoreAdamW([vector], lr=0.01)]
+        for p, optimizer in zip((matrix, vector), optimizers, strict=True):
+            train(optimizer, [p], 1)
 
 
 def test_an_optimizer_of_one_parameter_goes_on_in_its_place() -> None:

@@ -8,11 +8,15 @@ A group with ``rank`` is projected, others get the bare rule. ``basis``, ``refre
 torch, settings live in ``param_groups``: there they can be changed between steps (by ``OneCycleLR``, say), and a saved
 state brings its own. State is tensors and integers, so a saved one loads with ``weights_only=True``.
 
+An optimizer of one parameter alone takes its place, which its random bits depend on, in the order in which such are
+made. To repeat a training in one process, name the place in its group: ``first_index``.
+
 In transformers' ``Trainer``: ``optimizers=(GaLoreAdamW(groups, lr=0.01), None)``, or
 ``optimizer_cls_and_kwargs=(GaLoreAdamW, {"params": groups, "lr": 0.01})``.
 """
 
 import difflib
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -24,8 +28,6 @@ from torch import Tensor
 from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
-from galore_pretrain.tensors.rounding import derive_seed
-from galore_pretrain.tensors.shards import is_shared
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
@@ -44,7 +46,6 @@ _OTHERS |= {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_mo
 """Keys of a group that the optimizer, schedulers or what logs them read or leave there."""
 _OFF_IN_TORCH = {"amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable"}
 """Settings of torch's optimizers that are not supported, which a group of theirs has all the same, switched off."""
-_INDICES = 1 << 20  # few enough that their multiples of a fraction keep its digits
 
 
 class Options(TypedDict, total=False):
@@ -91,17 +92,15 @@ class _DropIn(RuleOptimizer):
         self._has_stepped = False
         self._followed: dict[int, list[Any]] = {}  # settings by which each group is updated
         groups: list[Any] = list(params)
-        has_groups = bool(groups) and isinstance(groups[0], dict)
-        if groups and not has_groups:
+        if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         rounding = rounding_of(numerics)
         super().__init__(groups, lr=lr, weight_decay=weight_decay, rounding=rounding, seed=seed)
         self.defaults |= self._options  # where schedulers look for betas
         all_params = [p for group in self.param_groups for p in group["params"]]
-        has_one_param = len(all_params) == 1
-        if has_one_param:
-            self.param_groups[0]["first_index"] = _index_alone(all_params[0])
-        self._is_one_of_many = has_groups and has_one_param
+        self._is_alone = len(all_params) == 1  # and so perhaps one of many, each of one parameter
+        if self._is_alone and "first_index" not in self.param_groups[0]:
+            self.param_groups[0]["first_index"] = next(_places)
         _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,7 +109,7 @@ class _DropIn(RuleOptimizer):
             **super().__getstate__(),
             "_options": self._options,
             "_has_stepped": self._has_stepped,
-            "_is_one_of_many": self._is_one_of_many,
+            "_is_alone": self._is_alone,
             "_followed": {},
         }
 
@@ -171,24 +170,13 @@ class _DropIn(RuleOptimizer):
 
     def _others_project(self) -> bool:
         """Return whether this is one of many optimizers, each of one parameter, of which others project."""
-        return self._is_one_of_many and any(other.projects for other in _alive)
+        return self._is_alone and any(other.projects for other in _alive)
 
 
 # Layerwise recipes make an optimizer for each parameter, and a parameter that is alone has no place among others. All
-# would be the first: their bases would be renewed at once, and their weights rounded with the same random bits. A
-# parameter's values tell it from the others, and are the same in all processes and, by the seed, in each run.
-def _index_alone(p: Tensor) -> int:
-    """Return the index of a parameter that is alone in its optimizer, by its first values; 0 where they are unknown."""
-    if is_shared(p) or p.is_meta or not p.numel():
-        return 0
-    row = p.detach()
-    while row.ndim > 1:
-        row = row[0]
-    if row.ndim:
-        row = row[:64]
-    return derive_seed(str(tuple(p.shape)), str(row.tolist())) % _INDICES
-
-
+# would be the first: their bases would be renewed at once, and their weights rounded with the same random bits. The
+# order in which such optimizers are made is the same in all processes, whatever their parameters' values.
+_places = itertools.count()
 _alive: WeakSet[_DropIn] = WeakSet()
 
 
