@@ -31,8 +31,9 @@ from galore_pretrain.optim import (
     build_optimizer,
 )
 
-# 8-bit moments have blocks of 256 elements of the whole. Rows of 256 have parts begin where blocks do.
-IN, OUT = 256, 32
+# 8-bit moments have blocks of 256 elements of the whole. Rows of 256, and 256 rows a part, have parts begin where
+# blocks do. The MLP has more rows than columns, so its low-rank moments have all rows, and are cut as it is.
+IN, OUT, LONG, RANK = 256, 32, 512, 20
 
 
 class Net(nn.Module):
@@ -41,11 +42,12 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.attn = nn.Linear(IN, OUT)
         self.norm = nn.LayerNorm(OUT)
-        self.head = nn.Linear(OUT, 5)
+        self.mlp = nn.Linear(OUT, LONG)
+        self.head = nn.Linear(LONG, 5)
         self.score = nn.Linear(5, 1)  # the first process has all of it, the second nothing
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.score(self.head(self.norm(self.attn(x)).relu()))  # type: ignore[no-any-return]
+        return self.score(self.head(self.mlp(self.norm(self.attn(x)).relu())))  # type: ignore[no-any-return]
 
 
 def sharded() -> Net:
@@ -56,13 +58,13 @@ def sharded() -> Net:
 
 
 def build(optimizer_class: Any, net: Net) -> Any:
-    matrices = [net.attn.weight]
-    rest = [p for p in net.parameters() if p is not net.attn.weight]
+    matrices = [net.attn.weight, net.mlp.weight]
+    rest = [p for p in net.parameters() if p is not net.attn.weight and p is not net.mlp.weight]
     more: dict[str, Any] = {}
     if optimizer_class is GaLoreAdafactor:
         more = {"scale_parameter": False, "relative_step": False}
     return optimizer_class(
-        [{"params": rest}, {"params": matrices, "rank": 20, "update_proj_gap": 4, "scale": 0.25}], lr=0.01, **more
+        [{"params": rest}, {"params": matrices, "rank": RANK, "update_proj_gap": 4, "scale": 0.25}], lr=0.01, **more
     )
 
 
@@ -83,6 +85,20 @@ def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
+def check_moment(optimizer: Any, saved: dict[str, Any]) -> None:
+    """A moment that is cut is saved as a DTensor of the whole; one in blocks of 8 bits whole."""
+    if isinstance(optimizer, GaLoreAdamW8bit):
+        assert saved["exp_avg"].dtype == torch.uint8
+        assert saved["exp_avg"].shape == (LONG, RANK)
+        return
+    name, shape = "exp_avg", (LONG, RANK)
+    if isinstance(optimizer, GaLoreAdafactor):
+        name, shape = "row", (LONG,)
+    assert isinstance(saved[name], DTensor)
+    assert saved[name].shape == shape
+    assert saved[name].to_local().shape == (LONG // 2, *shape[1:])
+
+
 def check_checkpoints(make: Callable[[Net], Any], folder: str, rank: int) -> None:
     """Saved after five updates, then loaded in several ways into an optimizer that has made none."""
     net = sharded()
@@ -90,8 +106,7 @@ def check_checkpoints(make: Callable[[Net], Any], folder: str, rank: int) -> Non
     train(net, optimizer, 0, 5, rank)
     name = f"{folder}/{type(optimizer).__name__}"
     weights, states = get_state_dict(net, optimizer)
-    for value in states["state"]["attn.weight"].values():  # type: ignore[union-attr]
-        assert not isinstance(value, Tensor) or isinstance(value, DTensor) or value.shape != (OUT // 2, IN)
+    check_moment(optimizer, states["state"]["mlp.weight"])  # type: ignore[arg-type]
     dcp.save({"weights": weights, "states": states}, checkpoint_id=name)
     options = StateDictOptions(full_state_dict=True)
     full = copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=options))
@@ -243,7 +258,7 @@ def main() -> None:
     distributed.broadcast_object_list(folder)
     for optimizer_class in (GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, NaturalGaLoreAdamW):
         check_checkpoints(lambda net, made=optimizer_class: build(made, net), folder[0], rank)  # type: ignore[misc]
-    check_checkpoints(lambda net: build_optimizer(net, "galore_adamw", lr=0.01, rank=20), folder[0], rank)
+    check_checkpoints(lambda net: build_optimizer(net, "galore_adamw", lr=0.01, rank=RANK), folder[0], rank)
     check_a_look()
     check_an_exchange(rank)
     check_places(rank)

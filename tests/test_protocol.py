@@ -31,7 +31,9 @@ from galore_pretrain.optim import (
     build_optimizer,
 )
 from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.sgd import SGD
+from galore_pretrain.optim.update import Step
 from prescribed import gradients, parameters, train
 from test_dist import torchrun
 
@@ -397,6 +399,24 @@ def test_a_first_update_at_the_rate_0_is_made() -> None:
     optimizer = build(GaLoreAdamW, params, lr=0.0)
     train(optimizer, params, 1)
     assert [optimizer.state[p]["step"] for p in params] == [1] * 3
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("shape", [(300, 400), (4097,), (700, 800)])
+def test_8_bit_moments_are_restored_as_they_were_read(shape: tuple[int, ...], name: str) -> None:
+    """Also a block whose largest magnitude is negative, and one of zeros."""
+    store, step = Blockwise8bit(), Step(1)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-20, 1, shape[-1])
+    if name.endswith("_sq"):
+        values = values.square()
+    values.view(-1)[:256] = 0.0
+    state = store.zeros(name, values)
+    store.write(state, name, values.clone(), step)
+    read = store.read(state, name, step).clone()
+    assert (read.view(-1)[256:4096] != 0).any()
+    restored = store.zeros(name, values)
+    store.restore(restored, name, read.clone())
+    assert torch.equal(store.read(restored, name, step), read)
 
 
 def test_a_loaded_rate_is_a_copy() -> None:
