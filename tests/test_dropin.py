@@ -77,9 +77,9 @@ def test_settings_of_a_group_hold() -> None:
     """galore_torch reads them from the group, so they must not be ignored."""
     results = []
     for settings in ({}, {"betas": (0.5, 0.6), "eps": 1.0}):
-        p = parameters([(24, 40)])
+        p = parameters([(24, 40), (40, 24)])
         train(GaLoreAdamW([{"params": p, **GROUP, **settings}], lr=0.01), p, 3)
-        q = parameters([(24, 40)])
+        q = parameters([(24, 40), (40, 24)])
         train(GaLoreAdamW([{"params": q, **GROUP}], lr=0.01, **settings), q, 3)
         assert torch.equal(p[0], q[0])
         results.append(p[0])
@@ -169,7 +169,7 @@ def test_a_copy_goes_on_alike() -> None:
 
 
 def test_nothing_to_project_is_said() -> None:
-    params = parameters([(24, 40)])
+    params = parameters([(24, 40), (40,)])
     with pytest.warns(UserWarning, match="GaLoreAdamW projects nothing"):
         train(GaLoreAdamW(params, lr=0.01), params, 1)
 

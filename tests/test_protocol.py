@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -29,6 +30,10 @@ from galore_pretrain.optim import (
     NaturalGaLoreAdamW,
     build_optimizer,
 )
+from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.moments import Blockwise8bit
+from galore_pretrain.optim.sgd import SGD
+from galore_pretrain.optim.update import Step
 from prescribed import gradients, parameters, train
 from test_dist import torchrun
 
@@ -68,6 +73,33 @@ def test_a_compiled_step_makes_the_same_update(optimizer_class: Any) -> None:
         plain.step()
         step()
     assert_equal(params, others)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("execution_class", [GlobalStep, Layerwise])
+def test_compiled_passes_between_begin_and_complete_make_the_same_update(
+    execution_class: Any, micro_batches: int
+) -> None:
+    weights = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"mlp": nn.Linear(16, 24), "head": nn.Linear(24, 4)})
+        optimizer = build_optimizer(model, "galore_adamw", lr=0.01, rank=4, update_proj_gap=3)
+        execution = execution_class(optimizer)
+
+        def passes(x: Tensor, model: Any = model) -> None:
+            model["head"](model["mlp"](x).relu()).square().mean().backward()
+
+        called: Any = torch.compile(passes, backend="eager") if is_compiled else passes
+        for seed in range(6):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
+            for i, part in enumerate(x.chunk(micro_batches)):
+                execution.begin(i, micro_batches)
+                called(part)
+            execution.complete()
+        weights.append([p.detach() for p in model.parameters()])
+    assert_equal(*weights)
 
 
 @pytest.mark.parametrize("execution_class", [GlobalStep, Layerwise])
@@ -134,17 +166,35 @@ def test_optimizers_of_one_parameter_renew_bases_in_turn_and_warn_of_nothing() -
 
 
 def test_optimizers_of_one_parameter_round_by_bits_of_their_own() -> None:
-    """Two weights whose first values alone differ are elsewhere rounded alike only where both have the same bits."""
-    weights = [torch.ones(8, 64, dtype=torch.bfloat16) for _ in range(2)]
-    weights[1][0, 0] = 2.0
-    params = [weight.requires_grad_() for weight in weights]
+    """Of equal values too: norms are all ones."""
+    params = [torch.ones(8, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
     for p, optimizer in zip(params, alone(params, seed=3), strict=True):
         p.grad = torch.full_like(p, 1e-2)
         optimizer.param_groups[0]["lr"] = 1e-4
         optimizer.step()
-    assert not torch.equal(params[0][1:], params[1][1:])
-    again = [weight.detach().clone().requires_grad_() for weight in (torch.ones(8, 64, dtype=torch.bfloat16),)]
-    assert alone(again, seed=3)[0].param_groups[0]["first_index"] != 0
+    assert not torch.equal(*params)
+
+
+def test_an_optimizer_of_one_parameter_repeats_a_training_in_the_same_place() -> None:
+    params = [torch.ones(8, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
+    for p in params:
+        train(GaLoreAdamW([{"params": [p], "rank": 2, "first_index": 5}], lr=0.01), [p], 3)
+    assert_equal(params[:1], params[1:])
+
+
+def test_an_optimizer_of_one_parameter_is_made_of_fake_tensors() -> None:
+    with FakeTensorMode():
+        (optimizer,) = alone([torch.ones(8, 64).requires_grad_()])
+    assert "first_index" in optimizer.param_groups[0]
+
+
+def test_a_bare_parameter_beside_optimizers_that_project_is_no_mistake() -> None:
+    matrix, vector = parameters([(16, 8), (8,)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizers = [GaLoreAdamW([{"params": [matrix], "rank": 2}], lr=0.01), GaLoreAdamW([vector], lr=0.01)]
+        for p, optimizer in zip((matrix, vector), optimizers, strict=True):
+            train(optimizer, [p], 1)
 
 
 def test_an_optimizer_of_one_parameter_goes_on_in_its_place() -> None:
@@ -215,6 +265,39 @@ def test_schedulers_that_cycle_momentum_take_the_rows_of_the_table(row: str) -> 
     adafactor = build_optimizer(model, "galore_adafactor", lr=0.01, rank=4)
     with pytest.raises(ValueError, match="momentum"):
         OneCycleLR(adafactor, 0.01, total_steps=20)
+
+
+@pytest.mark.parametrize("make", ["row", "drop-in"])
+@pytest.mark.parametrize("execution_class", [GlobalStep, Layerwise])
+def test_an_execution_updates_by_the_betas_that_a_scheduler_has_left(execution_class: Any, make: str) -> None:
+    def scheduled() -> tuple[Any, Any, Any]:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"mlp": nn.Linear(16, 24)})
+        optimizer: Any = build_optimizer(model, "galore_adamw", lr=0.01, rank=4)
+        if make == "drop-in":
+            optimizer = build(GaLoreAdamW, list(model.parameters()))
+        return model, optimizer, OneCycleLR(optimizer, 0.01, total_steps=20)
+
+    def go_on(training: tuple[Any, Any, Any], updates: int, execution: Any = None) -> None:
+        model, optimizer, scheduler = training
+        params = list(model.parameters())
+        for grads in gradients(params, updates):
+            if execution:
+                execution.begin(0, 1)
+            torch.autograd.backward(params, grads)
+            (execution.complete if execution else optimizer.step)()
+            optimizer.zero_grad()
+            scheduler.step()
+
+    stepped, executed, resumed = scheduled(), scheduled(), scheduled()
+    go_on(stepped, 4)
+    go_on(executed, 4, execution_class(executed[1]))
+    assert_equal(*[list(training[0].parameters()) for training in (stepped, executed)])
+    for part, saved in zip(resumed, executed, strict=True):
+        part.load_state_dict(copy.deepcopy(saved.state_dict()))
+    go_on(executed, 3, execution_class(executed[1]))
+    go_on(resumed, 3, execution_class(resumed[1]))
+    assert_equal(*[list(training[0].parameters()) for training in (executed, resumed)])
 
 
 def test_lists_for_tuples_load() -> None:
@@ -290,6 +373,52 @@ def test_a_count_may_be_saved_as_a_tensor() -> None:
     assert {type(value["step"]) for value in (*optimizer.state.values(), *other.state.values())} == {int}
 
 
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)])
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+def test_a_look_at_a_fresh_state_changes_nothing(optimizer_class: Any, lr: Any) -> None:
+    """torch.distributed.checkpoint looks by a step, of zero gradients at the rate 0."""
+    weights = []
+    for is_looked_at in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(24, 16)
+        params = list(net.parameters())
+        optimizer = build(optimizer_class, params, lr=lr)
+        if is_looked_at:
+            seen: Any = get_optimizer_state_dict(net, optimizer)
+            assert seen["state"]["weight"]["step"] == 0
+            assert len(seen["state"]["weight"]) > 2
+        train(optimizer, params, 6)
+        assert optimizer.state[params[0]]["step"] == 6
+        weights.append(params)
+    assert_equal(*weights)
+
+
+def test_a_first_update_at_the_rate_0_is_made() -> None:
+    """A warmup begins with it, and its gradients count."""
+    params = parameters(SHAPES)
+    optimizer = build(GaLoreAdamW, params, lr=0.0)
+    train(optimizer, params, 1)
+    assert [optimizer.state[p]["step"] for p in params] == [1] * 3
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("shape", [(300, 400), (4097,), (700, 800)])
+def test_8_bit_moments_are_restored_as_they_were_read(shape: tuple[int, ...], name: str) -> None:
+    """Also a block whose largest magnitude is negative, and one of zeros."""
+    store, step = Blockwise8bit(), Step(1)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-20, 1, shape[-1])
+    if name.endswith("_sq"):
+        values = values.square()
+    values.view(-1)[:256] = 0.0
+    state = store.zeros(name, values)
+    store.write(state, name, values.clone(), step)
+    read = store.read(state, name, step).clone()
+    assert (read.view(-1)[256:4096] != 0).any()
+    restored = store.zeros(name, values)
+    store.restore(restored, name, read.clone())
+    assert torch.equal(store.read(restored, name, step), read)
+
+
 def test_a_loaded_rate_is_a_copy() -> None:
     params = parameters(SHAPES)
     optimizer = build(GaLoreAdamW, params, lr=torch.tensor(0.01))
@@ -298,6 +427,83 @@ def test_a_loaded_rate_is_a_copy() -> None:
     restored.load_state_dict(saved)
     restored.param_groups[0]["lr"].fill_(0.25)
     assert [float(group["lr"]) for group in optimizer.param_groups] == [pytest.approx(0.01)] * 2
+
+
+@pytest.mark.parametrize("row", [True, False])
+def test_a_saved_group_names_the_rule_that_its_settings_ask_for(row: bool) -> None:
+    """A load compares both, so that what is no setting of a group is not thrown away."""
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"mlp": nn.Linear(16, 24)})
+        if row:
+            return build_optimizer(model, "galore_adamw", lr=0.01, rank=4)
+        return build(GaLoreAdamW, list(model.parameters()))
+
+    optimizer = made()
+    train(optimizer, [p for group in optimizer.param_groups for p in group["params"]], 1)
+    scheduler = OneCycleLR(optimizer, 0.01, total_steps=20)
+    scheduler.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    betas = tuple(saved["param_groups"][0]["betas"])
+    assert f"betas={betas}" in saved["param_groups"][0]["settings"]
+    restored = made()
+    restored.load_state_dict(saved)
+    assert restored.param_groups[0]["settings"] == saved["param_groups"][0]["settings"]
+    for group in saved["param_groups"]:
+        group["settings"] = group["settings"].replace("Adam(", "Adam(formula='other', ")
+    with pytest.raises(ValueError, match="formula='other'"):
+        made().load_state_dict(saved)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_refused_load_leaves_the_groups_as_they_were(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, c, d = parameters([(8, 8)] * 4)
+    optimizer = GaLoreAdamW([{"params": [a]}, {"params": [b], "rank": 2}], lr=0.01)
+    other = GaLoreAdamW([{"params": [c], "rank": 2, "scale": 0.5}, {"params": [d], "betas": (0.5, 0.6)}], lr=0.02)
+    train(optimizer, [a, b], 2)
+    before, rules = str(optimizer.param_groups), optimizer.slots.rules
+    if error is RuntimeError:
+        other = GaLoreAdamW([{"params": [c], "betas": (0.1, 0.2)}, {"params": [d], "rank": 2}], lr=0.02)
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("a message was lost")
+
+        monkeypatch.setattr("galore_pretrain.optim.optimizer.take_state_dict", fail)
+    with pytest.raises(error):
+        optimizer.load_state_dict(other.state_dict())
+    assert str(optimizer.param_groups) == before
+    assert optimizer.slots.rules == rules
+    train(optimizer, [a, b], 1)
+    assert [optimizer.rule_of(p) for p in (a, b)] == rules
+
+
+def test_a_state_without_a_count_is_refused() -> None:
+    params = parameters(SHAPES)
+    optimizer = build(GaLoreAdamW, params)
+    train(optimizer, params, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0]["step"]
+    with pytest.raises(ValueError, match="step, the count of updates, is missing"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_group_that_is_added_to_a_row_keeps_the_betas_of_its_rule() -> None:
+    optimizer = build_optimizer(nn.ModuleDict({"mlp": nn.Linear(8, 8)}), "galore_adamw", lr=0.01, rank=2)
+    params = parameters([(8,), (8,)])
+    rules = [Adam(betas=(0.5, 0.6)), SGD()]
+    for name, p, rule in zip(("one", "other"), params, rules, strict=True):
+        optimizer.add_param_group({"params": [(name, p)], "rule": rule})
+    train(optimizer, params, 1)
+    assert [optimizer.rule_of(p) for p in params] == rules
+    assert "betas" not in optimizer.param_groups[-1]
+
+
+def test_a_hook_may_exchange_the_state_for_an_empty_one() -> None:
+    optimizer = build(GaLoreAdamW, parameters(SHAPES))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: {})
+    with pytest.raises(KeyError):
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_hooks_of_loading_are_called_and_may_exchange_the_state() -> None:
@@ -356,6 +562,47 @@ def test_a_group_that_is_taken_out_leaves_others_their_settings() -> None:
     optimizer.add_param_group({"params": params[2:], "lr": 0.1})
     train(optimizer, params, 1)
     assert not torch.equal(params[2], before[2])
+
+
+def test_a_group_that_is_out_for_a_while_comes_back_with_its_rule() -> None:
+    """Meanwhile, the other groups, which had the same rule, go on by other betas."""
+    params, bias = parameters(SHAPES), parameters([(9,)])[0]
+    groups = [{"params": params[:2], "rank": 4}, {"params": params[2:]}, {"params": [bias]}]
+    optimizer = GaLoreAdamW(groups, lr=0.01)
+    train(optimizer, [*params, bias], 1)
+    rule = optimizer.rule_of(bias)
+    group = optimizer.param_groups.pop()
+    for number in range(3):
+        for other in optimizer.param_groups:
+            other["betas"] = (0.8, 0.9 + number / 100)
+        train(optimizer, params, 1)
+    optimizer.param_groups.append(group)
+    train(optimizer, [*params, bias], 1)
+    assert optimizer.rule_of(bias) == rule
+    assert len(optimizer.slots._rules) == 3
+
+
+def test_a_parameter_that_is_moved_is_updated_by_the_rule_of_its_group() -> None:
+    a, b, c = parameters([(8, 8), (8, 8), (8, 8)])
+    groups = [{"params": [c], "rank": 2}, {"params": [a]}, {"params": [b], "betas": (0.5, 0.6)}]
+    optimizer = GaLoreAdamW(groups, lr=0.01)
+    train(optimizer, [a, b, c], 2)
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[2]["params"].pop())
+    train(optimizer, [a, b, c], 1)
+    assert optimizer.rule_of(b) == optimizer.rule_of(a)
+    assert optimizer.state[b]["step"] == 3
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    with pytest.raises(ValueError, match=r"another shape: del optimizer\.state"):
+        train(optimizer, [a, b, c], 1)
+    del optimizer.state[c]
+    train(optimizer, [a, b, c], 1)
+    assert [optimizer.state[p]["step"] for p in (a, b, c)] == [4, 4, 1]
+
+
+def test_a_foreign_tensor_has_an_empty_state() -> None:
+    optimizer = build(GaLoreAdamW, parameters(SHAPES))
+    assert optimizer.state[parameters([(3,)])[0]] == {}
 
 
 def test_a_group_that_does_not_fit_is_not_added() -> None:

@@ -1,6 +1,5 @@
 """From a method of the table to its rules, and to one optimizer for a model."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
@@ -13,7 +12,6 @@ from galore_pretrain.optim.galore import is_projected
 from galore_pretrain.optim.methods import METHODS, NUMERICS, OPTIONS, ROWS, method, resolve_name
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
-from galore_pretrain.optim.slots import settings_of
 
 NamedParameter = tuple[str, torch.nn.Parameter]
 
@@ -112,38 +110,41 @@ def build_optimizer(
 # torch's schedulers that cycle momentum (OneCycleLR, CyclicLR) look for betas among the defaults, and change them in
 # every group after each step. A rule is frozen, so a group goes on by a new rule where its betas are other ones.
 class _RowOptimizer(RuleOptimizer):
-    """Keeps betas in its groups, where all of its rules have such, and updates by those that stand there."""
+    """Keeps betas in its groups, where all of its first rules have such, and updates by those that stand there."""
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
         all_betas = [_betas_of(group["rule"]) for group in groups]
-        has_betas = None not in all_betas
-        if has_betas:
-            for group, betas in zip(groups, all_betas, strict=True):
-                group["betas"] = betas
+        self._has_betas = None not in all_betas
         super().__init__(groups, **options)
-        if has_betas and all_betas:
+        if self._has_betas and all_betas:
             self.defaults["betas"] = all_betas[0]
 
-    def _before_step(self) -> None:
-        """Update each group by the betas that it has now."""
-        for number, group in enumerate(self.param_groups):
-            rule = self.slots.rules[number]
-            if "betas" in group and tuple(group["betas"]) != _betas_of(rule):
-                self.slots.follow(number, _with_betas(rule, group["betas"]))
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy take."""
+        return {**super().__getstate__(), "_has_betas": self._has_betas}
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as `RuleOptimizer` does, and take over the betas that were saved."""
-        saved_groups: list[dict[str, Any]] = []
-        rules = self.slots.rules
-        for number, saved in enumerate(state_dict["param_groups"]):
-            group = {**saved}
-            if number < len(rules) and "betas" in saved:
-                rule = _with_betas(rules[number], saved["betas"])
-                if _without_betas(settings_of(rule)) == _without_betas(saved.get("settings", "")):
-                    group["settings"] = self.param_groups[number]["settings"]
-            saved_groups.append(group)
-        super()._load({**state_dict, "param_groups": saved_groups})
-        self._before_step()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with the betas of its rule; of a rule that has none, without."""
+        group = {**param_group}
+        betas: tuple[float, float] | None = None
+        if is_dataclass(group.get("rule")):  # else it is refused below
+            betas = _betas_of(group["rule"])
+        if self._has_betas and betas is not None:
+            group.setdefault("betas", betas)
+        super().add_param_group(group)
+        if betas is None:
+            self.param_groups[-1].pop("betas", None)  # torch has put the defaults there
+
+    def _follow_settings(self, number: int, group: dict[str, Any]) -> None:
+        """Update a group by the betas that it has now."""
+        rule = self.slots.rule_named(group["settings"])
+        if "betas" in group and tuple(group["betas"]) != _betas_of(rule):
+            self.slots.follow(number, _with_betas(rule, group["betas"]))
+
+    def _take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Take over the betas that were saved with a group."""
+        if "betas" in group and "betas" in saved:
+            group["betas"] = saved["betas"]
 
 
 def _betas_of(part: Any) -> tuple[float, float] | None:
@@ -165,11 +166,6 @@ def _with_betas(rule: UpdateRule, betas: Sequence[float]) -> UpdateRule:
     changed, _ = _configured(rule, {"betas": tuple(betas)})
     assert isinstance(changed, UpdateRule)
     return changed
-
-
-def _without_betas(settings: str) -> str:
-    """Return the text of a rule's settings without its betas."""
-    return re.sub(r"betas=[\[(][^\])]*[\])]", "betas", settings)
 
 
 def _matrices_and_rest(model: torch.nn.Module) -> tuple[list[NamedParameter], list[NamedParameter]]:

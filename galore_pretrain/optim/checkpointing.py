@@ -173,18 +173,21 @@ def _checked_state(state_dict: Mapping[str, Any], optimizer: "RuleOptimizer") ->
         for key, p in zip(saved_group["params"], group["params"], strict=True):
             saved = {**saved_states.get(key, {})}
             if saved:
-                step = int(saved.pop("step", 0))  # others save it as a tensor
+                if "step" not in saved:
+                    raise ValueError(f"the saved state holds {sorted(saved)}; step, the count of updates, is missing")
+                step = int(saved.pop("step"))  # others save it as a tensor
                 loaded[p] = {"step": step, **_loaded(saved, optimizer.slots[p], p)}
     return loaded
 
 
-# Up to 0.1 of 2026-11-26, `state_dict` held the parts themselves. They are known by their shapes.
+# Up to 0.1 of 2026-11-26, `state_dict` held the parts themselves. They are known by their shapes. Where one process has
+# all of a tensor, and others nothing, its part has the shape of the whole, and may come as a DTensor.
 def _loaded(saved: Mapping[str, Any], slot: Slot, p: Tensor) -> State:
     """Return this process's copy of a saved state; ValueError where it is not one of ``p``."""
     expected = state_on_meta(slot, p)
     if slot.shard is None or _shapes(saved) == _shapes(expected):
         _check_shapes(_shapes(saved), _shapes(expected))
-        return {name: value.to(p.device, copy=True) for name, value in saved.items()}
+        return {name: local(value).to(p.device, copy=True) for name, value in saved.items()}
     rule = slot.rule
     block_layouts = _block_layouts(rule, expected, slot.shard)
     wholes = _empty(rule, p, block_layouts)

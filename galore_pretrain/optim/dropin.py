@@ -8,12 +8,15 @@ A group with ``rank`` is projected, others get the bare rule. ``basis``, ``refre
 torch, settings live in ``param_groups``: there they can be changed between steps (by ``OneCycleLR``, say), and a saved
 state brings its own. State is tensors and integers, so a saved one loads with ``weights_only=True``.
 
+An optimizer of one parameter alone takes its place, which its random bits depend on, in the order in which such are
+made. To repeat a training in one process, name the place in its group: ``first_index``.
+
 In transformers' ``Trainer``: ``optimizers=(GaLoreAdamW(groups, lr=0.01), None)``, or
 ``optimizer_cls_and_kwargs=(GaLoreAdamW, {"params": groups, "lr": 0.01})``.
 """
 
 import difflib
-import re
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -25,9 +28,6 @@ from torch import Tensor
 from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
-from galore_pretrain.optim.slots import settings_of
-from galore_pretrain.tensors.rounding import derive_seed
-from galore_pretrain.tensors.shards import is_shared
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
@@ -46,7 +46,6 @@ _OTHERS |= {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_mo
 """Keys of a group that the optimizer, schedulers or what logs them read or leave there."""
 _OFF_IN_TORCH = {"amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable"}
 """Settings of torch's optimizers that are not supported, which a group of theirs has all the same, switched off."""
-_INDICES = 1 << 20  # few enough that their multiples of a fraction keep its digits
 
 
 class Options(TypedDict, total=False):
@@ -93,17 +92,15 @@ class _DropIn(RuleOptimizer):
         self._has_stepped = False
         self._followed: dict[int, list[Any]] = {}  # settings by which each group is updated
         groups: list[Any] = list(params)
-        has_groups = bool(groups) and isinstance(groups[0], dict)
-        if groups and not has_groups:
+        if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         rounding = rounding_of(numerics)
         super().__init__(groups, lr=lr, weight_decay=weight_decay, rounding=rounding, seed=seed)
         self.defaults |= self._options  # where schedulers look for betas
         all_params = [p for group in self.param_groups for p in group["params"]]
-        has_one_param = len(all_params) == 1
-        if has_one_param:
-            self.param_groups[0]["first_index"] = _index_alone(all_params[0])
-        self._is_one_of_many = has_groups and has_one_param
+        self._is_alone = len(all_params) == 1  # and so perhaps one of many, each of one parameter
+        if self._is_alone and "first_index" not in self.param_groups[0]:
+            self.param_groups[0]["first_index"] = next(_places)
         _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,12 +109,12 @@ class _DropIn(RuleOptimizer):
             **super().__getstate__(),
             "_options": self._options,
             "_has_stepped": self._has_stepped,
-            "_is_one_of_many": self._is_one_of_many,
+            "_is_alone": self._is_alone,
             "_followed": {},
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and allocate its state; ``rank`` and its companions in the group make it a projected one."""
+        """Add a group; ``rank`` and its companions in the group make it a projected one."""
         unused = param_group.keys() - self._options.keys()
         ignored = _OPTIMIZER_SETTINGS & unused
         if ignored:
@@ -148,82 +145,38 @@ class _DropIn(RuleOptimizer):
             return companion
         return projected
 
-    def _before_step(self) -> None:
-        """Update each group by the settings that it has now."""
+    def begin_update(self) -> None:
+        """Go on with what the groups hold now. The first time, warn where nothing is projected."""
+        super().begin_update()
         if not self._has_stepped and not self.projects and not self._others_project():
             name = type(self).__name__
             warnings.warn(f"{name} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2)
         self._has_stepped = True
+
+    def _follow_settings(self, number: int, group: dict[str, Any]) -> None:
+        """Update a group by the settings that it has now."""
+        settings = [group.get(name) for name in (*_GROUP_SETTINGS, *self._options, "settings")]
+        if self._followed.get(number) != settings:
+            self.slots.follow(number, self._rule_for(group))
+            settings[-1] = group["settings"]
+            self._followed[number] = settings
+
+    def _take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Take over the settings that were saved with a group, as torch's optimizers do."""
         names = (*_GROUP_SETTINGS, *self._options)
-        for index, group in enumerate(self.param_groups):
-            settings = [group.get(name) for name in names]
-            if self._followed.get(index) != [*settings, group["settings"]]:
-                self.slots.follow(index, self._rule_for(group))
-                self._followed[index] = [*settings, group["settings"]]
+        group |= {name: saved[name] for name in names if name in saved}
+        if "first_index" in group:
+            group["first_index"] = saved.get("first_index", 0)  # which it was where none was saved
 
     def _others_project(self) -> bool:
         """Return whether this is one of many optimizers, each of one parameter, of which others project."""
-        return self._is_one_of_many and any(other.projects for other in _alive)
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as `RuleOptimizer` does, and take over the settings that were saved, as torch's optimizers do.
-
-        ValueError where the state would have another shape for it, as for another rank; nothing is changed then.
-        """
-        groups_before = [dict(group) for group in self.param_groups]
-        saved_groups = [self._restated(saved) for saved in state_dict["param_groups"]]
-        if saved_groups and "first_index" in groups_before[0]:
-            saved_groups[0] = {"first_index": 0, **saved_groups[0]}  # which it was where none was saved
-        try:
-            self._follow_saved(saved_groups)
-            super()._load({**state_dict, "param_groups": saved_groups})
-        except ValueError:
-            for index, before in enumerate(groups_before):
-                self.param_groups[index] |= before
-                self.slots.follow(index, self._rule_for(before))
-            raise
-
-    # A scheduler that cycles momentum changes betas after the step, so that a saved group has other ones than its rule
-    # was made of; and what passes through JSON, or torch's full state dicts, comes back with lists for tuples.
-    def _restated(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Return a saved group with the rule that its own settings ask for, if it is one of this class."""
-        if "settings" not in saved or not self._options.keys() <= saved.keys():
-            return saved
-        settings = settings_of(self._rule_for(saved))
-        if _classes(settings) != _classes(saved["settings"]):
-            return saved
-        return {**saved, "settings": settings}
-
-    def _follow_saved(self, saved_groups: Iterable[Mapping[str, Any]]) -> None:
-        """Give each group the settings that were saved with it, and the rule that they ask for."""
-        names = (*_GROUP_SETTINGS, *self._options)
-        # Groups that only one side has are none of this method's business: loading the state refuses them.
-        pairs = zip(saved_groups, self.param_groups, strict=False)
-        for index, (saved, group) in enumerate(pairs):
-            group |= {name: saved[name] for name in names if name in saved}
-            self.slots.follow(index, self._rule_for(group))
+        return self._is_alone and any(other.projects for other in _alive)
 
 
 # Layerwise recipes make an optimizer for each parameter, and a parameter that is alone has no place among others. All
-# would be the first: their bases would be renewed at once, and their weights rounded with the same random bits. A
-# parameter's values tell it from the others, and are the same in all processes and, by the seed, in each run.
-def _index_alone(p: Tensor) -> int:
-    """Return the index of a parameter that is alone in its optimizer, by its first values; 0 where they are unknown."""
-    if is_shared(p) or p.is_meta or not p.numel():
-        return 0
-    row = p.detach()
-    while row.ndim > 1:
-        row = row[0]
-    if row.ndim:
-        row = row[:64]
-    return derive_seed(str(tuple(p.shape)), str(row.tolist())) % _INDICES
-
-
-def _classes(settings: str) -> list[str]:
-    """Return the names of the classes of which a rule is made."""
-    return re.findall(r"(\w+)\(", settings)
-
-
+# would be the first: their bases would be renewed at once, and their weights rounded with the same random bits. The
+# order in which such optimizers are made is the same in all processes, whatever their parameters' values.
+_places = itertools.count()
 _alive: WeakSet[_DropIn] = WeakSet()
 
 

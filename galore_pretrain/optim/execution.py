@@ -349,6 +349,17 @@ class PendingGradients:
         if pending is not None:
             self._finalize(pending)
 
+    def are_zero(self, params: Iterable[Tensor]) -> bool:
+        """Return whether there are gradients in ``params``, all of zeros, on all processes. Waits for the device."""
+        gradients = [local(p.grad) for p in params if p.grad is not None]
+        if not gradients:
+            return False
+        device = gradients[0].device
+        are_zero = torch.stack([~grad.any().to(device) for grad in gradients]).all()
+        if self.distributor is not None:
+            are_zero = self.distributor.agreed(are_zero)
+        return bool(are_zero)
+
     def start_sum(self, p: Tensor) -> None:
         """Begin to sum what is pending for ``p`` over the replicas, where that is done here."""
         pending = self._pending.get(p)
@@ -493,7 +504,6 @@ class Execution(ABC):
         self._micro_batch = 0
         self._micro_batches = 1
         self._norm: Tensor | None = None
-        self._is_compiled = False
         self._params: list[Tensor] = []
         for group in optimizer.param_groups:
             self._params.extend(group["params"])
@@ -501,33 +511,45 @@ class Execution(ABC):
         # parameters, would keep a model in memory for good.
         weak_self = weakref.ref(self)
 
+        @torch._disable_dynamo  # see `RuleOptimizer.step`; backward may be called from a compiled function
         def hook(p: Tensor) -> None:
             execution = weak_self()
             if execution is None:
                 return
-            if execution._is_compiled or torch.is_autocast_enabled(p.device.type):
-                execution._hook_by_itself(p)
-            else:
+            if torch.is_autocast_enabled(p.device.type):
+                with own_precision():
+                    execution._hook(p)
+            else:  # without a context: a call less for each parameter
                 execution._hook(p)
 
-        handles = [p.register_post_accumulate_grad_hook(hook) for p in self._params]
-        weakref.finalize(self, _remove, handles)
+        self._run_hook = hook
+        self._hooked: set[Tensor] = set()
+        self._handles: list[Any] = []
+        self._hook_trained()
+        weakref.finalize(self, _remove, self._handles)
+
+    def _hook_trained(self) -> None:
+        """Hook the parameters that are trained now: torch hooks none that is frozen, and others may thaw it later."""
+        for p in self._params:
+            if p.requires_grad and p not in self._hooked:
+                self._handles.append(p.register_post_accumulate_grad_hook(self._run_hook))
+                self._hooked.add(p)
 
     @abstractmethod
     def _hook(self, p: Tensor) -> None:
         """Take the gradient of ``p`` as soon as a backward pass has finished ``p.grad``."""
 
     @torch._disable_dynamo  # see `RuleOptimizer.step`
-    def _hook_by_itself(self, p: Tensor) -> None:
-        """Do what `_hook` does, where backward is called from a compiled function or inside autocast."""
-        with own_precision():
-            self._hook(p)
-
     def begin(self, micro_batch: int, micro_batches: int) -> None:
-        """Say that the next backward pass is number ``micro_batch`` (from 0) of an update's ``micro_batches``."""
+        """Say that the next backward pass is number ``micro_batch`` (from 0) of an update's ``micro_batches``.
+
+        The first takes the groups as they are then: an update is made by what schedulers have left in them.
+        """
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
-        self._is_compiled = torch.compiler.is_compiling()
+        if micro_batch == 0:
+            self._optimizer.begin_update()
+            self._hook_trained()
 
     @torch._disable_dynamo  # see `RuleOptimizer.step`
     @torch.no_grad()

@@ -70,6 +70,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._skips = SkipCounts()
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.state = States(self.slots)  # type: ignore[assignment]
+        self._register_hooks()
+
+    def _register_hooks(self) -> None:
+        """Have a saved state be of the groups' settings as they are then, and of whole parameters."""
+        self.register_state_dict_pre_hook(_follow_groups)
         self.register_state_dict_post_hook(share_out)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,7 +107,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` returned; torch forgets hooks, its own ones too."""
         super().__setstate__(state)
-        self.register_state_dict_post_hook(share_out)
+        self._register_hooks()
 
     @property
     def projects(self) -> bool:
@@ -122,9 +127,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.slots.renew()
-        self._before_step()
+        self.begin_update()
         params = [p for group in self.param_groups for p in group["params"]]
+        if self._only_shows_state(params):
+            self.allocate()
+            return loss
         with own_precision():
             self.pending.sync(params)
             self.pending.refresh(params)
@@ -133,8 +140,30 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._skips.end_step()
         return loss
 
-    def _before_step(self) -> None:
-        """Do nothing: for subclasses. Were they to override ``step``, torch would call the hooks of steps twice."""
+    # To see what a state holds, torch.distributed.checkpoint makes a first step with gradients of zeros at the rate 0.
+    # As an update it would count, and find bases in zeros, which later ones would go on with.
+    def _only_shows_state(self, params: Iterable[Tensor]) -> bool:
+        """Return whether a step is to change nothing: the first, where the rate and all gradients are 0."""
+        if self.state or any(group["lr"] for group in self.param_groups):
+            return False
+        return self.pending.are_zero(params)
+
+    # Were subclasses to override `step`, torch would call the hooks of steps twice.
+    def begin_update(self) -> None:
+        """Do what comes before the first gradient of an update, whoever makes it."""
+        self.follow_groups()
+
+    def follow_groups(self) -> None:
+        """Go on with the parameters and settings that the groups have now."""
+        self.slots.renew()
+        for number, group in enumerate(self.param_groups):
+            self._follow_settings(number, group)
+
+    def _follow_settings(self, number: int, group: dict[str, Any]) -> None:
+        """Do nothing: subclasses have settings in a group that decide on its rule, and may have changed."""
+
+    def _take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Do nothing: subclasses write to a group those settings of a saved one that decide on its rule."""
 
     def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
         """Update ``p`` from what was accumulated for it, or else from ``p.grad``; do nothing where there is neither.
@@ -285,15 +314,39 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.slots.renew()
         state_dict = {**state_dict}
         for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
+            exchanged = before(self, state_dict)
+            if exchanged is not None:
+                state_dict = exchanged
         self._load(state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        """Take a saved state, between the hooks of loading."""
-        take_state_dict(state_dict, self)
-        self._skips.take()  # torch.distributed.checkpoint makes a first step to see what a state holds
+    # First, each group goes on by the rule that the saved settings ask for. Then that rule must be the saved one, which
+    # may differ in what is no setting of a group.
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        """Take a saved state, between the hooks of loading; leave groups as they were where it does not fit."""
+        groups_before = [{**group} for group in self.param_groups]
+        rules_before = self.slots.rules
+        try:
+            # Groups that only one side has are none of this method's business: loading the state refuses them.
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+                self._take_settings(group, saved)
+            self.follow_groups()
+            take_state_dict(state_dict, self)
+        except Exception:
+            for number, (group, before) in enumerate(zip(self.param_groups, groups_before, strict=True)):
+                settings = group["settings"]
+                group.clear()
+                group.update(before)
+                group["settings"] = settings  # which `follow` compares
+                self.slots.follow(number, rules_before[number])
+            self.slots.renew()
+            raise
+
+
+def _follow_groups(optimizer: Any) -> None:
+    """Have an optimizer go on with what its groups hold; a hook of torch's ``state_dict``."""
+    optimizer.follow_groups()
 
 
 def _subtract(

@@ -2,6 +2,7 @@
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -67,16 +68,29 @@ class Slots(dict[Tensor, Slot]):
         super().__init__()
         self._optimizer = optimizer
         self._rules: dict[str, UpdateRule] = {}  # by their settings
+        self._groups_by: Counter[str] = Counter()  # how many groups a rule has, also of those that are out for a while
         self._seen: list[list[Tensor]] = []  # the groups' parameters when slots were last given
         self._seen_index = 0
 
     def add_rule(self, rule: UpdateRule) -> str:
-        """Know a rule, and return the settings by which a group names it."""
+        """Know the rule of one more group, and return the settings by which the group names it."""
         settings = settings_of(rule)
         self._rules[settings] = rule
+        self._groups_by[settings] += 1
         return settings
 
-    # Slots hold parameters. Others may be about to exchange these, to have the memory of what they were given.
+    def rule_named(self, settings: str) -> UpdateRule:
+        """Return the rule that groups name by these ``settings``."""
+        return self._rules[settings]
+
+    def _forget_rule(self, settings: str) -> None:
+        """Forget the rule of a group that goes on by another one, if it was the last that named it."""
+        self._groups_by[settings] -= 1
+        if not self._groups_by[settings]:
+            del self._groups_by[settings]
+            del self._rules[settings]
+
+    # No slot is kept: slots hold parameters, and others may be about to exchange these, to free their memory.
     def check_last_group(self) -> None:
         """Take out the last group and raise ValueError where a trained parameter of it does not fit its rule."""
         groups = self._optimizer.param_groups
@@ -88,6 +102,7 @@ class Slots(dict[Tensor, Slot]):
             self._find_distributor()
         except ValueError:
             groups.pop()
+            self._forget_rule(group["settings"])
             raise
 
     def _find_distributor(self) -> None:
@@ -101,6 +116,10 @@ class Slots(dict[Tensor, Slot]):
     def rules(self) -> list[UpdateRule]:
         """Return the rule of each group."""
         return [self._rules[group["settings"]] for group in self._optimizer.param_groups]
+
+    def has(self, p: Tensor) -> bool:
+        """Return whether ``p`` is in one of the groups."""
+        return any(other is p for group in self._optimizer.param_groups for other in group["params"])
 
     def __missing__(self, p: Tensor) -> Slot:
         """Make the slot of a parameter of the groups; ValueError where it is in none, or does not fit its rule."""
@@ -124,20 +143,30 @@ class Slots(dict[Tensor, Slot]):
         slots: dict[Tensor, Slot] = {}
         index = first_index
         for number, group in enumerate(groups):
+            rule = self._rules[group["settings"]]
             for p in group["params"]:
                 slot = self.get(p)
-                if slot is None and p.requires_grad:
-                    slots[p] = self._made(p, self._rules[group["settings"]], number, index)
-                elif slot is not None and (slot.group, slot.index) == (number, index):
+                if slot is not None and (slot.group, slot.index, slot.rule) == (number, index, rule):
                     slots[p] = slot
-                elif slot is not None:
-                    slots[p] = self._made(p, slot.rule, number, index)
+                elif slot is not None or p.requires_grad:
+                    slots[p] = self._made(p, rule, number, index)
+                    self._check_kept(p, slots[p])
                 index += 1
         self.clear()
         self.update(slots)
         self._seen = [list(params) for params in lists]
         self._seen_index = first_index
         self._find_distributor()
+
+    def _check_kept(self, p: Tensor, slot: Slot) -> None:
+        """Raise ValueError where the state that ``p`` has already is none of its rule: it is in another group now."""
+        if not self._optimizer.state.get(p):
+            return
+        if _shapes(state_on_meta(slot, p)) != _shapes(self._optimizer.tensors(p)):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is now in a group of {settings_of(slot.rule)}, and its state "
+                "has another shape: del optimizer.state[p] to begin it anew"
+            )
 
     # A group's rule may only be exchanged for one with the same state. Where that was made already, it is compared as
     # it is; else as the rule before would make it.
@@ -158,8 +187,7 @@ class Slots(dict[Tensor, Slot]):
                 raise ValueError(f"a group of {before} cannot go on as {settings}: its state has another shape")
         self.update(followed)
         group["settings"] = self.add_rule(rule)
-        in_use = {other["settings"] for other in self._optimizer.param_groups}
-        self._rules = {text: known for text, known in self._rules.items() if text in in_use}
+        self._forget_rule(before)
 
     def state(self, p: Tensor) -> State:
         """Return the tensors of the state of ``p``, on the device meta where none were made yet."""
@@ -186,7 +214,7 @@ class Slots(dict[Tensor, Slot]):
 
 
 class States(dict[Any, dict[str, Any]]):
-    """Makes the state of a trained parameter where one is asked for; of all else it makes what torch does, ``{}``."""
+    """Makes the state of a trained parameter of the groups where one is asked for; of all else, as torch, ``{}``."""
 
     def __init__(self, slots: Slots) -> None:
         super().__init__()
@@ -195,7 +223,7 @@ class States(dict[Any, dict[str, Any]]):
     def __missing__(self, key: Any) -> dict[str, Any]:
         """Make the state that is not there."""
         state: dict[str, Any] = {}
-        if isinstance(key, Tensor) and key.requires_grad:
+        if isinstance(key, Tensor) and key.requires_grad and self._slots.has(key):
             state = self._slots.new_state(key)
         self[key] = state
         return state
