@@ -187,9 +187,9 @@ def test_text_that_the_tokenizer_cannot_write_is_refused(tiny_config: str, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_utf_16_without_a_mark_is_refused(tiny_config: str, tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_bytes("\n\n".join(mixed(0, 4000)).encode("utf-16-le"))
+def test_utf_16_that_became_text_is_refused(tiny_config: str, tmp_path: Path) -> None:
+    """As a careless writer would make of it; a .txt with NULs is none to begin with."""
+    path = write(tmp_path / "text.jsonl", [text.encode("utf-16-le").decode("latin-1") for text in mixed(0, 4000)])
     refused = run(tiny_config, tmp_path / "run", path, "--max-unknown", "10%")
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"Error: --data {path}: 50% of its first characters are NUL and other control")

@@ -281,6 +281,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         slot = self.slots[p]
         return slot.rule.next_refresh(Step(count, phase=slot.phase))
 
+    def is_due(self, p: Tensor) -> bool:
+        """Return whether the next update of ``p`` finds a new basis."""
+        count = 1
+        if p in self.state:
+            count = self.state[p]["step"] + 1
+        return self.next_due(p, count) == count
+
     def tensors(self, p: Tensor) -> State:
         """Return the tensors of the state of ``p``, on its device; new ones where it has none or was cleared."""
         state = self.state.get(p)
