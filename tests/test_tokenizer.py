@@ -280,16 +280,34 @@ def test_an_exported_folder_is_the_same_tokenizer(name: str, tmp_path: Path) -> 
 
 
 def test_a_control_piece_is_cut_where_no_piece_goes_across_wherever_it_stands(tmp_path: Path) -> None:
-    """At the beginning of a word `▁<` is a piece, and elsewhere `<|` is."""
-    lines = ["a<|b c<|d <e <f <g"] * 50
+    """At the beginning of a word `▁<` is a piece, behind a bracket `(<|` is, and elsewhere `<|`."""
+    lines = ["a<|b c<|d <e <f <g (<|h (<|i"] * 50
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "own"), minloglevel=2, vocab_size=24,
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "own"), minloglevel=2, vocab_size=28,
         model_type="bpe", hard_vocab_limit=False, user_defined_symbols=["qu"], control_symbols=["<|eot|>"],
     )  # fmt: skip
     tokenizer = load_tokenizer(str(tmp_path / "own.model"))
     tokenizer.save(tmp_path, model_max_length=64, vocabulary=64)
-    texts = ["a<|eot|>", "<|eot|>", "a <|eot|> b"]
+    assert encoded(tokenizer, ["(<|"]) == [[tokenizer.pieces()["▁(<|"]]]
+    texts = ["a<|eot|>", "<|eot|>", "a <|eot|> b", "(<|eot|>"]
     assert AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"] == encoded(tokenizer, texts)
+
+
+def test_a_symbol_of_the_user_wins_over_pieces_that_go_across_its_ends(tmp_path: Path) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type = 1  # Unigram
+    kinds = {"<unk>": 2, "</s>": 3, "<tool>": 4}
+    scores = dict.fromkeys([*kinds, *"▁<tol>"], -1.0) | {"x": -3.0, "x<": -1.0}
+    for name, score in scores.items():
+        model.pieces.add(piece=name, score=score, type=kinds.get(name, 1))
+    (tmp_path / "own.model").write_bytes(model.SerializeToString())
+    tokenizer = load_tokenizer(str(tmp_path / "own.model"))
+    tokenizer.save(tmp_path, model_max_length=64, vocabulary=64)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    assert exported.tokenize("x<tool>") == ["▁", "x", "<tool>"]
+    assert exported("x<tool>")["input_ids"] == encoded(tokenizer, ["x<tool>"])[0]
 
 
 def test_a_special_token_of_one_character_is_filtered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -51,20 +51,33 @@ def fast_form(processor: "sentencepiece.SentencePieceProcessor") -> "tokenizers.
     form.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
     spelled = [piece.piece for piece in proto.pieces if piece.type in (_CONTROL, _UNKNOWN, _BYTE)]
     if kind == _UNIGRAM or _user_defined(proto):
-        cut_apart(form, {piece: _first_part(processor, piece) for piece in spelled})
+        before = _taken_before(proto, {name[0] for name in spelled})
+        cut_apart(form, {name: _first_part(processor, name, before) for name in spelled})
     form.encode_special_tokens = True
     return form
 
 
-# What stands before a text may take its beginning: `▁<` is a piece and `<|` too. So the place to cut it is one between
-# pieces wherever it stands: alone, behind a space, and behind a character that is in no piece.
-def _first_part(processor: "sentencepiece.SentencePieceProcessor", text: str) -> int:
-    """Return how many characters of ``text`` make the first of its pieces, where that is not all of them; else 1."""
+# What stands before a text may take its beginning: `▁<` may be a piece, and `<|` too. So the place to cut it is one
+# between pieces wherever the text stands.
+def _first_part(processor: "sentencepiece.SentencePieceProcessor", text: str, before: list[str]) -> int:
+    """Return how many characters of ``text``, behind any of ``before``, make its first pieces; 1 if that varies."""
     common = set(range(1, len(text)))
-    for before in ("", "a ", OF_NO_PIECE):
-        spans = processor.encode(before + text, return_type="offset_mapping")["offsets"]
-        common &= {start - len(before) for start, _ in spans}
+    for head in before:
+        spans = processor.encode(head + text, return_type="offset_mapping")["offsets"]
+        common &= {start - len(head) for start, _ in spans}
     return min(common, default=1)
+
+
+def _taken_before(proto: Any, firsts: set[str]) -> list[str]:
+    """List what pieces join to the characters ``firsts``, what they join nothing to, a word's end, and nothing."""
+    heads = {"", "a ", OF_NO_PIECE}
+    for piece in proto.pieces:
+        if piece.type != _NORMAL:
+            continue
+        for place, character in enumerate(piece.piece):
+            if character in firsts:
+                heads.add(piece.piece[:place].replace(SPACE, " "))
+    return sorted(heads)
 
 
 def cut_apart(form: "tokenizers.Tokenizer", tokens: Mapping[str, int]) -> None:
@@ -113,17 +126,16 @@ def _decoder(spec: Any) -> Any:
 
 # The library takes every piece of the vocabulary for an ordinary one; `cut_apart` keeps markers out of text. A piece
 # that was set aside (unused) gets a name with a space, which no normalized text has. One that the user defined gets the
-# score that SentencePiece gives it.
+# score that SentencePiece gives it, whatever those of others are: it wins over most pieces that go across its ends.
 def _unigram(proto: Any) -> Any:
     """Return the Unigram model with the pieces of ``proto``."""
     from tokenizers.models import Unigram
 
-    best = max(piece.score for piece in proto.pieces if piece.type == _NORMAL)
     vocabulary: list[tuple[str, float]] = []
     for number, piece in enumerate(proto.pieces):
         name, score = piece.piece, piece.score
         if piece.type == _USER_DEFINED:
-            score = len(name.encode()) * best - 0.1
+            score = 0.1 * len(name.encode()) - 0.1
         elif piece.type == _UNUSED:
             name = f"<unused {number}>"
         vocabulary.append((name, score))
