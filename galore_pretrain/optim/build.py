@@ -135,13 +135,13 @@ class _RowOptimizer(RuleOptimizer):
         if betas is None:
             self.param_groups[-1].pop("betas", None)  # torch has put the defaults there
 
-    def _follow_settings(self, number: int, group: dict[str, Any]) -> None:
+    def follow_settings(self, number: int, group: dict[str, Any]) -> None:
         """Update a group by the betas that it has now."""
         rule = self.slots.rule_named(group["settings"])
         if "betas" in group and tuple(group["betas"]) != _betas_of(rule):
             self.slots.follow(number, _with_betas(rule, group["betas"]))
 
-    def _take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    def take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Take over the betas that were saved with a group."""
         if "betas" in group and "betas" in saved:
             group["betas"] = saved["betas"]

@@ -144,11 +144,29 @@ def share_out(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": states}
 
 
+# First, each group goes on by the rule that the saved settings ask for. Then that rule must be the saved one, which may
+# differ in what is no setting of a group.
 def take_state_dict(state_dict: Mapping[str, Any], optimizer: "RuleOptimizer") -> None:
-    """Give the optimizer the groups' settings and the states that were saved, and nothing where something differs."""
-    loaded = _checked_state(state_dict, optimizer)
-    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        group.update(copy.deepcopy(_without_params(saved_group)))
+    """Give the optimizer the groups' settings and the states that were saved; change nothing where these do not fit."""
+    groups_before = [{**group} for group in optimizer.param_groups]
+    rules_before = optimizer.slots.rules
+    try:
+        # Groups that only one side has are refused below.
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+            optimizer.take_settings(group, saved)
+        optimizer.follow_groups()
+        loaded = _checked_state(state_dict, optimizer)
+    except Exception:
+        for number, (group, before) in enumerate(zip(optimizer.param_groups, groups_before, strict=True)):
+            settings = group["settings"]
+            group.clear()
+            group.update(before)
+            group["settings"] = settings  # which `follow` compares
+            optimizer.slots.follow(number, rules_before[number])
+        optimizer.slots.renew()
+        raise
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        group.update(copy.deepcopy(_without_params(saved)))
     optimizer.state.clear()
     optimizer.state.update(loaded)
     optimizer.slots.renew()

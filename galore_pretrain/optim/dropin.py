@@ -153,7 +153,7 @@ class _DropIn(RuleOptimizer):
             warnings.warn(f"{name} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2)
         self._has_stepped = True
 
-    def _follow_settings(self, number: int, group: dict[str, Any]) -> None:
+    def follow_settings(self, number: int, group: dict[str, Any]) -> None:
         """Update a group by the settings that it has now."""
         settings = [group.get(name) for name in (*_GROUP_SETTINGS, *self._options, "settings")]
         if self._followed.get(number) != settings:
@@ -161,7 +161,7 @@ class _DropIn(RuleOptimizer):
             settings[-1] = group["settings"]
             self._followed[number] = settings
 
-    def _take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    def take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Take over the settings that were saved with a group, as torch's optimizers do."""
         names = (*_GROUP_SETTINGS, *self._options)
         group |= {name: saved[name] for name in names if name in saved}

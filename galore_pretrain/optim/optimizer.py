@@ -157,12 +157,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Go on with the parameters and settings that the groups have now."""
         self.slots.renew()
         for number, group in enumerate(self.param_groups):
-            self._follow_settings(number, group)
+            self.follow_settings(number, group)
 
-    def _follow_settings(self, number: int, group: dict[str, Any]) -> None:
+    def follow_settings(self, number: int, group: dict[str, Any]) -> None:
         """Do nothing: subclasses have settings in a group that decide on its rule, and may have changed."""
 
-    def _take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    def take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Do nothing: subclasses write to a group those settings of a saved one that decide on its rule."""
 
     def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
@@ -324,31 +324,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             exchanged = before(self, state_dict)
             if exchanged is not None:
                 state_dict = exchanged
-        self._load(state_dict)
+        take_state_dict(state_dict, self)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    # First, each group goes on by the rule that the saved settings ask for. Then that rule must be the saved one, which
-    # may differ in what is no setting of a group.
-    def _load(self, state_dict: Mapping[str, Any]) -> None:
-        """Take a saved state, between the hooks of loading; leave groups as they were where it does not fit."""
-        groups_before = [{**group} for group in self.param_groups]
-        rules_before = self.slots.rules
-        try:
-            # Groups that only one side has are none of this method's business: loading the state refuses them.
-            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-                self._take_settings(group, saved)
-            self.follow_groups()
-            take_state_dict(state_dict, self)
-        except Exception:
-            for number, (group, before) in enumerate(zip(self.param_groups, groups_before, strict=True)):
-                settings = group["settings"]
-                group.clear()
-                group.update(before)
-                group["settings"] = settings  # which `follow` compares
-                self.slots.follow(number, rules_before[number])
-            self.slots.renew()
-            raise
 
 
 def _follow_groups(optimizer: Any) -> None:
