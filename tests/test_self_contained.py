@@ -236,3 +236,22 @@ def test_a_library_that_writes_tokenizers_otherwise_changes_none(home: Path) -> 
     check_inputs(config, saved, now)
     with pytest.raises(InputError, match="made with another tokenizer than there is now"):
         check_inputs(config, saved, now | {"tokenizer": "another"})
+
+
+def test_a_run_without_an_update_begins_with_the_text_that_was_mended(home: Path) -> None:
+    """Its checkpoint was written when it was stopped by its text."""
+    newest = home / "run" / "checkpoints" / "step_00000012"
+    state = json.loads((newest / "state.json").read_text())
+    mended = state["inputs"] | {"training text": "mended", "validation text": "mended"}
+    for step in (12, 0):
+        (newest / "state.json").write_text(json.dumps(state | {"trainer": state["trainer"] | {"step": step}}))
+        seal(newest)
+        saved = checkpoint.opened(newest)
+        config = RunConfig.of(saved.state["config"])
+        if step:
+            with pytest.raises(InputError, match="another training text and validation text"):
+                check_inputs(config, saved, mended)
+        else:
+            check_inputs(config, saved, mended)
+        with pytest.raises(InputError, match="made with another tokenizer"):
+            check_inputs(config, saved, state["inputs"] | {"tokenizer": "another"})

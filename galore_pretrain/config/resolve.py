@@ -272,7 +272,8 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
                     f"--data {text}: no such file, folder or pattern; choose c4, hub:ORG/NAME, sample or a path"
                 )
         raise InputError(
-            f"--tokenizer is missing: --data {' + '.join(texts)} needs one; give t5, sample or a .model file"
+            f"--tokenizer is missing: --data {' + '.join(texts)} needs one; "
+            "give t5, sample, a .model file, a folder or a hub id"
         )
 
 

@@ -156,6 +156,9 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
     a config are dropped: ``nn.Embedding`` would zero and freeze that row, a real token's where the id is −1.
     """
     values, source = _read(name_or_path)
+    model_type = values.get("model_type", "llama")
+    if model_type != "llama":  # told before its keys, which are those of another model
+        raise InputError(f"{source}: model_type is {model_type!r}; only 'llama' is built here")
     for key, value in values.items():
         _check_kind(key, value, source)
         if float in _KINDS[key]:  # transformers wants 1.0, and not 1
@@ -274,10 +277,7 @@ def _check_shape(values: dict[str, Any], source: str) -> None:
 
 
 def _check_values(values: dict[str, Any], source: str) -> None:
-    """Raise InputError where the model is no LLaMA, or a number is not positive and finite."""
-    model_type = values.get("model_type", "llama")
-    if model_type != "llama":
-        raise InputError(f"{source}: model_type is {model_type!r}; only 'llama' is built here")
+    """Raise InputError where an activation is unknown, or a number is not positive and finite."""
     activation = values.get("hidden_act", "silu")
     if activation not in ACT2FN:
         raise InputError(f"{source}: hidden_act {activation!r} is unknown; LLaMA's is 'silu'")

@@ -20,7 +20,7 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.hub import check_hub, first_line
-from galore_pretrain.text.sources import DocumentSource, first_documents, open_source
+from galore_pretrain.text.sources import DocumentSource, LocalFiles, first_documents, open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_folder, load_tokenizer
 from galore_pretrain.text.usable import measure
 from galore_pretrain.train.build import model_for
@@ -48,6 +48,16 @@ class LoadedModel:
     validation_text: str | None = None
 
 
+# A file that a run is given is training text, of which a part is held out. One that a trained model is given is all of
+# it for evaluation.
+def _evaluating(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields to replace, with a file that is named as the text as the validation text."""
+    data = overrides.get("data")
+    if isinstance(data, str) and "eval_data" not in overrides and Path(data).is_file():
+        return {**overrides, "eval_data": data}
+    return {**overrides}
+
+
 def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
     """Load the model of a run's newest checkpoint, of a checkpoint, or of a Hugging Face folder.
 
@@ -55,6 +65,7 @@ def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> Load
     are added to defaults. Raises InputError where ``path`` is none of these.
     """
     check_bounds(overrides)
+    overrides = _evaluating(overrides)
     saved = checkpoint.newest(path / "checkpoints", set_aside=False)
     if saved is None and checkpoint.is_checkpoint(path):
         saved = checkpoint.opened(path)
@@ -172,6 +183,9 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     )
     if trained.validation_text not in (None, source.fingerprint):
         log.warning("the validation text is another one than the run was evaluated on")
+    if isinstance(source, LocalFiles) and config.eval_data is None:
+        for title in source.titles:
+            log.info("%s", title)
     _warn_of_text(trained, source, layout)
     rows = validation_rows(source, layout, config.eval_tokens)
     return evaluate(

@@ -152,7 +152,9 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
             is_same = _kept_tokenizer(saved, config) == value
         else:
             is_same = known == value
-        if not is_same:
+        # A run that was stopped by its text, and made no update, begins with the text that was mended.
+        has_begun = saved.state["trainer"]["step"] > 0 or not name.endswith("text")
+        if has_begun and not is_same:
             changed.append(name)
     if changed and not config.resume_with_changes:
         raise InputError(

@@ -137,7 +137,7 @@ def summary(selection: Selection, held_out: int, evaluated: list[TextFile] | Non
         validation = evaluated
     parts = [f"training {_amount(training)}"]
     if validation:
-        parts.append(f"validation {_amount(validation)}")
+        parts.append(f"validation {_amount(validation)}: {_examples([file.path for file in validation])}")
     else:
         parts.append(f"validation 1 document in {held_out} of these")
     for reason, paths in left_out.items():

@@ -356,11 +356,14 @@ def _lines_of_text(path: Path) -> Iterator[str | Flaw]:
             try:
                 text = line.decode(encoding)
             except UnicodeDecodeError as error:
-                yield Flaw(f"line {number} is not UTF-8 ({error.reason} at byte {error.start})")
+                yield Flaw(
+                    f"line {number} is not UTF-8 ({error.reason} at byte {error.start}); if it is Latin-1, "
+                    "iconv -f ISO-8859-1 -t UTF-8 converts it"
+                )
                 continue
             # UTF-16 without a byte order mark is valid UTF-8 too, where every other byte is NUL.
             if "\0" in text:
-                yield Flaw(f"line {number} holds NUL characters; plain text is UTF-8 without them")
+                yield Flaw(f"line {number} holds NUL characters; iconv -f UTF-16LE -t UTF-8 may convert it")
             else:
                 yield text
     except _BrokenError as error:

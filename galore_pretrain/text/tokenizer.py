@@ -321,7 +321,6 @@ class HuggingFaceTokenizer:
         settings = {
             "clean_up_tokenization_spaces": self._tokenizer.clean_up_tokenization_spaces,
             "padding_side": self._tokenizer.padding_side,
-            "chat_template": self._tokenizer.chat_template,
         }
         for role, token in self._tokenizer.special_tokens_map.items():
             if isinstance(token, str) and self.vocabulary.get(token, vocabulary) < vocabulary:

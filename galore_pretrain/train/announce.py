@@ -14,6 +14,7 @@ from galore_pretrain.text.usable import TextShares, percent
 from galore_pretrain.train.inputs import Inputs
 
 log = logging.getLogger(__name__)
+_MUCH = 0.25  # of a text's tokens
 
 
 def announce(
@@ -44,15 +45,19 @@ def announce(
 
 
 def _announce_shares(config: RunConfig, shares: TextShares) -> None:
-    """Log how much of the text cannot be used."""
+    """Log how much of the text cannot be used, and the way out where much of it is cut away."""
+    way_out = ""
+    if shares.cut > _MUCH:
+        way_out = " (--layout pack takes all)"
     log.info(
-        "of %s tokens at the beginning of the text, %s are unknown to --tokenizer %s, and --layout %s cuts %s away; "
+        "of %s tokens at the beginning of the text, %s are unknown to --tokenizer %s, and --layout %s cuts %s away%s; "
         "%s of its characters are control characters",
         f"{shares.tokens:,}",
         percent(shares.unknown),
         shares.tokenizer,
         config.layout,
         percent(shares.cut),
+        way_out,
         percent(shares.control),
     )
 
