@@ -77,7 +77,7 @@ def documents_of(path: Path) -> list[str]:
         return list(map(str, pyarrow.parquet.read_table(io.BytesIO(data))["text"].to_pylist()))
     text = data.decode("utf-8-sig")
     if kind == "csv":
-        header, *rows = csv.reader(io.StringIO(text, newline=""))
+        header, *rows = [*csv.reader(io.StringIO(text, newline=""), strict=True)] or [["text"]]
         column = header.index("text")
         return [row[column] for row in rows if row]
     if kind == "txt":
