@@ -57,7 +57,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert summary["eval_loss"] == rows[-1]["eval_loss"]
     assert sorted(f.name for f in (finished / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
     kinds = {f.suffix for f in (finished / "checkpoints").rglob("*") if f.is_file()}
-    assert kinds == {".safetensors", ".json"}
+    assert kinds == {".safetensors", ".json", ".model"}  # the last is the tokenizer
 
 
 def test_each_part_of_a_run_is_built_once(tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
