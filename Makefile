@@ -35,8 +35,9 @@ chaos: $(VENV)/.installed           ## kill runs a hundred times, and every meth
 	$(BIN)/python tests/chaos.py runs/chaos --kills 100
 	$(BIN)/python tests/chaos.py runs/chaos/rows --every-row both
 
-fuzz: $(VENV)/.installed            ## 500 random command lines, as many model configs and run JSONs
+fuzz: $(VENV)/.installed            ## 500 random command lines, model configs and run JSONs; 300 folders of files, tokenizers and published configs
 	FUZZ=500 $(BIN)/pytest tests/test_fuzz.py
+	FUZZ=300 $(BIN)/pytest tests/test_fuzz_inputs.py
 
 bench: $(VENV)/.installed           ## every goal of speed beside its peer: an hour, of a machine that does nothing else
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[sample,dev,bench]'

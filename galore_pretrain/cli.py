@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 from click.core import ParameterSource
+from safetensors import SafetensorError
 
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
-from galore_pretrain.config.options import Processes
+from galore_pretrain.config.options import Processes, RunConfig, texts_of
 from galore_pretrain.config.resolve import left_out
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, own_length
-from galore_pretrain.text.hub import check_hub
+from galore_pretrain.text.hub import check_hub, hub_text
 from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import find_tokenizer
 
@@ -70,10 +71,10 @@ def cli() -> None:
 def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     """Train (the same as without a subcommand)."""
     config, origins = resolved(ctx, values)
-    check_hub(config.data, config.tokenizer)
+    check_hub(config.data, config.tokenizer, goes_on=_goes_on(config))
     find_tokenizer(config.tokenizer)
-    if config.data != "c4":
-        open_source(config.data, "train", config.eval_data)
+    if hub_text(config.data) is None:
+        open_source(config.data, "train", config.eval_data, text_key=config.text_key)
 
     _let_cuda_grow_segments()
     with _importing():
@@ -81,6 +82,16 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
 
     ending = ctx.ensure_object(_Ending)
     return run.train(config, origins, when_stuck=ending.hurry)
+
+
+def _goes_on(config: RunConfig) -> bool:
+    """Return whether a run goes on from a checkpoint, as far as can be told before it is opened."""
+    output = Path(config.output)
+    is_finished = (output / "summary.json").exists() and (output / "model").exists()
+    if config.resume == "never" or is_finished:
+        return False
+    has_checkpoint = any((output / "checkpoints").glob("step_*"))
+    return config.resume != "auto" or has_checkpoint
 
 
 @cli.command(cls=RunCommand, params=flags())
@@ -158,7 +169,8 @@ def plan(
         name = Path(first.model).stem
         picture = picture or Path(f"memory-{name}.png")
         title = f"{name} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
-        pictures.draw_memory(picture, title, budget.bars(rows, plans), available)
+        with _writing(f"--picture {picture}", "file"):
+            pictures.draw_memory(picture, title, budget.bars(rows, plans), available)
         click.echo(f"drawn: {picture}", err=as_json)
     return 0
 
@@ -244,6 +256,8 @@ def sweep(
     if plan_only:
         click.echo("\n".join(work.listing()))
         return 0
+    with _writing(f"--output {output}", "folder"):
+        output.mkdir(parents=True, exist_ok=True)
     folders, code = work.run()
     if folders:
         click.echo(_report(folders, output / "report"))
@@ -266,10 +280,12 @@ def _report(runs: Sequence[Path], output: Path, *, as_json: bool = False) -> str
     comparisons = results.compare(results.find(runs))
     if as_json:
         return json.dumps(report.as_json(comparisons), indent=2)
-    return f"{report.write(comparisons, output)}\nwritten: {output / 'report.md'}, {output / 'report.html'}"
+    with _writing(f"--output {output}", "folder"):
+        text = report.write(comparisons, output)
+    return f"{text}\nwritten: {output / 'report.md'}, {output / 'report.html'}"
 
 
-_TEXT = ("data", "eval_data", "bad_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
+_TEXT = ("data", "eval_data", "text_key", "bad_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
 
 
 @cli.command("eval", params=flags(_TEXT))
@@ -293,9 +309,12 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     if as_json:
         click.echo(json.dumps(numbers, indent=2))
         return 0
-    text = config.eval_data or f"{config.data} (validation)"
+    text = config.eval_data or f"{' + '.join(texts_of(config.data))} (validation)"
     click.echo(f"{text}, {numbers['eval_tokens']:,} tokens: loss {numbers['eval_loss']:.4f}")
-    click.echo(f"perplexity {numbers['eval_perplexity']:.4f} (reference {numbers['eval_reference_perplexity']:.4f})")
+    line = f"perplexity {numbers['eval_perplexity']:.4f}"
+    if "eval_reference_perplexity" in numbers:
+        line += f" (reference {numbers['eval_reference_perplexity']:.4f})"
+    click.echo(line)
     return 0
 
 
@@ -312,10 +331,13 @@ def export(path: Path, folder: Path) -> int:
     with _importing():
         from galore_pretrain.rundir import loaded
         from galore_pretrain.rundir.export import export as write_model
+        from galore_pretrain.rundir.export import try_export
         from galore_pretrain.train import build
 
     model = loaded.load(path, {}, build.device_named("cpu"))
-    write_model(folder, model.model, model.tokenizer)
+    with _writing(str(folder), "folder"):
+        try_export(model.model.config, model.tokenizer, [])
+        write_model(folder, model.model, model.tokenizer)
     click.echo(f"written: {folder}")
     return 0
 
@@ -351,6 +373,16 @@ def _let_cuda_grow_segments() -> None:
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+@contextmanager
+def _writing(place: str, kind: str) -> Iterator[None]:
+    """Raise InputError, which names the ``place``, where nothing can be written there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{place} cannot be written ({why}); give another {kind}") from error
 
 
 # torch and transformers make a million objects when they are imported, none of which is garbage. Looking for some among
@@ -420,6 +452,9 @@ def main() -> None:
     warnings.showwarning = _show_warning
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of --profile, before torch reads it
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it warns its developers, and what matters is checked here
     debug = "--debug" in sys.argv[1:]
     ending = _Ending()
     try:

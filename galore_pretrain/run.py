@@ -28,16 +28,17 @@ from galore_pretrain.planning.plan import Outline, Plan, measure
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import RunDirectory, log_config
 from galore_pretrain.rundir.environment import describe_environment
-from galore_pretrain.rundir.export import export
+from galore_pretrain.rundir.export import export, try_export
 from galore_pretrain.rundir.resume import Saver, check_inputs, is_finished, resolve_resume, restore, resume_hint
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
 from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
+from galore_pretrain.text.usable import TextShares
 from galore_pretrain.train import build
 from galore_pretrain.train.announce import announce
 from galore_pretrain.train.build import device_of, execution_for, factors_of, model_for, optimizer_for
 from galore_pretrain.train.evaluate import Evaluator
-from galore_pretrain.train.inputs import Inputs, open_inputs
+from galore_pretrain.train.inputs import Inputs, check_text, open_inputs
 from galore_pretrain.train.metrics import MetricLogger, open_loggers
 from galore_pretrain.train.profile import Profile
 from galore_pretrain.train.schedule import Schedule
@@ -51,8 +52,9 @@ log = logging.getLogger(__name__)
 class Prepared:
     """All that is known of a run before its weights exist.
 
-    ``saved`` is the checkpoint that it goes on from. ``plan`` is the plan of its updates, where fitting them to the
-    memory took one. ``outline`` is of the whole run, ``part`` of this process's share of it.
+    ``tokenizer`` are the tokenizer's files, by name. ``shares`` are of the text that cannot be used. ``saved`` is the
+    checkpoint that the run goes on from. ``plan`` is the plan of its updates, where fitting them to the memory took
+    one. ``outline`` is of the whole run, ``part`` of this process's share of it.
     """
 
     config: RunConfig
@@ -60,6 +62,8 @@ class Prepared:
     world: World
     directory: RunDirectory
     inputs: Inputs
+    tokenizer: Mapping[str, bytes]
+    shares: TextShares
     saved: Saved | None
     outline: Outline
     part: Outline
@@ -114,7 +118,10 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         revision = world.on_rank_zero(lambda: open_inputs(config, revision).revision)
     inputs = world.on_every_rank(lambda: open_inputs(config, revision), lambda opened: str(opened.fingerprints()))
     if saved:
-        check_inputs(config, saved, inputs.fingerprints())
+        check_inputs(config, saved, inputs.fingerprints(saved.format))
+    shares = world.on_rank_zero(lambda: check_text(config, inputs, is_new=saved is None))
+    world.on_rank_zero(lambda: try_export(inputs.model, inputs.tokenizer, inputs.first_texts()))
+    tokenizer = world.on_rank_zero(inputs.tokenizer.files)
 
     outline = part = Outline.of(config, inputs.model)
     if world.mesh is not None:
@@ -130,6 +137,8 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         world=world,
         directory=directory,
         inputs=inputs,
+        tokenizer=tokenizer,
+        shares=shares,
         saved=saved,
         outline=outline,
         part=part,
@@ -150,7 +159,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     if config.compile:
         build.compile_layers(model)
     execution = execution_for(config, optimizer)
-    announce(config, device, optimizer, world)
+    announce(config, device, inputs, prepared.shares, optimizer, world)
 
     sequences = config.total_batch_size
     data = TrainingData(inputs.training, inputs.rows, sequences, config.seed, rank=world.rank, size=world.size)
@@ -158,11 +167,12 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         world.on_every_rank(lambda: restore(saved, model, optimizer, state, data), lambda done: "")
     # Only now: what the folder holds may be of another method, and is refused then.
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, "processes": world.size}
-    directory.write_config(config, prepared.origins, environment | describe_environment(device))
+    text = {"text": prepared.shares.as_json()}
+    directory.write_config(config, prepared.origins, text | environment | describe_environment(device))
 
     loggers = _loggers(prepared, state)
     totals = RunTotals(device, inputs, loggers, saved.state if saved else {}, started)
-    saver = Saver(config, model, optimizer, state, totals.state, saved, world)
+    saver = Saver(config, model, optimizer, state, totals.state, prepared.tokenizer, saved, world)
     batches = read_ahead(data, pin=device.type == "cuda")
     factors = factors_of(config)
     after_update = partial(factors.after_update, model, optimizer) if factors else lambda step: None

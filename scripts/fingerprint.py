@@ -156,7 +156,7 @@ def batch(update: int, config: RunConfig, world: World) -> Batch:
     for i, row in enumerate(labels):
         row[config.max_length - 2 * i :] = IGNORE
     inputs, labels = (part.chunk(world.size)[world.rank] for part in (inputs, labels))
-    return Batch(inputs, labels, inputs.numel(), {})
+    return Batch(inputs, labels, inputs.numel(), {"epoch": 0})
 
 
 def spoil(model: Any, number: int) -> None:

@@ -218,7 +218,8 @@ def every_row(folder: Path, *, both: bool) -> int:
     for i, (row, execution) in enumerate(runs):
         flags = f"--model {folder / 'model.json'} {COMMON} --optim {row} {execution} --batch-size {2 + i // 2 % 2 * 2}"
         flags += " --layout pack" * (i // 4 % 2)
-        flags += f" --data {folder / 'text.jsonl'} --tokenizer sample" * (i // 8 % 2)
+        if i // 8 % 2:
+            flags = flags.replace("--data sample", f"--data {folder / 'text.jsonl'} --tokenizer sample")
         flags += " --rank 4" * ("galore" in row or "_rank" in row or "lora" in row)
         flags += " --update-proj-gap 4" * ("galore" in row) + " --relora-every 5" * ("relora" in row)
         place = folder / f"{row}{execution}"

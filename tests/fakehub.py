@@ -3,9 +3,9 @@
     python tests/fakehub.py ROOT PORT
     HF_ENDPOINT=http://127.0.0.1:PORT python -m galore_pretrain --model llama_1m --data c4 …
 
-ROOT/OWNER/NAME holds the files of a repository. The shards of C4 go to ROOT/allenai/c4/en/c4-train.*.json.gz
-and c4-validation.*.json.gz; its card and T5's tokenizer (in truth this package's own small one) are added if
-missing.
+ROOT/OWNER/NAME holds the files of a repository, whatever they are. The shards of C4 go to
+ROOT/allenai/c4/en/c4-train.*.json.gz and c4-validation.*.json.gz; its card and T5's tokenizer (in truth this package's
+own small one) are added if missing.
 """
 
 import hashlib
@@ -41,7 +41,8 @@ configs:
 class Fault:
     """What happens to the next ``times`` GETs of a path that ends in ``suffix``, and of a file's byte ``at``.
 
-    The answer is the error ``status``; without one, the connection closes where that byte is due, ``hang`` s late.
+    The answer is the error ``status``; without one, the connection closes where that byte is due, ``hang`` s late. What
+    the hub's API answers, a list of files for instance, has no bytes: nothing of it comes.
     """
 
     times: int
@@ -108,11 +109,14 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._file(self.server.root / match[1] / match[2])
-        elif (fault := self.server.take_fault(path)) and fault.status:
-            self._json({"error": "injected"}, fault.status)
+        elif fault := self.server.take_fault(path):
+            self._fail(fault)
         elif match := re.fullmatch(_API + r"(?:/revision/[^/]+)?", path):
             names = [{"rfilename": entry["path"]} for entry in self._entries(match[1], "file")]
-            self._json({"id": match[1], "sha": self._commit(), "siblings": names, "tags": []} if names else None)
+            self._json(
+                {"id": match[1], "sha": self._commit(), "siblings": names, "tags": []} if names else None,
+                missing="RepoNotFound",
+            )
         elif match := re.fullmatch(_API + r"/tree/[^/]+(?:/(.*))?", path):
             deep = parse_qs(urlsplit(self.path).query).get("recursive") in (["true"], ["True"], ["1"])
             prefix = f"{match[2].strip('/')}/" if match[2] else ""
@@ -120,6 +124,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._json([e for e in below if deep or "/" not in e["path"].removeprefix(prefix)] or None)
         else:
             self._json(None)
+
+    def _fail(self, fault: Fault) -> None:
+        if fault.status:
+            return self._json({"error": "injected"}, fault.status)
+        time.sleep(fault.hang)
+        self.close_connection = True
+        return None
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
@@ -165,13 +176,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = self.close_connection or fault is not None
         return None
 
-    def _json(self, value: Any, status: int = 200) -> None:
-        """``None`` is what the hub has not."""
+    def _json(self, value: Any, status: int = 200, missing: str = "EntryNotFound") -> None:
+        """``None`` is what the hub has not: an entry, or a repository."""
         body = json.dumps({"error": "not here"} if value is None else value).encode()
         self.send_response(404 if value is None else status)
         self._headers(len(body), "application/json")
         if value is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Error-Code", missing)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)

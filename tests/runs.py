@@ -14,8 +14,6 @@ def command(model: str, output: Path, *flags: str) -> list[str]:
     base = [
         "--model",
         model,
-        "--data",
-        "sample",
         "--steps",
         "12",
         "--total-batch-size",
@@ -37,6 +35,8 @@ def command(model: str, output: Path, *flags: str) -> list[str]:
         "--eval-every",
         "6",
     ]
+    if "--data" not in flags:  # given twice, it would be two texts
+        base += ["--data", "sample"]
     return [sys.executable, "-m", "galore_pretrain", *base, "--output", str(output), *flags]
 
 

@@ -115,8 +115,8 @@ def test_a_checkpoint_of_another_device_loads(tmp_path: Path) -> None:
 
 def seal(folder: Path) -> None:
     """Checksums that fit what is there."""
-    files = [file for file in folder.iterdir() if file.name != "checksums.json"]
-    (folder / "checksums.json").write_text(json.dumps(checkpoint._checksums(files)))
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "checksums.json"]
+    (folder / "checksums.json").write_text(json.dumps(checkpoint._checksums(folder, files)))
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_what_cannot_be_read_now_is_not_called_damaged(
     root = tmp_path / "checkpoints"
     shutil.copytree(two, root)
 
-    def stale(files: Any) -> dict[str, str]:
+    def stale(folder: Path, files: Any) -> dict[str, str]:
         raise OSError(116, "Stale file handle")
 
     with monkeypatch.context() as patch:

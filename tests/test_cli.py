@@ -57,7 +57,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert summary["eval_loss"] == rows[-1]["eval_loss"]
     assert sorted(f.name for f in (finished / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
     kinds = {f.suffix for f in (finished / "checkpoints").rglob("*") if f.is_file()}
-    assert kinds == {".safetensors", ".json"}
+    assert kinds == {".safetensors", ".json", ".model"}  # the last is the tokenizer
 
 
 def test_each_part_of_a_run_is_built_once(tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,6 +586,45 @@ def test_python_dash_m_and_version() -> None:
     assert result.stdout.startswith("galore-pretrain, version ")
 
 
+def test_several_texts_are_trained_on_together(tiny_config: str, tmp_path: Path) -> None:
+    """By flags and by a run JSON; a run on them goes on, and refuses one of them alone."""
+    for name in "ab":
+        rows = [json.dumps({"text": f"{name} {n} of many"}) for n in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    (tmp_path / "run.json").write_text(json.dumps({"model": tiny_config, "data": paths}))
+
+    def resolved(arguments: list[str]) -> RunConfig:
+        with RunCommand("x", params=flags_of_a_run(), callback=lambda: None).make_context("x", arguments) as ctx:
+            return resolve_options(ctx, ctx.params)[0]
+
+    shared = ["--tokenizer", "sample", "--model", tiny_config]
+    assert resolved([*shared, "--data", paths[0]]).data == paths[0]
+    assert resolved([*shared, "--data", paths[0], "--data", paths[1]]).data == tuple(paths)
+    with pytest.raises(InputError, match="--data c4: cannot be joined to another --data"):
+        resolved([*shared, "--data", paths[0], "--data", "c4"])
+
+    steps = ["--tokenizer", "sample", "--steps", "4", "--save-every", "2", "--wandb", "disabled", "--eval-tokens", "60"]
+    arguments = [sys.executable, "-m", "galore_pretrain", *steps, "--total-batch-size", "4", "--max-length", "48"]
+    arguments += ["--optim", "adamw", "--dtype", "float32", "--output", str(tmp_path / "run")]
+    begun = subprocess.run(
+        [*arguments, "--config", str(tmp_path / "run.json")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert begun.returncode == 0, begun.stderr
+    assert all(f"--data {path}: training" in begun.stderr for path in paths)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["data"]["value"] == paths
+    (tmp_path / "run" / "summary.json").unlink()
+    given = ["--model", tiny_config, "--data", paths[0]]
+    alone = subprocess.run([*arguments, *given], capture_output=True, text=True, timeout=300, check=False)
+    assert alone.returncode == 2
+    assert "was made with other options: --data" in alone.stderr
+    again = subprocess.run(
+        [*arguments, *given, "--data", paths[1]], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert again.returncode == 0, again.stderr
+
+
 def test_wandb_gets_the_same_numbers(tiny_config: str, tmp_path: Path) -> None:
     environment = os.environ | {"WANDB_MODE": "offline"}
     environment.pop("WANDB_API_KEY", None)
@@ -597,7 +636,9 @@ def test_wandb_gets_the_same_numbers(tiny_config: str, tmp_path: Path) -> None:
     recorder.mkdir(parents=True)
     (recorder / "__init__.py").write_text(
         "import json\n"
+        "from types import SimpleNamespace\n"
         "def Settings(**kwargs): return kwargs\n"
+        "def setup(_): return SimpleNamespace(settings=SimpleNamespace(base_url='', project=None, run_name=None))\n"
         "def init(*, dir, config, **kwargs):\n"
         "    assert config['steps'] == 3 and kwargs['mode'] == 'offline'\n"
         "    return Run(open(dir / 'recorded.jsonl', 'w'))\n"

@@ -2,12 +2,14 @@
 
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import lzma
 import random
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,8 +24,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from galore_pretrain.errors import InputError
+from galore_pretrain.text import readers
 from galore_pretrain.text.batches import (
     IGNORE,
     Batch,
@@ -36,6 +40,7 @@ from galore_pretrain.text.batches import (
 )
 from galore_pretrain.text.sources import BadData, LocalFiles, Tally, open_source
 from galore_pretrain.text.tokenizer import Ids
+from galore_pretrain.train.inputs import Inputs
 
 
 class Letters:
@@ -103,10 +108,109 @@ def test_txt_is_cut_into_passages(tmp_path: Path) -> None:
     source = LocalFiles([path])
     whole = list(source.read(0, 0))
     assert len(whole) == 10
+    assert all(len(text) <= 4000 for _, text in whole)
     assert "".join("".join(t.split()) for _, t in whole) == "".join("".join(p.split()) for p in paragraphs)
     assert [t for _, t in source.read(0, whole[3][0])] == [t for _, t in whole[4:]]
     path.write_text("line without end\n" * 2000)  # no blank line at all
-    assert max(len(text) for text in everything(source)) < 5000
+    assert 3900 < max(len(text) for text in everything(source)) <= 4000
+    path.write_text(("a" * 3900 + "\n" + "b" * 3990 + "\n") * 3)  # together they would be twice as long
+    assert [text[0] for text in everything(source)] == ["a", "b"] * 3
+
+
+def test_text_of_before_its_lines_were_cut_is_another_text(tmp_path: Path) -> None:
+    """What a position in it means has changed; the sample is cut as ever, so its runs go on."""
+    path = tmp_path / "book.txt"
+    path.write_text("x" * 9000)
+    written = hashlib.sha256(f"book.txt 9000 {zlib.crc32(b'x' * 18000):08x}".encode()).hexdigest()
+    assert LocalFiles([path], passages=readers.WHOLE_LINES).fingerprint == written
+    assert LocalFiles([path]).fingerprint != written
+    assert everything(LocalFiles([path], passages=readers.WHOLE_LINES)) == ["x" * 9000]
+    write_jsonl(tmp_path / "a.jsonl", ["x"])  # of other kinds, nothing has changed
+    both = [LocalFiles([tmp_path / "a.jsonl"], passages=rule) for rule in (readers.WHOLE_LINES, readers.CUT_LINES)]
+    assert both[0].fingerprint == both[1].fingerprint
+
+
+def test_the_sample_is_the_one_that_runs_were_made_with() -> None:
+    """Down to each passage: checksums of the first versions."""
+    checksums = {}
+    for split in ("train", "validation"):
+        source = open_source("sample", split)
+        entries = [f"{i} {n} {text}\0" for i in range(len(source.shards)) for n, text in source.read(i, 0)]
+        checksums[split] = (zlib.crc32("".join(entries).encode()), source.fingerprint[:16])
+    assert checksums == {
+        "train": (3150209798, "19f71e599f861720"),
+        "validation": (1843421096, "286f80ac0879a64f"),
+    }
+
+
+@pytest.mark.parametrize(
+    "book", ["It was so. It was not. " * 2000, "words without a stop " * 3000, "x" * 50_000, "語" * 9000]
+)
+def test_a_line_that_holds_a_book_is_cut_where_a_reader_would(tmp_path: Path, book: str) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("a preface\n" + book + "\nthe end")
+    source = LocalFiles([path])
+    whole = list(source.read(0, 0))
+    passages = [text for _, text in whole]
+    assert "".join("".join(passages).split()) == "".join(("a preface" + book + "the end").split())
+    assert all(len(text) <= 4000 for text in passages)
+    if ". " in book:
+        assert all(text.endswith(".") for text in passages[:-1])
+    elif " " in book:
+        assert {word for text in passages for word in text.split()} <= set((book + " a preface the end").split())
+    assert [t for _, t in source.read(0, whole[2][0])] == passages[3:]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    content = {"a.txt": "text", "a.jsonl": json.dumps({"text": "text"}), "a.csv": "text\ntext\n"}[name]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert everything(LocalFiles([tmp_path / name])) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('text\na\n"b\nc\nd\n', r'cannot be read after row 1 \(a quote " is opened there and never closed\)'),
+        ('text\na\n"b" c\n', "cannot be read after row 1 .*expected"),
+        ("text\ra\rb\r", r"cannot be read after row 0 \(its line ends are \\r alone; convert them"),
+    ],
+)
+def test_a_csv_that_means_nothing_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    """A quote that is never closed took all that follows into one document."""
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    with pytest.raises(InputError, match=message) as error:
+        everything(LocalFiles([tmp_path / "a.csv"]))
+    assert "open the file" not in str(error.value)
+    write_jsonl(tmp_path / "b.jsonl", ["sound"])
+    files = [tmp_path / "a.csv", *[tmp_path / "b.jsonl"] * 20]
+    assert everything(LocalFiles(files, BadData("skip"))) == ["a"] * ("\na\n" in content) + ["sound"] * 20
+
+
+def test_quotes_inside_of_csv_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('n,text\n1,5" wide\n2,"5"" and\na line, more"\n3,say "hi"\n')
+    assert everything(LocalFiles([tmp_path / "a.csv"])) == ['5" wide', '5" and\na line, more', 'say "hi"']
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"text\n"])
+def test_an_empty_csv_is_a_warning(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    assert everything(LocalFiles([tmp_path / "a.csv"])) == []
+    assert "a.csv holds no document" in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_utf_16_is_no_text(tmp_path: Path, name: str, encoding: str) -> None:
+    """With a byte order mark, it is known from the first line: the lines after it would be text with NULs."""
+    content = {"a.txt": "text\n", "a.jsonl": json.dumps({"text": "text"}) + "\n", "a.csv": "text\ntext\n"}[name]
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    (tmp_path / name).write_bytes((mark + content * 100).encode(encoding))
+    with pytest.raises(InputError, match=f"{name} is UTF-16; convert it"):
+        everything(LocalFiles([tmp_path / name]))
+    write_jsonl(tmp_path / "b.jsonl", ["sound"] * 20)
+    files = [tmp_path / name, *[tmp_path / "b.jsonl"] * 20]
+    assert everything(LocalFiles(files, BadData("skip"))) == ["sound"] * 400
 
 
 @settings(max_examples=30, deadline=None)
@@ -173,7 +277,7 @@ def test_damaged_files_name_themselves(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=name):
             everything(LocalFiles([tmp_path / name]))
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "b.parquet")
-    with pytest.raises(InputError, match='no column "text"; its columns: body'):
+    with pytest.raises(InputError, match=r"no column \"text\"; its columns: 'body'"):
         everything(LocalFiles([tmp_path / "b.parquet"]))
 
 
@@ -225,6 +329,24 @@ def test_too_many_bad_lines_are_refused_all_the_same(tmp_path: Path, caplog: pyt
     with pytest.raises(InputError, match=r"11 of 501 documents cannot be read.*a.jsonl line 501.*1 in 100 at most"):
         everything(LocalFiles([tmp_path / "a.jsonl"], BadData("skip")))
     assert len(caplog.records) == 10
+
+
+def test_texts_for_a_trial_are_read_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They are read again by each evaluation, which counts them and warns of them; an empty file is passed over."""
+    (tmp_path / "0.jsonl").write_bytes(b"")
+    (tmp_path / "1.jsonl").write_bytes(b"\n".join([b"{", *lines_of(SOUND[:5])]))
+    (tmp_path / "2.jsonl").write_bytes(b"\n".join([*lines_of(SOUND[5:9]), b"{", *lines_of(SOUND[9:])]))
+    source = LocalFiles([tmp_path / f"{n}.jsonl" for n in range(3)], BadData("skip"))
+    inputs = Inputs(LlamaConfig(), source, source, Letters(), TokenRows(Letters(), "pad", 6))
+    assert inputs.first_texts() == SOUND[:16]
+    assert (source.bad_data.tally, caplog.text) == (Tally(), "")
+    assert everything(source) == SOUND
+    assert source.bad_data.tally == Tally(3000, 2)
+    assert len(caplog.records) == 3
+    strict = LocalFiles([tmp_path / "1.jsonl"])
+    assert replace(inputs, validation=strict).first_texts() == SOUND[:5]
+    with pytest.raises(InputError, match=r"1\.jsonl line 1 is not JSON"):
+        everything(strict)
 
 
 BROKEN = {
@@ -393,11 +515,11 @@ def test_what_lies_before_a_position_is_not_read(tmp_path: Path) -> None:
 
 
 def test_refused_paths(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.md").write_text("x")
     for data, message in (
         (str(tmp_path / "absent"), "no such file, folder or pattern"),
         (str(tmp_path), "holds no"),
-        (str(tmp_path / "a.csv"), "unknown kind of file"),
+        (str(tmp_path / "a.md"), "unknown kind of file"),
         (str(tmp_path / "*.jsonl"), "holds no"),
     ):
         with pytest.raises(InputError, match=message):
@@ -418,15 +540,38 @@ def test_each_epoch_is_a_new_permutation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert first != [text for _, text, _ in islice(Documents(Lists(shards), 1, Position()), total)]
 
 
+def test_long_documents_are_held_by_the_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a block nor a call to the tokenizer holds more than its bound and one document."""
+    monkeypatch.setattr("galore_pretrain.text.batches.BLOCK_CHARACTERS", 1000)
+    monkeypatch.setattr("galore_pretrain.text.batches._TOKENIZE_CHARACTERS", 300)
+    documents = Documents(Lists([["x" * 99] * 50, ["y" * 700] * 9, ["z"] * 5000]), 0, Position())
+    blocks = [texts for texts, _, _ in documents._blocks(0, 0, 0)]
+    assert sum(map(len, blocks)) == 5059
+    assert max(sum(map(len, texts)) for texts in blocks) < 1700
+    calls: list[list[str]] = []
+
+    class Counting(Letters):
+        def encode(self, texts: list[str], first: int | None = None) -> list[Any]:
+            calls.append(texts)
+            return super().encode(texts, first)
+
+    rows = list(islice(TokenRows(Counting(), "pad", 8)(documents), 400))
+    assert len(rows) == 400
+    assert max(sum(map(len, texts)) for texts in calls) < 1000
+    assert max(map(len, calls)) > 50
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.text("abc", min_size=0, max_size=30), max_size=12), min_size=1, max_size=5),
     st.integers(1, 20),
+    st.integers(1, 200),
     st.data(),
 )
-def test_documents_resume_anywhere(shards: list[list[str]], block: int, data: st.DataObject) -> None:
+def test_documents_resume_anywhere(shards: list[list[str]], block: int, characters: int, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("galore_pretrain.text.batches.BLOCK", block)
+        patch.setattr("galore_pretrain.text.batches.BLOCK_CHARACTERS", characters)
         source = Lists(shards)
         total = sum(map(len, shards))
         if total == 0:
@@ -438,6 +583,27 @@ def test_documents_resume_anywhere(shards: list[list[str]], block: int, data: st
         here, _, after = run[cut]
         assert list(islice(Documents(source, 0, here), len(run) - cut)) == run[cut:]
         assert list(islice(Documents(source, 0, after), len(run) - cut - 1)) == run[cut + 1 :]
+
+
+def test_a_run_of_before_keeps_blocks_without_a_bound_of_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its positions count in blocks of so many documents, however long: none comes twice, and none is lost."""
+    monkeypatch.setattr("galore_pretrain.text.batches.BLOCK", 16)
+    monkeypatch.setattr("galore_pretrain.text.batches.BLOCK_CHARACTERS", 100)
+    shards = [[f"{s}.{i} " + "long " * i for i in range(20)] for s in range(3)]
+    written = Position(block_characters=None).state_dict()
+    assert written.pop("block_characters", 0) is None  # a state of before has no such key
+    whole = list(islice(Documents(Lists(shards), 0, Position.of(written)), 150))
+    assert sorted(text for _, text, _ in whole[:60]) == sorted(text for shard in shards for text in shard)
+    starts = {(before.shard, before.document) for before, _, _ in whole[:60]}
+    assert len(starts) == 4  # 60 documents in blocks of 16
+    for stop in (0, 1, 7, 15, 16, 40, 60, 75):
+        state = json.loads(json.dumps(whole[stop][0].state_dict()))
+        assert state["block_characters"] is None
+        del state["block_characters"]
+        for start in (Position.of(state), whole[stop][0]):
+            assert list(islice(Documents(Lists(shards), 0, start), 150 - stop)) == whole[stop:]
+    bounded = next(iter(Documents(Lists(shards), 0, Position())))[2].state_dict()
+    assert bounded["block_characters"] == 100
 
 
 @pytest.mark.parametrize("layout", ["pad", "pack"])

@@ -296,6 +296,13 @@ def test_a_signal_stops_all_after_the_same_update(tiny_config: str, tmp_path: Pa
     refused = torchrun(2, "-m", "galore_pretrain", *arguments, "--total-batch-size", "7")
     assert "Error: --total-batch-size 7 is not a multiple of the 2 processes; give 8" in refused.stderr
     assert refused.stderr.count("Error: --") == 1, refused.stderr
+    chinese = tmp_path / "chinese.jsonl"
+    chinese.write_text("".join(json.dumps({"text": f"{i} 从前有一个人住在河边的小村子里"}) + "\n" for i in range(200)))
+    arguments = flags(tiny_config, tmp_path / "refused", "--tokenizer", "sample")
+    arguments[arguments.index("--data") + 1] = str(chinese)
+    refused = torchrun(2, "-m", "galore_pretrain", *arguments)
+    assert refused.stderr.count("are unknown to --tokenizer sample") == 1, refused.stderr
+    assert not (tmp_path / "refused").exists()
 
 
 def test_what_is_not_for_several_processes(tmp_path: Path) -> None:

@@ -77,9 +77,9 @@ def test_settings_of_a_group_hold() -> None:
     """galore_torch reads them from the group, so they must not be ignored."""
     results = []
     for settings in ({}, {"betas": (0.5, 0.6), "eps": 1.0}):
-        p = parameters([(24, 40)])
+        p = parameters([(24, 40), (40, 24)])
         train(GaLoreAdamW([{"params": p, **GROUP, **settings}], lr=0.01), p, 3)
-        q = parameters([(24, 40)])
+        q = parameters([(24, 40), (40, 24)])
         train(GaLoreAdamW([{"params": q, **GROUP}], lr=0.01, **settings), q, 3)
         assert torch.equal(p[0], q[0])
         results.append(p[0])
@@ -169,7 +169,7 @@ def test_a_copy_goes_on_alike() -> None:
 
 
 def test_nothing_to_project_is_said() -> None:
-    params = parameters([(24, 40)])
+    params = parameters([(24, 40), (40,)])
     with pytest.warns(UserWarning, match="GaLoreAdamW projects nothing"):
         train(GaLoreAdamW(params, lr=0.01), params, 1)
 
@@ -261,3 +261,33 @@ def test_inside_transformers_trainer(optimizer_class: Any, how: str, tmp_path: P
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):  # type: ignore[union-attr]
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rnk": 4}, "rnk=4, which is not supported; did you mean rank?"),
+        ({"maximize": True}, "maximize=True, which is not supported; a note of your own goes into param_groups"),
+        ({"amsgrad": True}, "amsgrad=True, which is not supported"),
+        ({"fused": True}, "fused=True, which is not supported"),
+        ({"momentum": 0.9}, "momentum=0.9, which is not supported"),
+        ({"update_gap": 4}, "did you mean update_proj_gap?"),
+    ],
+)
+def test_a_setting_of_a_group_is_obeyed_or_refused(setting: dict[str, Any], message: str, optimizer_class: Any) -> None:
+    """As the constructor refuses it: nothing would follow it."""
+    more = KWARGS.get(optimizer_class, {})
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        optimizer_class([{"params": parameters([(24, 40)]), **GROUP, **setting}], lr=0.01, **more)
+    with pytest.raises((TypeError, ValueError)):
+        optimizer_class([{"params": parameters([(24, 40)]), **GROUP}], lr=0.01, **more, **setting)
+
+
+@pytest.mark.parametrize("optimizer_class", CLASSES)
+def test_what_torch_and_schedulers_leave_in_a_group_is_no_setting(optimizer_class: Any) -> None:
+    off = dict.fromkeys(["amsgrad", "maximize", "foreach", "fused"], False)
+    group = {"params": parameters([(24, 40)]), **GROUP, **off, "name": "matrices", "initial_lr": 0.01}
+    optimizer = optimizer_class([group], lr=0.01, **KWARGS.get(optimizer_class, {}))
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    assert optimizer_class(optimizer.param_groups, lr=0.01, **KWARGS.get(optimizer_class, {}))

@@ -18,15 +18,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from families import make
 from galore_pretrain import __version__
 from galore_pretrain.cli import cli
 from galore_pretrain.errors import InputError
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.environment import describe_environment
+from galore_pretrain.text.tokenizer import load_tokenizer
 from runs import MEASURED
 from test_checkpoint import STATE, seal
 
@@ -49,9 +50,7 @@ def invoke(*words: str) -> str:
 
 def command(old: Path) -> list[str]:
     words: list[str] = json.loads((old / "config.json").read_text())["argv"]
-    # What a model's config says of its library is a part of what must be the same.
-    versions = json.loads((old / "config.json").read_text())["versions"]
-    return words + ["--resume-with-changes"] * (versions["transformers"] != transformers.__version__)
+    return words
 
 
 def lines(old: Path) -> list[dict[str, Any]]:
@@ -98,6 +97,48 @@ def test_the_weights_of_format_1_are_read(old: Path) -> None:
     assert exported
     assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in exported.items())
     assert invoke("generate", str(old), "the king", "--tokens", "4").startswith("the king")
+
+
+def test_a_tokenizer_is_known_again_by_all_that_it_does(tiny_config: str, tmp_path: Path) -> None:
+    """Up to format 2 by its vocabulary, which is compared as such: a run of before goes on."""
+    folder = make("GPT-2", tmp_path)
+    words = ["--model", tiny_config, "--optim", "adamw", "--lr", "0.01", "--data", "sample", "--tokenizer", str(folder)]
+    words += ["--steps", "2", "--save-every", "1", "--total-batch-size", "2", "--max-length", "16", "--keep", "9"]
+    words += ["--eval-tokens", "50", "--dtype", "float32", "--output", str(tmp_path / "run")]
+    invoke(*words)
+    first, second = (tmp_path / "run" / "checkpoints" / f"step_0000000{step}" for step in (1, 2))
+    tokenizer = load_tokenizer(str(folder))
+    state = json.loads((first / "state.json").read_text())
+    assert state["inputs"]["tokenizer"] == tokenizer.fingerprint
+    tokenizer_json = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json | {"normalizer": {"type": "Lowercase"}}))
+    shutil.rmtree(second)
+    with pytest.raises(InputError, match="made with another tokenizer than there is now"):
+        invoke(*words)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json))
+    state["format"] = 2
+    state["inputs"]["tokenizer"] = tokenizer.vocabulary_fingerprint
+    (first / "state.json").write_text(json.dumps(state))
+    seal(first)
+    invoke(*words)
+    state = json.loads((second / "state.json").read_text())
+    assert (state["format"], state["inputs"]["tokenizer"]) == (checkpoint.FORMAT, tokenizer.fingerprint)
+
+
+def test_what_transformers_has_no_like_of_is_told_before_training(
+    tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--model", tiny_config, "--optim", "adamw", "--lr", "0.01", "--data", "sample", "--steps", "1"]
+    words += ["--max-length", "16", "--max-unknown", "1", "--output", str(tmp_path / "run")]
+    words += ["--tokenizer", str(make("words", tmp_path))]
+
+    def stop(*_: object) -> None:
+        raise InputError("training would begin here")
+
+    monkeypatch.setattr("galore_pretrain.run.assemble", stop)
+    with pytest.raises(InputError, match="training would begin here"):
+        invoke(*words)
+    assert "AutoTokenizer will not take the exported folder" in caplog.text
 
 
 def test_old_names_are_translated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ FITTING: dict[str, list[str]] = {
     "eval-data": ["sample", ROOT + "/README.md"],
     "tokenizer": ["sample", "t5", ROOT + "/README.md", ROOT + "/tests"],
     "bad-data": ["raise", "skip"],
+    "max-unknown": ["0", "0.05", "5%", "1"],
     "layout": ["pad", "pack"],
     "max-length": ["2", "16", "64", "65"],
     "steps": ["1", "2"],

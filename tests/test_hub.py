@@ -1,4 +1,4 @@
-"""C4 from the hub: the real command line and the real hub libraries, against a loopback hub.
+"""Text of the hub, C4 above all: the real command line and the real hub libraries, against a loopback hub.
 
 The libraries read HF_ENDPOINT when they are imported, so each test runs a process of its own.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -214,7 +217,7 @@ from galore_pretrain.text import batches, sources
 from galore_pretrain.train import trainer
 
 http_backoff.__kwdefaults__["max_retries"] = 0
-batches.BLOCK, sources._PATIENCE, sources._LONGEST = 64, 2, 0.5
+batches.BLOCK, sources.PATIENCE, sources.LONGEST = 64, 2, 0.5
 run._planned_peak = lambda *_: None  # half the time of so small a run
 advance = trainer.Trainer._advance
 def deadly(self, batches):
@@ -351,7 +354,7 @@ print(json.dumps([text for _, text in source.read(1, 0)]))
     ],
 )
 def test_without_a_hub_one_line_says_what_to_do_instead(tmp_path: Path, kind: str) -> None:
-    """In 1 to 6 s on a quiet machine; the bound is what ``load_dataset`` needs at least, left to itself."""
+    """In 1 to 12 s on a quiet machine; the bound is what ``load_dataset`` needs at least, left to itself."""
     with socket.socket() as listener, FakeHub(tmp_path / "hub") as hub:
         listener.bind(("127.0.0.1", 0))
         if kind == "silent":
@@ -369,4 +372,226 @@ def test_without_a_hub_one_line_says_what_to_do_instead(tmp_path: Path, kind: st
     assert done.stderr.startswith("Error: ")
     assert "--data sample" in done.stderr
     assert "--data PATH" in done.stderr
-    assert seconds < 23
+    assert seconds < (10 if kind == "refused" else 23)
+
+
+# -- any text of the hub ----------------------------------------------------------------------------------------------
+
+_BOOKS_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/train-*.parquet}
+- config_name: first
+  data_files:
+  - {split: train, path: data/train-00000.parquet}
+---
+"""
+
+
+@pytest.fixture
+def library(hub: FakeHub, texts: Texts) -> FakeHub:
+    """A hub with two repositories more: parquet without a validation split, and compressed lines of JSON with one."""
+    books = hub.root / "acme" / "books"
+    (books / "data").mkdir(parents=True)
+    (books / "README.md").write_text(_BOOKS_CARD)
+    for number, shard in enumerate(texts["train"]):
+        table = pyarrow.table({"id": list(range(len(shard))), "body": shard})
+        pyarrow.parquet.write_table(table, books / "data" / f"train-{number:05}.parquet", row_group_size=70)
+    notes = hub.root / "acme" / "notes"
+    notes.mkdir()
+    for split, shards in texts.items():
+        for number, shard in enumerate(shards):
+            rows = [json.dumps({"content": text, "meta": {"n": n}}) for n, text in enumerate(shard)]
+            with pyarrow.CompressedOutputStream(str(notes / f"{split}-{number}.jsonl.zst"), "zstd") as file:
+                file.write("\n".join(rows).encode())
+    for number, config in enumerate(("de", "en")):
+        folder = hub.root / "acme" / "tongues" / config
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts["train"][number]))
+    tongues = [f"- config_name: {c}\n  data_files: {c}/train.jsonl" for c in ("de", "en")]
+    (hub.root / "acme" / "tongues" / "README.md").write_text("\n".join(["---", "configs:", *tongues, "---"]))
+    return hub
+
+
+READ_LIBRARY = """
+import json, sys
+from galore_pretrain.text.sources import HubDataset
+
+repository, config, key, holds_out = json.loads(sys.argv[1])
+found = []
+for split in ("train", "validation"):
+    source = HubDataset(repository, config, split, text_key=key, holds_out=holds_out)
+    whole = [list(source.read(i, 0)) for i in range(len(source.shards))]
+    tails = [list(source.read(0, k)) for k in (1, 69, 70, 150)]
+    found.append([whole, tails, source.title])
+print(json.dumps(found))
+"""
+
+
+def _library(tmp_path: Path, hub: FakeHub, *arguments: Any) -> Any:
+    done = _python(tmp_path, "-c", READ_LIBRARY, json.dumps(arguments), HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr
+    splits = json.loads(done.stdout)
+    for whole, tails, _ in splits:
+        for start, tail in zip((1, 69, 70, 150), tails, strict=True):
+            assert tail == [[n, text] for n, text in whole[0] if n > start]
+    return splits
+
+
+def test_where_the_hub_has_no_validation_one_document_in_fifty_is(
+    library: FakeHub, tmp_path: Path, texts: Texts
+) -> None:
+    (train, _, trained), (validation, _, evaluated) = _library(tmp_path, library, "acme/books", None, "body", True)
+    for trained_on, held_out, shard in zip(train, validation, texts["train"], strict=True):
+        placed = [[n, text] for n, text in enumerate(shard, 1)]
+        assert held_out == [[n, text] for n, text in placed if zlib.crc32(text.encode()) % 50 == 0]
+        assert trained_on == [document for document in placed if document not in held_out]
+    assert sum(map(len, validation)) > 5
+    assert (trained, evaluated) == ("split train but for 1 document in 50", "1 document in 50 of split train")
+    (train, _, _), _ = _library(tmp_path, library, "acme/books", "first", "body", False)
+    assert train == [[[n, text] for n, text in enumerate(texts["train"][0], 1)]]
+
+
+def test_the_hubs_own_validation_is_used_where_there_is_one(library: FakeHub, tmp_path: Path, texts: Texts) -> None:
+    splits = _library(tmp_path, library, "acme/notes", None, "content", True)
+    for (whole, _, title), split in zip(splits, ("train", "validation"), strict=True):
+        assert whole == [[[n, text] for n, text in enumerate(shard, 1)] for shard in texts[split]]
+        assert title == f"split {split}"
+
+
+def test_what_the_hub_has_not_is_refused_with_what_it_has(library: FakeHub, tmp_path: Path) -> None:
+    script = """
+import json, sys
+from galore_pretrain.errors import InputError
+from galore_pretrain.text.hub import check_hub
+from galore_pretrain.text.sources import HubDataset, open_source
+
+def refused(act, *arguments, **options):
+    try:
+        act(*arguments, **options)
+    except InputError as error:
+        return str(error)
+
+print(json.dumps([
+    refused(check_hub, "hub:acme/nothing", "sample"),
+    refused(check_hub, "hub:acme", "sample"),
+    refused(open_source, "hub:acme/books:second", "train", text_key="body"),
+    refused(open_source, "hub:acme/tongues", "train"),
+    refused(open_source, "hub:acme/tongues:enn", "train"),
+    refused(open_source, "hub:acme/books", "train"),
+    refused(open_source, "c4", "train", text_key="body"),
+    refused(open_source, "sample", "train", text_key="body"),
+]))
+"""
+    (repository, name, second, several, enn, key, c4, sample), _ = _result(tmp_path, library, script)
+    assert "--data hub:acme/nothing: the hub has no data set acme/nothing" in repository
+    assert "--data hub:acme: no name of a data set; write hub:ORG/NAME" in name
+    assert "acme/books has no config second; write hub:acme/books:CONFIG with one of" in second
+    assert re.search("(default, first|first, default)$", second)
+    assert "acme/tongues has several configs; write hub:acme/tongues:CONFIG with one of de, en" in several
+    assert "acme/tongues has no config enn; write hub:acme/tongues:CONFIG with one of en, de" in enn
+    assert "--text-key text: acme/books has no such column; choose one of id, body" in key
+    assert "--text-key body: allenai/c4:en has no such column; choose one of text, timestamp, url" in c4
+    assert "--text-key body: --data sample is plain text, which has no keys" in sample
+
+
+def test_a_run_on_any_text_of_the_hub_goes_on_bit_for_bit(library: FakeHub, tmp_path: Path) -> None:
+    """It is killed, and resumed where its commit is not the newest any more; plan and eval take the same flags."""
+    text = "--data hub:acme/books --text-key body --tokenizer sample"
+    size = "--max-length 64 --eval-tokens 500"
+    flags = f"--model llama_1m {text} {size} --steps 12 --total-batch-size 4 --dtype float32 --save-every 5 --output"
+
+    def train(output: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return _python(tmp_path, "-c", IMPATIENT, *flags.split(), output, HF_ENDPOINT=library.url, **environment)
+
+    whole = train("whole")
+    assert whole.returncode == 0, whole.stderr
+    assert (
+        "--data hub:acme/books: training split train but for 1 document in 50, 3 shards; "
+        "validation 1 document in 50 of split train" in whole.stderr
+    )
+    assert train("run", KILL_AT="8").returncode == -signal.SIGKILL
+    library.commit = "0" * 40
+    again = train("run")
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stderr
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    command_line = ("-m", "galore_pretrain")
+    planned = _python(tmp_path, *command_line, "plan", *flags.split(), "run", "--json", HF_ENDPOINT=library.url)
+    assert planned.returncode == 0, planned.stderr
+    evaluated = _python(tmp_path, *command_line, "eval", "run", "--json", HF_ENDPOINT=library.url)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["eval_loss"] == lines(tmp_path / "run")[-1]["eval_loss"]
+    other = ("--data", "hub:acme/notes", "--text-key", "content")
+    evaluated = _python(tmp_path, *command_line, "eval", "run", *other, HF_ENDPOINT=library.url)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "hub:acme/notes (validation)" in evaluated.stdout
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+OPEN = """
+import json, logging
+from huggingface_hub.utils import http_backoff
+from galore_pretrain.text import sources
+from galore_pretrain.text.sources import HubDataset
+
+http_backoff.__kwdefaults__["max_retries"] = 0
+sources._LONGEST, sources._ANSWER = 0.5, 3.0
+logging.basicConfig()
+source = HubDataset("acme/books", None, "train", text_key="body", holds_out=False)
+print(json.dumps([text for _, text in source.read(0, 0)]))
+"""
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault(times=3, status=429, suffix=""), id="too many requests"),
+        pytest.param(Fault(times=5, status=503, suffix=""), id="a long outage"),
+        pytest.param(Fault(times=2, status=500, suffix=".parquet"), id="the first file fails"),
+        pytest.param(Fault(times=2, suffix=""), id="drops"),
+        pytest.param(Fault(times=3, hang=5.0, suffix=""), id="answers too late"),
+    ],
+)
+def test_a_hub_that_fails_while_a_text_is_opened_is_waited_for(
+    fault: Fault, library: FakeHub, tmp_path: Path, texts: Texts
+) -> None:
+    first = library.root / "acme" / "books" / "data" / "train-00000.parquet"
+    at = first.stat().st_size - 1 if fault.suffix else 0  # parquet is read from its end
+    library.fault = replace(fault, at=at)
+    read, stderr = _result(tmp_path, library, OPEN, HF_HUB_DOWNLOAD_TIMEOUT="3", HF_HUB_ETAG_TIMEOUT="3")
+    assert library.fault.times == 0
+    assert read == texts["train"][0]
+    assert "opening it again" in stderr
+
+
+def test_a_first_start_passes_over_a_short_failure(hub: FakeHub, tmp_path: Path) -> None:
+    hub.fault = Fault(times=2, status=503, suffix=C4)
+    done = _train(tmp_path, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr
+    assert hub.fault.times == 0
+
+
+def test_a_run_that_goes_on_waits_for_a_hub_that_is_gone(hub: FakeHub, tmp_path: Path) -> None:
+    """Nothing listens when it starts again, where a first start is refused at once."""
+    begun = _train(tmp_path, HF_ENDPOINT=hub.url)
+    assert begun.returncode == 0, begun.stderr
+    whole = lines(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(folder)
+    port = hub.server_port
+    hub.__exit__()
+    found: list[subprocess.CompletedProcess[str]] = []
+    again = threading.Thread(target=lambda: found.append(_train(tmp_path, HF_ENDPOINT=hub.url)))
+    again.start()
+    time.sleep(12)
+    assert again.is_alive()
+    with FakeHub(tmp_path / "hub", port):
+        again.join()
+    (done,) = found
+    assert done.returncode == 0, done.stderr
+    assert "the hub does not answer" in done.stderr
+    assert lines(tmp_path / "run") == whole

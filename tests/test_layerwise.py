@@ -177,6 +177,28 @@ def test_a_discarded_update_leaves_nothing(mode: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(parameters(one), parameters(other), strict=True))
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("mode", [GlobalStep, Layerwise])
+def test_a_frozen_parameter_is_left_alone_and_updated_once_it_is_thawed(mode: Any, clip: float) -> None:
+    optimizer, plain = optimizer_for("galore_adamw", torch.float32), optimizer_for("galore_adamw", torch.float32)
+    params, others = parameters(optimizer), parameters(plain)
+    for frozen in (params[0], params[3], others[0], others[3]):
+        frozen.requires_grad_(False)
+    before = [p.detach().clone() for p in params]
+    for made, its in ((mode, params), (GlobalStep, others)):
+        owner = optimizer if its is params else plain
+        execution = made(owner, clip, projected=True)
+        update(execution, its[1:3] + its[4:], 0, 2)
+        changed = [not torch.equal(p, was) for p, was in zip(its, before, strict=True)]
+        assert changed == [False, True, True, False, True]
+        for thawed in (its[0], its[3]):
+            thawed.requires_grad_()
+        update(execution, its, 1, 2)
+        assert not torch.equal(its[0], before[0])
+    for p, q in zip(params, others, strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
 def batches() -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     while True:

@@ -149,7 +149,7 @@ def test_an_exported_config_is_a_config(tmp_path: Path) -> None:
         ({"model_type": "gpt2"}, "only 'llama'"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
-        ({"pretraining_tp": 2}, "unknown key 'pretraining_tp'"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2; a LLaMA with 1"),
         ({"hidden_act": "sillu"}, "sillu"),
     ],
 )

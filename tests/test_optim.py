@@ -442,6 +442,7 @@ def test_state_survives_saving(
 def test_meta_state_has_the_bytes_of_live_state(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
     def sizes(device: str, row: str) -> list[tuple[int, torch.dtype]]:
         optimizer = build_optimizer(build_tiny(device=device, dtype=torch.bfloat16), row, lr=0.1)
+        optimizer.allocate()
         return [(t.nbytes, t.dtype) for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
 
     with warnings.catch_warnings():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim import GaLore, RuleOptimizer
+from galore_pretrain.optim import GaLore, GaLoreAdamW, RuleOptimizer
 from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.build import build_rules
 from galore_pretrain.optim.methods import ROWS
@@ -162,3 +162,22 @@ def test_one_warning_for_a_rank_above_the_dimensions() -> None:
         RuleOptimizer([{"params": parameters(shapes), "rule": GaLore(Adam(), rank=99)}])
     assert len(caught) == 1
     assert "rank 99" in str(caught[0].message)
+
+
+def test_an_optimizer_says_which_matrix_is_due() -> None:
+    """As clients that hold one optimizer for each parameter ask. A vector never is."""
+    matrix, vector = torch.nn.Parameter(torch.ones(6, 8)), torch.nn.Parameter(torch.ones(6))
+    groups: list[dict[str, Any]] = [{"params": [matrix], "rank": 2, "update_proj_gap": 4}, {"params": [vector]}]
+    optimizer = GaLoreAdamW(groups, lr=0.01)
+    said, found = [], []
+    for count in range(1, 12):
+        if optimizer.is_due(matrix):
+            said.append(count)
+        assert not optimizer.is_due(vector)
+        matrix.grad, vector.grad = torch.randn(6, 8), torch.ones(6)
+        before = {name: value.clone() for name, value in optimizer.tensors(matrix).items() if "basis" in name}
+        optimizer.step()
+        if any(not torch.equal(value, optimizer.tensors(matrix)[name]) for name, value in before.items()):
+            found.append(count)
+    assert said == found
+    assert len(said) == 3

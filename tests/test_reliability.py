@@ -221,7 +221,7 @@ def _saver(
     model, state = build_tiny(), TrainState(step=3)
     optimizer = build_optimizer(model, "galore_adamw8bit", lr=0.1, rank=4)
     config, _ = resolve({"model": "llama_60m", "data": "sample", "output": str(output), "keep": 2}, {})
-    return resume.Saver(config, model, optimizer, state, extra), model, state
+    return resume.Saver(config, model, optimizer, state, extra, {}), model, state
 
 
 def test_a_slow_save_goes_on_in_the_background(
@@ -465,6 +465,10 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.seconds, self.error, self.taken = seconds, error, []
         self.id, self.Settings = "abc", dict
+        self.settings = types.SimpleNamespace(base_url="https://example.com", project=None, run_name=None)
+
+    def setup(self, _: Any) -> "FakeWandb":
+        return self
 
     def init(self, **_: Any) -> "FakeWandb":
         return self
@@ -482,7 +486,7 @@ class FakeWandb(types.ModuleType):
 def _logged(wandb: FakeWandb, folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> tuple[float, bool]:
     """Seconds that so many lines and the end took; whether it has ended."""
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    logger = Wandb("offline", folder, project="p", name="n", tags=[], config={}, run_id=None)
+    logger = Wandb("offline", folder, project="p", name="n", tags=None, config={}, run_id=None)
     started = time.monotonic()
     for step in range(1, count + 1):
         logger.log({"loss": 1.0}, step)

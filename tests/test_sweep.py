@@ -211,3 +211,8 @@ def test_a_folder_that_holds_another_run_is_refused(tiny_config: str, tmp_path: 
     (tmp_path / "a-seed0" / "config.json").write_text(json.dumps({"config": entries_of}))
     with pytest.raises(InputError, match=r"made with other options: --lr 0\.001 \(was 0\.5\)"):
         work.check()
+
+
+def test_each_of_several_texts_goes_to_every_run(tmp_path: Path) -> None:
+    planned = Planned(tmp_path, {"data": ("a", "b"), "betas": (0.9, 0.99)})
+    assert planned.arguments()[:6] == ["--data", "a", "--data", "b", "--betas", "0.9,0.99"]

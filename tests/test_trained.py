@@ -46,6 +46,11 @@ def test_eval_repeats_the_last_evaluation(run: Path, tmp_path: Path) -> None:
     other = invoke("eval", run, "--data", tmp_path / "text.txt", "--eval-data", tmp_path / "text.txt")
     assert "text.txt" in other
     assert "perplexity" in other
+    (tmp_path / "dev.txt").write_text("What is this? Nobody knows.\n\n" * 2000)
+    flags = ("--eval-tokens", 3000, "--json")
+    alone = json.loads(invoke("eval", run, "--data", tmp_path / "dev.txt", *flags))
+    assert alone["eval_tokens"] > 1500  # all of it, where a run would hold out a part
+    assert alone == json.loads(invoke("eval", run, "--eval-data", tmp_path / "dev.txt", *flags))
 
 
 def test_export_writes_what_the_run_wrote(run: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
 
@@ -60,7 +61,7 @@ def batches() -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(0)
     for i in range(1000):
         ids = torch.randint(0, 1024, (2, 17), generator=generator)
-        yield Batch(input_ids=ids[:, :-1], labels=ids[:, 1:], tokens=32, state={"taken": i})
+        yield Batch(input_ids=ids[:, :-1], labels=ids[:, 1:], tokens=32, state={"taken": i, "epoch": 0})
 
 
 def build(model: LlamaForCausalLM, steps: int, layerwise: bool) -> tuple[Trainer, Recorder, list[int]]:
@@ -77,6 +78,19 @@ def build(model: LlamaForCausalLM, steps: int, layerwise: bool) -> tuple[Trainer
         device=torch.device("cpu"),
     )  # fmt: skip
     return trainer, lines, saved
+
+
+def test_text_that_comes_again_is_told_when_it_is_trained_on(
+    build_tiny: Callable[..., LlamaForCausalLM], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not when it is read, which is long before. It is told a few times, however short the text."""
+    trainer, _, _ = build(build_tiny(), 12, layerwise=False)
+    again = [replace(batch, state={"epoch": i // 2}) for i, batch in enumerate(islice(trainer.batches, 12))]
+    trainer.batches = again
+    with caplog.at_level("INFO"):
+        trainer.fit()
+    told = [message for message in caplog.messages if "same text" in message]
+    assert told == [f"update {n} begins to train on the same text for time {t}" for n, t in ((3, 2), (5, 3), (9, 5))]
 
 
 def break_losses(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
@@ -163,7 +177,7 @@ def test_a_loss_beyond_the_guard_is_skipped_and_set_aside(
     with pytest.raises(TrainingFailedError, match="or exceeded --max-loss 50"):
         trainer.fit()
     assert [step for step, _, _ in kept] == [4, *range(7, 7 + MAX_SKIPPED)]
-    assert kept[0][1].state == {"taken": 3}
+    assert kept[0][1].state == {"taken": 3, "epoch": 0}
     assert kept[0][2] == lines.lines[3]["loss"] > 100
     assert saved == [2, 5, 6]  # that of update 4, which was skipped, after the next
 

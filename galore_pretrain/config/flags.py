@@ -17,7 +17,9 @@ from galore_pretrain.config.options import (
     parse_betas,
     parse_bytes,
     parse_count,
+    parse_place,
     parse_rate,
+    parse_share,
     parse_tokens,
 )
 from galore_pretrain.config.resolve import resolve
@@ -47,6 +49,8 @@ _METAVARS: dict[Any, str] = {
     parse_tokens: "count",
     parse_betas: "pair",
     parse_bytes: "size",
+    parse_place: "text",
+    parse_share: "share",
 }
 
 
@@ -65,9 +69,25 @@ def _option(name: str, flag: Flag) -> _Option:
     if kind is bool:
         declaration += f"/--no-{dashed}"
     # The default is not click's to fill in: None says that the user did not set the flag.
-    option = _Option([declaration, name], type=kind, default=None, help=f"{flag.help}  [{flag.shown}]")
+    option = _Option(
+        [declaration, name],
+        type=kind,
+        default=None,
+        multiple=flag.repeated,
+        callback=_value_or_values if flag.repeated else None,
+        help=f"{flag.help}  [{flag.shown}]",
+    )
     option.group = flag.group
     return option
+
+
+def _value_or_values(ctx: click.Context, param: click.Parameter, values: Any) -> Any:
+    """Return the value of a repeated flag that was given once, all of them if more often, None if never."""
+    if not values:
+        return None
+    if len(values) == 1:
+        return values[0]
+    return tuple(values)
 
 
 class RunCommand(click.Command):
@@ -145,7 +165,11 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
         # It is a run's own config.json, perhaps edited.
         values, ctx.meta["set_by_user"] = _values_of_a_run(values["config"])
     _check_run_json(path, values)
-    ctx.default_map = {key.replace("-", "_"): value for key, value in values.items()}
+    ctx.default_map = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        is_alone = FLAGS[name].repeated and isinstance(value, str)
+        ctx.default_map[name] = [value] if is_alone else value
     ctx.meta["run_json"] = path
 
 
@@ -176,7 +200,12 @@ def _check_run_json(path: Path, values: Any) -> None:
         if key.replace("-", "_") not in FLAGS:
             raise InputError(f"--config {path}: unknown key {key!r}; {keys_are}")
     for key, value in values.items():
-        if not _fits(value, FLAGS[key.replace("-", "_")].kind):
+        known = FLAGS[key.replace("-", "_")]
+        if known.repeated and isinstance(value, list) and value:
+            fits = all(isinstance(part, str) for part in value)
+        else:
+            fits = _fits(value, known.kind)
+        if not fits:
             flag = key.replace("_", "-")
             raise InputError(f"--config {path}: {key} is {value!r}, which --{flag} cannot be")
 
@@ -193,5 +222,5 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, list):
         return kind is parse_betas and all(isinstance(part, (int, float)) for part in value)
     if isinstance(value, int):
-        return kind in (int, float, parse_count, parse_tokens, parse_bytes)
-    return isinstance(value, float) and kind is float
+        return kind in (int, float, parse_count, parse_tokens, parse_bytes, parse_share)
+    return isinstance(value, float) and kind in (float, parse_share)

@@ -7,16 +7,17 @@ model and optimizer says and checks what depends on two fields.
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
+from glob import glob
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim import BASIS_NAMES, METHODS, MOMENTS, NUMERICS, PROJ_TYPES, REFRESHES
+from galore_pretrain.optim import BASIS_NAMES, METHODS, MOMENTS, NUMERICS, OPTIONS, PROJ_TYPES, REFRESHES, method
 
 _THOUSANDS = {"": 0, "k": 1, "m": 2, "b": 3, "g": 3, "t": 4, "p": 5}
 """Powers of 1000 that a letter behind a number stands for."""
@@ -82,6 +83,22 @@ def parse_rate(text: str) -> float:
     return rate
 
 
+def parse_share(text: str) -> float:
+    """Parse a share of a whole, from 0 to 1: ``0.05`` or ``5%``."""
+    number = text.strip()
+    scale = 1
+    if number.endswith("%"):
+        number = number[:-1]
+        scale = 100
+    try:
+        share = float(number) / scale
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text!r} is not a share; write 0.05 or 5%, and 1 for all")
+    return share
+
+
 def parse_betas(text: str) -> tuple[float, float]:
     """Parse Adam's two decay rates, as ``0.9,0.999``."""
     message = f"{text!r} is not a pair of numbers in [0, 1); write 0.9,0.999"
@@ -94,13 +111,21 @@ def parse_betas(text: str) -> tuple[float, float]:
     return first, second
 
 
+def parse_place(text: str) -> str:
+    """Return a name or a path as it is, but for ``~``, which no shell has replaced in a JSON file or behind a ``=``."""
+    if text.startswith("~"):
+        return os.path.expanduser(text)
+    return text
+
+
 @dataclass(frozen=True)
 class Flag:
     """Says what the command line needs to know of a field.
 
     ``default`` is None where `resolve` fills the field in, or where None means that it is not in use. ``kind`` is a
     type, the choices, or a parser of strings. Numbers are at ``least``, or ``above``, a bound. ``shown`` stands for the
-    default in the help. A ``free`` flag may change when a run is resumed: it does not change what is computed.
+    default in the help. A ``free`` flag may change when a run is resumed: it does not change what is computed. One that
+    is ``repeated`` has a tuple of values where it is given several times.
     """
 
     default: Any
@@ -111,6 +136,7 @@ class Flag:
     above: float | None = None
     shown: str = "recipe"
     free: bool = False
+    repeated: bool = False
 
 
 def _flag(default: Any, help: str, kind: Any, group: str, **more: Any) -> Any:
@@ -167,7 +193,7 @@ class RunConfig:
     changed to fit the memory budget.
     """
 
-    model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", str, METHOD, shown="required")
+    model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", parse_place, METHOD, shown="required")
     optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}.", str, METHOD)
     rank: int | None = _flag(None, "Rank r: of GaLore's subspace, or of the factors.", int, METHOD, least=1)
     update_proj_gap: int | None = _flag(None, "GaLore: updates T between two bases.", int, METHOD, least=1)
@@ -231,13 +257,33 @@ class RunConfig:
         shown="full, or projected where only that is known",
     )
 
-    data: str = _flag("c4", "c4, sample, or a file, folder or glob of text.", str, TEXT)
-    eval_data: str | None = _flag(None, "Validation text, not a part of --data.", str, TEXT, shown="from --data")
+    data: str | tuple[str, ...] = _flag(
+        "c4",
+        "c4, hub:ORG/NAME[:CONFIG], sample, or a file, folder or glob of text; several of these are one text.",
+        parse_place,
+        TEXT,
+        repeated=True,
+    )
+    text_key: str = _flag("text", "Key or column of the text in --data and --eval-data.", str, TEXT)
+    eval_data: str | None = _flag(
+        None, "Validation text, not a part of --data.", parse_place, TEXT, shown="from --data"
+    )
     tokenizer: str = _flag(
-        None, "t5, sample, a .model file, a folder or a hub id.", str, TEXT, shown="t5 for c4, sample for sample"
+        None,
+        "t5, sample, a .model file, a folder or a hub id.",
+        parse_place,
+        TEXT,
+        shown="t5 for c4, sample for sample",
     )
     bad_data: str = _flag(
         "raise", "Documents that cannot be read: stop, or leave them out, up to 1 in 100.", BAD_DATA, TEXT, free=True
+    )
+    max_unknown: float = _flag(
+        0.05,
+        "Largest share of unknown tokens, or of control characters, that a run begins with; 1 is any.",
+        parse_share,
+        TEXT,
+        free=True,
     )
     layout: str = _flag("pad", "One document a row, or documents packed.", ("pad", "pack"), TEXT)
     max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)
@@ -299,8 +345,8 @@ class RunConfig:
     )
     seed: int = _flag(0, "Of weights, data order and rounding.", int, MACHINE, least=0)
 
-    output: str = _flag(None, "Folder of the run.", str, OUTPUT, free=True, shown="runs/MODEL-OPTIM-TIME")
-    resume: str = _flag("auto", "auto (go on in --output), never, or a checkpoint.", str, OUTPUT, free=True)
+    output: str = _flag(None, "Folder of the run.", parse_place, OUTPUT, free=True, shown="runs/MODEL-OPTIM-TIME")
+    resume: str = _flag("auto", "auto (go on in --output), never, or a checkpoint.", parse_place, OUTPUT, free=True)
     resume_with_changes: bool = _flag(
         False, "Resume although options differ that change the computation.", bool, OUTPUT, free=True
     )
@@ -315,10 +361,16 @@ class RunConfig:
         free=True,
         shown="off",
     )
-    wandb: str = _flag("auto", "auto is online with a key, else offline.", WANDB_MODES, OUTPUT, free=True)
-    wandb_project: str = _flag("galore-pretrain", "wandb project.", str, OUTPUT, free=True)
-    name: str | None = _flag(None, "wandb name of the run.", str, OUTPUT, free=True, shown="name of the folder")
-    tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="none")
+    wandb: str = _flag(
+        "auto", "auto is WANDB_MODE, else online with a key, else offline.", WANDB_MODES, OUTPUT, free=True
+    )
+    wandb_project: str | None = _flag(
+        None, "wandb project.", str, OUTPUT, free=True, shown="WANDB_PROJECT, or galore-pretrain"
+    )
+    name: str | None = _flag(
+        None, "wandb name of the run.", str, OUTPUT, free=True, shown="WANDB_NAME, or name of the folder"
+    )
+    tags: str | None = _flag(None, "wandb tags, separated by commas.", str, OUTPUT, free=True, shown="WANDB_TAGS")
 
     processes: Processes = ONE_PROCESS
     undecided: frozenset[str] = frozenset()
@@ -348,18 +400,48 @@ class RunConfig:
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
         changed = {}
+        before = {"text_key": FLAGS["text_key"].default} | dict(saved)  # which runs before 0.2 had no flag for
         for name, value in self.values().items():
-            if name not in saved or self._is_free(name):
+            if name not in before or self._is_free(name):
                 continue
-            if _as_json(value) != _as_json(saved[name]):
+            if not self._means_the_same(name, before[name]):
                 changed[name] = value
         # A field that is not in use any more (None) follows from another one that changed, which says enough.
         in_use = {name: value for name, value in changed.items() if value is not None}
         sentences = []
         for name, value in (in_use or changed).items():
             flag = name.replace("_", "-")
-            sentences.append(f"--{flag} {value} (was {saved[name]})")
+            sentences.append(f"--{flag} {_as_typed(name, value)} (was {_as_typed(name, before[name])})")
         return sentences
+
+    def _means_the_same(self, name: str, saved: Any) -> bool:
+        """Return whether a flag's value computes the same as the ``saved`` one, said in other words perhaps."""
+        value = getattr(self, name)
+        if _as_json(value) == _as_json(saved):
+            return True
+        if (value is None) != (saved is None):
+            return self._is_default(name, value if saved is None else saved)
+        return name in _SHIPPED and _places(name, value) == _places(name, saved)
+
+    # A flag that is None leaves a method's rules as they are. What they have then, only they know: so they are built
+    # both ways, and compared.
+    def _is_default(self, name: str, value: Any) -> bool:
+        """Return whether the method has ``value`` where the flag is left out, as Adam has ``--betas 0.9,0.999``."""
+        updater = method(method(self.optim).updater)
+        if name not in updater.options:
+            return False
+        from galore_pretrain.optim import build_rules  # torch: a run has it by now, and a sweep is seldom here
+
+        argument = OPTIONS[name].argument
+        left_out = {OPTIONS[flag].argument: getattr(self, flag) for flag in updater.options}
+        left_out[argument] = None
+        said = dict(left_out)
+        said[argument] = tuple(value) if isinstance(value, list) else value
+        try:
+            rules = build_rules(updater.name, self.numerics, **said)
+        except ValueError:  # another version took what no rule takes now
+            return False
+        return rules == build_rules(updater.name, self.numerics, **left_out)
 
     def _is_free(self, name: str) -> bool:
         if name == "batch_size" and self.numerics == "reference":
@@ -370,6 +452,57 @@ class RunConfig:
 
 FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(RunConfig) if "flag" in f.metadata}
 """What the command line knows of each field, by its name."""
+
+
+def texts_of(data: str | Sequence[str]) -> tuple[str, ...]:
+    """Return each of the texts that ``--data`` names: mostly one."""
+    if isinstance(data, str):
+        return (data,)
+    return tuple(data)
+
+
+_SHIPPED: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "data": ("c4", "sample"),
+    "eval_data": (),
+    "tokenizer": ("t5", "sample"),
+}
+"""The flags that name what a run reads, and their values that are no paths, beside the names of shipped models."""
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """Return a value as it is typed behind its flag, with the flag once more before each further one of several."""
+    if not isinstance(value, (list, tuple)):
+        return str(value)
+    parts = [str(part) for part in value]
+    flag = name.replace("_", "-")
+    separator = f" --{flag} " if FLAGS[name].repeated else ","
+    return separator.join(parts)
+
+
+def text_seen_from(folder: Path, text: str) -> str:
+    """Return the path of a text that was named from another working ``folder``; ``text`` itself if it is not there."""
+    if text in _SHIPPED["data"] or text.startswith("hub:"):
+        return text
+    path = str(folder / text)
+    if glob(path):
+        return path
+    return text
+
+
+def _places(name: str, value: str | Sequence[str]) -> list[str]:
+    """Return the `_place` of each text, model or tokenizer that the value of one of these flags names."""
+    return [_place(name, part) for part in texts_of(value)]
+
+
+def _place(name: str, value: str) -> str:
+    """Return what a value of one of these flags stands for: a name that is shipped or on the hub, or a whole path."""
+    if value in _SHIPPED[name] or value.startswith("hub:") or (name == "model" and value in shipped_models()):
+        return value
+    path = Path(value)
+    if name == "model" and path.is_dir():
+        path /= "config.json"
+    return f"path {path.resolve()}"
 
 
 def _as_json(value: Any) -> Any:

@@ -5,7 +5,7 @@ defaults < recipe < run JSON < flags. No torch in here: a wrong flag is refused 
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from glob import has_magic
 from pathlib import Path
@@ -22,6 +22,7 @@ from galore_pretrain.config.options import (
     RunConfig,
     find_model,
     parse_bytes,
+    texts_of,
 )
 from galore_pretrain.config.recipes import printed_tokens, recipe
 from galore_pretrain.errors import InputError
@@ -31,6 +32,8 @@ CHOSEN = "chosen"
 """The origin of a value that the memory budget was free to choose, as ``config.json`` tells it."""
 AS_BEFORE = "as before"
 """The origin of such a value where the run was resumed."""
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
+"""What files with a model's weights are called."""
 
 
 def resolve(
@@ -45,9 +48,9 @@ def resolve(
     origins = {name: sources.get(name, "default") for name in FLAGS}
     if values["model"] is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
-    for name, flag in FLAGS.items():
-        _check_bound(name, flag, values[name])
+    check_bounds(values)
     find_model(values["model"])
+    _refuse_weights(values["model"])
     model = Path(values["model"]).stem
 
     def fill(name: str, value: Any, origin: str) -> None:
@@ -84,6 +87,19 @@ def resolve(
     return RunConfig(**values, processes=processes, undecided=undecided), origins
 
 
+def _refuse_weights(model: str) -> None:
+    """Raise InputError where ``--model`` names a folder with weights, which a run would not begin from."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    for file in sorted(folder.iterdir()):
+        if any(file.match(pattern) for pattern in _WEIGHTS):
+            raise InputError(
+                f"--model {model} holds weights ({file.name}), and a run begins with new ones: name "
+                f"{folder / 'config.json'} to train its architecture from new weights"
+            )
+
+
 def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tuple[Any, str]]:
     """Return what follows from the rest where neither the user nor the recipe says anything, and why."""
     steps, total = values["steps"], values["total_batch_size"]
@@ -101,7 +117,7 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
     warmup_steps = steps // 10 if steps else None
 
     name = f"{Path(values['model']).stem}-{values['optim']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    tokenizer = {"c4": "t5", "sample": "sample"}.get(values["data"])
+    tokenizer = {"c4": "t5", "sample": "sample"}.get(" + ".join(texts_of(values["data"])))
     return {
         "proj_type": ("std", "default"),
         "basis": basis,
@@ -150,6 +166,12 @@ def _refuse_norm_of_nothing(values: Mapping[str, Any]) -> None:
     norm = values["clip_norm"]
     if norm is not None:
         raise InputError(f"--clip-norm {norm} has no meaning without --grad-clip; give one, such as 1")
+
+
+def check_bounds(values: Mapping[str, Any]) -> None:
+    """Raise InputError for the first value of a flag that is beyond the flag's bounds."""
+    for name, value in values.items():
+        _check_bound(name, FLAGS[name], value)
 
 
 def _check_bound(name: str, flag: Flag, value: Any) -> None:
@@ -239,10 +261,29 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
     if not values["output"]:
         raise InputError("--output is empty; give a folder")
+    texts = texts_of(values["data"])
+    if len(texts) > 1:
+        _refuse_all_but_paths(texts)
     if values["tokenizer"] is None:
-        if not Path(values["data"]).exists() and not has_magic(values["data"]):
-            raise InputError(f"--data {values['data']}: no such file, folder or pattern; choose c4, sample or a path")
-        raise InputError(f"--tokenizer is missing: --data {values['data']} needs one; give t5, sample or a .model file")
+        for text in texts:
+            is_there = text.startswith("hub:") or Path(text).exists() or has_magic(text)
+            if not is_there:
+                raise InputError(
+                    f"--data {text}: no such file, folder or pattern; choose c4, hub:ORG/NAME, sample or a path"
+                )
+        raise InputError(
+            f"--tokenizer is missing: --data {' + '.join(texts)} needs one; "
+            "give t5, sample, a .model file, a folder or a hub id"
+        )
+
+
+def _refuse_all_but_paths(texts: Sequence[str]) -> None:
+    """Check that each of several texts may be a path: only files are joined to one text."""
+    for text in texts:
+        if text in ("c4", "sample") or text.startswith("hub:"):
+            raise InputError(
+                f"--data {text}: cannot be joined to another --data; give it alone, or paths of local files"
+            )
 
 
 def _check_batch(values: Mapping[str, Any], processes: int) -> None:

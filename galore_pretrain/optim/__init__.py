@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from galore_pretrain.optim.build import REGISTRY, build_optimizer
+    from galore_pretrain.optim.build import REGISTRY, build_optimizer, build_rules
     from galore_pretrain.optim.dropin import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
     from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome, Skips
     from galore_pretrain.optim.galore import GaLore, is_projected
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.update import Step
 
 _NAMES = {  # file: what of it is named here
-    "build": ("REGISTRY", "build_optimizer"),
+    "build": ("REGISTRY", "build_optimizer", "build_rules"),
     "dropin": ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "NaturalGaLoreAdamW"),
     "galore": ("GaLore", "is_projected"),
     "methods": (
@@ -79,6 +79,7 @@ __all__ = [
     "Step",
     "UpdateRule",
     "build_optimizer",
+    "build_rules",
     "describe",
     "is_projected",
     "method",

@@ -1,6 +1,6 @@
 """From a method of the table to its rules, and to one optimizer for a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -104,7 +104,68 @@ def build_optimizer(
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay
-    return RuleOptimizer(groups, lr=lr, rounding=rounding_of(numerics), seed=seed)
+    return _RowOptimizer(groups, lr=lr, rounding=rounding_of(numerics), seed=seed)
+
+
+# torch's schedulers that cycle momentum (OneCycleLR, CyclicLR) look for betas among the defaults, and change them in
+# every group after each step. A rule is frozen, so a group goes on by a new rule where its betas are other ones.
+class _RowOptimizer(RuleOptimizer):
+    """Keeps betas in its groups, where all of its first rules have such, and updates by those that stand there."""
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        all_betas = [_betas_of(group["rule"]) for group in groups]
+        self._has_betas = None not in all_betas
+        super().__init__(groups, **options)
+        if self._has_betas and all_betas:
+            self.defaults["betas"] = all_betas[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy take."""
+        return {**super().__getstate__(), "_has_betas": self._has_betas}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with the betas of its rule; of a rule that has none, without."""
+        group = {**param_group}
+        betas: tuple[float, float] | None = None
+        if is_dataclass(group.get("rule")):  # else it is refused below
+            betas = _betas_of(group["rule"])
+        if self._has_betas and betas is not None:
+            group.setdefault("betas", betas)
+        super().add_param_group(group)
+        if betas is None:
+            self.param_groups[-1].pop("betas", None)  # torch has put the defaults there
+
+    def follow_settings(self, number: int, group: dict[str, Any]) -> None:
+        """Update a group by the betas that it has now."""
+        rule = self.slots.rule_named(group["settings"])
+        if "betas" in group and tuple(group["betas"]) != _betas_of(rule):
+            self.slots.follow(number, _with_betas(rule, group["betas"]))
+
+    def take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Take over the betas that were saved with a group."""
+        if "betas" in group and "betas" in saved:
+            group["betas"] = saved["betas"]
+
+
+def _betas_of(part: Any) -> tuple[float, float] | None:
+    """Return the betas of a rule, or of a rule inside of it; None where it has none."""
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if field.name == "betas":
+            betas: tuple[float, float] = value
+            return betas
+        if is_dataclass(value):
+            inner = _betas_of(value)
+            if inner is not None:
+                return inner
+    return None
+
+
+def _with_betas(rule: UpdateRule, betas: Sequence[float]) -> UpdateRule:
+    """Return a rule with other betas, of lists or tuples."""
+    changed, _ = _configured(rule, {"betas": tuple(betas)})
+    assert isinstance(changed, UpdateRule)
+    return changed
 
 
 def _matrices_and_rest(model: torch.nn.Module) -> tuple[list[NamedParameter], list[NamedParameter]]:

@@ -4,18 +4,24 @@ Dense tensors are handed over as DTensors, of which each process writes and read
 (8-bit moments, histories) is put together, and taken apart, by way of its values: blocks begin anew in each part.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import UpdateRule
-from galore_pretrain.tensors.shards import Shard, shard_of, whole
+from galore_pretrain.optim.slots import Slot, initial_state, state_on_meta
+from galore_pretrain.tensors.shards import Shard, is_shared, local, shard_of, whole
+
+if TYPE_CHECKING:
+    from galore_pretrain.optim.optimizer import RuleOptimizer
 
 _Groups = Sequence[Mapping[str, Any]]
+_Kind = tuple[torch.Size, torch.dtype]
 
 
 # A dense state tensor lies as its rule says (`UpdateRule.layout`), and torch's own checkpoint writer handles the
@@ -120,32 +126,112 @@ def _distributed(part: Tensor, layout: Shard, p: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def checked_state(
-    state_dict: Mapping[str, Any],
-    groups: _Groups,
-    state: Mapping[Tensor, Mapping[str, Any]],
-) -> dict[Tensor, dict[str, Any]]:
-    """Return the saved state of each parameter, copied to its device.
+# What torch.distributed.checkpoint, and all that is built on it, saves is what `state_dict` returns. A plain tensor
+# there is taken for one that all processes have alike, and only the first writes it.
+def share_out(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a ``state_dict`` whose states are as checkpoints hold them: of whole parameters, not of the parts here.
+
+    It is registered as a hook of torch's ``state_dict``. Processes that share parameters must all call it.
+    """
+    if optimizer.pending.distributor is None:
+        return state_dict
+    states = {**state_dict["state"]}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, p in enumerate(params):
+        if states.get(key):
+            whole_state = to_checkpoint(optimizer.rule_of(p), optimizer.tensors(p), p, blocks=True)
+            states[key] = {"step": states[key]["step"], **whole_state}
+    return {**state_dict, "state": states}
+
+
+# First, each group goes on by the rule that the saved settings ask for. Then that rule must be the saved one, which may
+# differ in what is no setting of a group.
+def take_state_dict(state_dict: Mapping[str, Any], optimizer: "RuleOptimizer") -> None:
+    """Give the optimizer the groups' settings and the states that were saved; change nothing where these do not fit."""
+    groups_before = [{**group} for group in optimizer.param_groups]
+    rules_before = optimizer.slots.rules
+    try:
+        # Groups that only one side has are refused below.
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+            optimizer.take_settings(group, saved)
+        optimizer.follow_groups()
+        loaded = _checked_state(state_dict, optimizer)
+    except Exception:
+        for number, (group, before) in enumerate(zip(optimizer.param_groups, groups_before, strict=True)):
+            settings = group["settings"]
+            group.clear()
+            group.update(before)
+            group["settings"] = settings  # which `follow` compares
+            optimizer.slots.follow(number, rules_before[number])
+        optimizer.slots.renew()
+        raise
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        group.update(copy.deepcopy(_without_params(saved)))
+    optimizer.state.clear()
+    optimizer.state.update(loaded)
+    optimizer.slots.renew()
+
+
+def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a saved group says besides the numbers and names of its parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _checked_state(state_dict: Mapping[str, Any], optimizer: "RuleOptimizer") -> dict[Tensor, dict[str, Any]]:
+    """Return the saved state of each parameter that has one, copied to its device; of a shared one, the part here.
 
     ValueError where groups, rules, names, shapes or dtypes differ.
     """
     saved_groups = state_dict["param_groups"]
     saved_states = state_dict["state"]
+    groups = optimizer.param_groups
     _check_groups(saved_groups, groups)
     loaded: dict[Tensor, dict[str, Any]] = {}
     for saved_group, group in zip(saved_groups, groups, strict=True):
         for key, p in zip(saved_group["params"], group["params"], strict=True):
-            saved = saved_states.get(key, {})
-            _check_shapes(saved, state[p])
-            loaded[p] = {name: _copy(value, p.device) for name, value in saved.items()}
+            saved = {**saved_states.get(key, {})}
+            if saved:
+                if "step" not in saved:
+                    raise ValueError(f"the saved state holds {sorted(saved)}; step, the count of updates, is missing")
+                step = int(saved.pop("step"))  # others save it as a tensor
+                loaded[p] = {"step": step, **_loaded(saved, optimizer.slots[p], p)}
     return loaded
 
 
-def _copy(value: Any, device: torch.device) -> Any:
-    """Return a copy of a tensor on ``device``; any other value itself."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    return value
+# Up to 0.1 of 2026-11-26, `state_dict` held the parts themselves. They are known by their shapes. Where one process has
+# all of a tensor, and others nothing, its part has the shape of the whole, and may come as a DTensor.
+def _loaded(saved: Mapping[str, Any], slot: Slot, p: Tensor) -> State:
+    """Return this process's copy of a saved state; ValueError where it is not one of ``p``."""
+    expected = state_on_meta(slot, p)
+    if slot.shard is None or _shapes(saved) == _shapes(expected):
+        _check_shapes(_shapes(saved), _shapes(expected))
+        return {name: local(value).to(p.device, copy=True) for name, value in saved.items()}
+    rule = slot.rule
+    block_layouts = _block_layouts(rule, expected, slot.shard)
+    wholes = _empty(rule, p, block_layouts)
+    layouts: dict[str, Shard | None] = {}
+    whole_shapes = _shapes(wholes)
+    for name in expected.keys() - _entries(rule, block_layouts, expected):
+        layout = layouts[name] = rule.layout(name, expected, slot.shard)
+        shape = expected[name].shape if layout is None else torch.Size(layout.shape)
+        whole_shapes[name] = (shape, expected[name].dtype)
+    _check_shapes(_shapes(saved), whole_shapes)
+    state = initial_state(slot, p)
+    for name, layout in layouts.items():
+        state[name].copy_(_part(saved[name], layout))
+    blocks_from_checkpoint(rule, state, {name: whole(saved[name]) for name in wholes}, p)
+    return state
+
+
+def _part(value: Tensor, layout: Shard | None) -> Tensor:
+    """Return this process's part of a saved tensor, which is whole or a DTensor."""
+    if layout is None:
+        return whole(value)
+    if is_shared(value) and value.placements[-1].is_shard(layout.dim):  # type: ignore[attr-defined]
+        part = local(value)
+        if part.shape == layout.part_shape:
+            return part
+    return layout.of(whole(value))
 
 
 def _check_groups(saved_groups: _Groups, groups: _Groups) -> None:
@@ -161,16 +247,24 @@ def _check_groups(saved_groups: _Groups, groups: _Groups) -> None:
             raise ValueError(f"the saved group was updated by {saved_settings}; this one is by {settings}")
 
 
-def _check_shapes(saved: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raise ValueError where two states of a parameter differ in names, shapes or dtypes."""
-    if saved.keys() != state.keys():
-        raise ValueError(f"the saved state holds {sorted(saved)}; this optimizer's {sorted(state)}")
-    for name, value in saved.items():
+def _shapes(state: Mapping[str, Any]) -> dict[str, _Kind]:
+    """Return the shape and dtype of each tensor of a state, by its name; ValueError for anything else in it."""
+    shapes: dict[str, _Kind] = {}
+    for name, value in state.items():
         if not isinstance(value, Tensor):
-            continue
-        expected = state[name]
-        if value.shape != expected.shape or value.dtype != expected.dtype:
+            raise ValueError(f"the saved {name} is {value!r}; this optimizer's is a tensor")
+        shapes[name] = (value.shape, value.dtype)
+    return shapes
+
+
+def _check_shapes(saved: Mapping[str, _Kind], expected: Mapping[str, _Kind]) -> None:
+    """Raise ValueError where two states of a parameter differ in names, shapes or dtypes."""
+    if saved.keys() != expected.keys():
+        raise ValueError(f"the saved state holds {sorted(saved)}; this optimizer's {sorted(expected)}")
+    for name, (shape, dtype) in saved.items():
+        expected_shape, expected_dtype = expected[name]
+        if shape != expected_shape or dtype != expected_dtype:
             raise ValueError(
-                f"the saved {name} is {value.dtype} {tuple(value.shape)}; "
-                f"this optimizer's is {expected.dtype} {tuple(expected.shape)}"
+                f"the saved {name} is {dtype} {tuple(shape)}; "
+                f"this optimizer's is {expected_dtype} {tuple(expected_shape)}"
             )

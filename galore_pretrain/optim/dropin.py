@@ -8,14 +8,20 @@ A group with ``rank`` is projected, others get the bare rule. ``basis``, ``refre
 torch, settings live in ``param_groups``: there they can be changed between steps (by ``OneCycleLR``, say), and a saved
 state brings its own. State is tensors and integers, so a saved one loads with ``weights_only=True``.
 
+An optimizer of one parameter alone takes its place, which its random bits depend on, in the order in which such are
+made. To repeat a training in one process, name the place in its group: ``first_index``.
+
 In transformers' ``Trainer``: ``optimizers=(GaLoreAdamW(groups, lr=0.01), None)``, or
 ``optimizer_cls_and_kwargs=(GaLoreAdamW, {"params": groups, "lr": 0.01})``.
 """
 
+import difflib
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict, Unpack
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -35,6 +41,11 @@ _OPTIMIZER_SETTINGS = {
     "scale_parameter",
     "relative_step",
 }
+_OTHERS = {"params", "param_names", "name", "lr", "weight_decay", "settings", "first_index"}
+_OTHERS |= {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
+"""Keys of a group that the optimizer, schedulers or what logs them read or leave there."""
+_OFF_IN_TORCH = {"amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable"}
+"""Settings of torch's optimizers that are not supported, which a group of theirs has all the same, switched off."""
 
 
 class Options(TypedDict, total=False):
@@ -86,6 +97,11 @@ class _DropIn(RuleOptimizer):
         rounding = rounding_of(numerics)
         super().__init__(groups, lr=lr, weight_decay=weight_decay, rounding=rounding, seed=seed)
         self.defaults |= self._options  # where schedulers look for betas
+        all_params = [p for group in self.param_groups for p in group["params"]]
+        self._is_alone = len(all_params) == 1  # and so perhaps one of many, each of one parameter
+        if self._is_alone and "first_index" not in self.param_groups[0]:
+            self.param_groups[0]["first_index"] = next(_places)
+        _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy take; a copy compares the settings of its groups anew."""
@@ -93,16 +109,21 @@ class _DropIn(RuleOptimizer):
             **super().__getstate__(),
             "_options": self._options,
             "_has_stepped": self._has_stepped,
+            "_is_alone": self._is_alone,
             "_followed": {},
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and allocate its state; ``rank`` and its companions in the group make it a projected one."""
+        """Add a group; ``rank`` and its companions in the group make it a projected one."""
         unused = param_group.keys() - self._options.keys()
         ignored = _OPTIMIZER_SETTINGS & unused
         if ignored:
             names = ", ".join(sorted(ignored))
             raise ValueError(f"a parameter group sets {names}, which holds for the whole optimizer")
+        known = {*self._options, *_GROUP_SETTINGS, *_OTHERS}
+        for key, value in param_group.items():
+            if key not in known and not (key in _OFF_IN_TORCH and not value):
+                raise ValueError(_unknown_setting(key, value, known))
         group = {**self._options, **param_group}
         group["rule"] = self._rule_for(group)
         super().add_param_group(group)
@@ -117,47 +138,46 @@ class _DropIn(RuleOptimizer):
             raise ValueError(f"numerics {group['numerics']} of a group: it holds for the whole optimizer")
         options = {name: group[name] for name in self._options}
         options |= projection
+        if options.get("betas") is not None:
+            options["betas"] = tuple(options["betas"])
         projected, companion = build_rules(self.row, **options)
         if not projection:
             return companion
         return projected
 
-    def _before_step(self) -> None:
-        """Update each group by the settings that it has now."""
-        if not self._has_stepped and not self.projects:
+    def begin_update(self) -> None:
+        """Go on with what the groups hold now. The first time, warn where nothing is projected."""
+        super().begin_update()
+        if not self._has_stepped and not self.projects and not self._others_project():
             name = type(self).__name__
             warnings.warn(f"{name} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2)
         self._has_stepped = True
+
+    def follow_settings(self, number: int, group: dict[str, Any]) -> None:
+        """Update a group by the settings that it has now."""
+        settings = [group.get(name) for name in (*_GROUP_SETTINGS, *self._options, "settings")]
+        if self._followed.get(number) != settings:
+            self.slots.follow(number, self._rule_for(group))
+            settings[-1] = group["settings"]
+            self._followed[number] = settings
+
+    def take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Take over the settings that were saved with a group, as torch's optimizers do."""
         names = (*_GROUP_SETTINGS, *self._options)
-        for index, group in enumerate(self.param_groups):
-            settings = [group.get(name) for name in names]
-            if self._followed.get(index) != settings:
-                self.follow(index, self._rule_for(group))
-                self._followed[index] = settings
+        group |= {name: saved[name] for name in names if name in saved}
+        if "first_index" in group:
+            group["first_index"] = saved.get("first_index", 0)  # which it was where none was saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as `RuleOptimizer` does, and take over the settings that were saved, as torch's optimizers do.
+    def _others_project(self) -> bool:
+        """Return whether this is one of many optimizers, each of one parameter, of which others project."""
+        return self._is_alone and any(other.projects for other in _alive)
 
-        ValueError where the state would have another shape for it, as for another rank; nothing is changed then.
-        """
-        groups_before = [dict(group) for group in self.param_groups]
-        try:
-            self._follow_saved(state_dict["param_groups"])
-            super().load_state_dict(state_dict)
-        except ValueError:
-            for index, before in enumerate(groups_before):
-                self.param_groups[index] |= before
-                self.follow(index, self._rule_for(before))
-            raise
 
-    def _follow_saved(self, saved_groups: Iterable[Mapping[str, Any]]) -> None:
-        """Give each group the settings that were saved with it, and the rule that they ask for."""
-        names = (*_GROUP_SETTINGS, *self._options)
-        # Groups that only one side has are none of this method's business: loading the state refuses them.
-        pairs = zip(saved_groups, self.param_groups, strict=False)
-        for index, (saved, group) in enumerate(pairs):
-            group |= {name: saved[name] for name in names if name in saved}
-            self.follow(index, self._rule_for(group))
+# Layerwise recipes make an optimizer for each parameter, and a parameter that is alone has no place among others. All
+# would be the first: their bases would be renewed at once, and their weights rounded with the same random bits. The
+# order in which such optimizers are made is the same in all processes, whatever their parameters' values.
+_places = itertools.count()
+_alive: WeakSet[_DropIn] = WeakSet()
 
 
 class GaLoreAdamW(_DropIn):
@@ -265,6 +285,15 @@ class NaturalGaLoreAdamW(GaLoreAdamW):
     ) -> None:
         self._class_options = {"natural_history": natural_history, "natural_damping": natural_damping}
         super().__init__(params, *args, **kwargs)
+
+
+def _unknown_setting(key: str, value: Any, known: Iterable[str]) -> str:
+    """Return what to say of a group's setting that nothing here would follow."""
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = "a note of your own goes into param_groups when the optimizer is built"
+    if near:
+        hint = f"did you mean {near[0]}?"
+    return f"a parameter group sets {key}={value!r}, which is not supported; {hint}"
 
 
 def _require(name: str, value: Any, *, supported: Any) -> None:

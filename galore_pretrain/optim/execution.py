@@ -8,8 +8,9 @@ import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,35 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import State
-from galore_pretrain.optim.rule import Decay, NewBases, Scope, UpdateRule
+from galore_pretrain.optim.rule import NewBases, UpdateRule
+from galore_pretrain.optim.slots import Slot
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import add_rounded
-from galore_pretrain.tensors.shards import Shard, local, shard_of
+from galore_pretrain.tensors.shards import local, shard_of
 from galore_pretrain.tensors.values import gradient_norm
 
 if TYPE_CHECKING:
     from galore_pretrain.optim.optimizer import RuleOptimizer
     from galore_pretrain.optim.sharing import Distributor
 
-_GOLDEN = 0.6180339887498949  # the golden ratio's fraction
 _PATIENCE = 100  # steps after which a warning tells of skips that nobody has read
+
+
+def _is_autocast() -> bool:
+    """Return whether the caller is inside ``torch.autocast``."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Leave ``torch.autocast`` meanwhile: an update computes in the dtypes that its rule says, whoever calls it."""
+    if not _is_autocast():
+        yield
+        return
+    with ExitStack() as contexts:
+        for device in ("cpu", "cuda"):
+            contexts.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @dataclass(frozen=True)
@@ -85,37 +103,6 @@ class SkipCounts:
                 f"and {skips.failed_refreshes} bases could not be renewed",
                 stacklevel=3,
             )
-
-
-@dataclass(slots=True)
-class Slot:
-    """A parameter's place in the optimizer: its group, its index among all, its rule, and which part of it is here.
-
-    ``seed`` is that of its random numbers. ``is_shared`` says that other processes have a part of the parameter, or a
-    copy. ``gathers`` says that the rule needs more of the tensor than the part that is here, so it is gathered for each
-    update. ``phase``, in [0, 1), is the place of the parameter's refreshes among those of all. The rule's answers that
-    never change are kept beside it.
-    """
-
-    group: int
-    index: int
-    seed: int
-    rule: UpdateRule
-    shard: Shard | None
-    is_shared: bool
-    gathers: bool
-    phase: float = field(init=False)
-    projects: bool = field(init=False)
-    scope: Scope = field(init=False)
-    decay: Decay = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Multiples of the golden ratio's fraction, modulo 1, are spread evenly however many there are. So no update
-        # refreshes many matrices at once, whatever the groups.
-        self.phase = self.index * _GOLDEN % 1.0
-        self.projects = self.rule.projects
-        self.scope = self.rule.scope
-        self.decay = self.rule.decay
 
 
 @dataclass(slots=True)
@@ -199,6 +186,16 @@ class PendingGradients:
         """Return what was accumulated for ``p``, or None."""
         return self._pending.get(p)
 
+    @property
+    def sums_replicas(self) -> bool:
+        """Return whether gradients are summed over replicas here, as `RuleOptimizer.sum_over_replicas` asked for."""
+        return self.distributor is not None and self.distributor.replica is not None
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether this process is alone, or the first of those that share an update."""
+        return self.distributor is None or self.distributor.rank == 0
+
     def waits_for_all(self, p: Tensor) -> bool:
         """Return whether the update of ``p`` waits for the end of backward, where several processes make an update."""
         if self.distributor is None:
@@ -208,8 +205,7 @@ class PendingGradients:
             return True
         # Messages of a group are sent one after another. A vector's would keep backward waiting for the sums over
         # replicas that are under way, and its gradient takes little memory.
-        sums_replicas = self.distributor.replica is not None
-        return sums_replicas and p.ndim < 2
+        return self.sums_replicas and p.ndim < 2
 
     # `p.grad` is dropped here, so that no gradient is in memory twice. The first of an update is kept as it is, further
     # ones are added to it; a bf16 sum is rounded stochastically. Where the rule projects and no new basis is due, each
@@ -254,7 +250,7 @@ class PendingGradients:
         if grad.layout != torch.strided:
             raise ValueError(f"a gradient is {grad.layout}; only dense ones are supported (Embedding(sparse=False))")
         slot = self._optimizer.slots[p]
-        grad = local(grad) if slot.is_shared else grad.detach()
+        grad = _local_gradient(grad, p) if slot.is_shared else grad.detach()
         if grad.ndim == 0:
             grad = grad.view(1)
         # ``norm < inf`` is one operation, `isfinite` four. In the gradient's own dtype: bf16 has fp32's range, and fp32
@@ -276,7 +272,7 @@ class PendingGradients:
         """Begin an update of ``p``: let its rule prepare the state, and return ``grad`` with state and step."""
         optimizer = self._optimizer
         state = optimizer.tensors(p)
-        count = optimizer.state[p]["step"] + 1
+        count = int(optimizer.state[p]["step"]) + 1  # a number, but others save tensors
         lr = optimizer.param_groups[slot.group]["lr"]
         bits = None
         if p.dtype == torch.bfloat16:
@@ -353,6 +349,17 @@ class PendingGradients:
         if pending is not None:
             self._finalize(pending)
 
+    def are_zero(self, params: Iterable[Tensor]) -> bool:
+        """Return whether there are gradients in ``params``, all of zeros, on all processes. Waits for the device."""
+        gradients = [local(p.grad) for p in params if p.grad is not None]
+        if not gradients:
+            return False
+        device = gradients[0].device
+        are_zero = torch.stack([~grad.any().to(device) for grad in gradients]).all()
+        if self.distributor is not None:
+            are_zero = self.distributor.agreed(are_zero)
+        return bool(are_zero)
+
     def start_sum(self, p: Tensor) -> None:
         """Begin to sum what is pending for ``p`` over the replicas, where that is done here."""
         pending = self._pending.get(p)
@@ -413,12 +420,20 @@ class PendingGradients:
         """Drop the gradients of ``params``, accumulated or not; by default those of all, and the sums under way."""
         dropped = params
         if dropped is None:
-            dropped = self._optimizer.slots
+            dropped = [p for group in self._optimizer.param_groups for p in group["params"]]
         for p in dropped:
             self._pending.pop(p, None)
             p.grad = None
         if params is None and self.distributor is not None:
             self.distributor.discard()
+
+
+def _local_gradient(grad: Tensor, p: Tensor) -> Tensor:
+    """Return what this process holds of a gradient, laid out as ``p`` is. (Sequence parallelism leaves sums.)"""
+    placements: Any = p.placements  # type: ignore[attr-defined]
+    if grad.placements != placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=placements)  # type: ignore[attr-defined]
+    return local(grad)
 
 
 def _observe(optimizer: "RuleOptimizer", name: str, p: Tensor | None, work: Callable[[], None]) -> None:
@@ -494,33 +509,58 @@ class Execution(ABC):
             self._params.extend(group["params"])
         # Python's garbage collector cannot look into a tensor's hooks. A hook that held this object, and so all
         # parameters, would keep a model in memory for good.
-        weak_method = weakref.WeakMethod(self._hook)
+        weak_self = weakref.ref(self)
 
+        @torch._disable_dynamo  # see `RuleOptimizer.step`; backward may be called from a compiled function
         def hook(p: Tensor) -> None:
-            method = weak_method()
-            if method is not None:
-                method(p)
+            execution = weak_self()
+            if execution is None:
+                return
+            if torch.is_autocast_enabled(p.device.type):
+                with own_precision():
+                    execution._hook(p)
+            else:  # without a context: a call less for each parameter
+                execution._hook(p)
 
-        handles = [p.register_post_accumulate_grad_hook(hook) for p in self._params]
-        weakref.finalize(self, _remove, handles)
+        self._run_hook = hook
+        self._hooked: set[Tensor] = set()
+        self._handles: list[Any] = []
+        self._hook_trained()
+        weakref.finalize(self, _remove, self._handles)
+
+    def _hook_trained(self) -> None:
+        """Hook the parameters that are trained now: torch hooks none that is frozen, and others may thaw it later."""
+        for p in self._params:
+            if p.requires_grad and p not in self._hooked:
+                self._handles.append(p.register_post_accumulate_grad_hook(self._run_hook))
+                self._hooked.add(p)
 
     @abstractmethod
     def _hook(self, p: Tensor) -> None:
         """Take the gradient of ``p`` as soon as a backward pass has finished ``p.grad``."""
 
+    @torch._disable_dynamo  # see `RuleOptimizer.step`
     def begin(self, micro_batch: int, micro_batches: int) -> None:
-        """Say that the next backward pass is number ``micro_batch`` (from 0) of an update's ``micro_batches``."""
+        """Say that the next backward pass is number ``micro_batch`` (from 0) of an update's ``micro_batches``.
+
+        The first takes the groups as they are then: an update is made by what schedulers have left in them.
+        """
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
+        if micro_batch == 0:
+            self._optimizer.begin_update()
+            self._hook_trained()
 
+    @torch._disable_dynamo  # see `RuleOptimizer.step`
     @torch.no_grad()
     def complete(self) -> None:
         """Make the updates that are still to be made, after the last backward pass. Waits for no device."""
         observer = self._optimizer.observer
-        if observer is None:
-            self._complete()
-        else:
-            observer.observe("complete", None, self._complete)
+        with own_precision():
+            if observer is None:
+                self._complete()
+            else:
+                observer.observe("complete", None, self._complete)
 
     # The coefficient min(1, clip / ‖G‖) needs the norms of all gradients, and is multiplied into each at its update.
     # Where processes share an update, gradients are summed first. Bases are renewed before the norm of compressed

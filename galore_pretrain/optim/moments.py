@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
 
 State = dict[str, Tensor]
@@ -39,6 +40,10 @@ class MomentStore(Protocol):
 
     def write(self, state: State, name: str, value: Tensor, step: Step) -> None:
         """Keep ``value``, which may be overwritten."""
+        ...
+
+    def restore(self, state: State, name: str, value: Tensor) -> None:
+        """Keep a ``value`` that `read` has returned, fp32 and contiguous, so that it returns the same again."""
         ...
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
@@ -98,6 +103,10 @@ class Dense:
     def write(self, state: State, name: str, value: Tensor, step: Step) -> None:
         """Keep ``value``, rounded with the random bits of the stream ``name`` where it is fp32 and the moment bf16."""
         step.store(state[name], value, stream=name)
+
+    def restore(self, state: State, name: str, value: Tensor) -> None:
+        """Keep ``value`` in the moment's dtype, which it came from."""
+        state[name].copy_(value)
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
         """Return a view of the elements ``start:stop``; a dense moment can be cut anywhere."""
@@ -182,6 +191,29 @@ class Blockwise8bit:
         step.store(state[name], quantized)
         step.store(state[f"{name}_absmax"], how.absmax)
 
+    # `write` takes a block's largest magnitude for its scale. What it keeps can be less: the signed code has no −1, so
+    # a largest magnitude that is negative is read back as 0.993 of itself. Written again, the block would get that for
+    # its scale, and all of its values would move, whenever a state is saved and loaded. Here the scale is found that
+    # they were read with.
+    def restore(self, state: State, name: str, value: Tensor) -> None:
+        """Keep ``value`` in the bytes and scales that it was read from, where blocks begin in the same places."""
+        scale = state.get(f"{name}_absmax")
+        if scale is None:
+            state[name].copy_(value)
+            return
+        code = _code(name, value)
+        middles = (code[1:] + code[:-1]) / 2
+        flat_value = value.view(-1)
+        flat_bytes = state[name].view(-1)
+        for start, stop in chunks(flat_value, flat_value.numel(), chunk_elements(value.device)):
+            part = flat_value[start:stop]
+            padding = -part.numel() % _BLOCK
+            blocks = torch.nn.functional.pad(part, (0, padding)).view(-1, _BLOCK)
+            new_bytes, new_scale = _requantized(blocks, code, middles)
+            flat_bytes[start:stop] = new_bytes.view(-1)[: part.numel()]
+            first_block = start // _BLOCK
+            scale[first_block : first_block + len(blocks)] = new_scale
+
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
         """Return views of the bytes ``start:stop`` and of the scales of their blocks."""
         flat = state[name].view(-1)
@@ -253,6 +285,26 @@ class Blockwise8bit:
         for name, part in zip(names, parts, strict=True):
             step.store(state[name], part)
         return scratch
+
+
+# Let s be the scale, and c = 0.993 the magnitude of the signed code's first value. If a value has the byte of 1, it is
+# s, and larger than any negative one, which is −c · s at most. Otherwise the largest magnitude was negative: it is
+# −c · s, and no positive one is larger. Dividing by c may be off by a last bit, so the neighbours are tried too.
+def _requantized(blocks: Tensor, code: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bytes (blocks × 256) and scales (blocks) that ``blocks`` (fp32, blocks × 256) were read from."""
+    scale = blocks.amax(1)
+    if code[0] < 0:
+        negative = -blocks.amin(1)
+        scale = torch.where(scale > negative, scale, negative / -code[0])
+    divisor = torch.where(scale > 0, scale, 1.0)
+    normalized = blocks / divisor[:, None]
+    new_bytes = torch.bucketize(normalized, middles, out_int32=True)
+    values = code[new_bytes]
+    up = torch.full_like(scale, torch.inf)
+    for neighbour in (torch.nextafter(scale, -up), torch.nextafter(scale, up), scale):
+        is_same = (values * neighbour[:, None] == blocks).all(1)
+        scale = torch.where(is_same, neighbour, scale)
+    return new_bytes.to(torch.uint8), scale
 
 
 # bitsandbytes' `quantize_blockwise` and `optimizer_update_8bit_blockwise` take no stream and launch on the default one

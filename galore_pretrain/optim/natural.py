@@ -89,8 +89,7 @@ class Natural(UpdateRule):
         padded = torch.zeros(shape, dtype=torch.float32, device=values.device)
         elements = values[0].numel()
         padded[:, :elements] = values.flatten(1)
-        no_step = Step(count=0)
-        self.store.write(state, name, padded, no_step)
+        self.store.restore(state, name, padded)
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         """Return ``gram`` (s × s, fp64), ``history`` (s slots of ``like``, padded) and the inner rule's state."""

@@ -5,24 +5,23 @@ same method from inside backward. Hence one state, one learning rate and one che
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.checkpointing import blocks_from_checkpoint, checked_state, to_checkpoint
-from galore_pretrain.optim.execution import PendingGradient, PendingGradients, SkipCounts, Skips, Slot
+from galore_pretrain.optim.checkpointing import blocks_from_checkpoint, share_out, take_state_dict, to_checkpoint
+from galore_pretrain.optim.execution import PendingGradient, PendingGradients, SkipCounts, Skips, own_precision
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Direction, Scope, UpdateRule, check_scope
 from galore_pretrain.optim.sharing import Distributor, update_gathered
+from galore_pretrain.optim.slots import Slot, Slots, States, initial_state
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import DenseWeights, WeightStore
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
-from galore_pretrain.tensors.rounding import NoiseTables, RandomBits, derive_seed
-from galore_pretrain.tensors.shards import is_shared, local, shard_of
+from galore_pretrain.tensors.rounding import NoiseTables, RandomBits
+from galore_pretrain.tensors.shards import local
 
 
 class Observer(Protocol):
@@ -41,9 +40,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     """Applies an update rule to every parameter of a group: ``p -= lr · (direction + weight_decay · p)``.
 
     ``groups`` are dicts with ``params`` (tensors, or pairs of name and tensor), ``rule``, and optionally ``lr`` and
-    ``weight_decay``; other keys are kept for the caller. All state is allocated at once, at its final shapes and
-    dtypes. ``rounding`` says how a bf16 weight takes an update: ``"stochastic"`` (computed in fp32, reproducible from
-    ``seed`` and the count of updates alone) or ``"nearest"``.
+    ``weight_decay``; other keys are kept for the caller. State is made, at its final shapes and dtypes, when it is
+    first asked for: by an update, by ``state[p]`` or by `allocate`. ``rounding`` says how a bf16 weight takes an
+    update: ``"stochastic"`` (computed in fp32, reproducible from ``seed`` and the count of updates) or ``"nearest"``.
 
     A gradient that is not finite, or whose squares overflow, changes neither weight nor state, and is counted
     (`read_skips`). Where nobody reads the count, a warning tells it every 100 steps.
@@ -65,47 +64,34 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"rounding {rounding!r} is unknown; choose from stochastic, nearest")
         self.rounding = rounding
         self.seed = seed
-        self.slots: dict[Tensor, Slot] = {}
+        self.slots = Slots(self)
         self.pending = PendingGradients(self)
         self._noise = NoiseTables(seed)
         self._skips = SkipCounts()
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        self.state = States(self.slots)  # type: ignore[assignment]
+        self._register_hooks()
+
+    def _register_hooks(self) -> None:
+        """Have a saved state be of the groups' settings as they are then, and of whole parameters."""
+        self.register_state_dict_pre_hook(_follow_groups)
+        self.register_state_dict_post_hook(share_out)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and allocate its state. ValueError where its rule, its numbers or its tensors do not fit."""
+        """Add a group. ValueError where its rule, its numbers or its tensors do not fit."""
         group = {**self.defaults, **param_group}
         _check_group(group)
         # `param_groups` go into checkpoints, and rules do not: their settings do, by which a loader knows another rule.
         rule: UpdateRule = group.pop("rule")
-        group["settings"] = _settings(rule)
+        group["settings"] = self.slots.add_rule(rule)
         super().add_param_group(group)
-        number = len(self.param_groups) - 1
-        params = self.param_groups[number]["params"]
-        if self.pending.distributor is None:
-            self.pending.distributor = Distributor.of(params)
-        for p in params:
-            index = len(self.slots)
-            slot = _slot(p, rule, group=number, index=index, seed=self.seed)
-            state = _initial_state(slot, p)
-            _check_state(state, slot)
-            self.state[p] = {"step": 0, **state}
-            self.slots[p] = slot
+        self.slots.check_last_group()
 
-    def follow(self, group: int, rule: UpdateRule) -> None:
-        """Update a group by another rule from now on. ValueError where its state has other names, shapes or dtypes."""
-        changed = self.param_groups[group]
-        settings = _settings(rule)
-        if settings == changed["settings"]:
-            return
-        slots: dict[Tensor, Slot] = {}
-        for p in changed["params"]:
-            slots[p] = replace(self.slots[p], rule=rule)
-            expected = _initial_state(slots[p], p.to("meta"))
-            if _shapes(expected) != _shapes(self.tensors(p)):
-                before = changed["settings"]
-                raise ValueError(f"a group of {before} cannot go on as {settings}: its state has another shape")
-        self.slots.update(slots)
-        changed["settings"] = settings
+    def allocate(self) -> None:
+        """Allocate the state of all trained parameters that have none yet."""
+        self.slots.renew()
+        for p in self.slots:
+            self.tensors(p)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy take: torch's own method leaves out what a subclass adds."""
@@ -118,33 +104,66 @@ class RuleOptimizer(torch.optim.Optimizer):
         attributes["pending"] = PendingGradients(self, self.pending.distributor)
         return attributes
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` returned; torch forgets hooks, its own ones too."""
+        super().__setstate__(state)
+        self._register_hooks()
+
     @property
     def projects(self) -> bool:
         """Return whether some gradients are kept compressed until their update."""
-        return any(slot.rule.projects for slot in self.slots.values())
+        return any(rule.projects for rule in self.slots.rules)
 
     def rule_of(self, p: Tensor) -> UpdateRule:
         """Return the rule that updates ``p``."""
         return self.slots[p].rule
 
+    # Dynamo would freeze counts and pending gradients into its code. A compiled training step calls this as it is.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient, in its own precision also where the caller's is autocast."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._before_step()
-        self.pending.sync(self.slots)
-        self.pending.refresh(self.slots)
-        for group in self.param_groups:
-            for p in group["params"]:
+        self.begin_update()
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self._only_shows_state(params):
+            self.allocate()
+            return loss
+        with own_precision():
+            self.pending.sync(params)
+            self.pending.refresh(params)
+            for p in params:
                 self.update_param(p)
         self._skips.end_step()
         return loss
 
-    def _before_step(self) -> None:
-        """Do nothing: for subclasses. Were they to override ``step``, torch would call the hooks of steps twice."""
+    # To see what a state holds, torch.distributed.checkpoint makes a first step with gradients of zeros at the rate 0.
+    # As an update it would count, and find bases in zeros, which later ones would go on with.
+    def _only_shows_state(self, params: Iterable[Tensor]) -> bool:
+        """Return whether a step is to change nothing: the first, where the rate and all gradients are 0."""
+        if self.state or any(group["lr"] for group in self.param_groups):
+            return False
+        return self.pending.are_zero(params)
+
+    # Were subclasses to override `step`, torch would call the hooks of steps twice.
+    def begin_update(self) -> None:
+        """Do what comes before the first gradient of an update, whoever makes it."""
+        self.follow_groups()
+
+    def follow_groups(self) -> None:
+        """Go on with the parameters and settings that the groups have now."""
+        self.slots.renew()
+        for number, group in enumerate(self.param_groups):
+            self.follow_settings(number, group)
+
+    def follow_settings(self, number: int, group: dict[str, Any]) -> None:
+        """Do nothing: subclasses have settings in a group that decide on its rule, and may have changed."""
+
+    def take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Do nothing: subclasses write to a group those settings of a saved one that decide on its rule."""
 
     def update_param(self, p: Tensor, coefficient: Tensor | None = None) -> None:
         """Update ``p`` from what was accumulated for it, or else from ``p.grad``; do nothing where there is neither.
@@ -152,7 +171,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         ``coefficient``, a scalar, is multiplied into the gradient in place: the compressed one, if the rule projects.
         """
         if torch.is_grad_enabled():  # it rarely is: `step`, `complete` and backward turn it off for all parameters
-            with torch.no_grad():
+            with torch.no_grad(), own_precision():
                 self.update_param(p, coefficient)
         elif self.observer is None:
             self._update_param(p, coefficient)
@@ -169,7 +188,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if pending is None:
             return
         slot = self.slots[p]
-        self.state[p]["step"] += 1
+        self.state[p]["step"] = pending.step.count
         if coefficient is not None:
             pending.grad.mul_(coefficient)
         part = local(p) if slot.is_shared else p.detach()
@@ -220,10 +239,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def reset(self, params: Iterable[Tensor]) -> None:
         """Make the state of ``params`` what it was before their first update."""
         for p in params:
+            state = self.tensors(p)
             self.state[p]["step"] = 0
-            initial = _initial_state(self.slots[p], p)
-            for name, value in initial.items():
-                self.state[p][name].copy_(value)
+            for name, value in initial_state(self.slots[p], p).items():
+                state[name].copy_(value)
 
     def sum_over_replicas(self, mesh: Any) -> None:
         """Sum gradients over the replicas of ``mesh`` here: they come summed over its shards alone."""
@@ -238,9 +257,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         All processes must call this for the same parameters. They put moments in blocks together; the first has those.
         """
-        distributor = self.pending.distributor
-        is_first = distributor is None or distributor.rank == 0
-        blocks = None if load else is_first
+        blocks = None if load else self.pending.is_first
         return to_checkpoint(self.rule_of(p), self.tensors(p), p, blocks=blocks)
 
     def take_saved(self, p: Tensor, saved: dict[str, Tensor]) -> None:
@@ -250,23 +267,32 @@ class RuleOptimizer(torch.optim.Optimizer):
     def state_bytes(self, params: Iterable[Tensor] | None = None) -> int:
         """Return the bytes of the state of ``params``; of all by default."""
         if params is None:
+            self.slots.renew()
             params = self.slots
-        return sum(value.nbytes for p in params for value in self.tensors(p).values())
+        return sum(value.nbytes for p in params for value in self.slots.state(p).values())
 
     def sum_bytes(self, p: Tensor) -> int:
         """Return the bytes of an accumulated gradient of ``p`` between two refreshes of its basis."""
-        slot = self.slots[p]
-        step = Step(0, shard=slot.shard)
-        return slot.rule.compress(local(p), self.tensors(p), step).nbytes
+        step = Step(0, shard=self.slots[p].shard)
+        return self.rule_of(p).compress(local(p), self.tensors(p), step).nbytes
 
     def next_due(self, p: Tensor, count: int) -> int | None:
         """Return the number (from ``count`` on) of the first update of ``p`` with a new basis; None where none has."""
         slot = self.slots[p]
         return slot.rule.next_refresh(Step(count, phase=slot.phase))
 
+    def is_due(self, p: Tensor) -> bool:
+        """Return whether the next update of ``p`` finds a new basis."""
+        count = 1
+        if p in self.state:
+            count = self.state[p]["step"] + 1
+        return self.next_due(p, count) == count
+
     def tensors(self, p: Tensor) -> State:
-        """Return the tensors of the state of ``p``, on its device."""
-        state = self.state[p]
+        """Return the tensors of the state of ``p``, on its device; new ones where it has none or was cleared."""
+        state = self.state.get(p)
+        if not state:
+            state = self.state[p] = self.slots.new_state(p)
         tensors = {**state}
         del tensors["step"]
         for name, value in tensors.items():
@@ -284,18 +310,28 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Return what was skipped since the last call. Waits for the device."""
         return self._skips.take()
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a saved state, each tensor on its parameter's device; nothing is changed if something does not fit.
 
-        torch's own loader would cast every tensor to its parameter's dtype; here each keeps the dtype that its rule
-        gave it. Raises ValueError where groups, rules, names, shapes or dtypes differ.
+        Each keeps the dtype that its rule gave it; torch's own loader would cast it to its parameter's. Processes that
+        share parameters must all call this. Raises ValueError where groups, rules, names, shapes or dtypes differ.
         """
-        loaded = checked_state(state_dict, self.param_groups, self.state)
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update(_without_params(saved_group))
-        for p, saved_state in loaded.items():
-            self.state[p].update(saved_state)
+        self.slots.renew()
+        state_dict = {**state_dict}
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            exchanged = before(self, state_dict)
+            if exchanged is not None:
+                state_dict = exchanged
+        take_state_dict(state_dict, self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+
+def _follow_groups(optimizer: Any) -> None:
+    """Have an optimizer go on with what its groups hold; a hook of torch's ``state_dict``."""
+    optimizer.follow_groups()
 
 
 def _subtract(
@@ -322,93 +358,3 @@ def _check_group(group: Mapping[str, Any]) -> None:
     for name in ("lr", "weight_decay"):
         if not 0 <= group[name] < math.inf:
             raise ValueError(f"{name} {group[name]} must be finite and not negative")
-
-
-def _slot(
-    p: Tensor,
-    rule: UpdateRule,
-    *,
-    group: int,
-    index: int,
-    seed: int,
-) -> Slot:
-    """Return the slot of a new parameter. ValueError where its dtype is unknown, or its rule cannot share it out."""
-    if p.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"a parameter is {p.dtype}; weights in bfloat16 and float32 are supported")
-    shard = shard_of(p)
-    gathers = False
-    if shard is not None:
-        gathers = not rule.scope.allows(shard)
-    if gathers and rule.next_refresh(Step(1)) is not None:
-        raise ValueError(_cannot_share(rule, "renews bases"))
-    return Slot(
-        group=group,
-        index=index,
-        seed=derive_seed(seed, index),
-        rule=rule,
-        shard=shard,
-        is_shared=is_shared(p),
-        gathers=gathers,
-    )
-
-
-# A rule that gathers knows no parts. So its whole state is made, and this process keeps its part of each tensor.
-def _initial_state(slot: Slot, p: Tensor) -> State:
-    """Return this process's part of the state of ``p`` before the first update."""
-    part = local(p)
-    if part.ndim == 0:
-        part = part.view(1)
-    if not slot.gathers:
-        return slot.rule.init(part, slot.shard)
-    assert slot.shard is not None
-    whole = part.new_empty(slot.shard.shape)
-    whole_state = slot.rule.init(whole)
-    state: State = {}
-    for name, value in whole_state.items():
-        layout = slot.rule.layout(name, whole_state, slot.shard)
-        if layout is None:
-            state[name] = value
-        else:
-            state[name] = layout.of(value).clone()
-    return state
-
-
-def _check_state(state: State, slot: Slot) -> None:
-    """Raise ValueError where a name of a state is taken, or where processes cannot share a tensor of it out."""
-    rule = slot.rule
-    if "step" in state:
-        raise ValueError(f"{type(rule).__name__} has a state named step: updates are counted there; give another name")
-    if slot.shard is None:
-        return
-    entries_in_blocks: set[str] = set()
-    for name, store in rule.stores().items():
-        if not store.in_blocks(state, name):
-            continue
-        if slot.gathers:
-            raise ValueError(_cannot_share(rule, "keeps moments in blocks"))
-        entries_in_blocks.update(store.entries(state, name))
-    for name in state.keys() - entries_in_blocks:
-        rule.layout(name, state, slot.shard)  # raises where it does not know
-
-
-def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a saved group says besides the numbers and names of its parameters."""
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def _cannot_share(rule: UpdateRule, what: str) -> str:
-    """Return the error text for a rule that cannot be shared out, because it needs whole tensors and does ``what``."""
-    return (
-        f"{type(rule).__name__} needs whole tensors (scope {rule.scope.name}) and {what}: several processes cannot "
-        "share its tensors out; use one process, or --shard none"
-    )
-
-
-def _shapes(state: State) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return the shape and dtype of each tensor of a state, by its name."""
-    return {name: (value.shape, value.dtype) for name, value in state.items()}
-
-
-def _settings(rule: UpdateRule) -> str:
-    """Return all that a rule is made of, as text that is alike in every process."""
-    return re.sub(r" at 0x\w+", "", repr(rule))  # a function in a field has an address in its repr

@@ -344,8 +344,7 @@ class UpdateRule(ABC):
     def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
         """Write ``values``, of the form that `moment_values` returns, into a moment."""
         store = self.stores()[name]
-        values = values.contiguous()
-        store.write(state, name, values, Step(count=0))
+        store.restore(state, name, values.contiguous().view(state[name].shape))
 
 
 def _layout_of_vector(shard: Shard, dim: int) -> Shard | None:

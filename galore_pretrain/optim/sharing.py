@@ -47,12 +47,17 @@ class Distributor:
 
     @classmethod
     def of(cls, params: Sequence[Tensor]) -> "Distributor | None":
-        """Return a distributor for the processes that share ``params``; None where this process is alone."""
+        """Return a distributor for the processes that share ``params``; None where none of these is a DTensor.
+
+        ValueError where they lie on several meshes.
+        """
+        found: Any = None
         for p in params:
             mesh = getattr(p, "device_mesh", None)
-            if mesh is not None:
-                return cls(mesh)
-        return None
+            if found is not None and mesh is not None and mesh != found:
+                raise ValueError(f"parameters lie on several meshes, {found} and {mesh}; give each an optimizer")
+            found = found or mesh
+        return None if found is None else cls(found)
 
     @property
     def stream_suffix(self) -> str:
@@ -110,17 +115,23 @@ class Distributor:
         unsynced = [pending for pending in gradients if not pending.synced]
         if not unsynced:
             return
+        flags = torch.stack([pending.finite for pending in unsynced])
+        for pending, is_finite in zip(unsynced, self.agreed(flags), strict=True):
+            pending.finite = is_finite
+            pending.synced = True
+
+    def agreed(self, flags: Tensor) -> Tensor:
+        """Return which of boolean ``flags`` (any shape) are true on every process that makes these updates."""
+        if not self.may_differ:
+            return flags
         from torch import distributed
 
         group = None  # all processes
         if self._replica_group is None:  # replicas have equal gradients, so each can ask its own shards
             group = self._shard_group
-        flags = torch.stack([~pending.finite for pending in unsynced])
-        counts = flags.float()  # of processes on which a gradient is not finite
+        counts = (~flags).float()  # of processes on which a flag is false
         distributed.all_reduce(counts, group=group)
-        for pending, count in zip(unsynced, counts, strict=True):
-            pending.finite = count == 0
-            pending.synced = True
+        return counts == 0
 
     def norms(self, part_norms: Sequence[Tensor]) -> Tensor:
         """Return the norm of each whole tensor from the norm of this process's part of it, fp32; 0 where it overflows.

@@ -1,15 +1,18 @@
 """Checkpoints of safetensors and JSON: complete or absent, and nothing that is loaded can execute code.
 
 ``checkpoints/step_00000100/`` holds the tensors in torch.distributed.checkpoint's Hugging Face format, which also knows
-the shards of several processes; ``state.json`` with everything that is not a tensor; and ``checksums.json`` with the
-size and CRC-32 of every other file: against bytes that go wrong, not against somebody who would change them.
+the shards of several processes; ``state.json`` with everything that is not a tensor, the model's architecture among it;
+the files of the tokenizer, in ``tokenizer/``; and ``checksums.json`` with the size and CRC-32 of every other file:
+against bytes that go wrong, not against somebody who would change them. So a checkpoint needs no other file to be read.
 
 A checkpoint under its name is whole. It is written aside, as ``step_00000100.partial``; every file is forced to disk;
 only then is the folder renamed, which a file system does at once or not at all. A process that is killed at any moment
 leaves the checkpoints of before and at most one ``.partial``. What is damaged later, by a disk or by hand, is found by
 its checksums, and left out in favour of the one before.
 
-``state.json`` names its `FORMAT` and the version that wrote it; one that names none is of format 1, which 0.1 wrote.
+``state.json`` names its `FORMAT` and the version that wrote it; one that names none is of format 1, which 0.1 wrote. Up
+to format 2, a Hugging Face tokenizer was known again by its vocabulary, and its files were elsewhere; from 3 on, by all
+that decides on its ids.
 Older formats are read: their weights always, and a run goes on from them bit for bit, or is refused with a line that
 says what differs. A newer format is refused with the version that wrote it. The number goes up with every change that
 an older program would misread.
@@ -42,12 +45,14 @@ from galore_pretrain.meters import ran_out
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
 
-FORMAT = 2
+FORMAT = 3
 """The format of the checkpoints, and of the config.json, that this version writes."""
 OLD_NAMES: dict[str, str] = {}
 """Maps the name that an older format has for a tensor of an optimizer's state to the name it has now. Both are the last
 part of ``optimizer.PARAMETER.NAME``. A rule's ``settings`` need no entry: no checkpoint holds them."""
 _FILE_BYTES = 1 << 28  # a file is serialized in memory as a whole: bounds what saving adds to the peak
+TOKENIZER = "tokenizer"
+"""The folder of a checkpoint that holds the tokenizer's files, from format 3 on."""
 _STATE = "state.json"
 _CHECKSUMS = "checksums.json"
 _PARTS = ("config", "trainer", "counts")  # what state.json has to hold, each an object
@@ -133,11 +138,18 @@ def folder_of(root: Path, step: int) -> Path:
 # 4. It renames the folder. A checkpoint of the same step, written before, is removed just before that.
 # 5. It forces the entry of the parent folder to disk. Only then may `prune` remove an older checkpoint.
 # All processes wait for each of these steps, and fail together.
-def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], world: World = ALONE) -> None:
+def save(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    world: World = ALONE,
+    tokenizer: Mapping[str, bytes] | None = None,
+) -> None:
     """Write a checkpoint aside, force it to disk, then give it its name. Each process writes its part of the tensors.
 
-    ``state`` is everything else, in plain JSON values. Raises NotWrittenError where that fails: nothing is left of the
-    checkpoint then, and those before it are still there.
+    ``tokenizer`` are the tokenizer's files, by name; the main process's are written. ``state`` is everything else, in
+    plain JSON values. Raises NotWrittenError where that fails: nothing is left of the checkpoint then, and those before
+    it are still there.
     """
     aside = folder.with_name(folder.name + ".partial")
     several = world.size > 1
@@ -149,7 +161,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], 
             save_distributed=several,
         )
         dcp.save(dict(tensors), storage_writer=writer, no_dist=not several, process_group=world.group)
-        world.on_rank_zero(lambda: _complete(aside, folder, state))
+        world.on_rank_zero(lambda: _complete(aside, folder, state, tokenizer or {}))
     except (OSError, CheckpointException, SafetensorError) as error:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -164,14 +176,18 @@ def _begin(aside: Path) -> None:
     sync(aside.parent.parent)  # the run's folder, in which that of the checkpoints may be new
 
 
-def _complete(aside: Path, folder: Path, state: Mapping[str, Any]) -> None:
+def _complete(aside: Path, folder: Path, state: Mapping[str, Any], tokenizer: Mapping[str, bytes]) -> None:
     """Write what a checkpoint holds beside its tensors, force all of it to disk, and give it its name."""
     document = {"format": FORMAT, "version": __version__, **state}
     (aside / _STATE).write_text(json.dumps(document))
-    checksums = _checksums(aside.iterdir())
+    for name, content in tokenizer.items():
+        file = aside / TOKENIZER / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    checksums = _checksums(aside, _files(aside))
     (aside / _CHECKSUMS).write_text(json.dumps(checksums, indent=1))
-    for file in aside.iterdir():
-        sync(file)
+    for path in aside.rglob("*"):
+        sync(path)
     sync(aside)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
@@ -293,8 +309,9 @@ def _check_files(folder: Path) -> None:
     """ValueError where a file of the checkpoint does not have the checksum that was written down for it."""
     expected = _read_object(folder / _CHECKSUMS)
     # Files that others leave in the folder (.DS_Store, .cache) are not read.
-    files = [file for file in folder.iterdir() if file.name in expected or file.suffix == ".safetensors"]
-    actual = _checksums(files)
+    known = {folder / name for name in expected}
+    files = [file for file in _files(folder) if file in known or file.suffix == ".safetensors"]
+    actual = _checksums(folder, files)
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
             raise ValueError(f"{name} is {actual.get(name, 'absent')}, and was {expected.get(name, 'absent')}")
@@ -400,15 +417,21 @@ def _folders(root: Path) -> list[Path]:
     return sorted(folder for folder in root.glob("step_*") if _NAME.fullmatch(folder.name) and folder.is_dir())
 
 
-def _checksums(files: Iterable[Path]) -> dict[str, str]:
-    """Return the size and CRC-32 of each file, as text, by its name."""
+def _files(folder: Path) -> list[Path]:
+    """List the files in a folder, and in the folders in it."""
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _checksums(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Return the size and CRC-32 of each file, as text, by its path in ``folder``."""
     checksums = {}
     for file in sorted(files):
         crc = 0
         with file.open("rb") as stream:
             while part := stream.read(1 << 24):
                 crc = zlib.crc32(part, crc)
-        checksums[file.name] = f"{file.stat().st_size} bytes, CRC-32 {crc:08x}"
+        name = file.relative_to(folder).as_posix()
+        checksums[name] = f"{file.stat().st_size} bytes, CRC-32 {crc:08x}"
     return checksums
 
 

@@ -1,23 +1,32 @@
 """Write a run's model as a plain Hugging Face folder."""
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig
 
 from galore_pretrain.dist import ALONE, World
+from galore_pretrain.errors import InputError
 from galore_pretrain.model.lowrank import dense_state
 from galore_pretrain.rundir.checkpoint import sync
 from galore_pretrain.rundir.directory import write_json
-from galore_pretrain.text.tokenizer import Tokenizer
+from galore_pretrain.text.hub import first_line
+from galore_pretrain.text.tokenizer import PROBES, Tokenizer
 
 _SHARD_SIZE = "1GB"
 """Size of an exported model's files. It bounds the host memory that exporting from a GPU takes."""
+_SHOWN = 60  # characters of a text that a warning shows, at most
+_SHOWN_IDS = 8  # ids that come behind them
+
+log = logging.getLogger(__name__)
 
 
 def export(folder: Path, model: Any, tokenizer: Tokenizer, world: World = ALONE) -> None:
@@ -39,16 +48,105 @@ def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenize
     transformers.utils.logging.disable_progress_bar()
     # A shard's tensors are copied to the host together, and let go before the next shard's.
     model.save_pretrained(aside, state_dict=state, max_shard_size=_SHARD_SIZE)
-    tokenizer.save(aside, model_max_length=model.config.max_position_embeddings)
-    config_file = aside / "config.json"
-    config = json.loads(config_file.read_text())
-    config["use_cache"] = True  # training has no use for a cache, generation has
-    write_json(config_file, config)
+    _save_tokenizer(aside, model.config, tokenizer)
+    for name in ("config.json", "generation_config.json"):
+        _amend(aside / name, {"use_cache": True})  # training has no use for a cache, generation has
     # safetensors makes its files private to the user. They get the mode of every other file instead.
-    mode = config_file.stat().st_mode
+    mode = (aside / "config.json").stat().st_mode
     for file in aside.glob("*.safetensors"):
         file.chmod(mode)
     for file in aside.iterdir():
         sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
+
+
+def _amend(file: Path, changes: Mapping[str, Any]) -> None:
+    """Change values of a JSON file."""
+    write_json(file, json.loads(file.read_text()) | changes)
+
+
+# In training, the end of a document stands before the next one, as in GPT-2. Programs that ask for a beginning by name,
+# such as CTranslate2's converter, get that: without any, the files that it makes cannot be loaded.
+def _name_beginning(file: Path) -> None:
+    """Name the end marker as the beginning of a text where a tokenizer has none. No text gets one by that."""
+    if not file.exists():  # a SentencePiece model alone
+        return
+    settings = json.loads(file.read_text())
+    if settings.get("bos_token") is None and settings.get("eos_token") is not None:
+        _amend(file, {"bos_token": settings["eos_token"], "add_bos_token": False})
+
+
+def _save_tokenizer(folder: Path, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer's files for a model of this architecture."""
+    tokenizer.save(folder, architecture.max_position_embeddings, architecture.vocab_size)
+    _name_beginning(folder / "tokenizer_config.json")
+
+
+# What a user of the exported model gets is what AutoTokenizer makes of its folder. No rule says what that is for every
+# tokenizer, so it is tried: with texts that are known to be treated in different ways, with the spelling of the special
+# tokens, and with the beginning of the run's own text. It is tried before training, when another tokenizer can be had.
+def try_export(architecture: LlamaConfig, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Warn where ``AutoTokenizer`` will not give the exported model the ids of training, of ``texts`` among others."""
+    try:
+        exported = _exported(architecture, tokenizer)
+    except OSError as error:
+        log.warning("whether transformers takes --tokenizer %s cannot be tried: %s", tokenizer.name, first_line(error))
+        return
+    except _NoLikeError as error:
+        log.warning(
+            "AutoTokenizer will not take the exported folder of --tokenizer %s (%s); to publish the model, use another "
+            "tokenizer",
+            tokenizer.name,
+            error,
+        )
+        return
+    special = [token.content for token in exported.added_tokens_decoder.values()]
+    samples = [*PROBES, *special, *(f"a {token} b" for token in special), *texts]
+    differing: list[str] = []
+    for sample in samples:
+        try:
+            ours = tokenizer.encode([sample])[0].tolist()
+        except InputError:  # it lacks a character, and the run may never need it
+            continue
+        if exported(sample, verbose=False)["input_ids"] != ours:
+            differing.append(sample)
+    if differing:
+        first = differing[0]
+        theirs = exported(first, verbose=False)["input_ids"]
+        ours = tokenizer.encode([first])[0].tolist()
+        at = _first_difference(theirs, ours)
+        log.warning(
+            "AutoTokenizer will give %d of %d texts other ids in model/ than training with --tokenizer %s does; the "
+            "first: behind %r come %s, in training %s",
+            len(differing),
+            len(samples),
+            tokenizer.name,
+            tokenizer.decode(ours[:at])[-_SHOWN:],
+            exported.convert_ids_to_tokens(theirs[at : at + _SHOWN_IDS]),
+            exported.convert_ids_to_tokens(ours[at : at + _SHOWN_IDS]),
+        )
+
+
+def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return the index of the first element that two sequences do not share."""
+    for i, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return i
+    return min(len(left), len(right))
+
+
+class _NoLikeError(Exception):
+    """Raised where transformers cannot load an exported tokenizer. The message is its reason."""
+
+
+def _exported(architecture: LlamaConfig, tokenizer: Tokenizer) -> Any:
+    """Return what ``AutoTokenizer`` makes of the tokenizer in an exported folder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        architecture.save_pretrained(folder)
+        _save_tokenizer(folder, architecture, tokenizer)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # whatever a class raises at files that are not its own
+            raise _NoLikeError(first_line(error)) from error

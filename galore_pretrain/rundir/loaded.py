@@ -1,6 +1,7 @@
 """Load what training left, to evaluate it, export it, or have it continue a text."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,21 +9,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import RunConfig, text_seen_from, texts_of
 from galore_pretrain.config.recipes import reference_batch
-from galore_pretrain.config.resolve import resolve
+from galore_pretrain.config.resolve import check_bounds, resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama import without_masks
+from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.hub import check_hub, first_line
-from galore_pretrain.text.sources import open_source
-from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
+from galore_pretrain.text.sources import DocumentSource, LocalFiles, first_documents, open_source
+from galore_pretrain.text.tokenizer import Tokenizer, load_folder, load_tokenizer
+from galore_pretrain.text.usable import measure
 from galore_pretrain.train.build import model_for
 from galore_pretrain.train.evaluate import Evaluation, evaluate
-from galore_pretrain.train.inputs import architecture_for
+from galore_pretrain.train.inputs import check_length, check_vocabulary, fit_together
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,27 @@ class LoadedModel:
     """Holds a model in evaluation mode, its tokenizer, and the config that says how its text is read.
 
     The config is that of the run that made the model, but for the fields that were replaced when it was loaded.
+    ``reference_batch`` sequences made a batch of the published script's evaluation; None where no run tells how many.
+    ``revision`` is the commit of the run's text on the hub, and ``validation_text`` the fingerprint of what the run was
+    evaluated on: each None where another text was named.
     """
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
     config: RunConfig
+    reference_batch: int | None = None
+    revision: str | None = None
+    validation_text: str | None = None
+
+
+# A file that a run is given is training text, of which a part is held out. One that a trained model is given is all of
+# it for evaluation.
+def _evaluating(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields to replace, with a file that is named as the text as the validation text."""
+    data = overrides.get("data")
+    if isinstance(data, str) and "eval_data" not in overrides and Path(data).is_file():
+        return {**overrides, "eval_data": data}
+    return {**overrides}
 
 
 def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
@@ -43,6 +64,8 @@ def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> Load
     ``overrides`` replaces fields of the run's config. A Hugging Face folder says nothing of its text, so for one they
     are added to defaults. Raises InputError where ``path`` is none of these.
     """
+    check_bounds(overrides)
+    overrides = _evaluating(overrides)
     saved = checkpoint.newest(path / "checkpoints", set_aside=False)
     if saved is None and checkpoint.is_checkpoint(path):
         saved = checkpoint.opened(path)
@@ -55,17 +78,62 @@ def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> Load
     )
 
 
+# What a run is stands in its checkpoint: paths of its config may name other files by now, or none. Only its text is
+# elsewhere, and is known again by its commit or its fingerprint.
 def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
     """Load the model of a checkpoint, whatever version wrote it."""
-    fields = dict(saved.state["config"])
-    if "data" in overrides and "eval_data" not in overrides:
-        fields["eval_data"] = None  # the run's validation text belongs to the run's data
-    config = replace(RunConfig.of(fields), **overrides)
-    tokenizer = load_tokenizer(config.tokenizer)
-    architecture = architecture_for(config, tokenizer)
+    config = replace(RunConfig.of(_fields(saved, overrides)), **overrides)
+    if "tokenizer" in overrides:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        tokenizer = _saved_tokenizer(saved, config)
+    architecture = _saved_architecture(saved, config)
+    fit_together(config, architecture, tokenizer)
     model = model_for(config, architecture, device, fresh=False)
     saved.load(checkpoint.model_tensors(model), part="model.")
-    return LoadedModel(model.eval(), tokenizer, config)
+    loaded = LoadedModel(model.eval(), tokenizer, config, reference_batch(config))
+    if "data" in overrides or "eval_data" in overrides:
+        return loaded
+    text = saved.state.get("inputs", {}).get("validation text")
+    return replace(loaded, revision=saved.state.get("revision"), validation_text=text)
+
+
+def _fields(saved: checkpoint.Saved, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a checkpoint's run, its texts as they are seen from here."""
+    fields = dict(saved.state["config"])
+    if "data" in overrides:
+        # The run's validation text and key belong to the run's data.
+        fields["eval_data"] = None
+        fields.pop("text_key", None)
+        return fields
+    folder = Path(saved.state.get("folder", ""))
+    texts = [text_seen_from(folder, text) for text in texts_of(fields["data"])]
+    fields["data"] = texts if len(texts) > 1 else texts[0]
+    if fields.get("eval_data") is not None:
+        fields["eval_data"] = text_seen_from(folder, fields["eval_data"])
+    return fields
+
+
+def _saved_tokenizer(saved: checkpoint.Saved, config: RunConfig) -> Tokenizer:
+    """Return the tokenizer that a checkpoint holds. One up to format 2 holds none: it is where its config says."""
+    folder = saved.folder / checkpoint.TOKENIZER
+    if folder.is_dir():
+        return load_folder(folder, config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
+    known = saved.state.get("inputs", {}).get("tokenizer")
+    if known not in (None, tokenizer.vocabulary_fingerprint):
+        raise InputError(
+            f"{saved.folder} was trained with another tokenizer than {config.tokenizer} is now; restore it"
+        )
+    return tokenizer
+
+
+def _saved_architecture(saved: checkpoint.Saved, config: RunConfig) -> LlamaConfig:
+    """Return the architecture that a checkpoint holds. The first ones hold none: it is where their config says."""
+    kept = saved.state.get("inputs", {}).get("model")
+    if kept is None:
+        return load_model_config(config.model)
+    return LlamaConfig.from_dict(json.loads(kept))
 
 
 def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
@@ -77,15 +145,23 @@ def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.d
         "tokenizer": str(path),
         "steps": 1,
     }
+    if "batch_size" in overrides:
+        values["total_batch_size"] = overrides["batch_size"]  # of an update, which is not made here
     config, _ = resolve({**values, **overrides}, {})
+    tokenizer = load_tokenizer(config.tokenizer)
     try:
         # Only safetensors are read: loading a pickle can execute code.
-        loaded = LlamaForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True)
-        loaded.to(device)
-    except (OSError, SafetensorError) as error:
+        loaded, told = LlamaForCausalLM.from_pretrained(
+            path, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: its weights cannot be loaded ({first_line(error)})") from error
-    model = without_masks(loaded)
-    return LoadedModel(model.eval(), load_tokenizer(config.tokenizer), config)
+    if told["missing_keys"]:  # transformers draws these anew, and warns
+        missing = sorted(told["missing_keys"])
+        raise InputError(f"{path}: {len(missing)} of its weights are missing, such as {missing[0]}; copy it anew")
+    check_vocabulary(config, loaded.config, tokenizer)
+    model = without_masks(loaded.to(device))
+    return LoadedModel(model.eval(), tokenizer, config)
 
 
 def _architectures(file: Path) -> Any:
@@ -99,17 +175,38 @@ def _architectures(file: Path) -> Any:
 def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     """Evaluate a model over the validation text, as its run does."""
     config = trained.config
+    check_length(config, trained.model.config)
     check_hub(config.data, config.tokenizer)
     layout = TokenRows(trained.tokenizer, config.layout, config.max_length)
-    source = open_source(config.data, "validation", config.eval_data, config.bad_data)
+    source = open_source(
+        config.data, "validation", config.eval_data, config.bad_data, trained.revision, config.text_key
+    )
+    if trained.validation_text not in (None, source.fingerprint):
+        log.warning("the validation text is another one than the run was evaluated on")
+    if isinstance(source, LocalFiles) and config.eval_data is None:
+        for title in source.titles:
+            log.info("%s", title)
+    _warn_of_text(trained, source, layout)
     rows = validation_rows(source, layout, config.eval_tokens)
     return evaluate(
         trained.model,
         rows,
         batch_size=config.batch_size,
-        reference_batch=reference_batch(config),
+        reference_batch=trained.reference_batch,
         device=device,
     )
+
+
+def _warn_of_text(trained: LoadedModel, source: DocumentSource, layout: TokenRows) -> None:
+    """Log a warning where more of a text cannot be used than a run would begin with: its perplexity says little."""
+    config = trained.config
+    fault = measure(first_documents(source), trained.tokenizer, layout.kept).fault(config.max_unknown)
+    if fault is None:
+        return
+    text = f"--eval-data {config.eval_data}"
+    if config.eval_data is None:
+        text = f"--data {' + '.join(texts_of(config.data))}"
+    log.warning("%s: %s", text, fault.what)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Finds the checkpoint that a run goes on from and whether it may; saves a run, and puts everything back."""
 
+import json
 import logging
 import threading
 import time
@@ -19,6 +20,7 @@ from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import read_summary
 from galore_pretrain.text.batches import TrainingData
+from galore_pretrain.text.tokenizer import load_folder
 from galore_pretrain.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -141,12 +143,41 @@ def saved_execution(config: RunConfig, saved: Mapping[str, Any]) -> ExecutionSet
 def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> None:
     """Raise InputError where what the run reads is not what it was. ``inputs`` are fingerprints, by name."""
     before = saved.state.get("inputs", {})
-    changed = [name for name, value in inputs.items() if before.get(name, value) != value]
+    changed: list[str] = []
+    for name, value in inputs.items():
+        known = before.get(name, value)
+        if name == "model":
+            is_same = _without_version(known) == _without_version(value)
+        elif name == "tokenizer" and known != value:
+            is_same = _kept_tokenizer(saved, config) == value
+        else:
+            is_same = known == value
+        # A run that was stopped by its text, and made no update, begins with the text that was mended.
+        has_begun = saved.state["trainer"]["step"] > 0 or not name.endswith("text")
+        if has_begun and not is_same:
+            changed.append(name)
     if changed and not config.resume_with_changes:
         raise InputError(
             f"{saved.folder} was made with another {' and '.join(changed)} than there is now; restore it, "
             "give another --output, or insist with --resume-with-changes"
         )
+
+
+# A fingerprint is of a tokenizer as its library writes it. Where another version of that writes otherwise, the files in
+# the checkpoint are written by the same version now.
+def _kept_tokenizer(saved: Saved, config: RunConfig) -> str | None:
+    """Return the fingerprint of the tokenizer that a checkpoint holds, as it is made now; None if it holds none."""
+    folder = saved.folder / checkpoint.TOKENIZER
+    if not folder.is_dir():
+        return None
+    return load_folder(folder, config.tokenizer).fingerprint
+
+
+def _without_version(architecture: str) -> dict[str, Any]:
+    """Return an architecture without the version of transformers that it was written by, which changes no model."""
+    values: dict[str, Any] = json.loads(architecture)
+    values.pop("transformers_version", None)
+    return values
 
 
 def is_finished(output: Path, saved: Saved, schedule: Schedule) -> bool:
@@ -181,7 +212,8 @@ class Saver:
     alone and the host's memory has room for the copy.
 
     ``extra`` is called at each for what else goes into it; if it raises OSError, there can be no checkpoint now.
-    ``resumed`` is the checkpoint that the run goes on from. ``stalled`` counts the seconds that training waited for
+    ``tokenizer`` are the files of the main process's tokenizer, which each checkpoint holds. ``resumed`` is the
+    checkpoint that the run goes on from. ``stalled`` counts the seconds that training waited for
     all checkpoints, those before the run was last resumed included.
     """
 
@@ -192,11 +224,12 @@ class Saver:
         optimizer: "RuleOptimizer",
         state: "TrainState",
         extra: Callable[[], Mapping[str, Any]],
+        tokenizer: Mapping[str, bytes],
         resumed: Saved | None = None,
         world: World = ALONE,
     ) -> None:
         self._config, self._model, self._optimizer, self._state = config, model, optimizer, state
-        self._extra, self._world = extra, world
+        self._extra, self._tokenizer, self._world = extra, tokenizer, world
         self._root = Path(config.output) / "checkpoints"
         self._tried: tuple[int, bool] | None = None  # what was last tried to save
         self._written: tuple[int, bool] | None = None  # what the newest checkpoint on disk holds
@@ -245,6 +278,7 @@ class Saver:
             "counts": checkpoint.named_counts(self._optimizer),
             "stalled": self.stalled,
             "origin": self._origin,
+            "folder": str(Path.cwd()),  # which the relative paths of the config begin in
             **extra,
         }
         keep = None if state.skipped else self._config.keep  # what is saved among skipped updates pushes out no other
@@ -308,7 +342,8 @@ class Saver:
         step, _ = progress
         started = time.monotonic()
         try:
-            checkpoint.save(checkpoint.folder_of(self._root, step), tensors, meta, self._world)
+            folder = checkpoint.folder_of(self._root, step)
+            checkpoint.save(folder, tensors, meta, self._world, self._tokenizer)
         except checkpoint.NotWrittenError as error:
             self._missed(step, str(error))
             return

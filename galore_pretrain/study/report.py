@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from galore_pretrain.config.options import texts_of
 from galore_pretrain.errors import InputError
 from galore_pretrain.study import paper
 from galore_pretrain.study.pictures import draw_comparison
@@ -310,7 +311,8 @@ def _heading(comparison: Comparison) -> str:
     steps = setting.get("steps")
     length = f"{steps} updates" if steps else f"{setting.get('max_tokens'):,} tokens"
     batch = f"{setting.get('total_batch_size')} × {setting['max_length']} tokens"
-    return f"{model} on {setting['data']} ({setting['layout']}), {length} of {batch}, tokenizer {setting['tokenizer']}"
+    text = " + ".join(texts_of(setting["data"]))
+    return f"{model} on {text} ({setting['layout']}), {length} of {batch}, tokenizer {setting['tokenizer']}"
 
 
 def _notes(comparison: Comparison) -> list[str]:

@@ -17,6 +17,7 @@ SETTING = (
     "model",
     "data",
     "eval_data",
+    "text_key",
     "tokenizer",
     "layout",
     "max_length",
@@ -213,8 +214,13 @@ def compare(results: Sequence[Result]) -> list[Comparison]:
 
 
 def _setting(result: Result) -> dict[str, Any]:
-    """Return the run's values of the flags of a setting, None where it has none."""
-    return {name: result.config.get(name) for name in SETTING}
+    """Return the run's values of the flags of a setting, None where it has no config.
+
+    A flag that was not known when it ran has its default.
+    """
+    if not result.config:
+        return dict.fromkeys(SETTING)
+    return {name: result.config.get(name, FLAGS[name].default) for name in SETTING}
 
 
 def _setting_key(result: Result) -> str:

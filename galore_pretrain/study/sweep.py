@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_pretrain.config.flags import RunCommand, flags, resolved
-from galore_pretrain.config.options import find_model
+from galore_pretrain.config.options import FLAGS, find_model
 from galore_pretrain.config.resolve import AS_BEFORE, CHOSEN, without_meaning
 from galore_pretrain.errors import InputError
 from galore_pretrain.signals import on_stop
@@ -96,8 +97,8 @@ class Planned:
         return file.exists() and b"\n" in file.read_bytes()
 
     def command(self) -> str:
-        """Return the command that a person would type."""
-        return " ".join(["galore-pretrain", *self.arguments()])
+        """Return the command that a person would type, quoted for a shell."""
+        return shlex.join(["galore-pretrain", *self.arguments()])
 
     def arguments(self) -> list[str]:
         """Return the command's words, without the program's name."""
@@ -108,6 +109,9 @@ class Planned:
                 words.append(f"--{flag}")
             elif value is False:
                 words.append(f"--no-{flag}")
+            elif isinstance(value, (list, tuple)) and FLAGS[name].repeated:
+                for part in value:
+                    words += [f"--{flag}", str(part)]
             elif isinstance(value, (list, tuple)):
                 words += [f"--{flag}", ",".join(map(str, value))]
             elif value is not None:

@@ -96,14 +96,27 @@ def is_shared(tensor: Tensor) -> bool:
 
 
 def shard_of(tensor: Tensor) -> Shard | None:
-    """Return the part of ``tensor`` that this process holds; None where it holds all."""
+    """Return the part of ``tensor`` that this process holds; None where it holds all.
+
+    ValueError for a tensor that is cut along another dimension of its mesh than the last one, or in another way.
+    """
     mesh = getattr(tensor, "device_mesh", None)
-    if mesh is None or mesh.size(-1) == 1:
+    if mesh is None:
         return None
     shards_dim = mesh.ndim - 1  # the mesh is of replicas × shards, or of shards alone
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    cut_dims = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1 and not placements[dim].is_replicate()]
+    if not cut_dims:
+        return None
+    placement = placements[shards_dim]
+    if cut_dims != [shards_dim] or not placement.is_shard():
+        raise ValueError(
+            f"a parameter lies as {placements} on a mesh of {tuple(mesh.shape)}; it may be cut along the mesh's last "
+            "dimension and be whole along the others: share it out over one dimension (FSDP2 or tensor parallelism)"
+        )
     count = mesh.size(-1)
     index = mesh.get_local_rank(shards_dim)
-    dim = tensor.placements[-1].dim  # type: ignore[attr-defined]
+    dim = placement.dim
     size = tensor.shape[dim]
     length = -(-size // count)
     start = min(size, index * length)

@@ -12,7 +12,7 @@ import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from queue import Full, Queue
 from typing import Any
@@ -28,8 +28,11 @@ from galore_pretrain.text.tokenizer import Ids, Tokenizer
 IGNORE = -100
 """The label of padding, which the loss leaves out."""
 BLOCK = 4096
-"""Documents that are shuffled among themselves; a resumed run reads the block it stopped in again."""
-_TOKENIZE = 256  # documents a call to the tokenizer
+"""Documents, at most, that are shuffled among themselves; a resumed run reads the block it stopped in again."""
+BLOCK_CHARACTERS = 1 << 24
+"""Characters after which a block ends, however few its documents are: in memory they take one to four bytes each."""
+_TOKENIZE = 256  # documents a call to the tokenizer, at most
+_TOKENIZE_CHARACTERS = 1 << 21  # after which a call has enough of them; their ids take four bytes each, and more
 _AHEAD = 1 << 18  # tokens that are read before they are needed: those of a few calls to the tokenizer
 _EMPTY = 100_000  # documents in a row without a token, after which the data are refused rather than read for ever
 _NO_IDS = np.empty(0, np.int32)
@@ -45,7 +48,8 @@ class Position:
     """Says where the next document stands: ``taken`` documents into the block that starts at ``document`` of a shard.
 
     ``shard`` counts in the order of the epoch. ``offset`` of the document's tokens were used already, by ``pack``.
-    ``tally`` counts what was read before the block.
+    ``tally`` counts what was read before the block. ``block_characters`` bounds the run's blocks, so that ``taken``
+    counts in the same block whenever the run goes on; with None, documents alone bound them.
     """
 
     epoch: int = 0
@@ -54,6 +58,7 @@ class Position:
     taken: int = 0
     offset: int = 0
     tally: Tally = NOTHING_READ
+    block_characters: int | None = field(default_factory=lambda: BLOCK_CHARACTERS)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in plain JSON values."""
@@ -66,6 +71,7 @@ class Position:
         counts["broken"] = tuple(counts["broken"])  # a list where the state comes from JSON
         values = dict(state)
         values["tally"] = Tally(**counts)
+        values.setdefault("block_characters", None)  # of a run that began before characters bounded its blocks
         return cls(**values)
 
 
@@ -80,10 +86,10 @@ class Documents:
     """
 
     # All of the order follows from the seed, so that a position needs no generator's state. An epoch's shards are
-    # permuted by (seed, epoch). Read in that order, their documents are cut into blocks of BLOCK, which may span
-    # several shards, and a block is permuted by (seed, epoch, where it starts). A resumed run reads the block it
-    # stopped in from its start, and passes over those of the permuted documents that were taken. Reading them counts
-    # them once more, which is why a position carries the tally from before its block.
+    # permuted by (seed, epoch). Read in that order, their documents are cut into blocks of BLOCK documents, or of fewer
+    # where these are long. A block may span several shards, and is permuted by (seed, epoch, where it starts). A
+    # resumed run reads the block it stopped in from its start, and passes over those of the permuted documents that
+    # were taken. Reading them counts them once more, which is why a position carries the tally from before its block.
 
     def __init__(self, source: DocumentSource, seed: int, start: Position) -> None:
         self._source = source
@@ -101,9 +107,9 @@ class Documents:
             is_empty = (shard, document) == (0, 0)  # elsewhere, documents were read before the run stopped
             for texts, block_start, next_start in self._blocks(epoch, shard, document):
                 is_empty = False
-                before = Position(epoch, *block_start, taken, tally=tally)
+                before = Position(epoch, *block_start, taken, tally=tally, block_characters=start.block_characters)
                 tally = bad_data.tally
-                after = Position(epoch, *next_start, tally=tally)
+                after = Position(epoch, *next_start, tally=tally, block_characters=start.block_characters)
                 yield from self._shuffled(texts, before, after)
                 taken = 0
             if is_empty:
@@ -112,23 +118,24 @@ class Documents:
             epoch += 1
             shard = 0
             document = 0
-            is_power_of_two = epoch & (epoch - 1) == 0
-            if is_power_of_two:  # said a few times, however short the text
-                log.info("the end of the data is read for time %d: from here on they repeat", epoch)
 
     def _blocks(self, epoch: int, shard: int, document: int) -> Iterator[tuple[list[str], _BlockStart, _BlockStart]]:
-        """Yield blocks of `BLOCK` texts across the ends of shards, each with its own start and that of the next."""
-        rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(len(self._source.shards))
+        """Yield blocks of texts across the ends of shards, each with its own start and that of the next."""
+        order = shard_order(self._source, self._seed, epoch)
+        most_characters = self._start.block_characters
         texts: list[str] = []
+        characters = 0
         block_start = (shard, document)
         for place in range(shard, len(order)):
-            for position, text in self._source.read(int(order[place]), document):
+            for position, text in self._source.read(order[place], document):
                 texts.append(text)
-                if len(texts) == BLOCK:
+                characters += len(text)
+                is_long = most_characters is not None and characters >= most_characters
+                if len(texts) == BLOCK or is_long:
                     next_start = (place, position)
                     yield texts, block_start, next_start
                     texts = []
+                    characters = 0
                     block_start = next_start
             document = 0  # only the first shard is read from its middle
         if texts:
@@ -145,6 +152,13 @@ class Documents:
                 after = next_block
             yield position, texts[order[i]], after
             position = after
+
+
+def shard_order(source: DocumentSource, seed: int, epoch: int = 0) -> list[int]:
+    """Return the shards of a source in the order in which an epoch reads them."""
+    rng = np.random.default_rng([seed, epoch])
+    order: list[int] = rng.permutation(len(source.shards)).tolist()
+    return order
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -195,9 +209,16 @@ class TokenRows:
         self._layout = layout
         self._max_length = max_length
 
+    @property
+    def kept(self) -> int | None:
+        """Return how many tokens of a document a row has room for; None where rows cut nothing away."""
+        if self._layout == "pad":
+            return self._max_length - 1
+        return None
+
     def __call__(self, documents: Iterable[_PlacedText], share: Share = ALL) -> Iterator[Row]:
         """Yield all rows. Those outside of ``share`` may be empty: a process need not tokenize what another does."""
-        groups = _in_groups(iter(documents), _TOKENIZE)
+        groups = _in_groups(documents)
         if self._layout == "pad":
             return self._pad(groups, share)
         return self._pack(self._tokenize(groups))
@@ -213,7 +234,7 @@ class TokenRows:
             documents = [(text, after) for _, text, after in group if text and not text.isspace()]
             texts = [text for text, _ in documents]
             own_texts = [text for i, text in enumerate(texts, number) if i in share]
-            encoded = self._tokenizer.encode(own_texts, self._max_length - 1)
+            encoded = self._tokenizer.encode(own_texts, self.kept)
             own_ids = iter(encoded)
             for i, (text, after) in enumerate(documents, number):
                 check = None
@@ -230,7 +251,7 @@ class TokenRows:
     def _padded(self, ids: Ids, after: Position, check: int | None) -> Row:
         """Return a document's row: ids d₁ … dₙ, the end marker, padding, with labels d₂ … dₙ, the end marker, none."""
         length = self._max_length
-        real = min(len(ids), length - 1)
+        real = len(ids[: self.kept])
         # Any id may stand for padding, since nothing attends to it; this one is the document's end marker as well.
         input_ids = np.full(length, self._tokenizer.eos_id, np.int32)
         input_ids[:real] = ids[:real]
@@ -285,9 +306,19 @@ class TokenRows:
             positions = positions[document:]
 
 
-def _in_groups(documents: Iterator[_PlacedText], size: int) -> Iterator[list[_PlacedText]]:
-    """Yield the documents in lists of ``size``; the last one may be shorter."""
-    while group := list(islice(documents, size)):
+def _in_groups(documents: Iterable[_PlacedText]) -> Iterator[list[_PlacedText]]:
+    """Yield the documents in lists for one call to the tokenizer each, bounded in documents and in characters."""
+    group: list[_PlacedText] = []
+    characters = 0
+    for document in documents:
+        _, text, _ = document
+        group.append(document)
+        characters += len(text)
+        if len(group) == _TOKENIZE or characters >= _TOKENIZE_CHARACTERS:
+            yield group
+            group = []
+            characters = 0
+    if group:
         yield group
 
 

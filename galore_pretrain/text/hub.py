@@ -1,10 +1,16 @@
-"""Ask whether the Hugging Face hub answers: once, before anything heavy is imported, and within seconds.
+"""Which text of the Hugging Face hub is meant, whether the hub answers, and which of its failures pass.
 
-Left alone, ``load_dataset`` retries for 23 s without a network, and for minutes where packets are dropped.
+It is asked before anything heavy is imported. Left alone, ``load_dataset`` retries for 23 s without a network, and for
+minutes where packets are dropped.
 """
 
+import logging
 import re
+import socket
 import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -14,15 +20,62 @@ C4 = "allenai/c4"
 """The repository of the GaLore paper's data set."""
 T5 = ("google-t5/t5-base", "spiece.model")
 """The repository and the file of the tokenizer of the GaLore paper's C4 runs."""
+PATIENCE = 30 * 60.0
+"""Seconds without an answer after which the hub is given up by a run that has begun."""
+LONGEST = 60.0
+"""Seconds between two attempts to reach it, at most."""
+NO_ACCESS = (401, 403, 404)
+"""HTTP statuses that another attempt does not change."""
+_FIRST_PATIENCE = 8.0  # the same for a run that begins: its user may wait before the screen
 _ANSWER = 5.0  # seconds
+_PASSING = (408, 425, 429)  # those that it does, besides 5xx
+_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
+_PREFIX = "hub:"
+
+log = logging.getLogger(__name__)
 
 
-def check_hub(data: str, tokenizer: str) -> None:
-    """Raise InputError if ``--data`` or ``--tokenizer`` needs the hub and the hub does not answer."""
+@dataclass(frozen=True)
+class HubText:
+    """Names a text on the hub: a repository, and one of its configs, None where it has but one or a default."""
+
+    repository: str
+    config: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repository}:{self.config}" if self.config else self.repository
+
+
+def hub_text(data: str | Sequence[str]) -> HubText | None:
+    """Return the text on the hub that ``--data`` names, ``c4`` or ``hub:ORG/NAME[:CONFIG]``; None if it names another.
+
+    Several texts are none of the hub. Raises InputError where what follows ``hub:`` is no name of the hub.
+    """
     if data == "c4":
-        error = _ask("dataset_info", C4)
+        return HubText(C4, "en")
+    if not isinstance(data, str) or not data.startswith(_PREFIX):
+        return None
+    match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([^:]+))?", data.removeprefix(_PREFIX))
+    if match is None:
+        raise InputError(f"--data {data}: no name of a data set; write hub:ORG/NAME, or hub:ORG/NAME:CONFIG")
+    return HubText(match[1], match[2])
+
+
+def check_hub(data: str | Sequence[str], tokenizer: str, *, goes_on: bool = False) -> None:
+    """Raise InputError if ``--data`` or ``--tokenizer`` needs the hub and the hub does not answer.
+
+    A run that ``goes_on`` waits for half an hour; any other is told within seconds.
+    """
+    text = hub_text(data)
+    if text is not None:
+        error = _answer("dataset_info", text.repository, goes_on)
+        if error is not None and status_of(error) in NO_ACCESS:
+            raise InputError(
+                f"--data {data}: the hub has no data set {text.repository}, or does not show it to you "
+                f"({first_line(error)}); write its name as the hub does, or log in with hf auth login"
+            )
         if error is not None:
-            raise unreachable_data(C4, error)
+            raise unreachable_data(text.repository, error)
     if tokenizer == "t5":
         repository, file = T5
     elif is_hub_id(tokenizer):
@@ -30,7 +83,7 @@ def check_hub(data: str, tokenizer: str) -> None:
     else:
         return
     if cached(repository, file) is None:
-        error = _ask("model_info", repository)
+        error = _answer("model_info", repository, goes_on)
         if error is not None:
             raise unreachable_tokenizer(repository, error)
 
@@ -87,6 +140,64 @@ def first_line(error: Exception) -> str:
     if not lines:
         return type(error).__name__
     return lines[0]
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status that an error of the hub library carries, or None where it carries none."""
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def is_passing(error: Exception) -> bool:
+    """Return whether another attempt may succeed: the hub was busy or broken, or the connection failed."""
+    # The libraries wrap errors of the connection in others of their own, even in one that says a file is not found. The
+    # outermost that has a status, or is of the connection, decides.
+    import huggingface_hub
+
+    causes = list(_causes(error))
+    if any(isinstance(cause, huggingface_hub.errors.OfflineModeIsEnabled) for cause in causes):
+        return False
+    for cause in causes:
+        status = status_of(cause)
+        if status is not None:
+            return status in _PASSING or status >= 500
+        if isinstance(cause, (ConnectionError, TimeoutError, socket.gaierror)):
+            return True
+        if type(cause).__module__.partition(".")[0] in _CLIENTS:
+            return True
+    return False
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether no connection came about at all, as where nothing listens or the hub's name is unknown."""
+    names = ("ConnectError", "ConnectionRefusedError", "gaierror")
+    return any(type(cause).__name__ in names for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that it came of, the outermost first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _answer(question: str, repository: str, goes_on: bool) -> Exception | None:
+    """Ask the hub about a repository until it answers; return what went wrong at last, or None if it answered."""
+    patience = PATIENCE if goes_on else _FIRST_PATIENCE
+    began = time.monotonic()
+    wait = 1.0
+    while True:
+        error = _ask(question, repository)
+        if error is None or not is_passing(error):
+            return error
+        is_over = time.monotonic() + wait - began > patience
+        if is_over or (_is_refusal(error) and not goes_on):
+            return error
+        if goes_on:
+            log.warning("%s: the hub does not answer (%s); asking again", repository, first_line(error))
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST)
 
 
 def _ask(question: str, repository: str) -> Exception | None:

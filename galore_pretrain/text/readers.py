@@ -4,17 +4,29 @@ A position is a number of lines, rows or passages, so reading goes on anywhere; 
 """
 
 import bz2
+import codecs
+import csv
 import gzip
 import json
 import lzma
+import os
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+TEXT_KEY = "text"
+"""The key or the column of a document's text where no other is named."""
 _PASSAGE = 1000  # characters after which a .txt document may end
+_LONGEST_PASSAGE = 4 * _PASSAGE  # characters that it holds at most
+WHOLE_LINES, CUT_LINES = 1, 2
+"""Rules by which plain text is cut into passages: lines are kept whole, however long; or no passage is too long."""
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*\s+|[。！？\r]")  # old Macs end lines with \r alone
+_NAMED = 20  # keys or columns that an error names at most
+_NAME_LENGTH = 40  # characters that it shows of each
 _PART = 1 << 16  # bytes of decompressed text that are read at a time
 
 
@@ -34,26 +46,40 @@ Entries = Iterator[tuple[int, str | Flaw]]
 """Documents and flaws, each with the position after it."""
 
 
-def read(path: Path, start: int) -> Entries:
+def read(path: Path, start: int, key: str = TEXT_KEY, passages: int = CUT_LINES) -> Entries:
     """Yield the documents of a file from position ``start`` on, each with the position after it.
 
-    Raises OSError where the system cannot read the file, which may pass.
+    ``key`` is the key or the column of the text; a ``.txt`` has none, and is cut by the rule ``passages``. Raises
+    OSError where the system cannot read the file, which may pass.
     """
-    reader = _READERS[kind_of(path)]
-    return reader(path, start)
+    kind = kind_of(path)
+    if kind == ".txt":
+        return _read_txt(path, start, passages)
+    reader = _READERS[kind]
+    return reader(path, start, key)
 
 
-def is_known(path: Path) -> bool:
+def is_known(path: str | Path) -> bool:
     """Return whether there is a reader for such a file."""
-    return kind_of(path) in _READERS
+    kind = kind_of(path)
+    return kind == ".txt" or kind in _READERS
 
 
-def kind_of(path: Path) -> str:
-    """Return the suffix that says how a file is laid out, whatever compresses it; empty if there is none."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _OPENERS]
-    if not suffixes:
-        return ""
-    return suffixes[-1]
+def kind_of(path: str | Path) -> str:
+    """Return the suffix, in lower case, that says how a file is laid out, whatever compresses it; or ''."""
+    _, suffix = os.path.splitext(without_compression(path))
+    return suffix.lower()
+
+
+def without_compression(path: str | Path) -> str:
+    """Return the path without the suffix of what compresses the file: that of the same text uncompressed."""
+    # Of strings, as there may be a million files: a Path takes ten times as long.
+    text = os.fspath(path)
+    stem, suffix = os.path.splitext(text)
+    while suffix.lower() in _OPENERS:
+        text = stem
+        stem, suffix = os.path.splitext(text)
+    return text
 
 
 def is_text(value: object) -> bool:
@@ -84,12 +110,13 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".bz2": bz2.open,
     ".xz": lzma.open,
     ".zst": _open_zst,
+    ".zstd": _open_zst,
 }
 
 
 def _open(path: Path) -> Any:
     """Open a file for reading the bytes that it holds once decompressed."""
-    opener = _OPENERS.get(path.suffix)
+    opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
         return path.open("rb")
     return opener(path)
@@ -110,6 +137,15 @@ def _is_fault_of_file(error: Exception) -> bool:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """Yield all lines, each with its end, that stand before what cannot be read; _BrokenError says where that is."""
+    for number, line in enumerate(_lines_of_bytes(path), 1):
+        # Of UTF-16, only the line of the mark is no UTF-8: the others would be text, with a NUL behind each letter.
+        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise _BrokenError("is UTF-16; convert it, as with iconv -f UTF-16 -t UTF-8")
+        yield line
+
+
+def _lines_of_bytes(path: Path) -> Iterator[bytes]:
+    """Yield all lines, in whatever encoding, as `_lines` does."""
     # `read1` gives out what was decompressed before the decoder fails, all but the last 64 KiB of zst. `readline` would
     # lose what stands in its buffer.
     number = 0
@@ -136,36 +172,115 @@ def _lines(path: Path) -> Iterator[bytes]:
 # -- kinds of files ---------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(path: Path, start: int) -> Entries:
+def _read_jsonl(path: Path, start: int, key: str) -> Entries:
     """Yield the text of each line's object; a position is a number of lines, blank ones included."""
     number = start
     lines = islice(_lines(path), start, None)
     try:
         for number, line in enumerate(lines, start + 1):
             if line.strip():
-                yield number, _text_of_line(line, number)
+                yield number, _text_of_line(line, number, key)
     except _BrokenError as error:
         yield number, Flaw(str(error), is_end=True)
 
 
-def _text_of_line(line: bytes, number: int) -> str | Flaw:
-    """Return the string under "text" of a line of JSON."""
+def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
+    """Return the string under ``key`` of a line of JSON."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         return Flaw(f"line {number} is not JSON ({error}); one object a line is expected")
     text = None
     if isinstance(document, dict):
-        text = document.get("text")
+        text = document.get(key)
     if not isinstance(text, str):
-        return Flaw(f'line {number} has no string under "text"; each line is {{"text": "…"}}')
+        way_out = f'each line is {{"{key}": "…"}}'
+        if isinstance(document, dict):
+            way_out += f"; its keys: {_listed(document)}"
+            if key not in document:
+                way_out += "; name one with --text-key"
+        return Flaw(f'line {number} has no string under "{key}"; {way_out}')
     if not is_text(text):
         return Flaw(f"line {number} has half a surrogate pair, which is no character")
     return text
 
 
-def _read_parquet(path: Path, start: int) -> Entries:
-    """Yield the texts of the column "text"; a position is a number of rows."""
+def _read_csv(path: Path, start: int, key: str) -> Entries:
+    """Yield the texts of the column ``key`` of a file of comma-separated values; a position is a number of rows."""
+    # A field in quotes may hold line ends, so rows can only be counted from the file's beginning. Bytes that are no
+    # UTF-8 become half surrogate pairs on the way through the parser, which show in the text of their own row alone. A
+    # quote that is never closed would take the rest of the file into one field; `strict` makes that an error.
+    csv.field_size_limit(2**31 - 1)  # by default a document of 128 KiB would be an error
+    number = 0
+    rows = csv.reader(_lines_of_csv(path), strict=True)
+    try:
+        header = next((row for row in rows if row), None)
+        if header is None:
+            return
+        if key not in header:
+            yield start, Flaw(_no_column(key, header), is_end=True)
+            return
+        column = header.index(key)
+        for number, row in enumerate(rows, 1):
+            if number > start and row:
+                yield number, _text_of_cell(row, column, number)
+    except csv.Error as error:
+        yield number, Flaw(f"cannot be read after row {number} ({_explained(error)})", is_end=True)
+    except _BrokenError as error:
+        yield number, Flaw(str(error), is_end=True)
+
+
+def _lines_of_csv(path: Path) -> Iterator[str]:
+    """Yield the lines of a file of comma-separated values, without a byte order mark."""
+    for number, line in enumerate(_lines(path), 1):
+        encoding = "utf-8"
+        if number == 1:
+            encoding = "utf-8-sig"
+        yield line.decode(encoding, "surrogateescape")
+
+
+def _explained(error: csv.Error) -> str:
+    """Return what an error of the csv module means for a file; its own words are for programmers."""
+    told = str(error)
+    if "new-line character" in told:
+        return "its line ends are \\r alone; convert them, as with tr '\\r' '\\n'"
+    if "unexpected end of data" in told:
+        return 'a quote " is opened there and never closed'
+    return told
+
+
+def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
+    """Return the string in one column of a row."""
+    if len(row) <= column:
+        return Flaw(f"row {number} has no cell in the column of the text")
+    if not is_text(row[column]):
+        return Flaw(f"row {number} is not UTF-8")
+    return row[column]
+
+
+def _no_column(key: str, columns: list[str]) -> str:
+    """Return what is wrong with a file without the column of the text."""
+    return f'has no column "{key}"; its columns: {_listed(columns)}; name one with --text-key'
+
+
+def _listed(names: Collection[str]) -> str:
+    """Return keys or columns for a message: the first few, each shortened, since they may be text of any length."""
+    shown = [_shortened(name) for name in islice(names, _NAMED)]
+    more = len(names) - len(shown)
+    if more:
+        shown.append(f"and {more} more")
+    return ", ".join(shown)
+
+
+def _shortened(name: str) -> str:
+    """Return a name as Python writes it, or its beginning."""
+    if len(name) > _NAME_LENGTH:
+        name = name[:_NAME_LENGTH] + "…"
+    return repr(name)
+
+
+def _read_parquet(path: Path, start: int, key: str) -> Entries:
+    """Yield the texts of the column ``key``; a position is a number of rows."""
     # Rows are decoded a row group at a time, so one that cannot be decoded takes all rows of its group with it. Groups
     # that end before `start` are passed over by their number of rows, which stands in the file's footer.
     import pyarrow.parquet
@@ -174,8 +289,8 @@ def _read_parquet(path: Path, start: int) -> Entries:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        if "text" not in names:
-            raise ValueError(f'it has no column "text"; its columns: {", ".join(names)}')
+        if key not in names:
+            raise ValueError(f"it {_no_column(key, names)}")
     except unreadable as error:
         if not _is_fault_of_file(error):
             raise
@@ -190,7 +305,7 @@ def _read_parquet(path: Path, start: int) -> Entries:
             continue
         skipped = max(0, start - group_start)
         try:
-            column = file.read_row_group(group, columns=["text"]).column(0)
+            column = file.read_row_group(group, columns=[key]).column(0)
         except unreadable as error:
             if not _is_fault_of_file(error):
                 raise
@@ -212,42 +327,120 @@ def _text_of_row(scalar: Any, row: int) -> str | Flaw:
     return text
 
 
-def _read_txt(path: Path, start: int) -> Entries:
-    """Yield passages of plain text; a position is a number of passages."""
-    # Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a
-    # paragraph. Text without blank lines is cut after any line past four times that. Where a passage ends depends on
-    # all lines before it, so the file is read from its beginning whatever the position.
+def _read_txt(path: Path, start: int, passages: int) -> Entries:
+    """Yield passages of plain text, cut by the rule ``passages``; a position is a number of them."""
+    # Where a passage ends depends on all lines before it, so the file is read from its beginning whatever the position.
+    lines = _lines_of_text(path)
+    if passages == CUT_LINES:
+        cut = _in_passages(lines)
+    else:
+        cut = _in_passages_of_whole_lines(lines)
+    number = 0  # of passages that have ended
+    for passage in cut:
+        if isinstance(passage, Flaw):
+            if number >= start or passage.is_end:
+                yield number, passage
+        else:
+            number += 1
+            if number > start:
+                yield number, passage
+
+
+def _lines_of_text(path: Path) -> Iterator[str | Flaw]:
+    """Yield the lines of plain text, each with its end, and what is wrong in place of those that are no UTF-8."""
+    try:
+        for number, line in enumerate(_lines(path), 1):
+            encoding = "utf-8"
+            if number == 1:
+                encoding = "utf-8-sig"  # a byte order mark is no text
+            try:
+                text = line.decode(encoding)
+            except UnicodeDecodeError as error:
+                yield Flaw(
+                    f"line {number} is not UTF-8 ({error.reason} at byte {error.start}); if it is Latin-1, "
+                    "iconv -f ISO-8859-1 -t UTF-8 converts it"
+                )
+                continue
+            # UTF-16 without a byte order mark is valid UTF-8 too, where every other byte is NUL.
+            if "\0" in text:
+                yield Flaw(f"line {number} holds NUL characters; iconv -f UTF-16LE -t UTF-8 may convert it")
+            else:
+                yield text
+    except _BrokenError as error:
+        yield Flaw(str(error), is_end=True)
+
+
+# Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a paragraph.
+# Text without blank lines ends before the line that would make it longer than four times that. A line that is longer
+# itself, such as a book without line ends, is cut at the ends of its sentences.
+def _in_passages(lines: Iterable[str | Flaw]) -> Iterator[str | Flaw]:
+    """Yield the passages that lines make, of `_LONGEST_PASSAGE` characters at most; flaws come through."""
     passage: list[str] = []
     length = 0
-    number = 0  # of passages that have ended
-    try:
-        for line_number, line in enumerate(_lines(path), 1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if number >= start:
-                    yield number, Flaw(f"line {line_number} is not UTF-8 ({error.reason} at byte {error.start})")
-                continue
-            passage.append(text)
-            length += len(text)
-            is_whole = length >= _PASSAGE and not text.strip()
-            is_too_long = length >= 4 * _PASSAGE
-            if is_whole or is_too_long:
-                number += 1
-                if number > start:
-                    yield number, "".join(passage).strip()
+    for line in lines:
+        if isinstance(line, Flaw):
+            yield line
+            continue
+        for part in _in_parts(line):
+            is_whole = length >= _PASSAGE and not part.strip()
+            if is_whole or length + len(part) > _LONGEST_PASSAGE:
+                yield from _joined(passage)
                 passage = []
                 length = 0
-    except _BrokenError as error:
-        yield number, Flaw(str(error), is_end=True)
-    last = "".join(passage).strip()
-    if last and number >= start:
-        yield number + 1, last
+            passage.append(part)
+            length += len(part)
+    yield from _joined(passage)
 
 
-_READERS: dict[str, Callable[[Path, int], Entries]] = {
+# The rule of the first versions, which the embedded sample keeps: its runs go on, and their numbers stay as they were.
+def _in_passages_of_whole_lines(lines: Iterable[str | Flaw]) -> Iterator[str | Flaw]:
+    """Yield the passages that lines make, of which the last line may be of any length; flaws come through."""
+    passage: list[str] = []
+    length = 0
+    for line in lines:
+        if isinstance(line, Flaw):
+            yield line
+            continue
+        passage.append(line)
+        length += len(line)
+        is_whole = length >= _PASSAGE and not line.strip()
+        if is_whole or length >= _LONGEST_PASSAGE:
+            yield from _joined(passage)
+            passage = []
+            length = 0
+    yield from _joined(passage)
+
+
+def _joined(passage: list[str]) -> Iterator[str]:
+    """Yield the text that lines make together, unless it is white space alone."""
+    text = "".join(passage).strip()
+    if text:
+        yield text
+
+
+def _in_parts(line: str) -> Iterator[str]:
+    """Yield a line whole, or in parts of about a passage's length where it is longer than one may be.
+
+    A part ends behind the last sentence that fits, or else behind the last word, or else anywhere.
+    """
+    start = 0
+    while len(line) - start > _LONGEST_PASSAGE:
+        latest = start + _LONGEST_PASSAGE
+        ends = [match.end() for match in _SENTENCE_END.finditer(line, start + _PASSAGE, latest)]
+        if ends:
+            stop = ends[-1]
+        else:
+            stop = line.rfind(" ", start + _PASSAGE, latest) + 1 or latest
+        yield line[start:stop]
+        start = stop
+    yield line[start:]
+
+
+_READERS: dict[str, Callable[[Path, int, str], Entries]] = {
     ".json": _read_jsonl,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".csv": _read_csv,
     ".parquet": _read_parquet,
-    ".txt": _read_txt,
+    ".pq": _read_parquet,
 }

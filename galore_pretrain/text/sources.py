@@ -4,33 +4,51 @@ Reading has no state of its own, since a position is a shard and a number within
 again at the document where it broke, and a resumed run goes on at the document where it stopped.
 """
 
+import contextlib
+import difflib
 import gzip
 import hashlib
 import importlib.util
 import logging
+import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text import readers
-from galore_pretrain.text.hub import C4, first_line, unreachable_data
-from galore_pretrain.text.readers import Flaw
+from galore_pretrain.text.files import Selection, TextFile, select, select_all, summary
+from galore_pretrain.text.hub import (
+    C4,
+    LONGEST,
+    NO_ACCESS,
+    PATIENCE,
+    HubText,
+    first_line,
+    hub_text,
+    is_passing,
+    status_of,
+    unreachable_data,
+)
+from galore_pretrain.text.readers import TEXT_KEY, Flaw
 
 Split = str  # "train" or "validation"
 _HELD_OUT = 50  # one document in so many is validation where no file is
-_PATIENCE = 30 * 60  # seconds without a document after which the hub is given up
-_LONGEST = 60  # seconds between two attempts to reach it
+_ANSWER = 10.0  # seconds that it has to say which commit is the newest
 _CUT = (gzip.BadGzipFile, EOFError, zlib.error, ValueError)  # pyarrow's and UTF-8's errors are ValueErrors
-_NO_ACCESS = (401, 403, 404)  # HTTP statuses that another attempt does not change
 _CUT_RETRIES = 4  # after which it is not the connection that cut a stream
 _READ_RETRIES = 4  # of a local file, in 15 s
+_NAMED = 20  # configs that an error names at most
 _GLANCE = 1 << 16  # bytes at both ends of a file by which it is known again
+_FIRST_SHARDS = 16  # of which the first documents are taken, at most
+_FIRST_DOCUMENTS = 512  # of all these shards, at most
+_FIRST_CHARACTERS = 1 << 19  # of all these documents, at most: tokenized in 0.1 s, by transformers in 0.5 s
 
+Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
 
@@ -49,35 +67,83 @@ class DocumentSource(Protocol):
 
 
 def open_source(
-    data: str,
+    data: str | Sequence[str],
     split: Split,
     eval_data: str | None = None,
     bad_data: str = "raise",
     revision: str | None = None,
+    text_key: str = TEXT_KEY,
 ) -> DocumentSource:
-    """Open the documents of ``--data``: ``c4``, ``sample``, or a file, folder or glob. The two splits are disjoint.
+    """Open the documents of ``--data``: ``c4``, ``hub:ORG/NAME[:CONFIG]``, ``sample``, or a file, folder or glob.
 
-    ``eval_data`` is a path whose documents are all validation, and whose files are left out of the training split.
-    ``bad_data`` says what becomes of documents that cannot be read: see `BadData`. ``revision`` is the hub's commit.
-    Raises InputError where ``--data`` is none of these, or nothing is left to train on.
+    Several paths are one text of all their files. The two splits are disjoint. ``eval_data`` is a path whose documents
+    are all validation, and whose files are left out of the training split. ``bad_data`` says what becomes of documents
+    that cannot be read: see `BadData`. ``revision`` is the hub's commit. ``text_key`` names the key or the column of
+    the text. Raises InputError where ``--data`` is none of these, or nothing is left to train on.
     """
-    # What makes the splits disjoint: C4 has its own two. The sample is split by file. Of local files, the validation
-    # split is what --eval-data names, or else the files whose names say so, or else one document in fifty by its
-    # checksum.
+    # What makes the splits disjoint: those of the hub are, and where it has no validation split, a checksum decides as
+    # it does for local files. The sample is split by file. Of local files, the validation split is what --eval-data
+    # names, or else the files whose names say so (`select`), or else one document in fifty by its checksum.
     if eval_data is not None and split == "validation":
-        files = _find_files(eval_data, "--eval-data")
-        return LocalFiles(files, BadData(bad_data, "--eval-data"))
-    if data == "c4":
-        return HubDataset(C4, "en", split, BadData(bad_data), revision)
+        files = [file.path for file in select_all(eval_data, "--eval-data")]
+        return LocalFiles(files, BadData(bad_data, "--eval-data"), text_key=text_key)
+    text = hub_text(data)
+    if text is not None:
+        return HubDataset(
+            text.repository, text.config, split, BadData(bad_data), revision, text_key, holds_out=eval_data is None
+        )
     if data == "sample":
+        if eval_data is None:
+            _refuse_key(data, text_key)
         return sample_source(split)
-    if eval_data is None:
-        return local_source(data, split, BadData(bad_data))
-    evaluated = {file.resolve() for file in _find_files(eval_data, "--eval-data")}
-    files = [file for file in _find_files(data) if file.resolve() not in evaluated]
-    if not files:
-        raise InputError(f"--eval-data {eval_data}: is all that --data {data} holds; nothing is left to train on")
-    return LocalFiles(files, BadData(bad_data))
+    paths = [data] if isinstance(data, str) else data
+    evaluated = None
+    if eval_data is not None:
+        evaluated = select_all(eval_data, "--eval-data")
+    source = local_source(paths, split, BadData(bad_data), evaluated, text_key)
+    if not source.shards:
+        all_of_it = " + ".join(paths)
+        raise InputError(f"--eval-data {eval_data}: is all that --data {all_of_it} holds; nothing is left to train on")
+    return source
+
+
+def describe_text(
+    data: str | Sequence[str], eval_data: str | None, training: DocumentSource, validation: DocumentSource
+) -> list[str]:
+    """Return lines that say what of files (one a path) or of the hub is read for what; none for the sample."""
+    if isinstance(training, LocalFiles):
+        return training.titles
+    if not isinstance(training, HubDataset):
+        return []
+    evaluated = f"--eval-data {eval_data}"
+    if isinstance(validation, HubDataset):
+        evaluated = validation.title
+    return [f"--data {data}: training {training.title}, {len(training.shards)} shards; validation {evaluated}"]
+
+
+def first_documents(source: DocumentSource, hub_shard: int = 0) -> list[str]:
+    """Return the first documents of a few shards: some hundred, of half a million characters together at most.
+
+    The last of a shard may be cut. What cannot be read is passed over. Of a text on the hub, ``hub_shard`` is the only
+    one.
+    """
+    # Files stand at equal distances, since several texts are one list of shards: the first ones may all be of one of
+    # them. On the hub each shard takes a connection, and all are of one text. There it is best that which is read next:
+    # another one may be out of reach, and not needed for long.
+    count = min(len(source.shards), _FIRST_SHARDS)
+    shards = [i * len(source.shards) // count for i in range(count)]
+    if isinstance(source, HubDataset):
+        shards = [hub_shard]
+    texts: list[str] = []
+    with source.bad_data.trial():
+        for shard in shards:
+            room = _FIRST_CHARACTERS // len(shards)
+            for _, text in islice(source.read(shard, 0), _FIRST_DOCUMENTS // len(shards)):
+                texts.append(text[:room])
+                room -= len(text)
+                if room <= 0:
+                    break
+    return texts
 
 
 @dataclass(frozen=True)
@@ -97,7 +163,7 @@ class BadData:
 
     ``raise``: InputError. ``skip``: they are left out, with a warning for each of the first ten. InputError comes where
     they are more than one in a hundred (and ten), or more than one in ten shards (and one) has broken off. ``flag`` is
-    the command line's, for messages.
+    the command line's, for messages. What is read in a `trial` is neither counted nor warned of.
     """
 
     def __init__(self, policy: str = "raise", flag: str = "--data") -> None:
@@ -106,6 +172,16 @@ class BadData:
         self._good = 0
         self._bad = 0
         self._broken: set[int] = set()
+        self._is_trial = False
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Count nothing and warn of nothing of what is read within, since it is read again."""
+        self._is_trial = True
+        try:
+            yield
+        finally:
+            self._is_trial = False
 
     @property
     def tally(self) -> Tally:
@@ -120,10 +196,18 @@ class BadData:
 
     def good(self) -> None:
         """Count a document that was read."""
-        self._good += 1
+        if not self._is_trial:
+            self._good += 1
+
+    def empty(self, name: str) -> None:
+        """Warn of a shard without any document."""
+        if not self._is_trial:
+            log.warning("%s holds no document", name)
 
     def bad(self, flaw: Flaw, shard: int, shards: list[str]) -> None:
         """Count what was found in place of a document, or raise InputError if the policy does not allow it."""
+        if self._is_trial:  # a run that goes on may have left it out, and one that is short never come to it
+            return
         where = f"{shards[shard]} {flaw.what}"
         if self._policy == "raise":
             raise InputError(f"{self._flag}: {where}; repair it, or leave it out with --bad-data skip")
@@ -152,10 +236,12 @@ class BadData:
 
 
 class LocalFiles:
-    """Files of ``.json``/``.jsonl`` lines with a ``text`` key, ``.parquet`` with a ``text`` column, or ``.txt``.
+    """Files of ``.json``/``.jsonl`` lines, ``.csv``, ``.parquet``, or ``.txt``.
 
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
-    Raises InputError where a file cannot be read.
+    ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this split. Plain text
+    is cut by the rule ``passages``: see `readers.CUT_LINES`. ``titles`` are lines for the log, which say what is read
+    of each path. Raises InputError where a file cannot be read.
     """
 
     def __init__(
@@ -163,14 +249,21 @@ class LocalFiles:
         files: list[Path],
         bad_data: BadData | None = None,
         keep: Callable[[str], bool] | None = None,
+        text_key: str = TEXT_KEY,
+        whole: Collection[Path] = (),
+        passages: int = readers.CUT_LINES,
     ) -> None:
         self.shards = [str(file) for file in files]
+        self.titles: list[str] = []
         try:
-            self.fingerprint = _digest([_identify(file) for file in files])
+            self.fingerprint = _digest([_identify(file, passages) for file in files])
         except OSError as error:
             raise InputError(f"--data: {error.filename} cannot be read ({error.strerror})") from error
         self.bad_data = bad_data or BadData()
         self._keep = keep
+        self._text_key = text_key
+        self._passages = passages
+        self._whole = frozenset(str(file) for file in whole)
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
         """Yield the documents of ``shard`` from position ``start`` on, each with the position after it.
@@ -184,9 +277,10 @@ class LocalFiles:
         position = start
         is_empty = start == 0
         failures = 0
+        keep = None if name in self._whole else self._keep
         while True:
             try:
-                for after, text in readers.read(Path(name), position):
+                for after, text in readers.read(Path(name), position, self._text_key, self._passages):
                     position = after
                     is_empty = False
                     failures = 0
@@ -194,7 +288,7 @@ class LocalFiles:
                         self.bad_data.bad(text, shard, self.shards)
                         continue
                     self.bad_data.good()
-                    if self._keep is None or self._keep(text):
+                    if keep is None or keep(text):
                         yield position, text
                 break
             except OSError as error:
@@ -205,18 +299,61 @@ class LocalFiles:
                 log.warning("%s: trying again", why)
                 time.sleep(2.0 ** (failures - 1))
         if is_empty:
-            log.warning("%s holds no document", name)
+            self.bad_data.empty(name)
 
 
-def local_source(data: str, split: Split, bad_data: BadData) -> LocalFiles:
-    """Open local files; validation is those named ``*valid*``, or else the documents whose checksum says so."""
-    files = _find_files(data)
-    validation = [file for file in files if "valid" in file.name]
-    if validation and len(validation) < len(files):
-        return LocalFiles(_of_split(split, files, validation), bad_data)
-    if split == "validation":
-        return LocalFiles(files, bad_data, keep=_is_held_out)
-    return LocalFiles(files, bad_data, keep=lambda text: not _is_held_out(text))
+def local_source(
+    paths: Sequence[str],
+    split: Split,
+    bad_data: BadData,
+    evaluated: list[TextFile] | None = None,
+    text_key: str = TEXT_KEY,
+) -> LocalFiles:
+    """Open local files: of each path by its own rule, and all of them as one list of shards.
+
+    Validation is the files of a path whose names say so, or else one document in fifty of it by its checksum. The texts
+    of files that are ``evaluated`` by ``--eval-data`` are left out; then all others are for training.
+    """
+    selections = [select(path) for path in paths]
+    _refuse_shared(paths, selections)
+    training = [file for selection in selections for file in selection.training]
+    if evaluated is None and all(readers.kind_of(file.path) == ".txt" for file in training):
+        _refuse_key(" + ".join(paths), text_key)
+    evaluated_texts = frozenset(file.text for file in evaluated or [])
+    files: list[Path] = []
+    whole: list[Path] = []
+    for selection in selections:
+        of_path = [file.path for file in selection.training if file.text not in evaluated_texts]
+        if split == "validation" and selection.validation:
+            of_path = [file.path for file in selection.validation]
+        if evaluated or selection.validation:
+            whole += of_path
+        files += of_path
+    keep = _is_held_out if split == "validation" else _is_not_held_out
+    source = LocalFiles(files, bad_data, keep, text_key, whole)
+    if split == "train":
+        for path, selection in zip(paths, selections, strict=True):
+            source.titles.append(f"--data {path}: {summary(selection, _HELD_OUT, evaluated)}")
+    return source
+
+
+def _refuse_shared(paths: Sequence[str], selections: Sequence[Selection]) -> None:
+    """Raise InputError where two paths hold the same text, which may be for training by one and not by the other."""
+    if len(paths) == 1:
+        return
+    holders: dict[str, str] = {}
+    for path, selection in zip(paths, selections, strict=True):
+        files = {file.text: file.path for file in [*selection.training, *selection.validation]}
+        for text, file in files.items():
+            if text in holders:
+                raise InputError(f"--data {holders[text]} and --data {path} both hold {file}; give it by one of them")
+            holders[text] = path
+
+
+def _refuse_key(data: str, text_key: str) -> None:
+    """Raise InputError where a key is named for text that has none."""
+    if text_key != TEXT_KEY:
+        raise InputError(f"--text-key {text_key}: --data {data} is plain text, which has no keys; leave it out")
 
 
 def sample_source(split: Split) -> LocalFiles:
@@ -226,7 +363,7 @@ def sample_source(split: Split) -> LocalFiles:
         raise InputError("--data sample: the text is not installed; run pip install 'galore-pretrain[sample]'")
     folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
     files = sorted(folder.glob("*.txt"))
-    return LocalFiles(_of_split(split, files, validation=files[10::20]))
+    return LocalFiles(_of_split(split, files, validation=files[10::20]), passages=readers.WHOLE_LINES)
 
 
 def _of_split(split: Split, files: list[Path], validation: list[Path]) -> list[Path]:
@@ -242,43 +379,30 @@ def _is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode(errors="replace")) % _HELD_OUT == 0
 
 
-def _find_files(data: str, flag: str = "--data") -> list[Path]:
-    """Return the files, in order, that a path or pattern names. Raises InputError where there are none to be read."""
-    path = Path(data)
-    try:
-        if path.is_file():
-            files = [path]
-        elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and readers.is_known(file))
-        else:
-            matches = map(Path, glob(data, recursive=True))
-            files = sorted(file for file in matches if file.is_file())
-    except OSError as error:
-        raise InputError(f"{flag} {data}: {error.filename} cannot be read ({error.strerror}); leave it out") from error
-    if not files and not path.is_dir() and not has_magic(data):
-        choices = "a path"
-        if flag == "--data":
-            choices = "c4, sample or a path"
-        raise InputError(f"{flag} {data}: no such file, folder or pattern; choose {choices}")
-    for file in files:
-        if not readers.is_known(file):
-            kinds = ".json, .jsonl, .parquet or .txt, plain or compressed"
-            raise InputError(f"{flag} {file}: unknown kind of file; use {kinds}")
-    if not files:
-        raise InputError(f"{flag} {data}: holds no .json, .jsonl, .parquet or .txt file")
-    return files
+def _is_not_held_out(text: str) -> bool:
+    """Return whether a document is for training."""
+    return not _is_held_out(text)
 
 
-def _identify(file: Path) -> str:
-    """Return the name and size of a file, and a checksum of its beginning and end."""
-    # Both ends show a file that was shuffled or exchanged. Of terabytes, to read more would take too long.
-    size = file.stat().st_size
+def _identify(file: Path, passages: int) -> str:
+    """Return the name and size of a file, a checksum of its beginning and end, and how it is cut if it is plain text.
+
+    The first rule, which was the only one, is not named.
+    """
+    # Both ends show a file that was shuffled or exchanged. Of terabytes, to read more would take too long. Of plain
+    # text, what a position means and what is held out depends on how it is cut.
     with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
         beginning = stream.read(_GLANCE)
-        stream.seek(max(0, size - _GLANCE))
-        end = stream.read(_GLANCE)
+        end = beginning
+        if size > _GLANCE:
+            stream.seek(size - _GLANCE)
+            end = stream.read(_GLANCE)
     checksum = zlib.crc32(end, zlib.crc32(beginning))
-    return f"{file.name} {size} {checksum:08x}"
+    identity = f"{file.name} {size} {checksum:08x}"
+    if readers.kind_of(file) == ".txt" and passages != readers.WHOLE_LINES:
+        identity += f" passages {passages}"
+    return identity
 
 
 def _digest(lines: list[str]) -> str:
@@ -293,39 +417,47 @@ def _digest(lines: list[str]) -> str:
 class HubDataset:
     """A text data set of the Hugging Face hub, streamed by ``datasets``; a shard is one of its files.
 
-    ``revision`` is the commit that is read, by default the newest. Raises InputError where the hub cannot be reached.
+    Its splits are the hub's own. Where there is no validation split, one document in fifty of the training split is
+    held out by its checksum, unless ``holds_out`` is False. ``config`` is None for the repository's only or default
+    one. ``revision`` is the commit that is read, by default the newest. ``text_key`` names the column of the text.
+
+    A hub that fails is asked again for half an hour. Raises InputError where it cannot be reached then, or where the
+    repository has no such config, split or column.
     """
 
     def __init__(
         self,
         repository: str,
-        config: str,
+        config: str | None,
         split: Split,
         bad_data: BadData | None = None,
         revision: str | None = None,
+        text_key: str = TEXT_KEY,
+        holds_out: bool = True,
     ) -> None:
-        import datasets
         from huggingface_hub import HfApi
 
-        # datasets' own retries go on reading a gzip stream that has lost bytes; the position here is exact.
-        datasets.config.STREAMING_READ_MAX_RETRIES = 1
-        datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
-        text = datasets.Value("string")
-        features = datasets.Features({"text": text, "timestamp": text, "url": text})
-        try:
-            self.revision = revision or HfApi().dataset_info(repository).sha
-            self._stream = datasets.load_dataset(
-                repository,
-                config,
-                split=split,
-                streaming=True,
-                features=features,
-                revision=self.revision,
-            )
-        except Exception as error:  # everything that datasets, the hub library and two HTTP clients raise
-            raise unreachable_data(repository, error) from error
+        text = HubText(repository, config)
+        self.revision = revision or _patiently(lambda: HfApi().dataset_info(repository, timeout=_ANSWER).sha, text)
+        streams = _patiently(lambda: _open_streams(text, self.revision), text)
+        self._text_key = text_key
+        self._keep: Callable[[str], bool] | None = None
+        self.title = f"split {split}"
+        if "train" not in streams:
+            splits = ", ".join(streams)
+            raise InputError(f"--data hub:{text}: it has no split train; its splits: {splits}; give another data set")
+        if "validation" not in streams and holds_out:
+            self._keep = _is_held_out if split == "validation" else _is_not_held_out
+            self.title = f"1 document in {_HELD_OUT} of split train"
+            if split == "train":
+                self.title = f"split train but for 1 document in {_HELD_OUT}"
+        self._stream = streams.get(split, streams["train"])
+        columns = self._stream.column_names
+        if columns is not None and text_key not in columns:
+            raise InputError(f"--text-key {text_key}: {text} has no such column; choose one of {', '.join(columns)}")
         self.bad_data = bad_data or BadData()
-        self.shards = [f"{repository} {split} shard {i}" for i in range(self._stream.num_shards)]
+        name = C4 if text == HubText(C4, "en") else str(text)
+        self.shards = [f"{name} {split} shard {i}" for i in range(self._stream.num_shards)]
         self.fingerprint = _digest([str(self.revision), *self.shards])
 
     def read(self, shard: int, start: int) -> Iterator[tuple[int, str]]:
@@ -335,7 +467,7 @@ class HubDataset:
         """
         # To open again is to read the shard from its beginning and to pass over `position` documents: a gzip stream has
         # no other way in. How often that is tried depends on what broke the stream. A connection that fails is tried
-        # again until no document has come for _PATIENCE seconds, with waits that double up to _LONGEST. A stream that
+        # again until no document has come for PATIENCE seconds, with waits that double up to LONGEST. A stream that
         # is cut, or is no gzip, may be the connection's fault too; but where that happens more than _CUT_RETRIES times
         # in a row, with no document and no other failure between, the hub's file itself is broken, and that is bad
         # data. A status that says that the file is missing or refused ends the attempts at once.
@@ -352,12 +484,14 @@ class HubDataset:
                     position += 1
                     failures = 0
                     cuts = 0
-                    text = row["text"]
-                    if readers.is_text(text):
-                        self.bad_data.good()
-                        yield position, text
+                    text = row.get(self._text_key)
+                    if not readers.is_text(text):
+                        flaw = Flaw(f'document {position} has no string "{self._text_key}"')
+                        self.bad_data.bad(flaw, shard, self.shards)
                     else:
-                        self.bad_data.bad(Flaw(f'document {position} has no string "text"'), shard, self.shards)
+                        self.bad_data.good()
+                        if self._keep is None or self._keep(text):
+                            yield position, text
                     last_heard = time.monotonic()
                 return
             except (InputError, MemoryError):
@@ -372,13 +506,80 @@ class HubDataset:
                     self.bad_data.bad(Flaw(what, is_end=True), shard, self.shards)
                     return
                 silence = time.monotonic() - last_heard
-                if silence > _PATIENCE or _status(error) in _NO_ACCESS:
+                if silence > PATIENCE or status_of(error) in NO_ACCESS:
                     raise unreachable_data(name, error) from error
                 log.warning("%s: %s; reconnecting at document %d", name, first_line(error), position)
-                time.sleep(min(2.0 ** (failures - 1), _LONGEST))
+                time.sleep(min(2.0 ** (failures - 1), LONGEST))
 
 
-def _status(error: Exception) -> int | None:
-    """Return the HTTP status that an error of the hub library carries, or None where it carries none."""
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
+def _patiently(ask: Callable[[], Answer], text: HubText) -> Answer:
+    """Return what ``ask`` does, and ask again while the hub fails, for half an hour; then raise InputError."""
+    failures = 0
+    began = time.monotonic()
+    while True:
+        try:
+            return ask()
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # everything that datasets, the hub library and two HTTP clients raise
+            if not is_passing(error) or time.monotonic() - began > PATIENCE:
+                raise unreachable_data(str(text), error) from error
+            failures += 1
+            log.warning("%s: %s; opening it again", text, first_line(error))
+            time.sleep(min(2.0 ** (failures - 1), LONGEST))
+
+
+def _open_streams(text: HubText, revision: str | None) -> dict[str, Any]:
+    """Return the streams of a text's splits, by their names.
+
+    Raises InputError where the repository has no such config.
+    """
+    import datasets
+
+    _let_datasets_read_zst()
+    # datasets' own retries go on reading a gzip stream that has lost bytes; the position here is exact.
+    datasets.config.STREAMING_READ_MAX_RETRIES = 1
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+    features = None
+    if text.repository == C4:  # where they are not named, the beginning of a file is read to find them
+        string = datasets.Value("string")
+        features = datasets.Features({"text": string, "timestamp": string, "url": string})
+    try:
+        streams: dict[str, Any] = datasets.load_dataset(
+            text.repository, text.config, streaming=True, features=features, revision=revision
+        )
+    except ValueError as error:
+        configs = datasets.get_dataset_config_names(text.repository, revision=revision)
+        has_default = len(configs) == 1 or "default" in configs
+        if text.config in configs or (text.config is None and has_default):
+            raise
+        raise _no_config(text, configs) from error
+    return streams
+
+
+def _no_config(text: HubText, configs: list[str]) -> InputError:
+    """Return the error that a repository has no such config, or several; it names those that are most alike."""
+    problem = "has several configs"
+    named = configs[:_NAMED]
+    if text.config:
+        problem = f"has no config {text.config}"
+        named = difflib.get_close_matches(text.config, configs, n=_NAMED, cutoff=0.0)
+    more = ""
+    if len(configs) > len(named):
+        more = f" and {len(configs) - len(named)} more"
+    return InputError(
+        f"--data hub:{text}: {text.repository} {problem}; write hub:{text.repository}:CONFIG with one of "
+        f"{', '.join(named)}{more}"
+    )
+
+
+def _let_datasets_read_zst() -> None:
+    """Teach fsspec, by which ``datasets`` reads, to decompress Zstandard, for which it needs a package otherwise."""
+    import pyarrow
+    from fsspec.compression import available_compressions, register_compression
+
+    def decompressed(file: Any, mode: str = "rb", **_: Any) -> Any:
+        return pyarrow.CompressedInputStream(file, "zstd")
+
+    if "zstd" not in available_compressions():
+        register_compression("zstd", decompressed, "zst")

@@ -5,23 +5,37 @@ wrapper.
 """
 
 import hashlib
+import json
 import logging
 import shutil
-import threading
+import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text.hub import T5, download, first_line, is_hub_id
+from galore_pretrain.text.pieces import OF_NO_PIECE, SPACE, cut_apart, fast_form
+
+if TYPE_CHECKING:
+    import tokenizers
 
 Ids = NDArray[np.int32]
 """Token ids of one text."""
-_PROBES = ["The quick brown fox, 1984: it's here.", "Zürich — naïve café", "a  b\n\nc\td"]
-_SPACE = "\u2581"  # what SentencePiece writes for it in a piece
+PROBES = (
+    "The quick brown fox, 1984: it's here.",
+    "Zürich — naïve café",
+    "",
+    " a  b\n\nc\td\r\ne\u00a0f \n",
+    "「日本語」の文章。 Ünïcödé ½ ﬁ ™ 🙂",
+    "▁a ▁",
+)
+"""Texts on which two tokenizers are compared. The first two have what any text has; the others, what is treated in
+different ways: white space, other scripts, characters of compatibility."""
+_PLAIN = 2  # the first so many
 _CHARACTERS = 6  # of a text that are tried for each token wanted: English has some 4.5 a token of T5's
 _MODEL_FILES = ("spiece.model", "tokenizer.model")  # as T5's and LLaMA's classes of transformers look for them
 
@@ -35,8 +49,12 @@ class Tokenizer(Protocol):
     vocab_size: int
     """One more than the largest id that ``encode`` can return."""
     eos_id: int
+    unknown_id: int | None
+    """What stands in place of characters that the vocabulary cannot write; None where there is no such token."""
     fingerprint: str
-    """SHA-256 of the vocabulary, so that a run can tell that it goes on with the same one."""
+    """SHA-256 of all that decides on the ids, so that a run can tell that it goes on with the same tokenizer."""
+    vocabulary_fingerprint: str
+    """What checkpoints up to format 2 hold in its place: of a Hugging Face tokenizer, SHA-256 of the vocabulary."""
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
         """Return the token ids of each text, without a beginning or end marker.
@@ -50,8 +68,15 @@ class Tokenizer(Protocol):
         """Return the text of token ids, without control tokens."""
         ...
 
-    def save(self, folder: Path, model_max_length: int) -> None:
-        """Write what ``AutoTokenizer.from_pretrained(folder)`` needs; a prompt gets the ids of ``encode``."""
+    def files(self) -> dict[str, bytes]:
+        """Return the files, by name, of which `load_folder` makes this tokenizer again: a checkpoint holds them."""
+        ...
+
+    def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
+        """Write what ``AutoTokenizer.from_pretrained(folder)`` needs; a prompt gets the ids of ``encode``.
+
+        ``vocabulary`` is the size of the model's. A special token beyond it is left out.
+        """
         ...
 
 
@@ -72,9 +97,12 @@ class SentencePieceTokenizer:
         self.name = name
         self.vocab_size = int(self._processor.get_piece_size())
         self.eos_id = int(self._processor.eos_id())
+        # Every model has an unknown piece. One that can write bytes never makes it.
+        self.unknown_id: int | None = int(self._processor.unk_id())
         self.fingerprint = _sha256(path)
+        self.vocabulary_fingerprint = self.fingerprint
         pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
-        self._is_by_words = not any(_SPACE in piece[1:] for piece in pieces)
+        self._is_by_words = not any(SPACE in piece[1:] for piece in pieces)
         if self.eos_id < 0:
             raise InputError(f"--tokenizer {path}: has no end-of-sequence piece (</s>), which separates documents")
 
@@ -107,36 +135,35 @@ class SentencePieceTokenizer:
         text_ids = [i for i in ids if not self._processor.is_control(i)]
         return str(self._processor.decode(text_ids))
 
-    def save(self, folder: Path, model_max_length: int) -> None:
-        """Copy the model, and convert it with transformers' own classes if the ids come out the same."""
-        # A .model does not say which class of transformers treats text as it does. So each one is tried with a few
-        # texts, with the file under the name that it looks for. The last of them has runs of white space, which a
-        # class may treat differently and yet be the right one.
-        from transformers import LlamaTokenizer, T5Tokenizer
+    def files(self) -> dict[str, bytes]:
+        """Return the model's file alone: `load_folder` takes it by itself then."""
+        return {"tokenizer.model": self._path.read_bytes()}
 
-        expected = [ids.tolist() for ids in self.encode(_PROBES)]
-        for file, loader in zip(_MODEL_FILES, (T5Tokenizer, LlamaTokenizer), strict=True):
-            kwargs: dict[str, Any] = {}
-            if loader is T5Tokenizer:
-                kwargs["extra_ids"] = 0
-            shutil.copyfile(self._path, folder / file)
-            try:
-                converted = loader.from_pretrained(folder, **kwargs)
-                ids = converted(_PROBES, add_special_tokens=False)["input_ids"]
-            except Exception as error:  # whatever a class raises at a model that is not its own
-                log.debug("%s does not take %s: %s", loader.__name__, self._path, error)
-                ids = []
-            if ids[:2] == expected[:2]:
-                if ids != expected:
-                    log.warning("transformers' form of %s treats runs of white space differently", self._path)
-                _save_converted(converted, folder, model_max_length)
-                return
-            (folder / file).unlink()
-        shutil.copyfile(self._path, folder / _MODEL_FILES[0])
-        log.warning(
-            "no transformers class gives the ids of %s; the model folder has the .model file alone",
-            self._path,
-        )
+    def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
+        """Copy the model and, where transformers can give the same ids, write a tokenizer of its own."""
+        try:
+            form = fast_form(self._processor)
+            for text in PROBES[:_PLAIN]:
+                if form.encode(text).ids != self._processor.encode(text):
+                    raise ValueError(f"of {text!r} it makes {form.encode(text).tokens}")
+        except ValueError as error:
+            log.warning("transformers has no like of %s: %s; a model folder has the file alone", self._path, error)
+            shutil.copyfile(self._path, folder / _MODEL_FILES[0])
+            return
+        is_bpe = type(form.model).__name__ == "BPE"
+        shutil.copyfile(self._path, folder / _MODEL_FILES[is_bpe])
+        ids = {
+            "bos_token": self._processor.bos_id(),
+            "eos_token": self.eos_id,
+            "unk_token": self._processor.unk_id(),
+            "pad_token": self._processor.pad_id(),
+        }
+        roles = {role: self._processor.id_to_piece(number) for role, number in ids.items() if number >= 0}
+        _save_plain(form, folder, model_max_length, roles)
+
+    def pieces(self) -> dict[str, int]:
+        """Return the id of each piece."""
+        return {self._processor.id_to_piece(number): number for number in range(self.vocab_size)}
 
 
 def _beginning(text: str, most: int) -> str:
@@ -149,16 +176,15 @@ def _beginning(text: str, most: int) -> str:
     return text[:space]
 
 
-def _save_converted(tokenizer: Any, folder: Path, model_max_length: int) -> None:
-    """Save a tokenizer of transformers as a plain fast one, which adds no marker to a text."""
-    from tokenizers.processors import Sequence
+def _save_plain(form: "tokenizers.Tokenizer", folder: Path, model_max_length: int, settings: dict[str, Any]) -> None:
+    """Save a tokenizer as a plain fast one of transformers. It adds no marker to a text, and takes none from it."""
     from transformers import PreTrainedTokenizerFast
 
-    backend = tokenizer.backend_tokenizer
-    backend.post_processor = Sequence([])  # T5's ends every text, a prompt too, with </s>
     plain = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **{"model_max_length": model_max_length, **tokenizer.special_tokens_map},
+        tokenizer_object=form,
+        model_max_length=model_max_length,
+        split_special_tokens=True,
+        **settings,
     )
     plain.save_pretrained(folder)
 
@@ -166,37 +192,86 @@ def _save_converted(tokenizer: Any, folder: Path, model_max_length: int) -> None
 class HuggingFaceTokenizer:
     """A fast tokenizer of transformers: a folder with ``tokenizer.json``, or a repository of the hub."""
 
+    # transformers' own call adds markers by a template, takes control tokens from text, and cuts or pads as its files
+    # say. So a plain copy of what it wraps is used, here and in the exported folder.
     def __init__(self, where: str, name: str) -> None:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(where)
+            # Code that comes with a tokenizer is not run, and nobody is asked whether it may.
+            self._tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         except Exception as error:  # a folder of somebody else's JSON raises whatever it raises
             raise InputError(f"--tokenizer {where}: {first_line(error)}") from error
         if not getattr(self._tokenizer, "is_fast", False):
             raise InputError(f"--tokenizer {where}: has no fast tokenizer (tokenizer.json); give a .model file instead")
         if self._tokenizer.eos_token_id is None:
             raise InputError(f"--tokenizer {where}: has no end-of-sequence token, which separates documents")
-        vocabulary = self._tokenizer.get_vocab()
-        if len(vocabulary) < 100:  # what transformers builds, silently, from a file it did not understand
-            raise InputError(f"--tokenizer {where}: only {len(vocabulary)} tokens; is tokenizer.json missing?")
         self.name = name
         self.eos_id = int(self._tokenizer.eos_token_id)
-        self._lock = threading.Lock()
+        self.unknown_id: int | None = self._tokenizer.unk_token_id
+        if self.unknown_id in (self.eos_id, self._tokenizer.bos_token_id):  # a marker too, as GPT-2's is
+            self.unknown_id = None
+        self.vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        special = {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        special.update(self._tokenizer.all_special_ids)
+        ordinary = set(self.vocabulary.values()) - special
+        if len(ordinary) < 2:  # what transformers builds, silently, where it finds no vocabulary
+            raise InputError(f"--tokenizer {where}: has no tokens but special ones; is tokenizer.json missing?")
         # The ids that no text may produce. The end marker is one of them, but the data pipeline adds it by itself.
-        self._control = frozenset(self._tokenizer.all_special_ids) - {self._tokenizer.unk_token_id}
-        usable = set(vocabulary.values()) - (self._control - {self.eos_id})
+        self._control = special - {self.unknown_id}
+        usable = set(self.vocabulary.values()) - (self._control - {self.eos_id})
         self.vocab_size = max(usable) + 1
-        content = repr(sorted(vocabulary.items()))
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        self._plain = self._plain_form(special)
+        self.fingerprint = self._behaviour()
+        content = repr(sorted(self.vocabulary.items()))
+        self.vocabulary_fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def _plain_form(self, special: set[int]) -> "tokenizers.Tokenizer":
+        """Return a copy of the library's tokenizer that adds nothing to a text, cuts none, and spells special tokens.
+
+        Raises InputError where it has parts in Python, which no file holds.
+        """
+        from tokenizers import Tokenizer, processors
+
+        try:
+            content = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        except Exception as error:
+            raise InputError(f"--tokenizer {self.name}: cannot be saved ({first_line(error)})") from error
+        for token in content["added_tokens"]:
+            if token["special"]:  # those that are looked for in normalized text are found whatever is said below
+                token["normalized"] = False
+        plain = Tokenizer.from_str(json.dumps(content))
+        plain.post_processor = processors.Sequence([])
+        plain.no_truncation()
+        plain.no_padding()
+        plain.encode_special_tokens = True
+        # The library passes over special tokens in text now. But one may be an ordinary piece of the vocabulary too:
+        # all pieces of a Unigram model are, and a word's of one by words.
+        made: dict[str, int] = {}
+        for number in sorted(special):
+            token = plain.id_to_token(number)
+            if token is not None and _makes(plain, token, number == self._tokenizer.unk_token_id):
+                made[token] = 1
+        cut_apart(plain, made)
+        return plain
+
+    def _behaviour(self) -> str:
+        """Return the SHA-256 of all that decides on the ids."""
+        form = json.loads(self._plain.to_str())
+        del form["decoder"]
+        content = json.dumps([form, sorted(self._control), self.eos_id, self.unknown_id], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
-        """Return all token ids of each text."""
-        if not texts:  # which the library does not take
-            return []
-        with self._lock:  # the library's own tokenizer is one thread's
-            encoded = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return [np.array(self._without_control(ids), np.int32) for ids in encoded]
+        """Return all token ids of each text. InputError for one that the vocabulary cannot write."""
+        try:
+            encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library has no class of its own
+            raise InputError(
+                f"--tokenizer {self.name}: a text cannot be written ({first_line(error)}); "
+                "use one that knows all characters, or has an unknown token"
+            ) from error
+        return [np.array(self._without_control(encoding.ids), np.int32) for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, without control tokens."""
@@ -204,22 +279,76 @@ class HuggingFaceTokenizer:
 
     def _without_control(self, ids: list[int]) -> list[int]:
         """Return ids with the unknown token, if there is one, in place of each control token."""
-        # A text that spells a control token (``</s>``) must not act as one.
+        # The last guard: a control token of one character (``!`` for padding) cannot be spelled by others.
         if self._control.isdisjoint(ids):
             return ids
-        unknown = self._tokenizer.unk_token_id
         harmless: list[int] = []
         for i in ids:
             if i not in self._control:
                 harmless.append(i)
-            elif unknown is not None:
-                harmless.append(unknown)
+            elif self.unknown_id is not None:
+                harmless.append(self.unknown_id)
         return harmless
 
-    def save(self, folder: Path, model_max_length: int) -> None:
-        """Write the tokenizer's files, with ``model_max_length`` among its settings."""
-        self._tokenizer.model_max_length = model_max_length
-        self._tokenizer.save_pretrained(folder)
+    def files(self) -> dict[str, bytes]:
+        """Return what transformers saves. InputError where that is not this tokenizer, or cannot be saved."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            try:
+                self._tokenizer.save_pretrained(folder)
+                again = load_folder(folder, self.name)
+            except Exception as error:  # of a class of somebody else's
+                raise InputError(f"--tokenizer {self.name}: cannot be saved ({first_line(error)})") from error
+            if again.fingerprint != self.fingerprint:
+                raise InputError(
+                    f"--tokenizer {self.name}: what transformers saves of it is another tokenizer, so no checkpoint "
+                    "could hold it; name a folder to which it was saved with save_pretrained"
+                )
+            files: dict[str, bytes] = {}
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    files[file.relative_to(folder).as_posix()] = file.read_bytes()
+            return files
+
+    def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
+        """Write the tokenizer that ``encode`` uses, with the roles of its special tokens."""
+        from tokenizers import Tokenizer
+
+        content = json.loads(self._plain.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocabulary]
+        form = Tokenizer.from_str(json.dumps(content))
+        form.encode_special_tokens = True
+        settings = {
+            "clean_up_tokenization_spaces": self._tokenizer.clean_up_tokenization_spaces,
+            "padding_side": self._tokenizer.padding_side,
+        }
+        for role, token in self._tokenizer.special_tokens_map.items():
+            if isinstance(token, str) and self.vocabulary.get(token, vocabulary) < vocabulary:
+                settings[role] = token
+        _save_plain(form, folder, model_max_length, settings)
+
+    def added_words(self) -> list[str]:
+        """List the added tokens that text may spell."""
+        added = self._tokenizer.added_tokens_decoder
+        return [token.content for number, token in added.items() if number not in self._control]
+
+
+# What stands beside a token may take its ends: `▁<` or `>.` may be pieces. So it is tried beside a character that is in
+# no piece, too, and beside itself where such a character cannot be written. Of the unknown token, the id alone does not
+# tell that it is made, since a part of it may be unknown: it must stand for all of the token's characters.
+def _makes(form: "tokenizers.Tokenizer", token: str, is_unknown: bool) -> bool:
+    """Return whether a text that spells ``token`` gets its id. ``is_unknown``: unknown characters get it as well."""
+    number = form.token_to_id(token)
+    for before, behind in (("", ""), ("a ", " b"), (OF_NO_PIECE, OF_NO_PIECE), ("", token)):
+        try:
+            encoding = form.encode(before + token + behind, add_special_tokens=False)
+        except Exception:  # a vocabulary that lacks a character, and an unknown token for it
+            continue
+        whole = (len(before), len(before) + len(token))
+        for made, span in zip(encoding.ids, encoding.offsets, strict=True):
+            if made == number and (span == whole or not is_unknown):
+                return True
+    return False
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -230,11 +359,55 @@ def load_tokenizer(name: str) -> Tokenizer:
     path = find_tokenizer(name)
     if name == "t5":
         return SentencePieceTokenizer(download(*T5), name)
-    if path is not None and path.is_file():
-        return SentencePieceTokenizer(path, name)
     if path is None:
         download(name, "tokenizer_config.json")
-    return HuggingFaceTokenizer(name, name)
+        return HuggingFaceTokenizer(name, name)
+    if path.is_file():
+        return SentencePieceTokenizer(path, name)
+    return load_folder(path, name)
+
+
+# A folder may hold a SentencePiece model and what transformers makes of it. What transformers gives is what the folder
+# is known by: it has the tokens that were added, and a file named tokenizer.model may be of another kind (tiktoken's).
+# SentencePiece's own is the faster one. So it is used where both are the same.
+def load_folder(folder: Path, name: str) -> Tokenizer:
+    """Load the tokenizer that transformers finds in a folder, by SentencePiece itself where that gives the same ids.
+
+    ``name`` is what messages call it. Raises InputError where the folder holds none that can be used.
+    """
+    models = [folder / file for file in _MODEL_FILES if (folder / file).is_file()]
+    has_json = (folder / "tokenizer.json").is_file()
+    if not models:
+        return HuggingFaceTokenizer(str(folder), name)
+    if not has_json and not (folder / "tokenizer_config.json").is_file():
+        return SentencePieceTokenizer(models[0], name)
+    try:
+        whole = HuggingFaceTokenizer(str(folder), name)
+    except InputError as error:
+        if has_json:
+            raise
+        log.warning("%s; %s is used by itself, without what tokenizer_config.json says", error, models[0])
+        return SentencePieceTokenizer(models[0], name)
+    try:
+        direct = SentencePieceTokenizer(models[0], name)
+    except InputError:
+        return whole
+    if _are_alike(direct, whole):
+        return direct
+    log.warning("%s gives other ids than transformers gives its folder: those of transformers are used", models[0])
+    return whole
+
+
+def _are_alike(direct: SentencePieceTokenizer, whole: HuggingFaceTokenizer) -> bool:
+    """Return whether the two have the same ids, on texts that hold every piece and every added token."""
+    pieces = direct.pieces()
+    if direct.eos_id != whole.eos_id or not pieces.items() <= whole.vocabulary.items():
+        return False
+    spelled = [piece.replace(SPACE, " ") for piece in pieces]
+    texts = [*PROBES, *(f"a {word} b" for word in whole.added_words())]
+    for start in range(0, len(spelled), 64):
+        texts.append("".join(spelled[start : start + 64]))
+    return all(np.array_equal(*both) for both in zip(direct.encode(texts), whole.encode(texts), strict=True))
 
 
 def find_tokenizer(name: str) -> Path | None:
@@ -243,13 +416,7 @@ def find_tokenizer(name: str) -> Path | None:
     if name == "sample":
         shipped = resources.files("galore_pretrain") / "tokenizers" / "sample.model"
         return Path(str(shipped))
-    if path.is_dir():
-        # A folder may hold both forms; SentencePiece's own is the faster one.
-        for file in _MODEL_FILES:
-            if (path / file).is_file():
-                return path / file
-        return path
-    if path.is_file():
+    if path.is_file() or path.is_dir():
         return path
     if name == "t5" or is_hub_id(name):
         return None

@@ -9,17 +9,32 @@ from galore_pretrain.config.options import RunConfig
 from galore_pretrain.dist import World
 from galore_pretrain.optim import RuleOptimizer, describe
 from galore_pretrain.tensors.products import has_fast_bf16
+from galore_pretrain.text.sources import describe_text
+from galore_pretrain.text.usable import TextShares, percent
+from galore_pretrain.train.inputs import Inputs
 
 log = logging.getLogger(__name__)
+_MUCH = 0.25  # of a text's tokens
 
 
-def announce(config: RunConfig, device: torch.device, optimizer: RuleOptimizer, world: World) -> None:
-    """Log what is trained, where, and which rule updates which tensors; warn about options that are slow or useless."""
+def announce(
+    config: RunConfig,
+    device: torch.device,
+    inputs: Inputs,
+    shares: TextShares,
+    optimizer: RuleOptimizer,
+    world: World,
+) -> None:
+    """Log what is trained, on what and where, and which rule updates which tensors; warn of useless options."""
     if config.reduce == "projected" and world.size == 1:
         log.warning("--reduce projected: one process sums with nobody; it makes the updates layerwise, and no more")
     weights = 0
     for group in optimizer.param_groups:
         weights += sum(p.numel() for p in group["params"])
+    if world.is_main:
+        for line in describe_text(config.data, config.eval_data, inputs.training, inputs.validation):
+            log.info("%s", line)
+        _announce_shares(config, shares)
     hardware = _hardware(config, device, world)
     log.info("%s: %.1fM weights in %s on %s", config.model, weights / 1e6, config.dtype, hardware)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):
@@ -27,6 +42,24 @@ def announce(config: RunConfig, device: torch.device, optimizer: RuleOptimizer, 
     _say_where_layerwise_saves_nothing(config, optimizer)
     for group in optimizer.param_groups:
         _announce_group(group, optimizer)
+
+
+def _announce_shares(config: RunConfig, shares: TextShares) -> None:
+    """Log how much of the text cannot be used, and the way out where much of it is cut away."""
+    way_out = ""
+    if shares.cut > _MUCH:
+        way_out = " (--layout pack takes all)"
+    log.info(
+        "of %s tokens at the beginning of the text, %s are unknown to --tokenizer %s, and --layout %s cuts %s away%s; "
+        "%s of its characters are control characters",
+        f"{shares.tokens:,}",
+        percent(shares.unknown),
+        shares.tokenizer,
+        config.layout,
+        percent(shares.cut),
+        way_out,
+        percent(shares.control),
+    )
 
 
 def _hardware(config: RunConfig, device: torch.device, world: World) -> str:

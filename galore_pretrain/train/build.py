@@ -147,6 +147,7 @@ def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -
         raise InputError(str(error)) from error
     if mesh is not None and config.reduce == "projected":
         optimizer.sum_over_replicas(mesh)
+    optimizer.allocate()
     return optimizer
 
 

@@ -25,17 +25,18 @@ class Evaluation:
     ``loss``: nats per label token. ``perplexity``: exp(loss). ``tokens``: real tokens that were read, without padding.
 
     ``reference_perplexity`` is what the published code prints: the mean of batch means, divided by one batch too many
-    (its counter starts at 1), exponentiated. It reads lower than the truth, by exp(loss / (n + 1)) for n batches.
+    (its counter starts at 1), exponentiated. It reads lower than the truth, by exp(loss / (n + 1)) for n batches. None
+    where nothing says how many sequences such a batch has.
     """
 
     loss: float
     perplexity: float
-    reference_perplexity: float
+    reference_perplexity: float | None
     tokens: int
 
     def metrics(self) -> dict[str, float]:
-        """Return the values under their keys in ``metrics.jsonl``."""
-        return {f"eval_{name}": value for name, value in vars(self).items()}
+        """Return the values under their keys in ``metrics.jsonl``; what is None has no key."""
+        return {f"eval_{name}": value for name, value in vars(self).items() if value is not None}
 
 
 # Every label token weighs the same: the loss is Σ losses / Σ tokens over all rows, never a mean of means, in which the
@@ -50,7 +51,7 @@ def evaluate(
     rows: list[Row],
     *,
     batch_size: int,
-    reference_batch: int,
+    reference_batch: int | None,
     device: torch.device,
     world: World = ALONE,
 ) -> Evaluation:
@@ -78,11 +79,14 @@ def evaluate(
 
     row_sums, row_counts = world.sum(sums_and_counts).cpu()
     loss = float(row_sums.sum() / row_counts.sum())
-    reference_loss = _reference_loss(row_sums.split(reference_batch), row_counts.split(reference_batch))
+    reference_perplexity = None
+    if reference_batch is not None:
+        reference_loss = _reference_loss(row_sums.split(reference_batch), row_counts.split(reference_batch))
+        reference_perplexity = _exp(reference_loss)
     return Evaluation(
         loss=loss,
         perplexity=_exp(loss),
-        reference_perplexity=_exp(reference_loss),
+        reference_perplexity=reference_perplexity,
         tokens=sum(row.real for row in rows),
     )
 

@@ -1,16 +1,24 @@
 """Open everything that a run reads, and check that it fits together, before any weight exists."""
 
 import json
+import logging
 from dataclasses import dataclass
+from itertools import islice
 
 from transformers import LlamaConfig
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import RunConfig, texts_of
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
-from galore_pretrain.text.batches import TokenRows, validation_rows
-from galore_pretrain.text.sources import DocumentSource, HubDataset, open_source
+from galore_pretrain.text.batches import TokenRows, shard_order, validation_rows
+from galore_pretrain.text.sources import DocumentSource, HubDataset, first_documents, open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
+from galore_pretrain.text.usable import TextShares, measure
+
+_TRIED_TEXTS = 16
+_TRIED_CHARACTERS = 4000  # of each
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,13 +38,32 @@ class Inputs:
             return self.training.revision
         return None
 
-    def fingerprints(self) -> dict[str, str]:
-        """Return what must not change before the run is resumed: the same flags can name other files by then."""
+    def first_texts(self) -> list[str]:
+        """Return the beginnings of a few documents, on which the exported tokenizer is tried."""
+        validation = self.validation
+        texts: list[str] = []
+        with validation.bad_data.trial():
+            for shard in range(len(validation.shards)):
+                for _, text in islice(validation.read(shard, 0), _TRIED_TEXTS - len(texts)):
+                    texts.append(text[:_TRIED_CHARACTERS])
+                if len(texts) == _TRIED_TEXTS:
+                    break
+        return texts
+
+    def fingerprints(self, format_number: int | None = None) -> dict[str, str]:
+        """Return what must not change before the run is resumed: the same flags can name other files by then.
+
+        With a ``format_number``, they are as a checkpoint of this format holds them: up to 2, a tokenizer's is of its
+        vocabulary alone.
+        """
+        tokenizer = self.tokenizer.fingerprint
+        if format_number is not None and format_number <= 2:
+            tokenizer = self.tokenizer.vocabulary_fingerprint
         return {
             "model": json.dumps(self.model.to_diff_dict(), sort_keys=True),
             "training text": self.training.fingerprint,
             "validation text": self.validation.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
+            "tokenizer": tokenizer,
         }
 
 
@@ -46,7 +73,7 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     Raises InputError where something is missing or does not fit the rest.
     """
     training, validation = (
-        open_source(config.data, split, config.eval_data, config.bad_data, revision)
+        open_source(config.data, split, config.eval_data, config.bad_data, revision, config.text_key)
         for split in ("train", "validation")
     )
     tokenizer = load_tokenizer(config.tokenizer)
@@ -57,19 +84,54 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     return Inputs(architecture, training, validation, tokenizer, rows)
 
 
+# A run that goes on is not refused: its weights have seen the text, and an older version may have begun it.
+def check_text(config: RunConfig, inputs: Inputs, *, is_new: bool) -> TextShares:
+    """Measure how much of the training text cannot be used, and return it.
+
+    Raises InputError where that is beyond ``--max-unknown`` and the run is new; of one that goes on, a warning tells.
+    """
+    first_shard = shard_order(inputs.training, config.seed)[0]
+    shares = measure(first_documents(inputs.training, first_shard), inputs.tokenizer, inputs.rows.kept)
+    fault = shares.fault(config.max_unknown)
+    if fault is None:
+        return shares
+    told = f"--data {' + '.join(texts_of(config.data))}: {fault.what}"
+    if is_new:
+        raise InputError(f"{told}; {fault.way_out}, or give --max-unknown 1 to train on it all the same")
+    log.warning(told)
+    return shares
+
+
 def architecture_for(config: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
     """Return the model's architecture with the tokenizer's control tokens; InputError where the two do not fit."""
     architecture = load_model_config(config.model)
-    vocabulary, positions = architecture.vocab_size, architecture.max_position_embeddings
+    fit_together(config, architecture, tokenizer)
+    return architecture
+
+
+def fit_together(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Give an architecture the tokenizer's control tokens; InputError where the two, or the rows, do not fit."""
+    check_vocabulary(config, architecture, tokenizer)
+    check_length(config, architecture)
+    architecture.eos_token_id = tokenizer.eos_id
+    architecture.bos_token_id = None  # no row begins with one
+
+
+def check_vocabulary(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raise InputError where the tokenizer can produce an id that the model has no embedding for."""
+    vocabulary = architecture.vocab_size
     if tokenizer.vocab_size > vocabulary:
         raise InputError(
             f"--tokenizer {tokenizer.name} produces ids up to {tokenizer.vocab_size - 1}, but --model {config.model} "
             f"has a vocabulary of {vocabulary}; use another of the two"
         )
+
+
+def check_length(config: RunConfig, architecture: LlamaConfig) -> None:
+    """Raise InputError where rows are longer than the model has positions."""
+    positions = architecture.max_position_embeddings
     if config.max_length > positions:
         raise InputError(
-            f"--max-length {config.max_length} exceeds the {positions} positions of --model {config.model}"
+            f"--max-length {config.max_length} exceeds the {positions} positions of --model {config.model}; "
+            f"give --max-length {positions}, or less"
         )
-    architecture.eos_token_id = tokenizer.eos_id
-    architecture.bos_token_id = None  # no row begins with one
-    return architecture

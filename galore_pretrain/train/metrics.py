@@ -7,11 +7,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -57,17 +59,24 @@ def open_loggers(
         progress = Progress(config.steps, "step", step)
     else:
         progress = Progress(config.max_tokens or 0, "token", tokens_seen)
-    tags = (config.tags or "").split(",")
     wandb = Wandb(
         config.wandb,
         folder,
         project=config.wandb_project,
-        name=config.name or folder.name,
-        tags=[tag for tag in tags if tag],
+        name=config.name,
+        tags=_tags(config),
         config=config.values(),
         run_id=saved.get("wandb_id"),
+        earlier=lines.read(),
     )
     return [lines, progress, wandb]
+
+
+def _tags(config: RunConfig) -> list[str] | None:
+    """Return the tags of ``--tags``; None where it was not given."""
+    if config.tags is None:
+        return None
+    return [tag for tag in config.tags.split(",") if tag]
 
 
 class JsonLines:
@@ -87,6 +96,10 @@ class JsonLines:
             size = path.read_bytes().rfind(b"\n") + 1  # up to the last complete line
         self._file.truncate(size)
         self._size = self._file.seek(0, os.SEEK_END)
+
+    def read(self) -> Iterator[tuple[int, Metrics]]:
+        """Yield what the file held when this was called: the steps, each with its numbers. It is read as it is used."""
+        return _read_lines(self.path, self._size)
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Write one line, or keep it until it can be written. The first failure in a row is a warning."""
@@ -141,6 +154,14 @@ class JsonLines:
         self._size += written
         self._waiting = b""
         self._warned = False
+
+
+def _read_lines(path: Path, size: int) -> Iterator[tuple[int, Metrics]]:
+    """Yield the steps and the numbers of the first ``size`` bytes of a file of `JsonLines`."""
+    with path.open("rb") as file:
+        while file.tell() < size:
+            metrics = json.loads(file.readline())
+            yield metrics.pop("step"), metrics
 
 
 class Progress:
@@ -234,6 +255,8 @@ def _exp(loss: float) -> float:
 
 _WAITING = 10_000  # lines that wandb may have to take yet, before it is given up
 _FINISH = 60.0  # seconds that wandb has at the end of a run
+_INIT = 6.0  # seconds that its server has to answer at the beginning
+_PROJECT = "galore-pretrain"
 
 
 # A service that only watches must not slow a run down or end it. wandb's own calls can block, for instance without a
@@ -242,11 +265,14 @@ _FINISH = 60.0  # seconds that wandb has at the end of a run
 class Wandb:
     """Sends the same numbers to wandb. Whatever goes wrong there is one warning here, and the run goes on.
 
-    The run waits for nothing: a thread hands the lines over, at most `_WAITING` of them are held back, and at the end
-    it has `_FINISH` seconds. Where it has not ended even then, wandb's own clean-up, when Python exits, would wait for
-    it without limit.
+    The run waits `_INIT` seconds for wandb's server, and goes on offline where it does not answer. It waits for nothing
+    else: a thread hands the lines over, at most `_WAITING` of them are held back, and at the end it has `_FINISH`
+    seconds. Where it has not ended even then, wandb's own clean-up, when Python exits, would wait for it without limit.
 
-    ``mode``: ``online``, ``offline``, ``disabled``, or ``auto``: online with an API key, else offline. Never prompts.
+    ``mode``: ``online``, ``offline``, ``disabled``, or ``auto``: what wandb's own settings say (``WANDB_MODE``), but
+    offline without an API key. Never prompts. Where ``project``, ``name`` or ``tags`` is None, wandb's own settings
+    hold (``WANDB_PROJECT``, …), and last a default of ours. ``earlier`` are a resumed run's lines: they are handed over
+    again, since a process that is killed takes with it what wandb had not yet written.
     """
 
     def __init__(
@@ -254,36 +280,44 @@ class Wandb:
         mode: str,
         folder: Path,
         *,
-        project: str,
-        name: str,
-        tags: list[str],
+        project: str | None,
+        name: str | None,
+        tags: list[str] | None,
         config: dict[str, Any],
         run_id: str | None,
+        earlier: Iterable[tuple[int, Metrics]] = (),
     ) -> None:
         self._run: Any = None
         self._is_on = False
         self._waiting: Queue[tuple[int, Metrics] | None] = Queue(_WAITING)  # None: there are no more
+        self._earlier = earlier
         self.run_id = run_id
-        mode = _resolve_mode(mode)
-        if mode == "disabled":
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or "auto"
+        if mode == "disabled":  # before the import, which takes seconds
             return
         try:
             import wandb
 
-            self._run = wandb.init(
-                mode=mode,  # type: ignore[arg-type]
-                dir=folder,
-                project=project,
-                name=name,
-                tags=tags,
-                config=config,
-                id=run_id,
-                resume="allow" if run_id else None,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True),
-            )
+            own = wandb.setup(wandb.Settings(silent=True)).settings
+            mode = _resolve_mode(mode)
+            if mode == "disabled":
+                return
+            options: dict[str, Any] = {
+                # wandb finds its own place by WANDB_DIR where it is given none.
+                "dir": None if os.environ.get("WANDB_DIR") else folder,
+                "project": project or own.project or _PROJECT,
+                "name": name or own.run_name or folder.name,
+                "tags": tags,
+                "config": config,
+                "id": run_id,
+                "resume": "allow" if run_id else None,
+                "settings": wandb.Settings(silent=True, console="off", init_timeout=_INIT, x_disable_stats=True),
+            }
+            self._run = _start(mode, own.base_url, options)
             self.run_id = self._run.id
         except Exception as error:  # any failure of a service that only watches
-            log.warning("wandb is off for this run: %s", str(error).partition("\n")[0])
+            log.warning("wandb is off for this run: %s", _first_line(error))
             return
         self._is_on = True
         self._thread = Thread(target=self._hand_over, daemon=True)
@@ -316,9 +350,12 @@ class Wandb:
         return not is_stuck
 
     def _hand_over(self) -> None:
-        """Give wandb the queued lines, up to the None behind the last one; the thread's work."""
+        """Give wandb the earlier lines, and then those queued up to the None behind the last; the thread's work."""
+        # What wandb's server has already, by the step, it passes over by itself.
         step = 0
         try:
+            for step, metrics in self._earlier:
+                self._run.log(metrics, step=step)
             while (item := self._waiting.get()) is not None:
                 step, metrics = item
                 self._run.log(metrics, step=step)
@@ -331,25 +368,53 @@ class Wandb:
                 self._run.finish()
 
 
+def _start(mode: str, server: str, options: dict[str, Any]) -> Any:
+    """Start wandb's run: online where it is asked for and ``server`` takes the run, else offline."""
+    import wandb
+
+    if mode == "offline":
+        return wandb.init(mode="offline", **options)
+    try:
+        return wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+    except Exception as error:
+        run = wandb.init(mode="offline", **options)
+        log.warning(
+            "wandb logs offline: %s did not take the run (%s); once it does, wandb sync %s hands it over",
+            server,
+            _first_line(error),
+            run.settings.sync_dir,
+        )
+        return run
+
+
 def _resolve_mode(mode: str) -> str:
     """Return the mode that wandb is started in. Online it needs an API key: without one, it would prompt for it."""
-    if mode == "auto":
-        configured = os.environ.get("WANDB_MODE")
-        if configured:
-            return configured
-        return "online" if _has_key() else "offline"
-    if mode == "online" and not _has_key():
-        log.warning("--wandb online: no API key (WANDB_API_KEY or wandb login); logging offline")
-        return "offline"
-    return mode
+    import wandb
+
+    is_asked_for = mode != "auto"
+    if not is_asked_for:
+        mode = wandb.setup().settings.mode
+    if mode != "online" or _has_key():
+        return mode
+    if is_asked_for:
+        log.warning("wandb online: no API key (WANDB_API_KEY or wandb login); logging offline")
+    return "offline"
 
 
 def _has_key() -> bool:
-    """Return whether there is an API key where wandb looks for one: in the environment, or in netrc."""
-    if os.environ.get("WANDB_API_KEY"):
+    """Return whether there is an API key for wandb's server where wandb looks for one: in its settings, or in netrc."""
+    import wandb
+
+    own = wandb.setup().settings
+    if own.api_key or own.identity_token_file:
         return True
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return "api.wandb.ai" in netrc.read_text()
-    except OSError:
+        return netrc(file).authenticators(urlsplit(own.base_url).netloc) is not None
+    except (OSError, NetrcParseError):
         return False
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of what an exception says."""
+    return str(error).partition("\n")[0]

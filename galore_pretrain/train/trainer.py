@@ -251,6 +251,7 @@ class Trainer:
         self._count_skipped(batch, loss, outcome)
         state.step += 1
         state.tokens_seen += tokens
+        self._tell_of_repetition(batch)
         state.data = batch.state
         if not self._is_over():
             self.after_update(state.step)
@@ -260,6 +261,17 @@ class Trainer:
         if outcome.skipped and self.world.is_main:
             log.warning("update %d: %d gradients were not finite, their tensors skipped", state.step, outcome.skipped)
         return metrics | _outcome_metrics(outcome)
+
+    # Text is read ahead of the run, so only the trainer knows when it trains on the same documents again.
+    def _tell_of_repetition(self, batch: "Batch") -> None:
+        """Say that an update was the first to train on the text for the second, third, fifth, ninth, … time."""
+        before = 0
+        if self.state.data is not None:
+            before = self.state.data["epoch"]
+        epoch = batch.state["epoch"]
+        is_power_of_two = epoch & (epoch - 1) == 0
+        if epoch > before and is_power_of_two and self.world.is_main:
+            log.info("update %d begins to train on the same text for time %d", self.state.step, epoch + 1)
 
     def _count_skipped(self, batch: "Batch", loss: float, outcome: "Outcome | None") -> None:
         """Count an update whose loss or gradients were not sound as skipped, and keep its rows to be looked at."""
