@@ -313,7 +313,7 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     click.echo(f"{text}, {numbers['eval_tokens']:,} tokens: loss {numbers['eval_loss']:.4f}")
     line = f"perplexity {numbers['eval_perplexity']:.4f}"
     if "eval_reference_perplexity" in numbers:
-        line += f" (reference {numbers['eval_reference_perplexity']:.4f})"
+        line += f" (as the published code computes it: {numbers['eval_reference_perplexity']:.4f})"
     click.echo(line)
     return 0
 

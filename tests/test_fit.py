@@ -131,7 +131,7 @@ def test_one_model_has_one_reference_perplexity_or_none(finished: Path) -> None:
         assert answer["eval_reference_perplexity"] == summary["eval_reference_perplexity"]
     assert "eval_reference_perplexity" not in answers[2]
     assert answers[2]["eval_perplexity"] == pytest.approx(summary["eval_perplexity"], rel=1e-6)
-    assert "(reference " in invoke("eval", finished, *ROWS)
+    assert "(as the published code computes it: " in invoke("eval", finished, *ROWS)
     assert "reference" not in invoke("eval", finished / "model", *ROWS)
 
 

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.llama_config import _OF_OTHERS, _ONE_VALUE, load_model_config
+from galore_pretrain.planning.plan import measure
 
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
@@ -228,3 +230,22 @@ def test_what_would_be_ignored_is_refused_with_the_right_key(
     assert message in str(error.value)
     assert path in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "yarn", "linear", "llama3"])
+def test_every_scale_is_planned_as_a_plain_model_is(kind: str, tmp_path: Path) -> None:
+    """Some ask how long a text is, which nothing has that is planned."""
+    scale: dict[str, Any] = {"rope_type": kind, "factor": 2.0}
+    if kind not in ("dynamic", "linear"):
+        scale["original_max_position_embeddings"] = 32
+    if kind == "longrope":
+        scale |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    if kind == "llama3":
+        scale |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    peaks: list[int] = []
+    for more in ({}, {"rope_scaling": scale}):
+        path = written(tmp_path, SMALL | more)
+        given = {"model": path, "data": "sample", "optim": "adamw", "lr": 0.01, "steps": 4, "max_length": 32}
+        config, _ = resolve(given | {"total_batch_size": 2, "memory_budget": 2**34}, {})
+        peaks.append(measure(config, load_model_config(path)).peak_bytes)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
