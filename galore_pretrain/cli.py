@@ -295,7 +295,8 @@ _TEXT = ("data", "eval_data", "text_key", "bad_data", "tokenizer", "layout", "ma
 def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     """Tell the perplexity of a trained model.
 
-    PATH is a run, a checkpoint or a Hugging Face folder. The text is the run's own validation text, or another.
+    PATH is a run, a checkpoint or a Hugging Face folder. The text is the run's own validation text, or another: all of
+    a file, or the validation text of a folder.
     """
     given = {name: value for name, value in values.items() if value is not None}
     with _importing():

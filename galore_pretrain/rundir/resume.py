@@ -153,8 +153,8 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
         else:
             is_same = known == value
         # A run that was stopped by its text, and made no update, begins with the text that was mended.
-        has_begun = saved.state["trainer"]["step"] > 0 or not name.endswith("text")
-        if has_begun and not is_same:
+        is_mended_text = name.endswith("text") and saved.state["trainer"]["step"] == 0
+        if not is_same and not is_mended_text:
             changed.append(name)
     if changed and not config.resume_with_changes:
         raise InputError(

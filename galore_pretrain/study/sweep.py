@@ -84,7 +84,7 @@ class Planned:
 
     @property
     def finite_loss(self) -> float | None:
-        """The same, but None of a run that diverged too."""
+        """Return the last validation loss of the run; None where there is none, or where the run diverged."""
         loss = self.loss
         if loss is None or not math.isfinite(loss):
             return None
