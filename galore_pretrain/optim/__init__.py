@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from galore_pretrain.optim.build import REGISTRY, build_optimizer, build_rules
+    from galore_pretrain.optim.checkpointing import saved_state, take_saved_state
     from galore_pretrain.optim.dropin import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
     from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome, Skips
     from galore_pretrain.optim.galore import GaLore, is_projected
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _NAMES = {  # file: what of it is named here
     "build": ("REGISTRY", "build_optimizer", "build_rules"),
+    "checkpointing": ("saved_state", "take_saved_state"),
     "dropin": ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "NaturalGaLoreAdamW"),
     "galore": ("GaLore", "is_projected"),
     "methods": (
@@ -84,7 +86,9 @@ __all__ = [
     "is_projected",
     "method",
     "resolve_name",
+    "saved_state",
     "sides",
+    "take_saved_state",
 ]
 
 

@@ -135,11 +135,13 @@ class _RowOptimizer(RuleOptimizer):
         if betas is None:
             self.param_groups[-1].pop("betas", None)  # torch has put the defaults there
 
-    def follow_settings(self, number: int, group: dict[str, Any]) -> None:
-        """Update a group by the betas that it has now."""
-        rule = self.slots.rule_named(group["settings"])
-        if "betas" in group and tuple(group["betas"]) != _betas_of(rule):
-            self.slots.follow(number, _with_betas(rule, group["betas"]))
+    def follow_groups(self) -> None:
+        """Go on with the parameters and the betas that the groups have now."""
+        super().follow_groups()
+        for number, group in enumerate(self.param_groups):
+            rule = self.slots.rule_named(group["settings"])
+            if "betas" in group and tuple(group["betas"]) != _betas_of(rule):
+                self.slots.follow(number, _with_betas(rule, group["betas"]))
 
     def take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Take over the betas that were saved with a group."""

@@ -59,6 +59,20 @@ def to_checkpoint(rule: UpdateRule, state: State, p: Tensor, *, blocks: bool | N
     return saved
 
 
+def saved_state(optimizer: "RuleOptimizer", p: Tensor, *, load: bool = False) -> State:
+    """Return the state tensors of ``p`` as a checkpoint holds them: with their values, or to ``load`` into.
+
+    All processes must call this for the same parameters. They put moments in blocks together; the first has those.
+    """
+    blocks = None if load else optimizer.pending.is_first
+    return to_checkpoint(optimizer.rule_of(p), optimizer.tensors(p), p, blocks=blocks)
+
+
+def take_saved_state(optimizer: "RuleOptimizer", p: Tensor, saved: State) -> None:
+    """Take into the state of ``p`` what was loaded into the tensors of `saved_state`."""
+    blocks_from_checkpoint(optimizer.rule_of(p), optimizer.tensors(p), saved, p)
+
+
 @torch.no_grad()
 def blocks_from_checkpoint(rule: UpdateRule, state: State, saved: State, p: Tensor) -> None:
     """Undo `to_checkpoint` for moments kept in blocks: give ``state`` its part of those loaded into ``saved``."""
@@ -144,10 +158,24 @@ def share_out(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": states}
 
 
+# torch's own loader would cast each tensor to its parameter's dtype. So this is the whole of it, hooks included.
+def take_state_dict(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
+    """Give the optimizer the groups' settings and the states of a ``state_dict``; nothing where these do not fit."""
+    optimizer.slots.renew()
+    state_dict = {**state_dict}
+    for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        exchanged = before(optimizer, state_dict)
+        if exchanged is not None:
+            state_dict = exchanged
+    _take_groups_and_states(optimizer, state_dict)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
+
+
 # First, each group goes on by the rule that the saved settings ask for. Then that rule must be the saved one, which may
 # differ in what is no setting of a group.
-def take_state_dict(state_dict: Mapping[str, Any], optimizer: "RuleOptimizer") -> None:
-    """Give the optimizer the groups' settings and the states that were saved; change nothing where these do not fit."""
+def _take_groups_and_states(optimizer: "RuleOptimizer", state_dict: Mapping[str, Any]) -> None:
+    """Take the groups' settings and the states that were saved; change nothing where these do not fit."""
     groups_before = [{**group} for group in optimizer.param_groups]
     rules_before = optimizer.slots.rules
     try:

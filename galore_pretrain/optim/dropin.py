@@ -89,7 +89,7 @@ class _DropIn(RuleOptimizer):
         self._options.pop("seed", None)  # the optimizer's, and no setting of a rule
         self._options["numerics"] = numerics
         self._options |= self._class_options
-        self._has_stepped = False
+        self.has_stepped = False
         self._followed: dict[int, list[Any]] = {}  # settings by which each group is updated
         groups: list[Any] = list(params)
         if groups and not isinstance(groups[0], dict):
@@ -108,7 +108,7 @@ class _DropIn(RuleOptimizer):
         return {
             **super().__getstate__(),
             "_options": self._options,
-            "_has_stepped": self._has_stepped,
+            "has_stepped": self.has_stepped,
             "_is_alone": self._is_alone,
             "_followed": {},
         }
@@ -145,21 +145,20 @@ class _DropIn(RuleOptimizer):
             return companion
         return projected
 
-    def begin_update(self) -> None:
-        """Go on with what the groups hold now. The first time, warn where nothing is projected."""
-        super().begin_update()
-        if not self._has_stepped and not self.projects and not self._others_project():
-            name = type(self).__name__
-            warnings.warn(f"{name} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=2)
-        self._has_stepped = True
+    def follow_groups(self) -> None:
+        """Go on with the parameters and the settings that the groups have now."""
+        super().follow_groups()
+        for number, group in enumerate(self.param_groups):
+            settings = [group.get(name) for name in (*_GROUP_SETTINGS, *self._options, "settings")]
+            if self._followed.get(number) != settings:
+                self.slots.follow(number, self._rule_for(group))
+                settings[-1] = group["settings"]
+                self._followed[number] = settings
 
-    def follow_settings(self, number: int, group: dict[str, Any]) -> None:
-        """Update a group by the settings that it has now."""
-        settings = [group.get(name) for name in (*_GROUP_SETTINGS, *self._options, "settings")]
-        if self._followed.get(number) != settings:
-            self.slots.follow(number, self._rule_for(group))
-            settings[-1] = group["settings"]
-            self._followed[number] = settings
+    def _register_hooks(self) -> None:
+        """Have the first step warn where nothing is projected, beside what is the optimizer's."""
+        super()._register_hooks()
+        self.register_step_pre_hook(_warn_once)
 
     def take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Take over the settings that were saved with a group, as torch's optimizers do."""
@@ -168,9 +167,20 @@ class _DropIn(RuleOptimizer):
         if "first_index" in group:
             group["first_index"] = saved.get("first_index", 0)  # which it was where none was saved
 
-    def _others_project(self) -> bool:
-        """Return whether this is one of many optimizers, each of one parameter, of which others project."""
+    def projects_somewhere(self) -> bool:
+        """Return whether this projects, or is one of many, each of one parameter, of which others do."""
+        if self.projects:
+            return True
         return self._is_alone and any(other.projects for other in _alive)
+
+
+def _warn_once(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Warn before the first step of an optimizer that projects nothing; a hook of torch's ``step``."""
+    del args, kwargs
+    if not optimizer.has_stepped and not optimizer.projects_somewhere():
+        name = type(optimizer).__name__
+        warnings.warn(f"{name} projects nothing: no parameter group has a rank (see {__name__})", stacklevel=3)
+    optimizer.has_stepped = True
 
 
 # Layerwise recipes make an optimizer for each parameter, and a parameter that is alone has no place among others. All

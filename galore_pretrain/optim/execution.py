@@ -548,7 +548,7 @@ class Execution(ABC):
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
         if micro_batch == 0:
-            self._optimizer.begin_update()
+            self._optimizer.follow_groups()
             self._hook_trained()
 
     @torch._disable_dynamo  # see `RuleOptimizer.step`

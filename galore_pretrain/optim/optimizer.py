@@ -5,13 +5,14 @@ same method from inside backward. Hence one state, one learning rate and one che
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.checkpointing import blocks_from_checkpoint, share_out, take_state_dict, to_checkpoint
+from galore_pretrain.optim.checkpointing import share_out, take_state_dict
 from galore_pretrain.optim.execution import PendingGradient, PendingGradients, SkipCounts, Skips, own_precision
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Direction, Scope, UpdateRule, check_scope
@@ -68,6 +69,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.pending = PendingGradients(self)
         self._noise = NoiseTables(seed)
         self._skips = SkipCounts()
+        self._seen: list[tuple[int, list[Tensor]]] = []  # of each group, when slots were last given
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.state = States(self.slots)  # type: ignore[assignment]
         self._register_hooks()
@@ -89,7 +91,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def allocate(self) -> None:
         """Allocate the state of all trained parameters that have none yet."""
-        self.slots.renew()
+        self.follow_groups()
         for p in self.slots:
             self.tensors(p)
 
@@ -101,6 +103,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         # A copy has no gradients and no skips yet, and draws the same random bits anew.
         attributes["_noise"] = NoiseTables(self.seed)
         attributes["_skips"] = SkipCounts()
+        attributes["_seen"] = []
         attributes["pending"] = PendingGradients(self, self.pending.distributor)
         return attributes
 
@@ -127,7 +130,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.begin_update()
+        self.follow_groups()
         params = [p for group in self.param_groups for p in group["params"]]
         if self._only_shows_state(params):
             self.allocate()
@@ -148,19 +151,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             return False
         return self.pending.are_zero(params)
 
-    # Were subclasses to override `step`, torch would call the hooks of steps twice.
-    def begin_update(self) -> None:
-        """Do what comes before the first gradient of an update, whoever makes it."""
-        self.follow_groups()
-
+    # Every update begins here, whoever makes it.
     def follow_groups(self) -> None:
-        """Go on with the parameters and settings that the groups have now."""
-        self.slots.renew()
-        for number, group in enumerate(self.param_groups):
-            self.follow_settings(number, group)
-
-    def follow_settings(self, number: int, group: dict[str, Any]) -> None:
-        """Do nothing: subclasses have settings in a group that decide on its rule, and may have changed."""
+        """Go on with the parameters that the groups have now. Subclasses follow settings in the groups as well."""
+        if not _are_as_seen(self.param_groups, self._seen):
+            self.slots.renew()
+            self._seen = [(group.get("first_index", 0), list(group["params"])) for group in self.param_groups]
 
     def take_settings(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Do nothing: subclasses write to a group those settings of a saved one that decide on its rule."""
@@ -252,29 +248,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Drop the gradients of ``params``, accumulated or not; of all by default."""
         self.pending.discard(params)
 
-    def saved_state(self, p: Tensor, *, load: bool = False) -> dict[str, Tensor]:
-        """Return the state tensors of ``p`` as a checkpoint holds them: with their values, or to ``load`` into.
-
-        All processes must call this for the same parameters. They put moments in blocks together; the first has those.
-        """
-        blocks = None if load else self.pending.is_first
-        return to_checkpoint(self.rule_of(p), self.tensors(p), p, blocks=blocks)
-
-    def take_saved(self, p: Tensor, saved: dict[str, Tensor]) -> None:
-        """Take into the state of ``p`` what was loaded into the tensors of `saved_state`."""
-        blocks_from_checkpoint(self.rule_of(p), self.tensors(p), saved, p)
-
     def state_bytes(self, params: Iterable[Tensor] | None = None) -> int:
         """Return the bytes of the state of ``params``; of all by default."""
         if params is None:
-            self.slots.renew()
+            self.follow_groups()
             params = self.slots
         return sum(value.nbytes for p in params for value in self.slots.state(p).values())
-
-    def sum_bytes(self, p: Tensor) -> int:
-        """Return the bytes of an accumulated gradient of ``p`` between two refreshes of its basis."""
-        step = Step(0, shard=self.slots[p].shard)
-        return self.rule_of(p).compress(local(p), self.tensors(p), step).nbytes
 
     def next_due(self, p: Tensor, count: int) -> int | None:
         """Return the number (from ``count`` on) of the first update of ``p`` with a new basis; None where none has."""
@@ -283,9 +262,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def is_due(self, p: Tensor) -> bool:
         """Return whether the next update of ``p`` finds a new basis."""
-        count = 1
-        if p in self.state:
-            count = self.state[p]["step"] + 1
+        count = self.state[p]["step"] + 1 if p in self.state else 1
         return self.next_due(p, count) == count
 
     def tensors(self, p: Tensor) -> State:
@@ -318,20 +295,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         Each keeps the dtype that its rule gave it; torch's own loader would cast it to its parameter's. Processes that
         share parameters must all call this. Raises ValueError where groups, rules, names, shapes or dtypes differ.
         """
-        self.slots.renew()
-        state_dict = {**state_dict}
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            exchanged = before(self, state_dict)
-            if exchanged is not None:
-                state_dict = exchanged
-        take_state_dict(state_dict, self)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+        take_state_dict(self, state_dict)
 
 
 def _follow_groups(optimizer: Any) -> None:
     """Have an optimizer go on with what its groups hold; a hook of torch's ``state_dict``."""
     optimizer.follow_groups()
+
+
+def _are_as_seen(groups: Sequence[Mapping[str, Any]], seen: Sequence[tuple[int, list[Tensor]]]) -> bool:
+    """Return whether ``groups`` have the same first indices and the very tensors, in the same order, as those seen."""
+    if len(groups) != len(seen):
+        return False
+    for group, (first_index, params) in zip(groups, seen, strict=True):
+        has_same_tensors = all(map(operator.is_, group["params"], params))
+        if len(group["params"]) != len(params) or not has_same_tensors:
+            return False
+        if group.get("first_index", 0) != first_index:
+            return False
+    return True
 
 
 def _subtract(

@@ -1,9 +1,7 @@
 """Each parameter's slot in the optimizer: found by the parameter, in the groups as they are when it is asked for."""
 
-import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +67,6 @@ class Slots(dict[Tensor, Slot]):
         self._optimizer = optimizer
         self._rules: dict[str, UpdateRule] = {}  # by their settings
         self._groups_by: Counter[str] = Counter()  # how many groups a rule has, also of those that are out for a while
-        self._seen: list[list[Tensor]] = []  # the groups' parameters when slots were last given
-        self._seen_index = 0
 
     def add_rule(self, rule: UpdateRule) -> str:
         """Know the rule of one more group, and return the settings by which the group names it."""
@@ -135,14 +131,9 @@ class Slots(dict[Tensor, Slot]):
 
     def renew(self) -> None:
         """Give slots to the groups' trained parameters as they are now."""
-        groups = self._optimizer.param_groups
-        first_index = self._first_index()
-        lists = [group["params"] for group in groups]
-        if first_index == self._seen_index and _are_same(lists, self._seen):
-            return
         slots: dict[Tensor, Slot] = {}
-        index = first_index
-        for number, group in enumerate(groups):
+        index = self._first_index()
+        for number, group in enumerate(self._optimizer.param_groups):
             rule = self._rules[group["settings"]]
             for p in group["params"]:
                 slot = self.get(p)
@@ -154,8 +145,6 @@ class Slots(dict[Tensor, Slot]):
                 index += 1
         self.clear()
         self.update(slots)
-        self._seen = [list(params) for params in lists]
-        self._seen_index = first_index
         self._find_distributor()
 
     def _check_kept(self, p: Tensor, slot: Slot) -> None:
@@ -195,6 +184,12 @@ class Slots(dict[Tensor, Slot]):
             return self._optimizer.tensors(p)
         return state_on_meta(self[p], p)
 
+    def sum_bytes(self, p: Tensor) -> int:
+        """Return the bytes of an accumulated gradient of ``p`` between two refreshes of its basis."""
+        slot = self[p]
+        step = Step(0, shard=slot.shard)
+        return slot.rule.compress(local(p), self._optimizer.tensors(p), step).nbytes
+
     def new_state(self, p: Tensor) -> dict[str, Any]:
         """Return the state of ``p`` before its first update."""
         return {"step": 0, **initial_state(self[p], p)}
@@ -227,14 +222,6 @@ class States(dict[Any, dict[str, Any]]):
             state = self._slots.new_state(key)
         self[key] = state
         return state
-
-
-def _are_same(lists: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> bool:
-    """Return whether both hold the same objects, list by list. (`==` would compare the values of tensors.)"""
-    if [len(one) for one in lists] != [len(other) for other in others]:
-        return False
-    pairs = zip(lists, others, strict=True)
-    return all(all(map(operator.is_, one, other)) for one, other in pairs)
 
 
 def _slot(

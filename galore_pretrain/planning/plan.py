@@ -149,7 +149,7 @@ class Outline:
             weights=sum(local(p).nbytes for p in self.model.parameters()),
             gradients=sum(local(p).nbytes for p in optimizer.state),
             state=optimizer.state_bytes(),
-            sums=sum(optimizer.sum_bytes(p) for p in optimizer.state),
+            sums=sum(optimizer.slots.sum_bytes(p) for p in optimizer.state),
         )
 
 

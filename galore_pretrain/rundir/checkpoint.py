@@ -41,6 +41,7 @@ from galore_pretrain import __version__
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError
 from galore_pretrain.meters import ran_out
+from galore_pretrain.optim import saved_state, take_saved_state
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
@@ -79,7 +80,7 @@ def named_tensors(model: torch.nn.Module, optimizer: "RuleOptimizer", *, load: b
     """
     tensors = model_tensors(model)
     for name, p in _named_parameters(optimizer):
-        for key, value in optimizer.saved_state(p, load=load).items():
+        for key, value in saved_state(optimizer, p, load=load).items():
             tensors[f"optimizer.{name}.{key}"] = value if value.is_contiguous() else value.T
     tensors["random.cpu"] = torch.get_rng_state()
     device = next(model.parameters()).device
@@ -104,7 +105,7 @@ def take_loaded(optimizer: "RuleOptimizer", tensors: Mapping[str, Tensor]) -> No
         for key, value in tensors.items():
             if key.startswith(prefix):
                 state[key.removeprefix(prefix)] = value
-        optimizer.take_saved(p, state)
+        take_saved_state(optimizer, p, state)
 
 
 def named_counts(optimizer: torch.optim.Optimizer) -> dict[str, int]:
