@@ -17,11 +17,13 @@ from transformers import LlamaForCausalLM
 from galore_pretrain.config.options import FLAGS, RunConfig, shipped_models
 from galore_pretrain.config.resolve import left_out, resolve, without_meaning
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.llama import build_model
+from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import METHODS, OPTIONS, REGISTRY, RuleOptimizer, build_optimizer, method, resolve_name
 from galore_pretrain.optim.adam import Adam
-from galore_pretrain.optim.build import build_rules, composition_of
+from galore_pretrain.optim.build import build_rules, composition_of, rules_by_role
 from galore_pretrain.optim.compositions import Composition
-from galore_pretrain.optim.methods import NUMERICS, Method, Recipe
+from galore_pretrain.optim.methods import MOMENT_STORES, NUMERICS, Companion, Method, Recipe
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Decay, Direction, UpdateRule
 from galore_pretrain.optim.update import Step
@@ -32,6 +34,7 @@ from galore_pretrain.train.build import optimizer_for
 VALUES: dict[str, Any] = {
     "rank": 4, "update_proj_gap": 7, "scale": 0.5, "proj_type": "left", "basis": "svd", "refresh": "together",
     "moments": "reset", "natural_history": 3, "natural_damping": 0.5, "betas": (0.5, 0.6), "eps": 1e-3,
+    "moment_store": "8bit",
 }  # fmt: skip
 """A value for each option of rules."""
 
@@ -77,10 +80,10 @@ def test_names_aliases_and_colours_are_told_apart() -> None:
 
 def test_options_are_flags_of_a_run() -> None:
     assert OPTIONS.keys() <= FLAGS.keys()
-    assert {option.argument for option in OPTIONS.values()} - {""} == VALUES.keys()
+    assert {option.argument for option in OPTIONS.values() if option.fields} == VALUES.keys()
     for option in OPTIONS.values():
         assert option.why
-        assert bool(option.argument) == bool(option.fields)
+        assert option.argument or not option.fields
 
 
 @pytest.mark.parametrize("numerics", NUMERICS)
@@ -88,9 +91,11 @@ def test_options_are_flags_of_a_run() -> None:
 def test_an_entry_says_what_its_rules_do(name: str, numerics: str) -> None:
     """Which options they take, whether they project, and in how many bits they keep moments."""
     for flag, option in OPTIONS.items():
+        if not option.fields:
+            continue
         if flag in METHODS[name].options:
             assert build_rules(name, numerics, **{option.argument: VALUES[option.argument]}) is not None
-        elif option.argument:
+        else:
             with pytest.raises(ValueError, match=f"{option.argument} .* has no meaning for optimizer {name}; leave"):
                 build_rules(name, numerics, **{option.argument: VALUES[option.argument]})
     rule, companion = build_rules(name, numerics)
@@ -98,6 +103,84 @@ def test_an_entry_says_what_its_rules_do(name: str, numerics: str) -> None:
     assert METHODS[name].projects == any(key.endswith("_basis") for key in state)
     assert METHODS[name].moments_8bit == any(tensor.dtype == torch.uint8 for tensor in state.values())
     assert companion.init(torch.zeros(256)).keys() is not None  # it takes a vector
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_moment_store_is_that_of_the_row_with_such_moments(name: str, numerics: str) -> None:
+    """Where the other form of a method is a row, it is that row; else the rule's stores are exchanged."""
+    entry = METHODS[name]
+    if "moment_store" not in entry.options:
+        for store in MOMENT_STORES:
+            with pytest.raises(ValueError, match=f"moment_store {store} has no meaning for optimizer {name}; leave"):
+                build_rules(name, numerics, moment_store=store)
+        return
+    own, other = ("8bit", "dense") if entry.moments_8bit else ("dense", "8bit")
+    assert rules_by_role(name, numerics, moment_store=own) == rules_by_role(name, numerics)
+    rules = rules_by_role(name, numerics, moment_store=other)
+    if entry.other_store:
+        assert METHODS[entry.other_store].other_store == name
+        assert METHODS[entry.other_store].moments_8bit != entry.moments_8bit
+        assert rules == rules_by_role(entry.other_store, numerics)
+    state = rules["matrix"].init(torch.zeros(256, 256))
+    assert any(tensor.dtype == torch.uint8 for tensor in state.values()) == (other == "8bit")
+
+
+def test_ranks_by_module_make_groups_of_one_rank(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
+    """A name is the last part of a module's, with or without _proj, or a pattern for all of it; the first counts."""
+    factors = {"*.layers.0.self_attn.q_proj": 1.5, "down": 2.0, "q": 0.5, "k_proj": 0.5}
+    optimizer = build_optimizer(build_tiny(), "galore_adamw", lr=0.01, rank=8, rank_by_module=factors)
+    ranks: dict[str, int] = {}
+    for group in optimizer.param_groups[:-1]:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            ranks[name.removesuffix(".weight")] = min(optimizer.tensors(p)[key].shape[i] for key, i in (
+                ("left_basis", 1), ("right_basis", 0)) if key in optimizer.tensors(p))  # fmt: skip
+    expected = {"q_proj": 4, "k_proj": 4, "down_proj": 16}
+    for name, rank in ranks.items():
+        by_pattern = 12 if name == "model.layers.0.self_attn.q_proj" else expected.get(name.split(".")[-1], 8)
+        assert rank == by_pattern, name
+    assert len(optimizer.param_groups) == 5  # of ranks 12, 4, 8, 16, and the rest
+    plain = build_optimizer(build_tiny(), "galore_adamw", lr=0.01, rank=8)
+    assert len(plain.param_groups) == 2
+
+
+def test_ranks_by_module_that_fit_nothing_are_refused(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
+    with pytest.raises(ValueError, match=r"rank_by_module dwon fits no matrix .*; they are q_proj, k_proj, v_proj"):
+        build_optimizer(build_tiny(), "galore_adamw", lr=0.01, rank=8, rank_by_module={"dwon": 2.0, "q": 0.5})
+    with pytest.raises(ValueError, match="rank_by_module has no meaning for optimizer adamw"):
+        build_optimizer(build_tiny(), "adamw", lr=0.01, rank_by_module={"q": 0.5})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_companions_take_embedding_head_and_vectors(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: str, tied: bool
+) -> None:
+    """Each is a group with its own rule and factor on the rate. A tied weight counts as the head."""
+    of_roles = {
+        "embedding": Companion("sgd"),
+        "head": Companion("adafactor"),
+        "vector": Companion("adamw", lr_scale=20),
+    }
+    entry = Method(
+        name="own", description="", home=f"{__name__}:Sign", companions=of_roles, options=("betas",), matrix_options=()
+    )
+    monkeypatch.setitem(METHODS, "own", entry)
+    config = load_model_config(tiny_config)
+    config.tie_word_embeddings = tied
+    model = build_model(config, dtype=torch.float32)
+    optimizer = build_optimizer(model, "own", lr=0.01, betas=(0.5, 0.6), matrix_lr_scale=3.0)
+    found: dict[str, str] = {}
+    for name, p in model.named_parameters():
+        found[name] = type(optimizer.rule_of(p)).__name__
+    assert found["lm_head.weight" if not tied else "model.embed_tokens.weight"] == "Adafactor"
+    assert tied or found["model.embed_tokens.weight"] == "SGD"
+    assert {rule for name, rule in found.items() if "proj" in name} == {"Sign"}
+    assert {rule for name, rule in found.items() if "norm" in name} == {"Adam"}
+    rates = {type(optimizer.rule_of(group["params"][0])).__name__: group["lr"] for group in optimizer.param_groups}
+    assert (rates["Sign"], rates["Adam"], rates["Adafactor"]) == pytest.approx((0.03, 0.2, 0.01))
+    matrix = model.model.layers[0].mlp.up_proj.weight
+    assert optimizer.rule_of(matrix) == Sign(momentum=0.9)  # betas do not reach it
+    assert optimizer.rule_of(model.model.norm.weight) == Adam(betas=(0.5, 0.6))
 
 
 # -- a method of one's own --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from galore_pretrain.config.options import (
     parse_betas,
     parse_bytes,
     parse_count,
+    parse_factors,
     parse_place,
     parse_rate,
     parse_share,
@@ -49,6 +50,7 @@ _METAVARS: dict[Any, str] = {
     parse_tokens: "count",
     parse_betas: "pair",
     parse_bytes: "size",
+    parse_factors: "factors",
     parse_place: "text",
     parse_share: "share",
 }

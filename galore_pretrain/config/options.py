@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim import BASIS_NAMES, METHODS, MOMENTS, NUMERICS, OPTIONS, PROJ_TYPES, REFRESHES, method
+from galore_pretrain.optim import (
+    BASIS_NAMES,
+    METHODS,
+    MOMENT_STORES,
+    MOMENTS,
+    NUMERICS,
+    OPTIONS,
+    PROJ_TYPES,
+    REFRESHES,
+    method,
+)
 
 _THOUSANDS = {"": 0, "k": 1, "m": 2, "b": 3, "g": 3, "t": 4, "p": 5}
 """Powers of 1000 that a letter behind a number stands for."""
@@ -111,6 +121,25 @@ def parse_betas(text: str) -> tuple[float, float]:
     return first, second
 
 
+def parse_factors(text: str) -> str:
+    """Return ``down=2x,q=0.5x`` as it is, if it names modules and factors; ValueError if not."""
+    factors_by_module(text)
+    return text
+
+
+def factors_by_module(text: str) -> dict[str, float]:
+    """Return {"down": 2.0, "q": 0.5} of ``down=2x,q=0.5x``, in its order."""
+    factors: dict[str, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([^=\s]+)=(\d*\.?\d+)x\s*", part)
+        if not match or float(match[2]) <= 0:
+            raise ValueError(f"{part!r} is not a module and a factor; write down=2x,q=0.5x")
+        if match[1] in factors:
+            raise ValueError(f"{text!r} names {match[1]} twice; give it one factor")
+        factors[match[1]] = float(match[2])
+    return factors
+
+
 def parse_place(text: str) -> str:
     """Return a name or a path as it is, but for ``~``, which no shell has replaced in a JSON file or behind a ``=``."""
     if text.startswith("~"):
@@ -196,6 +225,9 @@ class RunConfig:
     model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", parse_place, METHOD, shown="required")
     optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}.", str, METHOD)
     rank: int | None = _flag(None, "Rank r: of GaLore's subspace, or of the factors.", int, METHOD, least=1)
+    rank_by_module: str | None = _flag(
+        None, "Factors on the rank of modules: down=2x,q=0.5x.", parse_factors, METHOD, shown="off"
+    )
     update_proj_gap: int | None = _flag(None, "GaLore: updates T between two bases.", int, METHOD, least=1)
     galore_scale: float | None = _flag(None, "GaLore: factor α on projected updates.", float, METHOD, above=0)
     proj_type: str | None = _flag(None, "GaLore: side that is projected.", PROJ_TYPES, METHOD, shown="std")
@@ -225,6 +257,7 @@ class RunConfig:
         shown="method",
     )
     eps: float | None = _flag(None, "Adam's ε.", float, METHOD, above=0, shown="method")
+    moment_store: str | None = _flag(None, "How Adam's moments are kept.", MOMENT_STORES, METHOD, shown="method")
 
     layerwise: bool = _flag(
         False,
@@ -428,20 +461,20 @@ class RunConfig:
     def _is_default(self, name: str, value: Any) -> bool:
         """Return whether the method has ``value`` where the flag is left out, as Adam has ``--betas 0.9,0.999``."""
         updater = method(method(self.optim).updater)
-        if name not in updater.options:
+        if name not in updater.options or not OPTIONS[name].fields:
             return False
-        from galore_pretrain.optim import build_rules  # torch: a run has it by now, and a sweep is seldom here
+        from galore_pretrain.optim import rules_by_role  # torch: a run has it by now, and a sweep is seldom here
 
         argument = OPTIONS[name].argument
-        left_out = {OPTIONS[flag].argument: getattr(self, flag) for flag in updater.options}
+        left_out = {OPTIONS[flag].argument: getattr(self, flag) for flag in updater.options if OPTIONS[flag].fields}
         left_out[argument] = None
         said = dict(left_out)
         said[argument] = tuple(value) if isinstance(value, list) else value
         try:
-            rules = build_rules(updater.name, self.numerics, **said)
+            rules = rules_by_role(updater.name, self.numerics, **said)
         except ValueError:  # another version took what no rule takes now
             return False
-        return rules == build_rules(updater.name, self.numerics, **left_out)
+        return rules == rules_by_role(updater.name, self.numerics, **left_out)
 
     def _is_free(self, name: str) -> bool:
         if name == "batch_size" and self.numerics == "reference":

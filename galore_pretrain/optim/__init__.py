@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from galore_pretrain.optim.build import REGISTRY, build_optimizer, build_rules
+    from galore_pretrain.optim.build import REGISTRY, build_optimizer, build_rules, rules_by_role
     from galore_pretrain.optim.checkpointing import saved_state, take_saved_state
     from galore_pretrain.optim.dropin import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
     from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome, Skips
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.methods import (
         BASIS_NAMES,
         METHODS,
+        MOMENT_STORES,
         MOMENTS,
         NUMERICS,
         OPTIONS,
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.update import Step
 
 _NAMES = {  # file: what of it is named here
-    "build": ("REGISTRY", "build_optimizer", "build_rules"),
+    "build": ("REGISTRY", "build_optimizer", "build_rules", "rules_by_role"),
     "checkpointing": ("saved_state", "take_saved_state"),
     "dropin": ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "NaturalGaLoreAdamW"),
     "galore": ("GaLore", "is_projected"),
     "methods": (
         "BASIS_NAMES",
         "METHODS",
+        "MOMENT_STORES",
         "MOMENTS",
         "NUMERICS",
         "OPTIONS",
@@ -58,6 +60,7 @@ __all__ = [
     "BASIS_NAMES",
     "METHODS",
     "MOMENTS",
+    "MOMENT_STORES",
     "NUMERICS",
     "OPTIONS",
     "PROJ_TYPES",
@@ -86,6 +89,7 @@ __all__ = [
     "is_projected",
     "method",
     "resolve_name",
+    "rules_by_role",
     "saved_state",
     "sides",
     "take_saved_state",

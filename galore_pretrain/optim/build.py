@@ -1,15 +1,28 @@
 """From a method of the table to its rules, and to one optimizer for a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from galore_pretrain.optim.compositions import Composition
 from galore_pretrain.optim.galore import is_projected
-from galore_pretrain.optim.methods import METHODS, NUMERICS, OPTIONS, ROWS, method, resolve_name
+from galore_pretrain.optim.methods import (
+    METHODS,
+    MOMENT_STORES,
+    NUMERICS,
+    OPTIONS,
+    ROWS,
+    Companion,
+    Method,
+    method,
+    resolve_name,
+)
+from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import UpdateRule
 
@@ -39,11 +52,17 @@ REGISTRY: dict[str, Composition] = {name: composition_of(name) for name in ROWS}
 """The rule of each shipped method's matrices, by the method's name."""
 
 
-def build_rules(row: str, numerics: str, **options: Any) -> tuple[UpdateRule, UpdateRule]:
-    """Return a method's rule for matrices, and its companion for everything else.
+MATRIX = "matrix"
+"""The role of a weight of attention or MLP."""
+REST = "rest"
+"""The role of whatever has no companion of its own."""
+
+
+def rules_by_role(row: str, numerics: str, **options: Any) -> dict[str, UpdateRule]:
+    """Return a method's rule for each role that it tells apart: ``matrix``, ``rest``, and those of its companions.
 
     ``options`` replace the rules' own values where not None. Raises ValueError for an unknown method or value, and for
-    an option that neither rule has a use for.
+    an option that no rule has a use for.
     """
     if numerics not in NUMERICS:
         raise ValueError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
@@ -54,15 +73,51 @@ def build_rules(row: str, numerics: str, **options: Any) -> tuple[UpdateRule, Up
         way_out = f"give its factors to {entry.factors_updated_by!r}"
         raise ValueError(f"{entry.name} is a way to build a model, not an optimizer: {way_out}")
     values = {name: value for name, value in options.items() if value is not None}
-    matrices = composition_of(entry.name)
-    companion = composition_of(entry.companion or entry.name)
-    matrix_rule, used = _configured(getattr(matrices, numerics), values)
-    companion_rule, used_by_companion = _configured(getattr(companion, numerics), values)
-    unused = values.keys() - used - used_by_companion
+    if "moment_store" in values:
+        entry, values = _with_store(entry, values)
+    homes = {MATRIX: entry.name, REST: entry.companion or entry.name}
+    homes |= {role: companion.home for role, companion in entry.companions.items()}
+    rules: dict[str, UpdateRule] = {}
+    unused = set(values)
+    for role, home in homes.items():
+        composition = composition_of(home)
+        reaching = values
+        if role == MATRIX and entry.matrix_options is not None:
+            arguments = {OPTIONS[flag].argument for flag in entry.matrix_options}
+            reaching = {name: value for name, value in values.items() if name in arguments}
+        rules[role], used = _configured(getattr(composition, numerics), reaching)
+        unused -= used
     if unused:
         option = min(unused)
         raise ValueError(f"{option} {options[option]} has no meaning for optimizer {entry.name}; leave it out")
-    return matrix_rule, companion_rule
+    return rules
+
+
+# A method whose 8-bit form is an entry of its own goes on as that entry: published code computes it differently. Any
+# other one has its moment stores exchanged.
+def _with_store(entry: Method, values: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """Return the entry with moments of the store that the value ``moment_store`` names, and the values left to set."""
+    name = values["moment_store"]
+    if name not in MOMENT_STORES:
+        raise ValueError(f"moment_store {name!r} is unknown; choose from {', '.join(MOMENT_STORES)}")
+    if "moment_store" not in entry.options:
+        raise ValueError(f"moment_store {name} has no meaning for optimizer {entry.name}; leave it out")
+    others = {option: value for option, value in values.items() if option != "moment_store"}
+    is_8bit = name == "8bit"
+    if entry.moments_8bit == is_8bit:
+        return entry, others
+    if entry.other_store is not None:
+        return METHODS[entry.other_store], others
+    return entry, others | {"moment_store": Blockwise8bit()}
+
+
+def build_rules(row: str, numerics: str, **options: Any) -> tuple[UpdateRule, UpdateRule]:
+    """Return a method's rule for matrices, and the one for everything that has no companion of its own.
+
+    ``options`` and errors are those of `rules_by_role`.
+    """
+    rules = rules_by_role(row, numerics, **options)
+    return rules[MATRIX], rules[REST]
 
 
 def build_optimizer(
@@ -73,15 +128,22 @@ def build_optimizer(
     numerics: str = "sound",
     weight_decay: float = 0.0,
     matrix_lr_scale: float = 1.0,
+    rank_by_module: Mapping[str, float] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> RuleOptimizer:
-    """Return one optimizer for all trainable parameters of ``model``, in two groups: its matrices, and the rest.
+    """Return one optimizer for all trainable parameters of ``model``, in groups: its matrices, and the rest.
 
     The matrices are the weights of each ``torch.nn.Linear`` with ``attn`` or ``mlp`` somewhere in its name, the choice
-    of the paper and the published code. A GaLore row projects them; everything else gets the row's companion rule.
-    For another choice, make the groups yourself, as `GaLoreAdamW` takes them. ``matrix_lr_scale`` multiplies the
-    matrices' learning rate. A schedule writes ``group["lr"] = lr * group["lr_scale"]``.
+    of the paper and the published code. A GaLore row projects them; everything else gets the row's companion rule. Some
+    rows have companions for the embedding, for the head (``get_output_embeddings()``, also where it is tied to the
+    embedding) and for vectors: each is a group of its own. For another choice, make the groups yourself, as
+    `GaLoreAdamW` takes them. ``matrix_lr_scale`` multiplies the matrices' learning rate. A schedule writes
+    ``group["lr"] = lr * group["lr_scale"]``.
+
+    ``rank_by_module`` multiplies the rank of some matrices: ``{"down": 2, "q": 0.5}`` that of ``down_proj`` by 2 and of
+    ``q_proj`` by ½. A name is the last part of a module's name, with or without ``_proj``, or a pattern (``*.0.*``) for
+    all of it; the first that fits counts. Matrices of one rank are a group.
 
     ``options`` are the method's own: ``rank``, ``update_proj_gap``, ``scale``, ``proj_type``, ``basis``, ``refresh``
     and ``moments`` of GaLore, ``natural_history`` and ``natural_damping``, ``betas`` and ``eps``, or a field of its
@@ -91,16 +153,22 @@ def build_optimizer(
     name, layerwise = resolve_name(row)
     if layerwise:
         raise ValueError(f"optimizer {row!r} asks for layerwise updates, which are not an optimizer's: name {name!r}")
-    rule, companion = build_rules(name, numerics, **options)
-    matrices, rest = _matrices_and_rest(model)
-    if rule.projects and not matrices:
+    if rank_by_module and "rank_by_module" not in METHODS[name].options:
+        raise ValueError(f"rank_by_module has no meaning for optimizer {name}; leave it out")
+    rules = rules_by_role(name, numerics, **options)
+    by_role = _by_role(model, rules)
+    if rules[MATRIX].projects and not by_role[MATRIX]:
         raise ValueError(
             f"{row} found no matrix to project: no trained torch.nn.Linear of the model has attn or mlp in its name; "
             "put the matrices of your choice into a group with a rank, as GaLoreAdamW takes it"
         )
-    matrix_group: dict[str, Any] = {"params": matrices, "rule": rule, "lr_scale": matrix_lr_scale}
-    rest_group: dict[str, Any] = {"params": rest, "rule": companion, "lr_scale": 1.0}
-    groups = [group for group in (matrix_group, rest_group) if group["params"]]
+    groups = _matrix_groups(by_role.pop(MATRIX), rules[MATRIX], rank_by_module or {})
+    for group in groups:
+        group["lr_scale"] = matrix_lr_scale
+    for role, named in by_role.items():
+        companion = METHODS[name].companions.get(role, Companion(REST))
+        groups.append({"params": named, "rule": rules[role], "lr_scale": companion.lr_scale})
+    groups = [group for group in groups if group["params"]]
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay
@@ -170,19 +238,64 @@ def _with_betas(rule: UpdateRule, betas: Sequence[float]) -> UpdateRule:
     return changed
 
 
-def _matrices_and_rest(model: torch.nn.Module) -> tuple[list[NamedParameter], list[NamedParameter]]:
-    """Return the trained parameters of ``model``: its matrices of attention and MLP, and all others."""
-    matrix_names = {f"{name}.weight" for name, module in model.named_modules() if is_projected(name, module)}
-    matrices: list[NamedParameter] = []
-    rest: list[NamedParameter] = []
+# A tied weight is embedding and head in one, and counts as the head: there a gradient has noise in every row.
+def _by_role(model: torch.nn.Module, rules: Mapping[str, UpdateRule]) -> dict[str, list[NamedParameter]]:
+    """Return the trained parameters of ``model`` by their role, one of those that have ``rules``."""
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    roles: dict[Tensor, str] = {}
+    for name, module in model.named_modules():
+        if is_projected(name, module):
+            roles[module.weight] = MATRIX
+        elif isinstance(module, torch.nn.Embedding):
+            roles[module.weight] = "embedding"
+    if head is not None:
+        roles[head.weight] = "head"
+    by_role: dict[str, list[NamedParameter]] = {role: [] for role in rules}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if name in matrix_names:
-            matrices.append((name, p))
-        else:
-            rest.append((name, p))
-    return matrices, rest
+        role = roles.get(p, REST)
+        if p.ndim < 2:
+            role = "vector"
+        if role not in rules:
+            role = REST
+        if p.requires_grad:
+            by_role[role].append((name, p))
+    return by_role
+
+
+def _matrix_groups(
+    matrices: Sequence[NamedParameter], rule: UpdateRule, rank_by_module: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return a group for the matrices of each rank, in the order in which ranks turn up. ValueError as `_factor`."""
+    by_factor: dict[float, list[NamedParameter]] = {}
+    unused = set(rank_by_module)
+    for name, p in matrices:
+        pattern = _pattern_for(name.removesuffix(".weight"), rank_by_module)
+        unused.discard(pattern)
+        factor = rank_by_module.get(pattern, 1.0)
+        by_factor.setdefault(factor, []).append((name, p))
+    if unused:
+        ends = dict.fromkeys(name.split(".")[-2] for name, _ in matrices)
+        raise ValueError(
+            f"rank_by_module {', '.join(sorted(unused))} fits no matrix of attention or MLP; they are {', '.join(ends)}"
+        )
+    groups: list[dict[str, Any]] = []
+    for factor, named in by_factor.items():
+        of_factor = rule
+        if factor != 1:
+            rank = max(1, round(rule.rank * factor))  # type: ignore[attr-defined]
+            of_factor, _ = _configured(rule, {"rank": rank})
+        groups.append({"params": named, "rule": of_factor})
+    return groups
+
+
+def _pattern_for(module_name: str, patterns: Iterable[str]) -> str:
+    """Return the first of ``patterns`` that fits a module's name, or its last part; "" where none does."""
+    last = module_name.rsplit(".", maxsplit=1)[-1]
+    for pattern in patterns:
+        if pattern in (last, last.removesuffix("_proj")) or fnmatchcase(module_name, pattern):
+            return pattern
+    return ""
 
 
 def rounding_of(numerics: str) -> str:

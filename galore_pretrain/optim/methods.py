@@ -7,7 +7,7 @@ used, so that a wrong name is refused before torch is loaded.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -15,6 +15,9 @@ BASIS_NAMES = ("svd", "randomized")
 REFRESHES = ("together", "staggered")
 MOMENTS = ("keep", "project", "reset")
 NUMERICS = ("sound", "reference")
+MOMENT_STORES = ("dense", "8bit")
+ROLES = ("embedding", "head", "vector")
+"""What a parameter that is no matrix of attention or MLP can be to a model: see `build_optimizer`."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,14 @@ class Option:
     fields: tuple[str, ...] = ()
 
 
-_PROJECTS = "only GaLore methods project"
+_PROJECTS = "only methods that project gradients have one"
 _NATURAL = "only Natural GaLore methods have a history"
 _FROZEN = "only LoRA and ReLoRA methods add to a frozen matrix"
 _MERGES = "only ReLoRA methods merge"
 
 OPTIONS: dict[str, Option] = {
-    "rank": Option("only GaLore methods and low_rank, lora and relora have one", "rank", ("rank",)),
+    "rank": Option("only methods that project gradients, and low_rank, lora and relora have one", "rank", ("rank",)),
+    "rank_by_module": Option("only methods that project gradients have ranks by module", "rank_by_module"),
     "update_proj_gap": Option(_PROJECTS, "update_proj_gap", ("update_proj_gap",)),
     "galore_scale": Option(_PROJECTS, "scale", ("scale",)),
     "proj_type": Option(_PROJECTS, "proj_type", ("proj_type",)),
@@ -50,14 +54,15 @@ OPTIONS: dict[str, Option] = {
     "eps": Option("only methods with an Adam have one", "eps", ("eps",)),
     "relora_every": Option(_MERGES),
     "relora_warmup": Option(_MERGES),
+    "moment_store": Option("only methods with Adam's moments have a choice", "moment_store", ("store",)),
     "betas": Option("only methods with a first moment have them", "betas", ("betas", "momentum", "beta1")),
 }
 """The options of methods by their flags, in the order in which they are checked. A field that is one number takes the
 first of ``betas``: SGD's momentum, Adafactor's first moment."""
 
 # Which options a method has follows from what it is composed of.
-_OF_ADAM = ("betas", "eps")
-_OF_GALORE = ("rank", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
+_OF_ADAM = ("betas", "eps", "moment_store")
+_OF_GALORE = ("rank", "rank_by_module", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
 _OF_NATURAL = ("natural_history", "natural_damping")
 _OF_LORA = ("rank", "lora_alpha", "lora_dropout")
 _OF_RELORA = (*_OF_LORA, "relora_every", "relora_warmup")
@@ -80,6 +85,14 @@ _AT_7B = Recipe(
 )
 
 
+@dataclass(frozen=True)
+class Companion:
+    """Names what updates the parameters of one role, by ``module:attribute``, and by which factor on the rate."""
+
+    home: str
+    lr_scale: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Describes a method: where its rules are, and what the program has to know of it without loading them."""
@@ -92,6 +105,10 @@ class Method:
     companion: str | None = None
     """What updates all that is no matrix of attention or MLP (embeddings, head, norms): another method's name, or a
     ``module:attribute``. None: the method's own rule."""
+    companions: Mapping[str, Companion] = field(default_factory=dict)
+    """What updates the parameters of one of the `ROLES` instead of ``companion``."""
+    matrix_options: tuple[str, ...] | None = None
+    """Those of ``options`` that reach the rule of the matrices; the companions' rules take all. None: all."""
     factors_updated_by: str | None = None
     """Instead of a home: the model's matrices are trained through two thin factors, which the named method updates."""
     aliases: tuple[str, ...] = ()
@@ -100,6 +117,8 @@ class Method:
     projects: bool = False
     """Whether the gradients of matrices are kept in a low-rank subspace until the update."""
     moments_8bit: bool = False
+    other_store: str | None = None
+    """The name of the same method with moments of the other store, where it is an entry of its own."""
     colour: str | None = None
     """Its colour in pictures. The 8-bit form of a method has the method's, in broken strokes."""
     recipes: tuple[Recipe, ...] = ()
@@ -134,6 +153,7 @@ _ENTRIES = (
         aliases=("adamw_torch", "adamw_torch_fused"),
         options=_OF_ADAM,
         colour="#000000",
+        other_store="adamw8bit",
         recipes=(Recipe({"lr": 0.001}, f"chosen here: {_GRID}"),),
     ),
     Method(
@@ -144,6 +164,7 @@ _ENTRIES = (
         options=_OF_ADAM,
         moments_8bit=True,
         colour="#000000",
+        other_store="adamw",
         recipes=(Recipe({"lr": 0.001}, f"chosen here: as for adamw, {_GRID}"),),
     ),
     Method(
@@ -163,6 +184,7 @@ _ENTRIES = (
         options=(*_OF_GALORE, *_OF_ADAM),
         projects=True,
         colour="#0072B2",
+        other_store="galore_adamw8bit",
         recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "GaLore scripts/benchmark_c4"), _AT_7B),
     ),
     Method(
@@ -175,6 +197,7 @@ _ENTRIES = (
         projects=True,
         moments_8bit=True,
         colour="#0072B2",
+        other_store="galore_adamw",
         recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "GaLore scripts/benchmark_c4"), _AT_7B),
     ),
     Method(
@@ -198,6 +221,7 @@ _ENTRIES = (
         options=(*_OF_GALORE, *_OF_NATURAL, *_OF_ADAM),
         projects=True,
         colour="#CC79A7",
+        other_store="natural_galore8bit",
         recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "chosen here, untuned; as for galore_adamw"), _AT_7B),
     ),
     Method(
@@ -210,6 +234,7 @@ _ENTRIES = (
         projects=True,
         moments_8bit=True,
         colour="#CC79A7",
+        other_store="natural_galore",
         recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "chosen here, untuned; as for galore_adamw"), _AT_7B),
     ),
     Method(

@@ -100,8 +100,10 @@ def memory_advice(config: RunConfig, most: int = 9) -> str:
         ways.append(f"--total-batch-size {rows} (one micro-batch an update keeps no sums)")
     if config.rank:
         ways.append("a smaller --rank")
-    if not method(config.optim).moments_8bit:
-        ways.append("an --optim with 8-bit moments")
+    entry = method(config.optim)
+    keeps_8bit = config.moment_store == "8bit" or (entry.moments_8bit and config.moment_store is None)
+    if "moment_store" in entry.options and not keeps_8bit:
+        ways.append("--moment-store 8bit")
     ways += ["a smaller --max-length", "a larger --memory-budget"]
     return ", ".join(ways[:most])
 
