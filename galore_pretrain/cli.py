@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
 from galore_pretrain.config.options import Processes, RunConfig, texts_of
-from galore_pretrain.config.resolve import left_out
+from galore_pretrain.config.resolve import left_out, load_named
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError
-from galore_pretrain.study.sweep import KINDS, Sweep, entries, own_length
+from galore_pretrain.study.sweep import KINDS, Sweep, entries, load_line, own_length
 from galore_pretrain.text.hub import check_hub, hub_text
 from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import find_tokenizer
@@ -137,6 +137,8 @@ def plan(
         )
     if compare:
         rows = list(dict.fromkeys(row.strip() for row in compare.split(",")))
+        for row in rows:
+            load_named(row)
         flags_of_rows = [values | {"optim": row} | left_out(row) for row in rows]
     else:
         rows, flags_of_rows = [values["optim"]], [values]
@@ -245,7 +247,10 @@ def sweep(
         given |= own_length(kind, model)
     if kind == "lr" and "lr" in given:
         raise InputError(f"--lr {given['lr']:g}: sweep lr has a grid of its own; leave it out")
-    lines = entries(kind, model, given.pop("optim", None))
+    optim = given.pop("optim", None)
+    lines = entries(kind, model, optim)
+    for line in lines:
+        load_line(line, optim, allow_code=given.get("allow_code", False))
     first = given.pop("seed", 0)
     try:
         factors = [float(factor) for factor in (tune_matrices or "").split(",") if factor]

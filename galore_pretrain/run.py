@@ -167,6 +167,8 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         world.on_every_rank(lambda: restore(saved, model, optimizer, state, data), lambda done: "")
     # Only now: what the folder holds may be of another method, and is refused then.
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, "processes": world.size}
+    if inputs.method is not None:
+        environment["method_sha256"] = inputs.method
     text = {"text": prepared.shares.as_json()}
     directory.write_config(config, prepared.origins, text | environment | describe_environment(device))
 

@@ -20,6 +20,7 @@ from galore_pretrain.config.options import (
     parse_factors,
     parse_place,
     parse_rate,
+    parse_setting,
     parse_share,
     parse_tokens,
 )
@@ -52,6 +53,7 @@ _METAVARS: dict[Any, str] = {
     parse_bytes: "size",
     parse_factors: "factors",
     parse_place: "text",
+    parse_setting: "setting",
     parse_share: "share",
 }
 
@@ -184,7 +186,7 @@ def _values_of_a_run(config: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
         if not isinstance(entry, dict):
             # Its user wrote a plain value in place of the entry.
             entry = {"value": value_or_entry, "origin": "flag"}
-        if entry.get("value") is None or name in ("output", "resume"):
+        if entry.get("value") is None or name in ("output", "resume", "allow_code"):
             continue
         values[name] = entry["value"]
         origin = str(entry.get("origin", "flag"))

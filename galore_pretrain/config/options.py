@@ -7,6 +7,7 @@ model and optimizer says and checks what depends on two fields.
 import difflib
 import os
 import re
+from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
@@ -127,6 +128,36 @@ def parse_factors(text: str) -> str:
     return text
 
 
+def parse_setting(text: str) -> str:
+    """Return ``key=value`` as it is, if it is one; ValueError if not."""
+    setting_of(text)
+    return text
+
+
+def setting_of(text: str) -> tuple[str, Any]:
+    """Return ("beta", 0.9) of ``beta=0.9``. The value is what Python reads it as, or else a string."""
+    key, equals, value = text.partition("=")
+    key = key.strip().replace("-", "_")
+    if not equals or not key.isidentifier():
+        raise ValueError(f"{text!r} is not a setting; write beta=0.9")
+    try:
+        return key, literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        return key, value.strip()
+
+
+def optim_settings(given: str | Sequence[str] | None) -> dict[str, Any]:
+    """Return what ``--optim-option`` sets, given never, once or several times. InputError where a key comes twice."""
+    texts = (given,) if isinstance(given, str) else tuple(given or ())
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, value = setting_of(text)
+        if key in settings:
+            raise InputError(f"--optim-option {text}: {key} is given twice")
+        settings[key] = value
+    return settings
+
+
 def factors_by_module(text: str) -> dict[str, float]:
     """Return {"down": 2.0, "q": 0.5} of ``down=2x,q=0.5x``, in its order."""
     factors: dict[str, float] = {}
@@ -223,7 +254,13 @@ class RunConfig:
     """
 
     model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", parse_place, METHOD, shown="required")
-    optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}.", str, METHOD)
+    optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}, or FILE.py:NAME.", parse_place, METHOD)
+    optim_option: str | tuple[str, ...] | None = _flag(
+        None, "An option of the optimizer, KEY=VALUE; repeatable.", parse_setting, METHOD, shown="none", repeated=True
+    )
+    allow_code: bool = _flag(
+        False, "Execute a FILE.py:NAME that a file, not this command line, names.", bool, METHOD, free=True
+    )
     rank: int | None = _flag(None, "Rank r: of GaLore's subspace, or of the factors.", int, METHOD, least=1)
     rank_by_module: str | None = _flag(
         None, "Factors on the rank of modules: down=2x,q=0.5x.", parse_factors, METHOD, shown="off"

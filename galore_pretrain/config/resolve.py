@@ -26,7 +26,7 @@ from galore_pretrain.config.options import (
 )
 from galore_pretrain.config.recipes import printed_tokens, recipe
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim import OPTIONS, method, resolve_name
+from galore_pretrain.optim import OPTIONS, is_own, method, resolve_name
 
 CHOSEN = "chosen"
 """The origin of a value that the memory budget was free to choose, as ``config.json`` tells it."""
@@ -60,6 +60,8 @@ def resolve(
 
     asked = {name for name in EXECUTION if given.get(name) is not None}
     asked |= _resolve_alias(values, origins, asked)
+    if is_own(values["optim"]):
+        _load_own(values["optim"], values["allow_code"], sources)
     meaningless = without_meaning(values["optim"])
     _check_meaning(values, meaningless)
     if values["max_tokens"] == RECIPE:
@@ -213,6 +215,34 @@ def _resolve_alias(values: dict[str, Any], origins: dict[str, str], asked: set[s
         origins["layerwise"] = "reduce projected"
         return {"layerwise"}
     return set()
+
+
+# To load a method is to execute its file. A config, a sweep's file or a leaderboard's entry can come from anybody, so
+# what they name is executed only where the one who types the command says so.
+def _load_own(optim: str, allow_code: bool, sources: Mapping[str, str]) -> None:
+    """Load a method from outside the package, if this command line names it or allows it; InputError if not."""
+    place = sources.get("allow_code", "flag")
+    if allow_code and place != "flag":
+        raise InputError(f"{place} sets allow_code, which only a command line can: leave it out there")
+    place = sources.get("optim", "flag")
+    if place != "flag" and not allow_code:
+        raise InputError(
+            f"--optim {optim} stands in {place}, and a file is executed only where this command line names it: "
+            f"add --optim {optim}, or --allow-code"
+        )
+    load_named(optim)
+
+
+def load_named(optim: str) -> None:
+    """Load a method from outside the package that the command line names; do nothing for a method of the table."""
+    if not is_own(optim):
+        return
+    from galore_pretrain.optim import load_method  # torch
+
+    try:
+        load_method(optim)
+    except ValueError as error:
+        raise InputError(f"--optim {error}") from error
 
 
 def _resolved_name(name: str) -> tuple[str, bool]:

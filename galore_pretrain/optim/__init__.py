@@ -24,10 +24,12 @@ if TYPE_CHECKING:
         OPTIONS,
         PROJ_TYPES,
         REFRESHES,
+        is_own,
         method,
         resolve_name,
     )
     from galore_pretrain.optim.optimizer import Observer, RuleOptimizer
+    from galore_pretrain.optim.own import load_method
     from galore_pretrain.optim.projector import sides
     from galore_pretrain.optim.rule import Direction, Layout, Scope, UpdateRule, describe
     from galore_pretrain.optim.update import Step
@@ -46,11 +48,13 @@ _NAMES = {  # file: what of it is named here
         "OPTIONS",
         "PROJ_TYPES",
         "REFRESHES",
+        "is_own",
         "method",
         "resolve_name",
     ),
     "execution": ("Execution", "GlobalStep", "Layerwise", "Outcome", "Skips"),
     "optimizer": ("Observer", "RuleOptimizer"),
+    "own": ("load_method",),
     "projector": ("sides",),
     "rule": ("Direction", "Layout", "Scope", "UpdateRule", "describe"),
     "update": ("Step",),
@@ -86,7 +90,9 @@ __all__ = [
     "build_optimizer",
     "build_rules",
     "describe",
+    "is_own",
     "is_projected",
+    "load_method",
     "method",
     "resolve_name",
     "rules_by_role",

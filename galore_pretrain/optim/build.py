@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from fnmatch import fnmatchcase
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from galore_pretrain.optim.methods import (
 )
 from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.optimizer import RuleOptimizer
-from galore_pretrain.optim.rule import UpdateRule
+from galore_pretrain.optim.own import composition_at
+from galore_pretrain.optim.rule import UpdateRule, option_names
 
 NamedParameter = tuple[str, torch.nn.Parameter]
 
@@ -38,14 +38,7 @@ def composition_of(name: str) -> Composition:
     if name in METHODS:
         home = METHODS[name].home
     assert home is not None, f"{name} has no rule of its own"
-    module_name, _, attribute = home.partition(":")
-    value = getattr(import_module(module_name), attribute)
-    if isinstance(value, Composition):
-        return value
-    if isinstance(value, type):
-        value = value()
-    rule: UpdateRule = value
-    return Composition(rule, rule)
+    return composition_at(home, name)
 
 
 REGISTRY: dict[str, Composition] = {name: composition_of(name) for name in ROWS}
@@ -89,7 +82,10 @@ def rules_by_role(row: str, numerics: str, **options: Any) -> dict[str, UpdateRu
         unused -= used
     if unused:
         option = min(unused)
-        raise ValueError(f"{option} {options[option]} has no meaning for optimizer {entry.name}; leave it out")
+        if option in {known.argument for known in OPTIONS.values()}:
+            raise ValueError(f"{option} {options[option]} has no meaning for optimizer {entry.name}; leave it out")
+        names = dict.fromkeys(name for rule in rules.values() for name in option_names(rule))
+        raise ValueError(f"optimizer {entry.name} has no option {option}; it has {', '.join(names)}")
     return rules
 
 
@@ -103,8 +99,7 @@ def _with_store(entry: Method, values: Mapping[str, Any]) -> tuple[Method, dict[
     if "moment_store" not in entry.options:
         raise ValueError(f"moment_store {name} has no meaning for optimizer {entry.name}; leave it out")
     others = {option: value for option, value in values.items() if option != "moment_store"}
-    is_8bit = name == "8bit"
-    if entry.moments_8bit == is_8bit:
+    if entry.keeps_8bit(name) == entry.moments_8bit:
         return entry, others
     if entry.other_store is not None:
         return METHODS[entry.other_store], others
@@ -318,6 +313,9 @@ def _configured(part: Any, values: Mapping[str, Any]) -> tuple[Any, set[str]]:
     """
     if not is_dataclass(type(part)):
         raise TypeError(f"{type(part).__name__} must be a dataclass: write @dataclass(frozen=True) above the class")
+    if hasattr(part, "configured"):  # its options are no fields
+        configured: tuple[Any, set[str]] = part.configured(values)
+        return configured
     changes: dict[str, Any] = {}
     used: set[str] = set()
     for field in fields(part):
@@ -327,6 +325,8 @@ def _configured(part: Any, values: Mapping[str, Any]) -> tuple[Any, set[str]]:
             option = _OPTION_OF_FIELD.get(field.name, field.name)
         if option in values:
             value = values[option]
+            if isinstance(current, (int, float)) and isinstance(value, str):
+                raise ValueError(f"{option} {value!r} must be a number, such as {current}")
             is_one_of_two = option == "betas" and field.name != "betas"  # SGD's momentum, Adafactor's beta1
             changes[field.name] = value[0] if is_one_of_two else value
             used.add(option)

@@ -121,8 +121,16 @@ class Method:
     """The name of the same method with moments of the other store, where it is an entry of its own."""
     colour: str | None = None
     """Its colour in pictures. The 8-bit form of a method has the method's, in broken strokes."""
+    digest: str | None = None
+    """Of a method from outside the package: the SHA-256 of its file."""
     recipes: tuple[Recipe, ...] = ()
     """Where two have a value for the same flag, the later one holds. What no recipe has, the user has to give."""
+
+    def keeps_8bit(self, moment_store: str | None = None) -> bool:
+        """Return whether moments have 8 bits: as ``moment_store`` says, or without it as the method has them."""
+        if moment_store is None:
+            return self.moments_8bit
+        return {"dense": False, "8bit": True}[moment_store]
 
     @property
     def updater(self) -> str:
@@ -301,17 +309,30 @@ _LAYERWISE = ("_layerwise", "_layer_wise", "_per_layer")
 
 
 def method(name: str) -> Method:
-    """Return the method that ``name``, or an alias, stands for; ValueError as from `resolve_name` if there is none."""
+    """Return the method that ``name``, or an alias, stands for; ValueError as from `resolve_name` if there is none.
+
+    Of a method from outside the package that was not loaded (`load_method`), nothing but the name is known.
+    """
     row, _ = resolve_name(name)
+    if row not in METHODS:
+        return Method(name=row, description="a method from outside the package", home=row)
     return METHODS[row]
+
+
+def is_own(name: str) -> bool:
+    """Return whether ``name`` is ``FILE.py:NAME`` or ``package.module:NAME``: of a method from outside the package."""
+    return ":" in name
 
 
 def resolve_name(name: str) -> tuple[str, bool]:
     """Return a method's name, and whether ``name`` also asks for layerwise updates.
 
     ``galore_adamw_8bit_per_layer`` is galore_adamw8bit, layerwise. Case, dashes and the underscore before ``8bit`` do
-    not matter. Raises ValueError, which lists near names, for a name that is none of `METHODS`.
+    not matter. A name with a colon is of a method from outside the package, and is returned as it is. Raises
+    ValueError, which lists near names, for any other that is none of `METHODS`.
     """
+    if is_own(name):
+        return name, False
     aliases: dict[str, str] = {}
     for entry in METHODS.values():
         for alias in entry.aliases:
@@ -329,5 +350,6 @@ def resolve_name(name: str) -> tuple[str, bool]:
         hint = "choose from "
         if near:
             hint = f"did you mean {' or '.join(near)}? All methods: "
-        raise ValueError(f"{name} is unknown; {hint}{', '.join(METHODS)}")
+        shipped = (row for row in METHODS if not is_own(row))
+        raise ValueError(f"{name} is unknown; {hint}{', '.join(shipped)}, or FILE.py:NAME")
     return row, layerwise

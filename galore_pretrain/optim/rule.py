@@ -7,10 +7,10 @@ projection. The optimizer never asks which class a rule is: it calls the methods
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from types import MappingProxyType
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -357,11 +357,28 @@ def _layout_of_vector(shard: Shard, dim: int) -> Shard | None:
 
 def describe(part: object) -> str:
     """Return how a rule is composed, as text: ``GaLore(Adam(Dense))``."""
-    name = type(part).__name__
+    name = getattr(part, "label", type(part).__name__)
     inner_parts = [describe(inner) for inner in vars(part).values() if is_dataclass(inner)]
     if not inner_parts:
         return name
     return f"{name}({', '.join(inner_parts)})"
+
+
+def option_names(part: Any) -> list[str]:
+    """Return the names of what can be set of a rule: its fields, and those of the rules and stores inside of it.
+
+    A part whose options are no fields returns them by a method of this name.
+    """
+    if hasattr(part, "option_names"):
+        own: list[str] = part.option_names()
+        return own
+    names: list[str] = []
+    for field in fields(part):
+        names.append(field.name)
+        value = getattr(part, field.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            names += option_names(value)
+    return list(dict.fromkeys(names))
 
 
 # An elementwise rule can take the flattened gradient (m · n) a chunk at a time. Each chunk's direction is written where

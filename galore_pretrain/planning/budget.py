@@ -101,8 +101,7 @@ def memory_advice(config: RunConfig, most: int = 9) -> str:
     if config.rank:
         ways.append("a smaller --rank")
     entry = method(config.optim)
-    keeps_8bit = config.moment_store == "8bit" or (entry.moments_8bit and config.moment_store is None)
-    if "moment_store" in entry.options and not keeps_8bit:
+    if "moment_store" in entry.options and not entry.keeps_8bit(config.moment_store):
         ways.append("--moment-store 8bit")
     ways += ["a smaller --max-length", "a larger --memory-budget"]
     return ", ".join(ways[:most])

@@ -19,8 +19,9 @@ from typing import Any
 
 from galore_pretrain.config.flags import RunCommand, flags, resolved
 from galore_pretrain.config.options import FLAGS, find_model
-from galore_pretrain.config.resolve import AS_BEFORE, CHOSEN, without_meaning
+from galore_pretrain.config.resolve import AS_BEFORE, CHOSEN, load_named, without_meaning
 from galore_pretrain.errors import InputError
+from galore_pretrain.optim import is_own
 from galore_pretrain.signals import on_stop
 from galore_pretrain.study.paper import printed
 from galore_pretrain.study.results import FROZEN, FROZEN_FLAGS
@@ -154,6 +155,20 @@ def _figure3(model: str) -> list[Entry]:
         for rank in (width // 4, width // 2):
             lines.append(Entry(f"{projected} r{rank}", {"optim": projected, "rank": rank, **more}))
     return lines
+
+
+def load_line(line: Entry, optim: str | None, *, allow_code: bool) -> None:
+    """Load a line's method, if it is from outside the package; InputError where the command line does not name it.
+
+    ``optim`` is what the command line names.
+    """
+    name = line.flags["optim"]
+    if name != optim and not allow_code and is_own(name):
+        raise InputError(
+            f"--optim {name} stands in the sweep's file, and a file is executed only where the command line says so: "
+            "add --allow-code"
+        )
+    load_named(name)
 
 
 def own_length(kind: str, model: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from galore_pretrain.config.options import RunConfig, factors_by_module
+from galore_pretrain.config.options import RunConfig, factors_by_module, optim_settings
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.head import loss_methods
 from galore_pretrain.model.llama import build_model
@@ -132,6 +132,11 @@ def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -
     # A method that factors the matrices, such as LoRA, leaves the factors to another method.
     updater = method(method(config.optim).updater)
     method_options = {OPTIONS[flag].argument: getattr(config, flag) for flag in updater.options}
+    settings = optim_settings(config.optim_option)
+    for flag in updater.options:
+        if OPTIONS[flag].argument in settings:
+            raise InputError(f"--optim-option {OPTIONS[flag].argument}: it has a flag, --{flag.replace('_', '-')}")
+    method_options |= settings
     if config.rank_by_module:
         method_options["rank_by_module"] = factors_by_module(config.rank_by_module)
     try:

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from galore_pretrain.config.options import RunConfig, texts_of
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.optim import method
 from galore_pretrain.text.batches import TokenRows, shard_order, validation_rows
 from galore_pretrain.text.sources import DocumentSource, HubDataset, first_documents, open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
@@ -23,13 +24,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Holds the model's architecture, both splits of the text, and how they become rows of tokens."""
+    """Holds the model's architecture, both splits of the text, and how they become rows of tokens.
+
+    ``method`` is the digest of the file of a method from outside the package; None of any other method.
+    """
 
     model: LlamaConfig
     training: DocumentSource
     validation: DocumentSource
     tokenizer: Tokenizer
     rows: TokenRows
+    method: str | None = None
 
     @property
     def revision(self) -> str | None:
@@ -59,12 +64,15 @@ class Inputs:
         tokenizer = self.tokenizer.fingerprint
         if format_number is not None and format_number <= 2:
             tokenizer = self.tokenizer.vocabulary_fingerprint
-        return {
+        fingerprints = {
             "model": json.dumps(self.model.to_diff_dict(), sort_keys=True),
             "training text": self.training.fingerprint,
             "validation text": self.validation.fingerprint,
             "tokenizer": tokenizer,
         }
+        if self.method is not None:
+            fingerprints["method"] = self.method
+        return fingerprints
 
 
 def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
@@ -81,7 +89,7 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     rows = TokenRows(tokenizer, config.layout, config.max_length)
     # Reading one row fails now, not hours later at the first evaluation, where there is no validation text.
     validation_rows(validation, rows, tokens=1)
-    return Inputs(architecture, training, validation, tokenizer, rows)
+    return Inputs(architecture, training, validation, tokenizer, rows, method(config.optim).digest)
 
 
 # A run that goes on is not refused: its weights have seen the text, and an older version may have begun it.
