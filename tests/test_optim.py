@@ -22,8 +22,10 @@ from galore_pretrain.optim.build import build_rules
 from galore_pretrain.optim.methods import PROJ_TYPES, ROWS, resolve_name
 from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.projector import BASES, project, random_basis, sides
+from galore_pretrain.optim.rule import Direction
 from galore_pretrain.optim.sgd import SGD
 from galore_pretrain.optim.update import Step
+from galore_pretrain.optim.weights import DenseWeights
 from galore_pretrain.tensors import products
 from galore_pretrain.tensors.rounding import PERIOD, RandomBits, round_stochastic
 from prescribed import gradients, parameters, train
@@ -615,3 +617,12 @@ def test_whole_bf16_tensors_are_rounded_as_fp32_copies_of_them(row: str) -> None
         assert torch.equal(now["exp_avg_sq"], v.bfloat16())
         if not isinstance(rule, GaLore):
             assert torch.equal(p, weight.bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5)])
+def test_a_process_without_a_part_of_a_weight_subtracts_nothing(shape: tuple[int, int]) -> None:
+    """Neither scaled rows nor a sum of terms."""
+    weight = torch.empty(shape)
+    term = Direction(torch.empty(shape), row=torch.ones(shape[0]))
+    for direction in (term, term + term):
+        DenseWeights().subtract(weight, direction, decay=0.1, decay_first=True, step=Step(1, lr=0.1))

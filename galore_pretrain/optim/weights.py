@@ -57,6 +57,8 @@ class DenseWeights:
 
     def subtract(self, weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
         """Update ``weight`` in place; a bf16 one is rounded as ``step`` says."""
+        if not weight.numel():  # this process has no part of it, and rows of no length cannot be counted
+            return
         if direction.rest is not None:
             _subtract_sum(weight, direction, decay, decay_first, step)
             return
