@@ -1,0 +1,316 @@
+"""Methods from outside the package through the command line: what may be executed, what is refused, and runs of them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from galore_pretrain.cli import cli
+from galore_pretrain.errors import InputError
+from galore_pretrain.optim import METHODS, build_optimizer, load_method, method
+from galore_pretrain.optim.build import rules_by_role
+from galore_pretrain.optim.methods import Companion
+
+FILE = '''
+"""Methods of one's own."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from galore_pretrain.optim import Direction, GaLore, UpdateRule
+from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.compositions import Composition
+from galore_pretrain.optim.methods import Companion, Method, Recipe
+
+with Path("executed").open("a") as note:
+    note.write("once ")
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                p.add_((mean * first + p.grad * (1 - first)).sign(), alpha=-group["lr"])
+                mean.lerp_(p.grad, 1 - second)
+
+
+@dataclass(frozen=True)
+class SignSGD(UpdateRule):
+    sharpness: float = 1.0
+
+    def init(self, like, shard=None):
+        return {}
+
+    def update(self, grad, state, step):
+        return Direction(torch.tanh(self.sharpness * 1e4 * grad))
+
+
+@dataclass(frozen=True)
+class Residual(GaLore):
+    """Fira's idea, in a few lines: what is outside of the subspace is added as it is."""
+
+    share: float = 0.1
+
+    @property
+    def projects(self):
+        return False
+
+    def compress(self, grad, state, step):
+        return grad
+
+    def update(self, grad, state, step):
+        low = super().compress(grad, state, step)
+        left, right = self.bases(state)
+        back = left @ low if right is None else low @ right
+        rest = (grad - back).sign() * self.share
+        return super().update(low, state, step) + Direction(rest)
+
+
+residual = Method(
+    name="residual", description="GaLore and the sign of the rest", home=":inside", companion="adamw",
+    companions={"head": Companion(":SignSGD", lr_scale=0.1)}, options=("rank", "update_proj_gap", "betas"),
+    recipes=(Recipe({"lr": 0.003}, "made up"),),
+)
+inside = Composition(Residual(Adam()), Residual(Adam()))
+
+
+@dataclass(frozen=True)
+class Raises(UpdateRule):
+    def init(self, like, shard=None):
+        return {}
+
+    def update(self, grad, state, step):
+        raise ArithmeticError("it does not add up")
+
+
+@dataclass(frozen=True)
+class Square(SignSGD):
+    def init(self, like, shard=None):
+        if like.ndim != 2:
+            raise ValueError("matrices only")
+        return {}
+
+
+class Loose(UpdateRule):
+    def init(self, like, shard=None):
+        return {}
+
+    def update(self, grad, state, step):
+        return Direction(grad)
+
+
+number = 3
+'''
+SMALL = {
+    "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 64, "hidden_act": "silu", "model_type": "llama",
+}  # fmt: skip
+FLAGS = [
+    "--model=small.json",
+    "--data=sample",
+    "--dtype=float32",
+    "--total-batch-size=4",
+    "--max-length=32",
+    "--eval-tokens=500",
+    "--save-every=4",
+    "--wandb=disabled",
+]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with a file of methods and a small model. What is loaded from it is forgotten afterwards."""
+    (tmp_path / "mine.py").write_text(FILE)
+    (tmp_path / "small.json").write_text(json.dumps(SMALL))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    """Let the files be executed anew, as in another process."""
+    from galore_pretrain.optim import own
+
+    own._modules.clear()
+    for name in [name for name in METHODS if ":" in name]:
+        del METHODS[name]
+
+
+def invoke(*words: str) -> Result:
+    return CliRunner().invoke(cli, list(words), catch_exceptions=True)
+
+
+def error_of(*words: str) -> str:
+    """What a command that is refused says."""
+    result = invoke(*words)
+    assert isinstance(result.exception, InputError), result.output
+    return str(result.exception)
+
+
+def ran(*words: str) -> None:
+    result = invoke(*words)
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+def executed() -> int:
+    """How often the file was executed."""
+    file = Path("executed")
+    return len(file.read_text().split()) if file.exists() else 0
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "mine.py:number",
+            "--optim mine.py:number: int is no method: name an UpdateRule, a Composition, a torch.optim",
+        ),
+        ("mine.py:nothing", "--optim mine.py has no 'nothing'; it has "),
+        ("none.py:Lion", "--optim none.py cannot be loaded: FileNotFoundError: no such file; write FILE.py:NAME"),
+        ("raises.py:Lion", "--optim raises.py cannot be loaded: RuntimeError: no luck (raises.py, line 2)"),
+        ("torch.optim:LBFGS", "--optim torch.optim:LBFGS: LBFGS evaluates the loss itself (closure)"),
+        ("no_such_package.optim:Lion", "--optim no_such_package.optim cannot be loaded: ModuleNotFoundError"),
+        (
+            "mine.py:Raises",
+            "--optim mine.py:Raises cannot update a 6 × 8 matrix: ArithmeticError: it does not add up (mi",
+        ),
+        ("mine.py:Loose", "--optim mine.py:Loose: Loose must be a dataclass: write @dataclass(frozen=True) above"),
+    ],
+)
+def test_what_is_no_method_is_refused_with_the_reason(name: str, words: str) -> None:
+    Path("raises.py").write_text("\nraise RuntimeError('no luck')")
+    assert error_of(*FLAGS, "--optim", name, "--lr", "0.01", "--steps", "2").startswith(words)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_rate_is_asked_for_and_options_are_checked() -> None:
+    lion = [*FLAGS, "--optim", "mine.py:Lion", "--steps", "2"]
+    assert error_of(*lion) == "--lr is missing: --optim mine.py:Lion has no recipe for it; give one, such as 0.001"
+    sign = [*FLAGS, "--optim", "mine.py:SignSGD", "--steps", "2", "--lr", "0.01"]
+    assert "optimizer mine.py:SignSGD has no option sharp; it has sharpness" in error_of(
+        *sign, "--optim-option", "sharp=2"
+    )
+    assert "sharpness 'much' must be a number" in error_of(*sign, "--optim-option", "sharpness=much")
+    assert "sharpness is given twice" in error_of(*sign, *["--optim-option", "sharpness=1"] * 2)
+    assert "it has a flag, --betas" in error_of(*lion, "--lr", "0.01", "--optim-option", "betas=(0.5,0.6)")
+    assert "--rank 4 has no meaning for --optim mine.py:SignSGD" in error_of(*sign, "--rank", "4")
+    assert "lr is not an option here: use --lr" in error_of(
+        *FLAGS, "--optim", "torch.optim:SGD", "--steps", "2", "--lr", "0.01", "--optim-option", "lr=1"
+    ) or "has no option lr" in error_of(
+        *FLAGS, "--optim", "torch.optim:SGD", "--steps", "2", "--lr", "0.01", "--optim-option", "lr=1"
+    )
+    misspelt = invoke(*sign, "--optim-option", "sharpness")
+    assert "'sharpness' is not a setting; write beta=0.9" in misspelt.output
+
+
+@pytest.mark.usefixtures("home")
+def test_only_what_a_command_line_names_is_executed() -> None:
+    """Not what a config, a sweep's file or a resumed run's config names, unless the command line allows it."""
+    Path("run.json").write_text(
+        json.dumps({"model": "small.json", "data": "sample", "optim": "mine.py:Lion", "lr": 0.01})
+    )
+    refusal = "--optim mine.py:Lion stands in run.json, and a file is executed only where this command line names it: "
+    assert error_of("--config", "run.json", "--steps", "2") == refusal + "add --optim mine.py:Lion, or --allow-code"
+    Path("sweep.json").write_text(json.dumps({"runs": {"lion": {"optim": "mine.py:Lion", "lr": 0.01}}}))
+    sweep = ["sweep", "sweep.json", *FLAGS, "--steps=2", "--plan-only"]
+    assert "--optim mine.py:Lion stands in the sweep's file" in error_of(*sweep)
+    Path("sly.json").write_text(Path("run.json").read_text().replace("}", ', "allow_code": true}'))
+    assert "sly.json sets allow_code, which only a command line can" in error_of("--config", "sly.json", "--steps", "2")
+    assert executed() == 0
+    ran("plan", "--config", "run.json", "--steps", "2", "--allow-code", "--wandb=disabled")
+    assert executed() == 1
+    forget()
+    ran(*sweep, "--allow-code")
+    assert executed() == 2
+
+
+@pytest.mark.usefixtures("home")
+def test_a_run_of_ones_own_class_goes_on_and_what_reads_it_executes_nothing() -> None:
+    words = [*FLAGS, "--optim", "mine.py:Lion", "--lr", "0.003", "--output", "run"]
+    ran(*words, "--steps", "8")
+    saved = json.loads(Path("run/config.json").read_text())
+    assert len(saved["method_sha256"]) == 64
+    assert saved["config"]["optim"]["value"] == "mine.py:Lion"
+    forget()
+    ran(*words, "--steps", "8", "--output", "other")
+    losses = [json.loads(line).get("eval_loss") for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    again = [json.loads(line).get("eval_loss") for line in Path("other/metrics.jsonl").read_text().splitlines()]
+    assert losses == again
+    forget()
+    count = executed()
+    for command in (
+        ["eval", "run"],
+        ["generate", "run", "--prompt", "a", "--max-new-tokens", "2"],
+        ["export", "run", "--output", "exported"],
+        ["report", "run"],
+    ):
+        ran(*command)
+    assert executed() == count
+    forget()
+    with Path("mine.py").open("a") as file:
+        file.write("\n# another file now\n")
+    later = [*words, "--steps", "8", "--resume", "run/checkpoints/step_00000004", "--output", "third"]
+    assert "was made with another method than there is now" in error_of(*later)
+    forget()
+    ran(*later, "--resume-with-changes")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_method_says_its_companions_recipe_and_options(build_tiny: Any) -> None:
+    entry = load_method("mine.py:residual")
+    assert method("mine.py:residual") is entry
+    assert (entry.home, entry.companion) == ("mine.py:inside", "adamw")
+    assert entry.companions == {"head": Companion("mine.py:SignSGD", lr_scale=0.1)}
+    ran(
+        *FLAGS,
+        "--optim",
+        "mine.py:residual",
+        "--rank",
+        "4",
+        "--update-proj-gap",
+        "3",
+        "--steps",
+        "6",
+        "--output",
+        "run",
+    )
+    rules = rules_by_role("mine.py:residual", "sound", rank=4, share=0.5)
+    assert (rules["matrix"].rank, rules["matrix"].share) == (4, 0.5)  # type: ignore[attr-defined]
+    config = json.loads(Path("run/config.json").read_text())["config"]
+    assert config["lr"] == {"value": 0.003, "origin": "recipe: made up"}
+    optimizer = build_optimizer(build_tiny(), "mine.py:residual", lr=0.01, rank=4)
+    kinds = {type(optimizer.rule_of(group["params"][0])).__name__ for group in optimizer.param_groups}
+    assert kinds == {"Residual", "Adam", "SignSGD"}
+
+
+@pytest.mark.usefixtures("home")
+def test_a_rule_that_takes_matrices_alone_leaves_vectors_to_adamw(build_tiny: Any) -> None:
+    for name in ("mine.py:Square", "torch.optim:Muon"):
+        load_method(name)
+        optimizer = build_optimizer(build_tiny(), name, lr=0.01)
+        for group in optimizer.param_groups:
+            vectors = [p.ndim < 2 for p in group["params"]]
+            assert (type(optimizer.rule_of(group["params"][0])).__name__ == "Adam") == all(vectors) == any(vectors)
+
+
+@pytest.mark.usefixtures("home")
+def test_plans_and_comparisons_take_it_like_a_shipped_one() -> None:
+    result = invoke("plan", *FLAGS, "--steps=2", "--lr=0.01", "--compare", "adamw,mine.py:Lion", "--json")
+    plans = json.loads(result.stdout)
+    assert plans.keys() == {"adamw", "mine.py:Lion"}
+    moments = [plan["parts"]["moments"] for plan in plans.values()]
+    assert moments[1] < 0.6 * moments[0]  # one moment, not two
+    assert torch.is_grad_enabled()
