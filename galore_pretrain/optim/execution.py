@@ -153,7 +153,7 @@ class PendingGradient:
         """Find new bases in the gradient, which must be whole, and keep the compressed one alone."""
         if self.step.shard is not None:
             raise ValueError("new bases need the whole gradient: `PendingGradients.refresh` finds those of all")
-        bases = self.rule.find_bases(self.grad, self.state)
+        bases = self.rule.find_bases(self.grad, self.state, self.step)
         self.set_bases(bases)
 
     def set_bases(self, new: NewBases) -> None:

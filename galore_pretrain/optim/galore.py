@@ -12,7 +12,17 @@ from torch import Tensor
 
 from galore_pretrain.optim.methods import BASIS_NAMES, MOMENTS, REFRESHES
 from galore_pretrain.optim.moments import MomentStore, State
-from galore_pretrain.optim.projector import BASES, BasisFn, Side, project, project_fast, random_basis, sides
+from galore_pretrain.optim.projector import (
+    BASES,
+    Basis,
+    BasisFn,
+    Side,
+    basis_at,
+    project,
+    project_fast,
+    random_basis,
+    sides,
+)
 from galore_pretrain.optim.rule import (
     BasisChange,
     Decay,
@@ -55,7 +65,7 @@ class GaLore(UpdateRule):
     update_proj_gap: int = 200
     scale: float = 0.25
     proj_type: str = "std"
-    basis: str | BasisFn = "randomized"
+    basis: str | Basis = "randomized"
     refresh: str = "staggered"
     moments: str = "keep"
     published: bool = False
@@ -244,12 +254,15 @@ class GaLore(UpdateRule):
             return step.count
         return since % self.update_proj_gap + 1
 
-    def find_bases(self, grad: Tensor, state: State) -> NewBases:
+    def find_bases(self, grad: Tensor, state: State, step: Step) -> NewBases:
         """Return new bases from the whole gradient; those in use, and false, where a decomposition raises."""
         if self.upcast:
             grad = grad.float()
         left, right = self.bases(state)
-        return _find_bases(self.basis, grad, left, right)
+        since = _since_first_refresh(self.refresh, self.update_proj_gap, step)
+        number = since // self.update_proj_gap + 1
+        find = basis_at(self.basis, number, step.seed)
+        return _find_bases(find, grad, left, right)
 
     def empty_bases(self, state: State) -> NewBases:
         """Return what `find_bases` returns, for another process's bases to be written into."""
@@ -386,13 +399,12 @@ def _since_first_refresh(refresh: str, gap: int, step: Step) -> int:
 # that nobody waits for. A gradient of zeros has no subspace; whatever a decomposition makes of it is no better than
 # the basis in use.
 def _find_bases(
-    basis: str | BasisFn,
+    find: BasisFn,
     grad: Tensor,
     left: Tensor | None,
     right: Tensor | None,
 ) -> NewBases:
     """Return new bases of an m × n gradient, one for each basis in use (m × r, r × n)."""
-    find = BASES[basis] if isinstance(basis, str) else basis
     new_left, new_right = None, None
     try:
         if left is not None:
