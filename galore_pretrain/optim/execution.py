@@ -201,7 +201,8 @@ class PendingGradients:
         if self.distributor is None:
             return False
         slot = self._optimizer.slots[p]
-        if slot.projects or slot.gathers:  # both take messages, which all processes must send in one order
+        # All three take messages, which all processes must send in one order.
+        if slot.projects or slot.gathers or self._optimizer.is_due(p):
             return True
         # Messages of a group are sent one after another. A vector's would keep backward waiting for the sums over
         # replicas that are under way, and its gradient takes little memory.
