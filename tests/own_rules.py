@@ -92,8 +92,8 @@ class GaLoreAndRest(UpdateRule):
     def next_refresh(self, step: Step) -> int | None:
         return self.inner.next_refresh(step)
 
-    def find_bases(self, grad: Tensor, state: State) -> NewBases:
-        return self.inner.find_bases(grad, state)
+    def find_bases(self, grad: Tensor, state: State, step: Step) -> NewBases:
+        return self.inner.find_bases(grad, state, step)
 
     def set_bases(self, new: NewBases, state: State, step: Step) -> None:
         self.inner.set_bases(new, state, step)

@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from galore_pretrain.optim import GaLore, RuleOptimizer, build_optimizer
+from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.build import REGISTRY
-from galore_pretrain.optim.execution import Layerwise
+from galore_pretrain.optim.execution import GlobalStep, Layerwise
+from galore_pretrain.optim.fira import Fira
 from galore_pretrain.tensors.shards import whole
 from own_rules import GaLoreAndRest, NewtonSchulz, RowNorms, SignOfAverage
 
@@ -140,6 +142,36 @@ def check_own_rules(mesh: DeviceMesh) -> None:
             RuleOptimizer([{"params": list(model.parameters()), "rule": refused}])
 
 
+def check_fira(mesh: DeviceMesh) -> None:
+    """A rule that renews bases and does not project: cut across its channels and along them, after backward and in it;
+    of two micro-batches and clipped, whose bases are due at an update of their own."""
+    even = {"tall": (96, 32), "wide": (32, 96), "square": (36, 36)}
+    cases = itertools.product((even, UNEVEN, FEW), ("std", "left", "right"), (GlobalStep, Layerwise), (0.0, 0.5))
+    for shapes, proj_type, mode, clip in cases:
+        rule = Fira(Adam(), 8, update_proj_gap=3, proj_type=proj_type, basis="random", moments="project")
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+        models = [Model(matrices, torch.float32, m) for m in (None, mesh)]
+        before = [p.detach().clone() for p in models[0].parameters()]
+        executions = [
+            mode(RuleOptimizer([{"params": list(m.parameters()), "rule": rule}], lr=0.01), clip) for m in models
+        ]
+        for step, part in itertools.product(range(1, 8), range(2)):
+            for model, execution in zip(models, executions, strict=True):
+                execution.begin(part, 2)
+                loss = torch.zeros(())
+                for name, p in model.named_parameters():
+                    grad = random(tuple(p.shape), name, 10 * part + step)
+                    grad = shared(grad, name_of(name), mesh).to_local() if isinstance(p, DTensor) else grad
+                    loss = loss + _local(p).mul(grad).sum()
+                loss.backward()
+                if part:
+                    execution.complete()
+        alone, together = ([whole(p) for p in m.parameters()] for m in models)
+        for a, b, c in zip(alone, together, before, strict=True):
+            apart = ((a - b).norm() / (a - c).norm()).item()
+            assert apart < 2e-4, (shapes, proj_type, mode, clip, tuple(a.shape), apart)
+
+
 def check_sums_over_replicas(dtype: torch.dtype, clip: float, tolerance: float) -> None:
     """Two layerwise micro-batches, whose low-rank gradients are summed over replicas here; one replica alone meets a
     gradient that is not finite, in the first micro-batch of the third update."""
@@ -202,6 +234,10 @@ def main() -> None:
         for row in ("galore_adamw", "galore_adafactor", "natural_galore"):
             found = compare(row, UNEVEN, torch.float32, mesh, **options)
             assert found < 2e-4, (row, options, found)
+    # Of an SVD from both sides, all off the diagonal is rounding at first, which Adam would make as large as the rest.
+    for basis, proj_type in itertools.product(("tracked", "random"), ("std", "left", "full")):
+        found = compare("galore_adafactor", UNEVEN, torch.float32, mesh, basis=basis, proj_type=proj_type)
+        assert found < 2e-4, (basis, proj_type, found)
     for row in ("adam", "galore_adamw"):
         found = compare(row, UNEVEN, torch.float32, mesh, weight_decay=0.1)
         assert found < 2e-4, (row, found)
@@ -217,6 +253,7 @@ def main() -> None:
         check_sums_over_replicas(torch.float32, clip, 1e-3)
         check_sums_over_replicas(torch.bfloat16, clip, 0.2)  # other roundings
     check_own_rules(mesh)
+    check_fira(mesh)
     check_collectives(mesh)
     check_storage(mesh)
     distributed.destroy_process_group()

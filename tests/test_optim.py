@@ -287,7 +287,7 @@ def test_any_shape_projects(proj_type: str, m: int, n: int, rank: int, basis: st
     assert torch.linalg.matrix_rank(weight.detach().double(), rtol=1e-5) <= r
 
 
-@pytest.mark.parametrize("basis", list(BASES))
+@pytest.mark.parametrize("basis", ["svd", "randomized", "svd_unsigned"])
 def test_bases_capture_the_leading_subspace(basis: str) -> None:
     """Energy captured of a steep spectrum (1/i), against the best that rank 8 can do: at first, and later."""
     generator = torch.Generator().manual_seed(0)

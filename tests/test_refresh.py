@@ -81,7 +81,7 @@ def test_projected_moments_follow_the_basis(proj_type: str, permuted: bool) -> N
     # A mean square is at least the square of the mean; bias-corrected moments can say otherwise.
     least = (state["exp_avg"] / (1 - 0.9**3)).square() * (1 - 0.999**3)
     square = torch.maximum(state["exp_avg_sq"], least)
-    rule.set_bases(rule.find_bases(grads[3], state), state, Step(4))
+    rule.set_bases(rule.find_bases(grads[3], state, Step(4)), state, Step(4))
     assert torch.allclose(in_full("exp_avg"), mean, atol=5e-6)  # of three rotations in fp32
     assert (state["exp_avg_sq"] >= 0).all()
     if permuted:  # mean and spread are taken apart and put together again, hence the tolerance

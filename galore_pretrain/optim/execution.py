@@ -153,7 +153,7 @@ class PendingGradient:
         """Find new bases in the gradient, which must be whole, and keep the compressed one alone."""
         if self.step.shard is not None:
             raise ValueError("new bases need the whole gradient: `PendingGradients.refresh` finds those of all")
-        bases = self.rule.find_bases(self.grad, self.state)
+        bases = self.rule.find_bases(self.grad, self.state, self.step)
         self.set_bases(bases)
 
     def set_bases(self, new: NewBases) -> None:
@@ -201,7 +201,8 @@ class PendingGradients:
         if self.distributor is None:
             return False
         slot = self._optimizer.slots[p]
-        if slot.projects or slot.gathers:  # both take messages, which all processes must send in one order
+        # All three take messages, which all processes must send in one order.
+        if slot.projects or slot.gathers or self._optimizer.is_due(p):
             return True
         # Messages of a group are sent one after another. A vector's would keep backward waiting for the sums over
         # replicas that are under way, and its gradient takes little memory.

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from galore_pretrain.optim.methods import BASIS_NAMES, MOMENTS, REFRESHES
 from galore_pretrain.optim.moments import MomentStore, State
-from galore_pretrain.optim.projector import BASES, BasisFn, Side, project, project_fast, random_basis, sides
+from galore_pretrain.optim.projector import (
+    BASES,
+    Basis,
+    BasisFn,
+    Side,
+    basis_at,
+    project,
+    project_fast,
+    random_basis,
+    sides,
+)
 from galore_pretrain.optim.rule import (
     BasisChange,
     Decay,
@@ -55,7 +65,7 @@ class GaLore(UpdateRule):
     update_proj_gap: int = 200
     scale: float = 0.25
     proj_type: str = "std"
-    basis: str | BasisFn = "randomized"
+    basis: str | Basis = "randomized"
     refresh: str = "staggered"
     moments: str = "keep"
     published: bool = False
@@ -163,15 +173,12 @@ class GaLore(UpdateRule):
         It is linear in ``grad``, so the parts of a sum can be projected one by one, and a factor applied afterwards.
         """
         shard = step.shard
-        left = state.get("left_basis")
-        right = state.get("right_basis")
-        if shard is not None:
-            left, right = _parts(left, right, shard)
+        left, right = self._bases_at_hand(state, step)
         if self.upcast:
             grad = grad.float()
         if self.published:
             low = project(grad, left, right).contiguous()
-        elif grad.dtype == torch.float32:
+        elif grad.dtype == torch.float32 and _are_fp32(left, right):
             # These are the products of `project_fast`, without the calls: a small matrix takes no longer than they do.
             low = grad
             if right is not None:
@@ -191,12 +198,28 @@ class GaLore(UpdateRule):
     # formed when it is added to the weight. Only ``published`` forms it here, since that code rounds it.
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         """Advance the inner rule by the low-rank gradient and project its direction back, in factors."""
-        left = state.get("left_basis")
-        right = state.get("right_basis")
-        low_step = step
-        if step.shard is not None:
-            left, right = _parts(left, right, step.shard)
-            low_step = self.compressed_step(state, step)
+        left, right = self._bases_at_hand(state, step)
+        low = self._low_direction(grad, state, step)
+        if left is None:
+            assert right is not None
+            tall, wide = low.left, right
+        elif right is None:
+            tall, wide = left, low.left
+        else:
+            tall, wide = left @ low.left, right
+        if not self.published:
+            factor = self.scale * low.factor
+            return Direction(tall, wide, factor, scaled=low.scaled)
+        whole = tall @ wide
+        whole.mul_(self.scale)
+        return Direction(whole, factor=low.factor, scaled=low.scaled)
+
+    def _low_direction(self, grad: Tensor, state: State, step: Step) -> Direction:
+        """Advance the inner rule by the low-rank gradient, which may be overwritten; return its direction N.
+
+        That is one term and one tensor, of the shape and dtype of ``grad``, and a factor.
+        """
+        low_step = self.compressed_step(state, step)
         if self.moments == "reset":  # the bias corrections begin anew with the moments
             low_step = replace(low_step, count=self._age(step))
         dtype = grad.dtype
@@ -212,19 +235,7 @@ class GaLore(UpdateRule):
             low_direction = low.whole()
         if low_direction.dtype != dtype:
             low_direction = low_direction.to(dtype)
-        if left is None:
-            assert right is not None
-            tall, wide = low_direction, right
-        elif right is None:
-            tall, wide = left, low_direction
-        else:
-            tall, wide = left @ low_direction, right
-        if not self.published:
-            factor = self.scale * low.factor
-            return Direction(tall, wide, factor, scaled=low.scaled)
-        whole = tall @ wide
-        whole.mul_(self.scale)
-        return Direction(whole, factor=low.factor, scaled=low.scaled)
+        return Direction(low_direction, factor=low.factor, scaled=low.scaled)
 
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:
         """Raise TypeError: GaLore is the rule that changes bases."""
@@ -244,12 +255,15 @@ class GaLore(UpdateRule):
             return step.count
         return since % self.update_proj_gap + 1
 
-    def find_bases(self, grad: Tensor, state: State) -> NewBases:
+    def find_bases(self, grad: Tensor, state: State, step: Step) -> NewBases:
         """Return new bases from the whole gradient; those in use, and false, where a decomposition raises."""
         if self.upcast:
             grad = grad.float()
         left, right = self.bases(state)
-        return _find_bases(self.basis, grad, left, right)
+        since = _since_first_refresh(self.refresh, self.update_proj_gap, step)
+        number = since // self.update_proj_gap + 1
+        find = basis_at(self.basis, number, step.seed)
+        return _find_bases(find, grad, left, right)
 
     def empty_bases(self, state: State) -> NewBases:
         """Return what `find_bases` returns, for another process's bases to be written into."""
@@ -265,8 +279,8 @@ class GaLore(UpdateRule):
         left, right = self.bases(state)
         has_moments = step.count > 1
         if has_moments and self.moments == "reset":
-            for name in state.keys() - _SIDES.keys():
-                state[name].zero_()
+            for value in self._inner_state(state).values():
+                value.zero_()
         _note_failure(new.found, step)
         if has_moments and self.moments != "reset":
             change = BasisChange()
@@ -283,11 +297,23 @@ class GaLore(UpdateRule):
 
     def _inner_state(self, state: State) -> State:
         """Return the state tensors of the inner rule."""
-        return {name: value for name, value in state.items() if name not in _SIDES}
+        return {name: value for name, value in state.items() if name not in self.layouts}
 
     def bases(self, state: State) -> _Bases:
         """Return the (left, right) basis in use, whole; either may be absent, not both."""
         return state.get("left_basis"), state.get("right_basis")
+
+    def _bases_at_hand(self, state: State, step: Step) -> _Bases:
+        """Return the rows of the left basis and the columns of the right one that meet the part at hand of a matrix."""
+        left, right = self.bases(state)
+        shard = step.shard
+        if shard is None:
+            return left, right
+        if left is not None:
+            left = shard.part(left, 0)
+        if right is not None:
+            right = shard.part(right, 1)
+        return left, right
 
     def compressed_step(self, state: State, step: Step) -> Step:
         """Return the step of the low-rank gradient."""
@@ -362,15 +388,6 @@ def _low_shard(state: State, shard: Shard) -> Shard | None:
     return shard.low_rank(left is not None, right is not None, rank)
 
 
-def _parts(left: Tensor | None, right: Tensor | None, shard: Shard) -> _Bases:
-    """Return the rows of the left basis and the columns of the right one that meet the part at hand of a matrix."""
-    if left is not None:
-        left = shard.part(left, 0)
-    if right is not None:
-        right = shard.part(right, 1)
-    return left, right
-
-
 # Refreshing all matrices at one update would stall it. So the phases of the matrices in [0, 1) spread the first
 # refreshes over T/10 updates; not over all T, since until its first refresh a matrix is projected by a random basis.
 def _since_first_refresh(refresh: str, gap: int, step: Step) -> int:
@@ -386,13 +403,12 @@ def _since_first_refresh(refresh: str, gap: int, step: Step) -> int:
 # that nobody waits for. A gradient of zeros has no subspace; whatever a decomposition makes of it is no better than
 # the basis in use.
 def _find_bases(
-    basis: str | BasisFn,
+    find: BasisFn,
     grad: Tensor,
     left: Tensor | None,
     right: Tensor | None,
 ) -> NewBases:
     """Return new bases of an m × n gradient, one for each basis in use (m × r, r × n)."""
-    find = BASES[basis] if isinstance(basis, str) else basis
     new_left, new_right = None, None
     try:
         if left is not None:
@@ -430,6 +446,12 @@ def _overlap(left: Tensor | None, right: Tensor | None, new: NewBases) -> BasisC
     if right is not None and new.right is not None:
         right_overlap = right.float() @ new.right.T
     return BasisChange(True, left_overlap, right_overlap)
+
+
+def _are_fp32(left: Tensor | None, right: Tensor | None) -> bool:
+    """Return whether the bases that there are, are fp32."""
+    basis = right if left is None else left
+    return basis is not None and basis.dtype == torch.float32
 
 
 def _in_fp32(basis: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
-BASIS_NAMES = ("svd", "randomized")
+BASIS_NAMES = ("svd", "randomized", "tracked", "random")
 REFRESHES = ("together", "staggered")
 MOMENTS = ("keep", "project", "reset")
 NUMERICS = ("sound", "reference")

@@ -1,10 +1,13 @@
-"""Subspaces of a gradient: which side is projected, the two ways to find a basis, and projecting itself.
+"""Subspaces of a gradient: which side is projected, the ways to find a basis, and projecting itself.
 
 Notation of the GaLore paper (arXiv 2403.03507, §3 and Algorithm 2): G is m × n, P an m × r basis of its columns, Q an
 r × n basis of its rows; the low-rank gradient is PᵀG (left), GQᵀ (right) or PᵀGQᵀ (full).
 """
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,12 +16,28 @@ from torch import Tensor
 from galore_pretrain.optim.methods import PROJ_TYPES
 from galore_pretrain.tensors.chunks import chunk_elements
 from galore_pretrain.tensors.products import has_fast_bf16, product, product_of_transposed
-from galore_pretrain.tensors.values import can_look
+from galore_pretrain.tensors.rounding import derive_seed
+from galore_pretrain.tensors.values import can_look, gradient_norm
 
 Side = Literal["left", "right"]
 BasisFn = Callable[[Tensor, int, Side, Tensor], Tensor]
 """(grad m × n, rank, side, previous) -> orthonormal basis in fp32: m × r of grad's columns (left) or r × n of its rows
 (right); ``previous`` is the basis in use, of the same shape."""
+
+_POWER_STEPS = 10
+_ROUNDING = 1e-6
+"""The length of a tangent, over the square of the gradient's, below which fp32 does not tell it from rounding."""
+
+
+class BasisByRefresh(ABC):
+    """Finds a basis in a way that depends on which refresh it is; a plain `BasisFn` takes all of them alike."""
+
+    @abstractmethod
+    def at(self, number: int, seed: int) -> BasisFn:
+        """Return how the basis of refresh ``number`` is found, 1 being a matrix's first; ``seed`` is the matrix's."""
+
+
+Basis = BasisFn | BasisByRefresh
 
 
 def sides(m: int, n: int, proj_type: str) -> tuple[bool, bool]:
@@ -136,6 +155,98 @@ def randomized_basis(
     return basis.T
 
 
+# One step down the Grassmannian, the space of subspaces, by the rank-1 geodesic of SubTrack++ (arXiv 2502.01586, §3).
+# Let S (m × r) be the basis in use and G (m × n) the gradient. What G has outside of the subspace is
+#     E = G − S A        with A = SᵀG, the least squares solution
+# and ‖E‖² falls fastest along −F, for its gradient F = −2 E Aᵀ (m × r), which is tangent to the subspace: SᵀE = 0. Of
+# −F ≈ u σ vᵀ only the leading part is kept. The basis then turns by the angle ησ in the plane of S v and u:
+#     S ← (S v cos(ησ) + u sin(ησ)) vᵀ + S (I − v vᵀ)
+# E is never made, as E Aᵀ = G Aᵀ − S A Aᵀ. Nor is −F decomposed: v is found by power iteration with (−F)ᵀ(−F), r × r,
+# from its longest column. Where singular values are alike, v may be a mix of their vectors: that is a step down too.
+#
+# A is over ‖G‖ at first, so that nothing underflows. A basis that was rounded to bf16 is orthonormal to 2⁻⁹ only; one
+# step of Newton's, S (3 I − SᵀS) / 2, makes it so to 2⁻¹⁸. That also keeps roundings from adding up over refreshes.
+@dataclass(frozen=True)
+class Tracked(BasisByRefresh):
+    """Turns the basis in use a little towards the gradient (SubTrack++, arXiv 2502.01586); the first one is by SVD.
+
+    A refresh turns one direction of the basis by ``step_size`` (η) · σ, in radians. σ is in squared units of the
+    gradient as it comes, before clipping, and at most ‖G‖²: with the published η of 10 and ‖G‖ = 0.01, a refresh turns
+    the basis by a thousandth at most. Gradients that are c times as large want η / c². Up to ‖G‖² = 1/(2η) a turn never
+    passes what is best; beyond, it may end in a worse basis. An η of 0 keeps the first basis. One in bf16 keeps no turn
+    that is below its rounding.
+
+    Where the first refresh fails or meets a gradient of zeros, the random basis that a matrix starts with is turned.
+    """
+
+    step_size: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step_size < math.inf:
+            raise ValueError(f"step_size {self.step_size} must be finite and not negative")
+
+    def at(self, number: int, seed: int) -> BasisFn:
+        """Return `svd_basis` for the first refresh, and a turn of the basis in use for all others."""
+        if number == 1:
+            return svd_basis
+        return self._turned
+
+    def _turned(
+        self,
+        grad: Tensor,
+        rank: int,
+        side: Side,
+        previous: Tensor,
+    ) -> Tensor:
+        """Return the basis in use, turned by one step: m × r (left) or r × n (right), in fp32."""
+        if side == "right":
+            return self._turned(grad.T, rank, "left", previous.T).T
+        tiny = torch.finfo(torch.float32).tiny
+        length = gradient_norm(grad).clamp(min=tiny)
+        g = grad.float()
+        s = previous.float()
+        s = 1.5 * s - 0.5 * s @ (s.T @ s)
+        a = s.T @ g / length
+        tangent = 2.0 * (g @ a.T / length - s @ (a @ a.T))
+        v = _leading_right_vector(tangent)
+        u = tangent @ v
+        u -= s @ (s.T @ u)  # rounding leaves a little of the subspace in it
+        sigma = torch.linalg.vector_norm(u)
+        u /= sigma.clamp(min=tiny)
+        angle = self.step_size * sigma * length * length
+        angle = torch.where(sigma > _ROUNDING, angle, 0.0)
+        turn = s @ v * (angle.cos() - 1) + u * angle.sin()
+        turned = torch.addr(s, turn, v)
+        return torch.where(angle > 0, turned, previous.float())
+
+
+# Nothing here looks at a value, which would wait for a device: not even where the longest column is.
+def _leading_right_vector(matrix: Tensor) -> Tensor:
+    """Return about the right singular vector (r) of the largest singular value of a matrix (m × r); 0 of zeros."""
+    tiny = torch.finfo(torch.float32).tiny
+    gram = matrix.T @ matrix
+    longest = gram.diagonal().argmax()
+    v = gram.index_select(1, longest.view(1))
+    for _ in range(_POWER_STEPS):
+        v = gram @ v
+        v = v / torch.linalg.vector_norm(v).clamp(min=tiny)
+    return v.view(-1)
+
+
+@dataclass(frozen=True)
+class Random(BasisByRefresh):
+    """Draws each basis anew, whatever the gradient: all subspaces are as likely (GoLore, arXiv 2410.11289)."""
+
+    def at(self, number: int, seed: int) -> BasisFn:
+        """Return the draw of one refresh, the same in every process."""
+
+        def draw(grad: Tensor, rank: int, side: Side, previous: Tensor) -> Tensor:
+            rows, columns = previous.shape
+            return random_basis((rows, columns), side, derive_seed(seed, number, side), grad.device)
+
+        return draw
+
+
 def random_basis(
     shape: tuple[int, int],
     side: Side,
@@ -209,8 +320,19 @@ def _generator(seed: int, device: torch.device) -> torch.Generator | None:
     return generator.manual_seed(seed)
 
 
-BASES: dict[str, BasisFn] = {
+BASES: dict[str, Basis] = {
     "svd": svd_basis,
     "randomized": randomized_basis,
+    "tracked": Tracked(),
+    "random": Random(),
     "svd_unsigned": unsigned_svd_basis,
 }
+
+
+def basis_at(basis: str | Basis, number: int, seed: int) -> BasisFn:
+    """Return how a matrix's basis of refresh ``number`` (1 is the first) is found; ``seed`` is the matrix's."""
+    if isinstance(basis, str):
+        basis = BASES[basis]
+    if isinstance(basis, BasisByRefresh):
+        return basis.at(number, seed)
+    return basis

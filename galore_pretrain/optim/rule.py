@@ -265,7 +265,7 @@ class UpdateRule(ABC):
         """
         self.start(state, step)
         if self.next_refresh(step) == step.count:
-            self.set_bases(self.find_bases(grad, state), state, step)
+            self.set_bases(self.find_bases(grad, state, step), state, step)
         return self.update(self.compress(grad, state, step), state, step)
 
     def next_refresh(self, step: Step) -> int | None:
@@ -276,8 +276,11 @@ class UpdateRule(ABC):
         """Return the bases in use: left (m × r) and right (r × n) of the whole matrix; either may be None."""
         return None, None
 
-    def find_bases(self, grad: Tensor, state: State) -> NewBases:
-        """Find new bases in a whole gradient. A rule whose `next_refresh` names an update must have this."""
+    def find_bases(self, grad: Tensor, state: State, step: Step) -> NewBases:
+        """Find the new bases of an update in its whole gradient. A rule whose `next_refresh` names one must have this.
+
+        Where processes share the tensor out, one of them finds the bases for all: ``step`` is then still of its part.
+        """
         raise TypeError(f"{type(self).__name__} names a refresh (next_refresh) and has no find_bases")
 
     def empty_bases(self, state: State) -> NewBases:

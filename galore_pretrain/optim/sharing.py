@@ -172,7 +172,7 @@ class Distributor:
         if assigned is None:
             return None
         pending, whole = assigned
-        return pending.rule.find_bases(whole, pending.state)
+        return pending.rule.find_bases(whole, pending.state, pending.step)
 
     def _broadcast_bases(self, owner: int, bases: NewBases) -> NewBases:
         """Return the bases of ``owner`` on every process. On the others, ``bases`` are written over."""
