@@ -284,6 +284,9 @@ class RunConfig:
     matrix_lr_scale: float = _flag(
         1.0, "Factor on the matrices' learning rate; 0 freezes them.", float, METHOD, least=0
     )
+    vector_lr_scale: float | None = _flag(
+        None, "Factor on the vectors' learning rate.", float, METHOD, least=0, shown="method"
+    )
     numerics: str = _flag("sound", "Sound, or the published code's choices.", NUMERICS, METHOD)
     weight_decay: float = _flag(None, "Weight decay.", float, METHOD, least=0)
     betas: tuple[float, float] | None = _flag(

@@ -18,12 +18,13 @@ from galore_pretrain.optim.methods import (
     ROWS,
     Companion,
     Method,
+    is_own,
     method,
     resolve_name,
 )
 from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.optimizer import RuleOptimizer
-from galore_pretrain.optim.own import composition_at
+from galore_pretrain.optim.own import composition_at, load_method
 from galore_pretrain.optim.rule import UpdateRule, option_names
 
 NamedParameter = tuple[str, torch.nn.Parameter]
@@ -61,11 +62,14 @@ def rules_by_role(row: str, numerics: str, **options: Any) -> dict[str, UpdateRu
         raise ValueError(f"numerics {numerics!r} is unknown; choose from {', '.join(NUMERICS)}")
     if numerics == "reference" and options.get("basis") == "svd":
         options["basis"] = "svd_unsigned"  # the published code leaves the signs as its SVD returns them
-    entry = method(row)
+    entry = load_method(row) if is_own(row) else method(row)
     if entry.factors_updated_by:
         way_out = f"give its factors to {entry.factors_updated_by!r}"
         raise ValueError(f"{entry.name} is a way to build a model, not an optimizer: {way_out}")
     values = {name: value for name, value in options.items() if value is not None}
+    for flag, known in OPTIONS.items():
+        if known.argument in values and flag not in entry.options:
+            raise ValueError(_without_meaning(known.argument, values, entry.name))
     if "moment_store" in values:
         entry, values = _with_store(entry, values)
     homes = {MATRIX: entry.name, REST: entry.companion or entry.name}
@@ -76,17 +80,22 @@ def rules_by_role(row: str, numerics: str, **options: Any) -> dict[str, UpdateRu
         composition = composition_of(home)
         reaching = values
         if role == MATRIX and entry.matrix_options is not None:
-            arguments = {OPTIONS[flag].argument for flag in entry.matrix_options}
-            reaching = {name: value for name, value in values.items() if name in arguments}
+            held_back = {OPTIONS[flag].argument for flag in entry.options if flag not in entry.matrix_options}
+            reaching = {name: value for name, value in values.items() if name not in held_back}
         rules[role], used = _configured(getattr(composition, numerics), reaching)
         unused -= used
     if unused:
         option = min(unused)
         if option in {known.argument for known in OPTIONS.values()}:
-            raise ValueError(f"{option} {options[option]} has no meaning for optimizer {entry.name}; leave it out")
+            raise ValueError(_without_meaning(option, options, entry.name))
         names = dict.fromkeys(name for rule in rules.values() for name in option_names(rule))
         raise ValueError(f"optimizer {entry.name} has no option {option}; it has {', '.join(names)}")
     return rules
+
+
+def _without_meaning(option: str, values: Mapping[str, Any], name: str) -> str:
+    """Return what to say of an option that a method has no use for."""
+    return f"{option} {values[option]} has no meaning for optimizer {name}; leave it out"
 
 
 # A method whose 8-bit form is an entry of its own goes on as that entry: published code computes it differently. Any
@@ -96,8 +105,6 @@ def _with_store(entry: Method, values: Mapping[str, Any]) -> tuple[Method, dict[
     name = values["moment_store"]
     if name not in MOMENT_STORES:
         raise ValueError(f"moment_store {name!r} is unknown; choose from {', '.join(MOMENT_STORES)}")
-    if "moment_store" not in entry.options:
-        raise ValueError(f"moment_store {name} has no meaning for optimizer {entry.name}; leave it out")
     others = {option: value for option, value in values.items() if option != "moment_store"}
     if entry.keeps_8bit(name) == entry.moments_8bit:
         return entry, others
@@ -124,6 +131,7 @@ def build_optimizer(
     weight_decay: float = 0.0,
     matrix_lr_scale: float = 1.0,
     rank_by_module: Mapping[str, float] | None = None,
+    vector_lr_scale: float | None = None,
     seed: int = 0,
     **options: Any,
 ) -> RuleOptimizer:
@@ -133,7 +141,8 @@ def build_optimizer(
     of the paper and the published code. A GaLore row projects them; everything else gets the row's companion rule. Some
     rows have companions for the embedding, for the head (``get_output_embeddings()``, also where it is tied to the
     embedding) and for vectors: each is a group of its own. For another choice, make the groups yourself, as
-    `GaLoreAdamW` takes them. ``matrix_lr_scale`` multiplies the matrices' learning rate. A schedule writes
+    `GaLoreAdamW` takes them. ``matrix_lr_scale`` multiplies the matrices' learning rate, ``vector_lr_scale`` replaces
+    the factor on that of the vectors where these have a companion. A schedule writes
     ``group["lr"] = lr * group["lr_scale"]``.
 
     ``rank_by_module`` multiplies the rank of some matrices: ``{"down": 2, "q": 0.5}`` that of ``down_proj`` by 2 and of
@@ -148,8 +157,9 @@ def build_optimizer(
     name, layerwise = resolve_name(row)
     if layerwise:
         raise ValueError(f"optimizer {row!r} asks for layerwise updates, which are not an optimizer's: name {name!r}")
-    if rank_by_module and "rank_by_module" not in METHODS[name].options:
-        raise ValueError(f"rank_by_module has no meaning for optimizer {name}; leave it out")
+    for option, value in (("rank_by_module", rank_by_module), ("vector_lr_scale", vector_lr_scale)):
+        if value is not None and option not in METHODS[name].options:
+            raise ValueError(f"{option} has no meaning for optimizer {name}; leave it out")
     rules = rules_by_role(name, numerics, **options)
     by_role = _by_role(model, rules)
     if rules[MATRIX].projects and not by_role[MATRIX]:
@@ -161,8 +171,10 @@ def build_optimizer(
     for group in groups:
         group["lr_scale"] = matrix_lr_scale
     for role, named in by_role.items():
-        companion = METHODS[name].companions.get(role, Companion(REST))
-        groups.append({"params": named, "rule": rules[role], "lr_scale": companion.lr_scale})
+        lr_scale = METHODS[name].companions.get(role, Companion(REST)).lr_scale
+        if role == "vector" and vector_lr_scale is not None:
+            lr_scale = vector_lr_scale
+        groups.append({"params": named, "rule": rules[role], "lr_scale": lr_scale})
     groups = [group for group in groups if group["params"]]
     for group in groups:
         group["lr"] = lr * group["lr_scale"]

@@ -8,10 +8,16 @@ from typing import Any
 
 from galore_pretrain.optim.adafactor import Adafactor
 from galore_pretrain.optim.adam import Adam
+from galore_pretrain.optim.apollo import Apollo
+from galore_pretrain.optim.fira import Fira
+from galore_pretrain.optim.foam import Foam
 from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
+from galore_pretrain.optim.muon import Muon
 from galore_pretrain.optim.natural import Natural
+from galore_pretrain.optim.projector import Tracked
 from galore_pretrain.optim.rule import UpdateRule
+from galore_pretrain.optim.scale import Scale
 from galore_pretrain.optim.sgd import SGD
 
 
@@ -92,6 +98,55 @@ natural_galore = Composition(
     sound=GaLore(Natural(Adam())),
     reference=_published(Natural(authors_adamw.reference)),
 )
+
+# APOLLO keeps no basis, and Fira's authors form no full update: nothing of the GaLore authors' own code is in them.
+apollo = Composition(
+    sound=Apollo(),
+    reference=Apollo(Adam(eps=1e-6, formula="transformers", decay="after", store=_NEAREST)),
+)
+apollo_mini = Composition(
+    sound=Apollo(rank=1, scale=128.0, channelwise=False),
+    reference=Apollo(
+        Adam(eps=1e-6, formula="transformers", decay="after", store=_NEAREST),
+        rank=1,
+        scale=128.0,
+        channelwise=False,
+    ),
+)
+fira = Composition(
+    sound=Fira(Adam()),
+    reference=Fira(authors_adamw.reference, basis="svd_unsigned", refresh="together"),
+)
+# Published: an SVD at the first update, and moments that follow each later step of the basis.
+subtrack = Composition(
+    sound=Fira(Adam(), basis=Tracked(), moments="project"),
+    reference=Fira(authors_adamw.reference, basis=Tracked(), moments="project", refresh="together"),
+)
+foam = Composition(
+    sound=Foam(),
+    reference=Foam(store=_NEAREST),
+)
+muon = Composition(
+    sound=Muon(),
+    reference=Muon(store=_NEAREST),
+)
+muon_rest = Composition(
+    sound=Adam(betas=(0.9, 0.95)),
+    reference=Adam(betas=(0.9, 0.95), store=_NEAREST),
+)
+scale = Composition(
+    sound=Scale(),
+    reference=Scale(),
+)
+scale_embedding = Composition(
+    sound=Scale(axis="columns"),
+    reference=Scale(axis="columns"),
+)
+scale_head = Composition(
+    sound=Scale(momentum=0.9),
+    reference=Scale(momentum=0.9, store=_NEAREST),
+)
+
 # The history of gradients takes 10 times the room of Adam's moments, so it is kept in 8 bits as well.
 natural_galore8bit = Composition(
     sound=GaLore(Natural(Adam(store=_8BIT), store=_8BIT)),

@@ -55,6 +55,7 @@ OPTIONS: dict[str, Option] = {
     "relora_every": Option(_MERGES),
     "relora_warmup": Option(_MERGES),
     "moment_store": Option("only methods with Adam's moments have a choice", "moment_store", ("store",)),
+    "vector_lr_scale": Option("only methods with a rule for vectors have one", "vector_lr_scale"),
     "betas": Option("only methods with a first moment have them", "betas", ("betas", "momentum", "beta1")),
 }
 """The options of methods by their flags, in the order in which they are checked. A field that is one number takes the
@@ -78,6 +79,10 @@ class Recipe:
 
 
 _GRID = "the best of the paper's grid with llama_1m, docs/reproducing.md"
+_SCALE = "SCALE scripts (arXiv 2506.16659)"
+_APOLLO = "APOLLO scripts (arXiv 2412.05270)"
+_FIRA = "Fira scripts (arXiv 2410.01673)"
+_MUON = "Muon in Conda's scripts (arXiv 2509.24218)"
 _AT_7B = Recipe(
     {"lr": 0.005, "update_proj_gap": 500, "grad_clip": 1.0},
     "GaLore scripts/benchmark_c4/llama_7b.sh",
@@ -244,6 +249,99 @@ _ENTRIES = (
         colour="#CC79A7",
         other_store="natural_galore",
         recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "chosen here, untuned; as for galore_adamw"), _AT_7B),
+    ),
+    Method(
+        name="scale",
+        description="gradients with each row normalized; a momentum for the head alone, Adam for vectors",
+        home="galore_pretrain.optim.compositions:scale",
+        companion="adamw",
+        companions={
+            "embedding": Companion("galore_pretrain.optim.compositions:scale_embedding"),
+            "head": Companion("galore_pretrain.optim.compositions:scale_head"),
+            "vector": Companion("adamw", lr_scale=20.0),
+        },
+        options=(*_OF_ADAM, "vector_lr_scale"),
+        matrix_options=("moment_store",),
+        recipes=(
+            Recipe({"lr": 0.001}, _SCALE),
+            Recipe({"lr": 2e-4, "vector_lr_scale": 5.0}, _SCALE, model="llama_1b"),
+            Recipe({"lr": 1e-4, "vector_lr_scale": 10.0}, _SCALE, model="llama_7b"),
+        ),
+    ),
+    Method(
+        name="apollo",
+        description="the gradient with each channel scaled as AdamW scales it in a random subspace",
+        home="galore_pretrain.optim.compositions:apollo",
+        companion="adamw",
+        aliases=("apollo_adamw",),
+        options=("rank", "rank_by_module", "update_proj_gap", "galore_scale", *_OF_ADAM),
+        recipes=(
+            Recipe({"lr": 0.01, "galore_scale": 1.0}, _APOLLO),
+            Recipe({"rank": 192}, _APOLLO, model="llama_130m"),
+            Recipe({"galore_scale": 0.5}, f"{_APOLLO}, the paper's scale", model="llama_1b"),
+            Recipe({"rank": 256}, _APOLLO, model="llama_7b"),
+        ),
+    ),
+    Method(
+        name="apollo_mini",
+        description="apollo at rank 1, with one scale for a whole matrix",
+        home="galore_pretrain.optim.compositions:apollo_mini",
+        companion="adamw",
+        options=("update_proj_gap", "galore_scale", *_OF_ADAM),
+        recipes=(
+            Recipe({"lr": 0.01, "galore_scale": 128.0}, _APOLLO),
+            Recipe({"galore_scale": 192.0}, _APOLLO, model="llama_130m"),
+        ),
+    ),
+    Method(
+        name="fira",
+        description="galore_adamw, and what is outside of the subspace scaled as what is inside",
+        home="galore_pretrain.optim.compositions:fira",
+        companion="galore_pretrain.optim.compositions:authors_adamw",
+        aliases=("fira_adamw",),
+        options=(*_OF_GALORE, *_OF_ADAM),
+        recipes=(
+            Recipe({"lr": 0.01, "galore_scale": 0.25}, _FIRA),
+            Recipe({"galore_scale": 0.0625}, _FIRA, model="llama_1b"),
+            Recipe(
+                {"lr": 0.005, "galore_scale": 0.0625, "rank": 64, "update_proj_gap": 500, "grad_clip": 1.0},
+                _FIRA,
+                model="llama_7b",
+            ),
+        ),
+    ),
+    Method(
+        name="subtrack",
+        description="fira in a subspace that follows the gradient by small rotations (SubTrack++)",
+        home="galore_pretrain.optim.compositions:subtrack",
+        companion="galore_pretrain.optim.compositions:authors_adamw",
+        aliases=("subtrack_plus_plus", "subtrack++"),
+        options=("rank", "rank_by_module", "update_proj_gap", "galore_scale", "proj_type", "refresh", *_OF_ADAM),
+        recipes=(
+            Recipe({"lr": 0.01, "galore_scale": 0.25}, "MoARa's Table 3, all methods at one rate"),
+            Recipe({"update_proj_gap": 500}, "SubTrack++ scripts", model="llama_7b"),
+        ),
+    ),
+    Method(
+        name="foam",
+        description="AdamW with moments of blocks of 4 neighbours, and the rest of the gradient",
+        home="galore_pretrain.optim.compositions:foam",
+        companion="adamw",
+        options=("galore_scale", *_OF_ADAM),
+        recipes=(Recipe({"lr": 0.01, "galore_scale": 0.25}, "FOAM scripts (arXiv 2512.07112)"),),
+    ),
+    Method(
+        name="muon",
+        description="a momentum with equal singular values; AdamW for all but matrices",
+        home="galore_pretrain.optim.compositions:muon",
+        companion="galore_pretrain.optim.compositions:muon_rest",
+        options=_OF_ADAM,
+        matrix_options=("moment_store",),
+        recipes=(
+            Recipe({"lr": 0.001}, _MUON),
+            Recipe({"weight_decay": 0.1, "grad_clip": 1.0}, _MUON, model="llama_1b"),
+            Recipe({"weight_decay": 0.1, "grad_clip": 1.0}, f"{_MUON}, as for llama_1b", model="llama_7b"),
+        ),
     ),
     Method(
         name="low_rank",

@@ -295,13 +295,13 @@ def _add_hooks(ledger: Ledger, model: LlamaForCausalLM) -> None:
 
 def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]:
     """Return the numbers of the updates that can hold most."""
-    if not optimizer.projects:
-        return [1]
     elements_due: Counter[int] = Counter()  # by the number of an update, in matrices that get a new basis there
     for p in optimizer.state:
         due = optimizer.next_due(p, 2)
         if due is not None:
             elements_due[due] += p.numel()
+    if not elements_due:
+        return [1]
     heaviest = max(elements_due, key=lambda count: elements_due[count])
     if config.micro_batches > 1:
         return [heaviest]

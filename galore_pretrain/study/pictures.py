@@ -15,6 +15,7 @@ from galore_pretrain.study.results import FROZEN, Comparison, Result, final_loss
 
 _PALETTE = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
 _CONTROL = "#999999"
+_STROKES = ("-", "--", ":", "-.")
 
 # The parts of a peak, from left to right in a bar, and their colours.
 _KINDS = {
@@ -102,20 +103,20 @@ def _styles(labels: Sequence[str]) -> dict[str, _Style]:
     """Return a style for each label: a method's own, or one that is left over."""
     # A method of the table has its own colour, its 8-bit form the same in broken strokes. Labels that name flags as
     # well ("galore_adamw, lr 0.005") are in no table. They share out the colours that are not taken, first in whole
-    # lines, then in three kinds of broken ones, then from the start again.
+    # lines, then in three kinds of broken ones, then what is left of all colours, then from the start again.
     styles = {}
-    free = list(_PALETTE)
     for label in labels:
         style = _own_style(label)
-        if style is None:
-            continue
-        styles[label] = style
-        if style.colour in free:
-            free.remove(style.colour)
-    spare = list(map(_Style, free))
-    for strokes, colour in product(("--", ":", "-."), free or _PALETTE):
-        spare.append(_Style(colour, strokes))
-    supply = cycle(spare)
+        if style is not None:
+            styles[label] = style
+    taken = {style.colour for style in styles.values()}
+    free = [colour for colour in _PALETTE if colour not in taken]
+    spare = [_Style(colour, strokes) for strokes, colour in product(_STROKES, free)]
+    for strokes, colour in product(_STROKES, _PALETTE):
+        style = _Style(colour, strokes)
+        if style not in spare and style not in styles.values():
+            spare.append(style)
+    supply = cycle(spare or map(_Style, _PALETTE))
     for label in labels:
         if label not in styles:
             styles[label] = next(supply)

@@ -1,5 +1,6 @@
 """Build a run's model, optimizer and execution from its config, for training and for `plan` alike."""
 
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -18,6 +19,7 @@ from galore_pretrain.optim import (
     Execution,
     GlobalStep,
     Layerwise,
+    Method,
     RuleOptimizer,
     build_optimizer,
     is_projected,
@@ -132,11 +134,7 @@ def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -
     # A method that factors the matrices, such as LoRA, leaves the factors to another method.
     updater = method(method(config.optim).updater)
     method_options = {OPTIONS[flag].argument: getattr(config, flag) for flag in updater.options}
-    settings = optim_settings(config.optim_option)
-    for flag in updater.options:
-        if OPTIONS[flag].argument in settings:
-            raise InputError(f"--optim-option {OPTIONS[flag].argument}: it has a flag, --{flag.replace('_', '-')}")
-    method_options |= settings
+    method_options |= _own_options(config, updater)
     if config.rank_by_module:
         method_options["rank_by_module"] = factors_by_module(config.rank_by_module)
     try:
@@ -156,6 +154,17 @@ def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -
         optimizer.sum_over_replicas(mesh)
     optimizer.allocate()
     return optimizer
+
+
+def _own_options(config: RunConfig, updater: Method) -> dict[str, Any]:
+    """Return what ``--optim-option`` sets; InputError for what is set by another flag."""
+    settings = optim_settings(config.optim_option)
+    flags = {OPTIONS[flag].argument: flag for flag in updater.options}
+    flags |= {name: name for name in signature(build_optimizer).parameters}
+    for key in settings:
+        if key in flags:
+            raise InputError(f"--optim-option {key}: it has a flag, --{flags[key].replace('_', '-')}")
+    return settings
 
 
 def execution_for(config: RunConfig, optimizer: RuleOptimizer) -> Execution:
