@@ -16,7 +16,7 @@ from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.optim import REGISTRY, build_optimizer
 from galore_pretrain.optim.execution import GlobalStep
-from galore_pretrain.optim.methods import NUMERICS
+from galore_pretrain.optim.methods import METHODS, NUMERICS
 from galore_pretrain.text.batches import TokenRows, TrainingData
 from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import load_tokenizer
@@ -24,14 +24,16 @@ from galore_pretrain.train.schedule import Schedule
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20
+RATES = {"sgd": 1.0, "scale": 0.001, "muon": 0.003}
 
 
 def losses(row: str, numerics: str) -> list[float]:
     """The losses of twenty updates of the tiny model in fp32 on the sample, packed, a basis every five updates."""
     model = build_model(LlamaConfig(**TINY), dtype=torch.float32)
-    options = {"rank": 8, "update_proj_gap": 5} if "galore" in row else {}
+    wanted = {"rank": 8, "update_proj_gap": 5}
+    options = {flag: value for flag, value in wanted.items() if flag in METHODS[row].options}
     optimizer = build_optimizer(model, row, lr=0.0, numerics=numerics, **options)
-    schedule = Schedule(lr=1.0 if row == "sgd" else 0.01, steps=STEPS, warmup_steps=2, numerics=numerics)
+    schedule = Schedule(lr=RATES.get(row, 0.01), steps=STEPS, warmup_steps=2, numerics=numerics)
     data = iter(
         TrainingData(open_source("sample", "train"), TokenRows(load_tokenizer("sample"), "pack", 48), 4, seed=0)
     )
@@ -39,7 +41,7 @@ def losses(row: str, numerics: str) -> list[float]:
     for step in range(STEPS):
         batch = next(data)
         for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
+            group["lr"] = schedule.lr_at(step) * group["lr_scale"]
         loss = mean_loss(model, batch.input_ids, batch.labels, batch.label_tokens)
         loss.backward()
         GlobalStep(optimizer, grad_clip=0.0).complete()

@@ -272,7 +272,7 @@ _ENTRIES = (
         name="apollo",
         description="the gradient with each channel scaled as AdamW scales it in a random subspace",
         home="galore_pretrain.optim.compositions:apollo",
-        companion="adamw",
+        companion="galore_pretrain.optim.compositions:authors_adamw",
         aliases=("apollo_adamw",),
         options=("rank", "rank_by_module", "update_proj_gap", "galore_scale", *_OF_ADAM),
         recipes=(
@@ -286,7 +286,7 @@ _ENTRIES = (
         name="apollo_mini",
         description="apollo at rank 1, with one scale for a whole matrix",
         home="galore_pretrain.optim.compositions:apollo_mini",
-        companion="adamw",
+        companion="galore_pretrain.optim.compositions:authors_adamw",
         options=("update_proj_gap", "galore_scale", *_OF_ADAM),
         recipes=(
             Recipe({"lr": 0.01, "galore_scale": 128.0}, _APOLLO),
