@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galore_pretrain.errors import InputError
+from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.files import TEST, TRAINING, VALIDATION, role_of, select
-from galore_pretrain.text.sources import LocalFiles, describe_text, open_source
+from galore_pretrain.text.sources import LocalFiles, describe_text, in_turn, open_source
+from galore_pretrain.text.tokenizer import load_tokenizer
 
 
 def write(path: Path, *texts: str) -> Path:
@@ -412,6 +414,31 @@ def test_several_paths_are_one_list_of_shards_each_by_its_own_rule(tmp_path: Pat
     assert sum(map(len, read[0][1:])) + sum(map(len, read[1][1:])) == len(others)
     assert train.fingerprint not in (alone[0].fingerprint, alone[1].fingerprint)
     assert [line.partition(":")[0] for line in said(paths).splitlines()] == [f"--data {path}" for path in paths]
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_validation_takes_a_document_of_each_path_in_turn(sizes: list[list[int]]) -> None:
+    """Of paths with so many files of so many documents: the n-th document of each comes before the next of any."""
+    with tempfile.TemporaryDirectory() as name:
+        paths = [Path(name) / str(p) for p in range(len(sizes))]
+        for path, files in zip(paths, sizes, strict=True):
+            write(path / "train.jsonl", "text")
+            for f, count in enumerate(files):
+                write(path / f"val-{f}.jsonl", *[f"{path.name} {f} {n}" for n in range(count)])
+        texts = [text for _, _, text in in_turn(open_source([str(path) for path in paths], "validation"))]
+    whole = [[f"{p} {f} {n}" for f, count in enumerate(files) for n in range(count)] for p, files in enumerate(sizes)]
+    longest = max(map(len, whole))
+    assert texts == [text[n] for n in range(longest) for text in whole if n < len(text)]
+
+
+def test_a_bounded_evaluation_reads_of_all_paths(tmp_path: Path) -> None:
+    paths = [str(write(tmp_path / name / "train.jsonl", "text").parent) for name in "ab"]
+    for path in paths:
+        write(Path(path) / "validation.jsonl", *[f"{Path(path).name}"] * 100)
+    source = open_source(paths, "validation")
+    rows = validation_rows(source, TokenRows(load_tokenizer("sample"), "pad", 8), tokens=30)
+    assert len({row.input_ids.tobytes() for row in rows}) == 2
 
 
 def test_a_file_of_two_paths_is_refused(tmp_path: Path) -> None:

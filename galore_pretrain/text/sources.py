@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -119,6 +119,34 @@ def describe_text(
     if isinstance(validation, HubDataset):
         evaluated = validation.title
     return [f"--data {data}: training {training.title}, {len(training.shards)} shards; validation {evaluated}"]
+
+
+# An evaluation that is bounded reads the beginning of this order. Were paths read one after the other, that would be of
+# the first path alone.
+def in_turn(source: DocumentSource) -> Iterator[tuple[int, int, str]]:
+    """Yield all documents shard by shard, or of several paths one of each in turn, where a path that ends drops out.
+
+    Each is a shard, the position after the document there, and its text.
+    """
+    parts = [range(len(source.shards))]
+    if isinstance(source, LocalFiles):
+        parts = source.parts
+    texts = [_of_shards(source, part) for part in parts]
+    while texts:
+        unfinished = []
+        for text in texts:
+            document = next(text, None)
+            if document is not None:
+                yield document
+                unfinished.append(text)
+        texts = unfinished
+
+
+def _of_shards(source: DocumentSource, shards: Iterable[int]) -> Iterator[tuple[int, int, str]]:
+    """Yield the documents of shards, one shard after the other, as `in_turn` does."""
+    for shard in shards:
+        for position, text in source.read(shard, 0):
+            yield shard, position, text
 
 
 def first_documents(source: DocumentSource, hub_shard: int = 0) -> list[str]:
@@ -241,7 +269,7 @@ class LocalFiles:
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
     ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this split. Plain text
     is cut by the rule ``passages``: see `readers.CUT_LINES`. ``titles`` are lines for the log, which say what is read
-    of each path. Raises InputError where a file cannot be read.
+    of each path, and ``parts`` the shards of each. Raises InputError where a file cannot be read.
     """
 
     def __init__(
@@ -255,6 +283,7 @@ class LocalFiles:
     ) -> None:
         self.shards = [str(file) for file in files]
         self.titles: list[str] = []
+        self.parts = [range(len(files))]
         try:
             self.fingerprint = _digest([_identify(file, passages) for file in files])
         except OSError as error:
@@ -322,15 +351,18 @@ def local_source(
     evaluated_texts = frozenset(file.text for file in evaluated or [])
     files: list[Path] = []
     whole: list[Path] = []
+    parts: list[range] = []
     for selection in selections:
         of_path = [file.path for file in selection.training if file.text not in evaluated_texts]
         if split == "validation" and selection.validation:
             of_path = [file.path for file in selection.validation]
         if evaluated or selection.validation:
             whole += of_path
+        parts.append(range(len(files), len(files) + len(of_path)))
         files += of_path
     keep = _is_held_out if split == "validation" else _is_not_held_out
     source = LocalFiles(files, bad_data, keep, text_key, whole)
+    source.parts = parts
     if split == "train":
         for path, selection in zip(paths, selections, strict=True):
             source.titles.append(f"--data {path}: {summary(selection, _HELD_OUT, evaluated)}")
