@@ -242,6 +242,35 @@ def test_plain_text_in_another_encoding_is_refused(encoding: str, text: str, tmp
         list(open_source(str(tmp_path), "train").read(0, 0))
 
 
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+def test_all_files_in_another_encoding_are_told_at_once(suffix: str, tmp_path: Path) -> None:
+    """Whichever is read first; those that are sound are not named, and each way to convert is told once."""
+    for n in range(12):
+        write(tmp_path / f"{n:02}.{suffix}", "a summer", "another")
+    for n in (1, 3, 5, 6, 8):
+        path = tmp_path / f"{n:02}.{suffix}"
+        path.write_bytes(path.read_bytes().replace(b"summer", "été".encode("latin-1")))
+    for n in (2, 9):
+        path = tmp_path / f"{n:02}.{suffix}"
+        path.write_bytes(path.read_text().encode("utf-16"))
+    with pytest.raises(InputError) as error:
+        texts_of(open_source(str(tmp_path), "train"))
+    told = str(error.value)
+    named = [n for n in range(12) if f"/{n:02}.{suffix}" in told]
+    assert named == [1, 2, 3, 5, 6, 9], told
+    assert "and 1 more" in told
+    assert told.count("iconv -f ISO-8859-1 -t UTF-8") == told.count("iconv -f UTF-16 -t UTF-8") == 1
+    assert told.endswith("repair them, or leave them out with --bad-data skip")
+
+
+def test_files_without_the_column_of_the_text_are_told_at_once(tmp_path: Path) -> None:
+    for n in range(5):
+        (tmp_path / f"{n}.csv").write_text(f"column{n}\na\n")
+    with pytest.raises(InputError, match=r"0\.csv has .*'column0'.*'column2'.*; 2 more cannot be read either") as error:
+        texts_of(open_source(str(tmp_path), "train"))
+    assert "column3" not in str(error.value)
+
+
 def test_hidden_files_and_second_copies_are_no_data(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", "a")
     write(tmp_path / "a.jsonl.gz", "a")

@@ -13,15 +13,16 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text import readers
-from galore_pretrain.text.files import Selection, TextFile, select, select_all, summary
+from galore_pretrain.text.files import Selection, TextFile, examples, select, select_all, summary
 from galore_pretrain.text.hub import (
     C4,
     LONGEST,
@@ -43,6 +44,9 @@ _CUT = (gzip.BadGzipFile, EOFError, zlib.error, ValueError)  # pyarrow's and UTF
 _CUT_RETRIES = 4  # after which it is not the connection that cut a stream
 _READ_RETRIES = 4  # of a local file, in 15 s
 _NAMED = 20  # configs that an error names at most
+_OTHERS = 100  # files that are looked at, at most, where one cannot be read
+_BEGINNING = 32  # documents of each of them
+_TOLD = 3  # ways out that an error tells, at most
 _GLANCE = 1 << 16  # bytes at both ends of a file by which it is known again
 _FIRST_SHARDS = 16  # of which the first documents are taken, at most
 _FIRST_DOCUMENTS = 512  # of all these shards, at most
@@ -232,13 +236,18 @@ class BadData:
         if not self._is_trial:
             log.warning("%s holds no document", name)
 
-    def bad(self, flaw: Flaw, shard: int, shards: list[str]) -> None:
-        """Count what was found in place of a document, or raise InputError if the policy does not allow it."""
+    def bad(
+        self, flaw: Flaw, shard: int, shards: list[str], others: Callable[[], Mapping[str, Flaw]] = lambda: {}
+    ) -> None:
+        """Count what was found in place of a document, or raise InputError if the policy does not allow it.
+
+        ``others`` looks for a flaw in each of the other shards; the error tells of them too.
+        """
         if self._is_trial:  # a run that goes on may have left it out, and one that is short never come to it
             return
-        where = f"{shards[shard]} {flaw.what}"
+        where = f"{shards[shard]} {flaw}"
         if self._policy == "raise":
-            raise InputError(f"{self._flag}: {where}; repair it, or leave it out with --bad-data skip")
+            raise InputError(f"{self._flag}: {_told_together({shards[shard]: flaw} | {**others()})}")
         if flaw.is_end:
             self._broken.add(shard)
             log.warning("%s: left out, and all that comes after it there", where)
@@ -258,6 +267,25 @@ class BadData:
                 f"{self._flag}: {broken} of {len(shards)} files break off, the last of them {where}; "
                 "--bad-data skip leaves out 1 in 10 at most"
             )
+
+
+def _told_together(flaws: Mapping[str, Flaw]) -> str:
+    """Return what is wrong with shards, in the words of the first of those with one way out, and what to do."""
+    groups: dict[str, list[str]] = {}
+    for name, flaw in flaws.items():
+        groups.setdefault(flaw.way_out or flaw.what, []).append(name)
+    parts = []
+    told = 0
+    for names in list(groups.values())[:_TOLD]:
+        part = f"{names[0]} {flaws[names[0]]}"
+        if len(names) > 1:
+            part += f"; the same of {examples([Path(name) for name in names[1:]])}"
+        parts.append(part)
+        told += len(names)
+    if told < len(flaws):
+        parts.append(f"{len(flaws) - told} more cannot be read either")
+    them = "it" if len(flaws) == 1 else "them"
+    return f"{'; '.join(parts)}; repair {them}, or leave {them} out with --bad-data skip"
 
 
 # -- local files ------------------------------------------------------------------------------------------------------
@@ -314,7 +342,7 @@ class LocalFiles:
                     is_empty = False
                     failures = 0
                     if isinstance(text, Flaw):
-                        self.bad_data.bad(text, shard, self.shards)
+                        self.bad_data.bad(text, shard, self.shards, partial(self._flaws_beside, shard))
                         continue
                     self.bad_data.good()
                     if keep is None or keep(text):
@@ -329,6 +357,18 @@ class LocalFiles:
                 time.sleep(2.0 ** (failures - 1))
         if is_empty:
             self.bad_data.empty(name)
+
+    def _flaws_beside(self, shard: int) -> dict[str, Flaw]:
+        """Return the first flaw of each other file that has one at its beginning, by the file's name."""
+        others = [name for name in self.shards if name != self.shards[shard]]
+        flaws = {}
+        for name in others[:_OTHERS]:
+            with contextlib.suppress(OSError):
+                beginning = islice(readers.read(Path(name), 0, self._text_key, self._passages), _BEGINNING)
+                flaw = next((text for _, text in beginning if isinstance(text, Flaw)), None)
+                if flaw is not None:
+                    flaws[name] = flaw
+        return flaws
 
 
 def local_source(
