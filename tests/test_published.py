@@ -218,6 +218,15 @@ def test_a_key_that_would_change_the_model_is_refused(key: str, tmp_path: Path) 
             {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_parameters and rope_scaling differ",
         ),
+        ({"auto_map": {"AutoModel": "own.Model"}}, "unknown key 'auto_map'; it names code of the model's own"),
+        ({"sliding_window": 4096}, "unknown key 'sliding_window'; a LLaMA's attention is over all that went before"),
+        (
+            {"model_type": "own", "auto_map": {"AutoModel": "own.Model"}},
+            "only 'llama' is built here; auto_map: it",
+        ),
+        ({"model_type": "mistral", "sliding_window": 4096}, "'mistral'; only 'llama' is built here; sliding_window: a"),
+        ({"added_tokens": [], "model": {"type": "BPE"}}, "is of a tokenizer; give its folder with --tokenizer"),
+        ({"tokenizer_class": "x", "added_tokens_decoder": {}}, "is of a tokenizer; give its folder with --tokenizer"),
         ({"max_sequence_length": 64}, "max_position_embeddings is 128 and max_sequence_length is 64"),
     ],
 )
@@ -230,6 +239,16 @@ def test_what_would_be_ignored_is_refused_with_the_right_key(
     assert message in str(error.value)
     assert path in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_name_may_be_a_path_as_well() -> None:
+    with pytest.raises(InputError, match=r"--model llama3: no such model .*or give the path of a JSON config, or of a"):
+        load_model_config("llama3")
+
+
+def test_a_window_that_is_not_set_is_passed_over(tmp_path: Path) -> None:
+    """Configs that a program has written name it with null, and that it is not used."""
+    assert load_model_config(written(tmp_path, SMALL | {"sliding_window": None, "use_sliding_window": False}))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "yarn", "linear", "llama3"])

@@ -536,4 +536,7 @@ def find_model(name_or_path: str) -> Traversable:
     hint = ""
     if near:
         hint = f"did you mean {' or '.join(near)}? "
-    raise InputError(f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(shipped)}")
+    raise InputError(
+        f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(shipped)}; or give the path of a "
+        "JSON config, or of a folder with config.json and without weights"
+    )

@@ -111,6 +111,11 @@ _OTHER_NAMES = {
     "norm_eps": "rms_norm_eps",
 }
 """What Meta's own files, GPT-2's and others call a key."""
+_BEYOND = {
+    "auto_map": "it names code of the model's own, which is not run here; leave it out to build a plain LLaMA",
+    "sliding_window": "a LLaMA's attention is over all that went before; leave it out to build that",
+}
+"""Keys of what no LLaMA is, and what to do about each."""
 _SCALES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -158,7 +163,8 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
     values, source = _read(name_or_path)
     model_type = values.get("model_type", "llama")
     if model_type != "llama":  # told before its keys, which are those of another model
-        raise InputError(f"{source}: model_type is {model_type!r}; only 'llama' is built here")
+        also = [f"; {key}: {hint}" for key, hint in _BEYOND.items() if values.get(key)]
+        raise InputError(f"{source}: model_type is {model_type!r}; only 'llama' is built here{''.join(also)}")
     for key, value in values.items():
         _check_kind(key, value, source)
         if float in _KINDS[key]:  # transformers wants 1.0, and not 1
@@ -196,6 +202,8 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
         raise InputError(f"{file}: not readable as JSON ({error}); a model config is one JSON object") from error
     if not isinstance(values, dict):
         raise InputError(f"{file}: holds a JSON {type(values).__name__}; a model config is one JSON object")
+    if "added_tokens" in values or "added_tokens_decoder" in values:  # tokenizer.json, tokenizer_config.json
+        raise InputError(f"{file}: is of a tokenizer; give its folder with --tokenizer, and a model's config here")
     values.pop("_name_or_path", None)  # where transformers has read it from
     for key, one_value in _ONE_VALUE.items():
         value = values.pop(key, None)
@@ -239,6 +247,8 @@ def _check_kind(key: str, value: Any, source: str) -> None:
 
 def _hint(key: str) -> str:
     """Return what to write in place of an unknown key: the name that it has here, or all names."""
+    if key in _BEYOND:
+        return _BEYOND[key]
     if key in _OTHER_NAMES:
         return f"here it is {_OTHER_NAMES[key]!r}"
     near = difflib.get_close_matches(key, [*_KINDS, *_ONE_VALUE], n=1)
