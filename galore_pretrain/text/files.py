@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
 
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.text import readers
 
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
@@ -204,10 +204,14 @@ def _files(data: str, flag: str, selection: Selection) -> list[TextFile]:
             walk = _Walk(_fixed_part(path), selection)
             walk.visit(Path(match) for match in glob(data, recursive=True))
         else:
+            names: tuple[str, ...] = ()
             choices = "a path"
             if flag == "--data":
+                names = ("c4", "sample")
                 choices = "c4, hub:ORG/NAME, sample or a path"
-            raise InputError(f"{flag} {data}: no such file, folder or pattern; choose {choices}")
+            raise InputError(
+                f"{flag} {data}: no such file, folder or pattern; {did_you_mean(data, names)}choose {choices}"
+            )
     except OSError as error:
         raise _not_read(data, flag, error) from error
     return sorted(walk.found, key=lambda file: file.name.split(os.sep))
