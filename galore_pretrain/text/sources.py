@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -193,9 +193,9 @@ NOTHING_READ = Tally()
 class BadData:
     """Says what becomes of documents that cannot be read.
 
-    ``raise``: InputError. ``skip``: they are left out, with a warning for each of the first ten. InputError comes where
-    they are more than one in a hundred (and ten), or more than one in ten shards (and one) has broken off. ``flag`` is
-    the command line's, for messages. What is read in a `trial` is neither counted nor warned of.
+    ``raise``: InputError. ``skip``: they are left out, and each of the first ten is warned of once. InputError comes
+    where they are more than one in a hundred (and ten), or more than one in ten shards (and one) has broken off.
+    ``flag`` is the command line's, for messages. What is read in a `trial` is neither counted nor warned of.
     """
 
     def __init__(self, policy: str = "raise", flag: str = "--data") -> None:
@@ -234,7 +234,7 @@ class BadData:
     def empty(self, name: str) -> None:
         """Warn of a shard without any document."""
         if not self._is_trial:
-            log.warning("%s holds no document", name)
+            _warn_once(f"{name} holds no document")
 
     def bad(
         self, flaw: Flaw, shard: int, shards: list[str], others: Callable[[], Mapping[str, Flaw]] = lambda: {}
@@ -250,11 +250,11 @@ class BadData:
             raise InputError(f"{self._flag}: {_told_together({shards[shard]: flaw} | {**others()})}")
         if flaw.is_end:
             self._broken.add(shard)
-            log.warning("%s: left out, and all that comes after it there", where)
+            _warn_once(f"{where}: left out, and all that comes after it there")
         else:
             self._bad += flaw.documents
             if self._bad <= 10:
-                log.warning("%s: left out", where)
+                _warn_once(f"{where}: left out")
         documents = self._good + self._bad
         if self._bad > max(10, documents // 100):
             raise InputError(
@@ -267,6 +267,12 @@ class BadData:
                 f"{self._flag}: {broken} of {len(shards)} files break off, the last of them {where}; "
                 "--bad-data skip leaves out 1 in 10 at most"
             )
+
+
+@cache  # each epoch reads it again, and so does each split of a file of both
+def _warn_once(what: str) -> None:
+    """Log a warning, the first time that it is given."""
+    log.warning("%s", what)
 
 
 def _told_together(flaws: Mapping[str, Flaw]) -> str:
