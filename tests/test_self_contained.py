@@ -255,3 +255,18 @@ def test_a_run_without_an_update_begins_with_the_text_that_was_mended(home: Path
             check_inputs(config, saved, mended)
         with pytest.raises(InputError, match="made with another tokenizer"):
             check_inputs(config, saved, state["inputs"] | {"tokenizer": "another"})
+
+
+def test_a_finished_run_tells_that_its_files_are_others_now(home: Path) -> None:
+    """As it would where it went on; with the files as they were, it does nothing."""
+    config = json.loads((home / "run" / "config.json").read_text())["config"]
+    flags = [f"--{name}={config[name]['value']}" for name in ("model", "data", "tokenizer", "optim", "lr", "steps")]
+    flags += ["--dtype=float32", "--save-every=6", "--total-batch-size=4", "--max-length=32", "--eval-tokens=500"]
+    flags += ["--wandb=disabled", "--output=run"]
+    before = (home / "run" / "summary.json").read_bytes()
+    invoke("train", *flags)
+    edit_the_model(home)
+    with pytest.raises(InputError, match="step_00000012 was made with another model than there is now; restore it"):
+        invoke("train", *flags)
+    invoke("train", *flags, "--resume-with-changes")
+    assert (home / "run" / "summary.json").read_bytes() == before
