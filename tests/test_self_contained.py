@@ -16,7 +16,7 @@ from galore_pretrain.config.options import RunConfig, text_seen_from
 from galore_pretrain.errors import InputError
 from galore_pretrain.rundir import checkpoint, loaded
 from galore_pretrain.rundir.resume import check_inputs
-from galore_pretrain.text import sources
+from galore_pretrain.text import hub, sources
 from galore_pretrain.text.tokenizer import load_folder, load_tokenizer
 from test_checkpoint import seal
 
@@ -270,3 +270,25 @@ def test_a_finished_run_tells_that_its_files_are_others_now(home: Path) -> None:
         invoke("train", *flags)
     invoke("train", *flags, "--resume-with-changes")
     assert (home / "run" / "summary.json").read_bytes() == before
+
+
+def test_an_evaluation_whose_text_is_gone_names_the_way_out(home: Path) -> None:
+    shutil.move(home / "text.jsonl", home / "kept.jsonl")
+    with pytest.raises(InputError, match=r"no such file.* this is the text of the run: --eval-data PATH names another"):
+        invoke("eval", "run")
+    assert evaluated("run", "--eval-data", "kept.jsonl")["eval_tokens"] > 500
+    with pytest.raises(InputError, match="--eval-data gone: no such file") as error:
+        invoke("eval", "run", "--eval-data", "gone")
+    assert "of the run" not in str(error.value)
+
+
+def test_an_evaluation_on_a_text_of_its_own_asks_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = home / "run" / "checkpoints" / "step_00000012"
+    state = json.loads((newest / "state.json").read_text())
+    state["config"]["data"] = "c4"
+    (newest / "state.json").write_text(json.dumps(state))
+    seal(newest)
+    monkeypatch.setattr(hub, "_answer", lambda *question: ConnectionError("nobody is there"))
+    with pytest.raises(InputError, match=r"\(nobody is there\); .* this is the text of the run: --eval-data PATH"):
+        invoke("eval", newest)
+    assert evaluated(newest, "--eval-data", "text.jsonl")["eval_tokens"] > 500
