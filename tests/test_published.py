@@ -241,6 +241,25 @@ def test_what_would_be_ignored_is_refused_with_the_right_key(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("factors", [[], [1.0], [1.0] * 7, [1.0] * 16, 1.0])
+def test_a_list_of_factors_is_as_long_as_there_are_frequencies(name: str, factors: Any, tmp_path: Path) -> None:
+    """Heads of 16 have 8 of them. transformers warns its developers, and takes one number for all."""
+    scale = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 32}
+    scale |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    assert load_model_config(written(tmp_path, SMALL | {"rope_scaling": scale})).head_dim == 16
+    with pytest.raises(InputError, match=f"rope_scaling has .* as {name}; give 8 numbers, half the width of a head"):
+        load_model_config(written(tmp_path, SMALL | {"rope_scaling": scale | {name: factors}}))
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, "1", True, None, float("inf"), float("nan")])
+def test_a_factor_is_a_positive_number(factor: Any, tmp_path: Path) -> None:
+    scale = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 32}
+    scale |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 7 + [factor]}
+    with pytest.raises(InputError, match=r"rope_scaling has long_factor .*; all must be finite and greater than 0"):
+        load_model_config(written(tmp_path, SMALL | {"rope_scaling": scale}))
+
+
 def test_an_unknown_name_may_be_a_path_as_well() -> None:
     with pytest.raises(InputError, match=r"--model llama3: no such model .*or give the path of a JSON config, or of a"):
         load_model_config("llama3")

@@ -327,10 +327,27 @@ def _rope(values: dict[str, Any], source: str) -> dict[str, Any] | None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it reads {', '.join(known)}"
             raise InputError(f"{source}: {name} of type {kind} has no key {key!r}; {hint}")
+    if kind == "longrope":
+        head_dim = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        _check_factors(rope, head_dim // 2, f"{source}: {name}")
     theta = values.get("rope_theta")
     if theta is not None and rope.get("rope_theta", theta) != theta:
         raise InputError(f"{source}: rope_theta is {theta}, and {rope['rope_theta']} in {name}; leave out one")
     return rope
+
+
+# One number would be taken for all frequencies, and the factors for long texts are not read before there is such one.
+def _check_factors(rope: dict[str, Any], wanted: int, where: str) -> None:
+    """Raise InputError where factors of ``longrope`` are not ``wanted`` positive numbers, one for each frequency."""
+    for key in ("short_factor", "long_factor"):
+        factors = rope.get(key)
+        if factors is None:  # transformers says which keys are missing
+            continue
+        if not isinstance(factors, list) or len(factors) != wanted:
+            given = f"a list of {len(factors)}" if isinstance(factors, list) else repr(factors)
+            raise InputError(f"{where} has {given} as {key}; give {wanted} numbers, half the width of a head")
+        if not all(type(factor) in _NUMBER and 0 < factor < math.inf for factor in factors):
+            raise InputError(f"{where} has {key} {factors}; all must be finite and greater than 0")
 
 
 def _rope_key(values: dict[str, Any]) -> str:
