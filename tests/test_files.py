@@ -271,6 +271,25 @@ def test_files_without_the_column_of_the_text_are_told_at_once(tmp_path: Path) -
     assert "column3" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_paths_with_other_names_of_the_text_are_told_what_to_do(name: str, tmp_path: Path) -> None:
+    """One key is for all paths, so the text of one of them has to be renamed."""
+    import pyarrow.parquet
+
+    sound = write(tmp_path / "b" / name, "a")
+    other = tmp_path / "a" / name
+    other.parent.mkdir()
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), other)
+    else:
+        other.write_text(sound.read_text().replace("text", "body"))
+    message = f"{other} .*'body'; name one with --text-key, which counts for all files, or rename it here"
+    if name == "a.jsonl":
+        message += re.escape(""", as with jq -c '{"text": .KEY}'""")
+    with pytest.raises(InputError, match=message):
+        texts_of(open_source([str(other), str(sound)], "train"))
+
+
 def test_hidden_files_and_second_copies_are_no_data(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", "a")
     write(tmp_path / "a.jsonl.gz", "a")

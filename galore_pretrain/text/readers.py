@@ -26,6 +26,7 @@ WHOLE_LINES, CUT_LINES = 1, 2
 """Rules by which plain text is cut into passages: lines are kept whole, however long; or no passage is too long."""
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*\s+|[。！？\r]")  # old Macs end lines with \r alone
 _FROM_LATIN_1 = "if it is Latin-1, iconv -f ISO-8859-1 -t UTF-8 converts it"
+_OTHER_KEY = "name one with --text-key, which counts for all files, or rename it here"
 _NAMED = 20  # keys or columns that an error names at most
 _NAME_LENGTH = 40  # characters that it shows of each
 _PART = 1 << 16  # bytes of decompressed text that are read at a time
@@ -212,7 +213,7 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
         if isinstance(document, dict):
             way_out += f"; its keys: {_listed(document)}"
             if key not in document:
-                way_out += "; name one with --text-key"
+                way_out += f"; {_OTHER_KEY}, as with jq -c '{{\"{key}\": .KEY}}'"
         return Flaw(f'line {number} has no string under "{key}"', way_out=way_out)
     if not is_text(text):
         return Flaw(f"line {number} has half a surrogate pair, which is no character")
@@ -275,7 +276,7 @@ def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
 
 def _no_column(key: str, columns: list[str]) -> tuple[str, str]:
     """Return what is wrong with a file without the column of the text, and the way out."""
-    return f'has no column "{key}"', f"its columns: {_listed(columns)}; name one with --text-key"
+    return f'has no column "{key}"', f"its columns: {_listed(columns)}; {_OTHER_KEY}"
 
 
 def _listed(names: Collection[str]) -> str:
