@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.text.hub import T5, download, first_line, is_hub_id
 from galore_pretrain.text.pieces import OF_NO_PIECE, SPACE, cut_apart, fast_form
 
@@ -421,7 +421,8 @@ def find_tokenizer(name: str) -> Path | None:
     if name == "t5" or is_hub_id(name):
         return None
     raise InputError(
-        f"--tokenizer {name}: no such file or folder; choose t5, sample, a .model file, a folder or a hub id"
+        f"--tokenizer {name}: no such file or folder; {did_you_mean(name, ('t5', 'sample'))}"
+        "choose t5, sample, a .model file, a folder or a hub id"
     )
 
 
