@@ -29,7 +29,15 @@ from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import RunDirectory, log_config
 from galore_pretrain.rundir.environment import describe_environment
 from galore_pretrain.rundir.export import export, try_export
-from galore_pretrain.rundir.resume import Saver, check_inputs, is_finished, resolve_resume, restore, resume_hint
+from galore_pretrain.rundir.resume import (
+    Saver,
+    check_inputs,
+    check_model,
+    is_finished,
+    resolve_resume,
+    restore,
+    resume_hint,
+)
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
 from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
@@ -109,15 +117,17 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     schedule = _schedule(config)
     resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
     config, saved = resumption.config, resumption.saved
+    if saved and world.on_rank_zero(lambda: is_finished(output, saved, schedule)):
+        world.on_rank_zero(lambda: check_model(config, saved))
+        log.info("%s is finished; give another --output to train anew", output)
+        return None
+
     revision = saved.state.get("revision") if saved else None
     if world.size > 1:  # all read what the first one finds
         revision = world.on_rank_zero(lambda: open_inputs(config, revision).revision)
     inputs = world.on_every_rank(lambda: open_inputs(config, revision), lambda opened: str(opened.fingerprints()))
     if saved:
         check_inputs(config, saved, inputs.fingerprints(saved.format))
-        if world.on_rank_zero(lambda: is_finished(output, saved, schedule)):
-            log.info("%s is finished; give another --output to train anew", output)
-            return None
     shares = world.on_rank_zero(lambda: check_text(config, inputs, is_new=saved is None))
     world.on_rank_zero(lambda: try_export(inputs.model, inputs.tokenizer, inputs.first_texts()))
     tokenizer = world.on_rank_zero(inputs.tokenizer.files)

@@ -257,8 +257,8 @@ def test_a_run_without_an_update_begins_with_the_text_that_was_mended(home: Path
             check_inputs(config, saved, state["inputs"] | {"tokenizer": "another"})
 
 
-def test_a_finished_run_tells_that_its_files_are_others_now(home: Path) -> None:
-    """As it would where it went on; with the files as they were, it does nothing."""
+def test_a_finished_run_tells_that_its_model_is_another_now(home: Path) -> None:
+    """As it would where it went on; with the model as it was, it does nothing."""
     config = json.loads((home / "run" / "config.json").read_text())["config"]
     flags = [f"--{name}={config[name]['value']}" for name in ("model", "data", "tokenizer", "optim", "lr", "steps")]
     flags += ["--dtype=float32", "--save-every=6", "--total-batch-size=4", "--max-length=32", "--eval-tokens=500"]
