@@ -160,8 +160,8 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
     _refuse_changes(config, saved, changed)
 
 
-# The text and the tokenizer of a run that is finished may be far away, and are not opened. The tokenizer would write the
-# ids of its control tokens into the architecture.
+# Text and tokenizer of a run that is finished may be far away, and are not opened. The tokenizer would write the ids of
+# its control tokens into the architecture.
 def check_model(config: RunConfig, saved: Saved) -> None:
     """Raise InputError where the model of a finished run is not what it was. Nothing but its JSON is read."""
     known = saved.state.get("inputs", {}).get("model")
