@@ -25,7 +25,7 @@ from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.planning.traffic import count
 from galore_pretrain.rundir.directory import RunDirectory
 from messages import config_of
-from runs import command, lines
+from runs import command, lines, start
 
 FULL = bool(os.environ.get("FULL"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -48,8 +48,8 @@ def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.Comp
 
 
 def flags(model: str, output: Path, *more: str) -> list[str]:
-    """Of a run of 30 updates, of 8 rows each."""
-    changed = {"--steps": "30", "--total-batch-size": "8", "--save-every": "100", "--eval-every": "100"}
+    """Of a run of 14 updates, of 8 rows each: bases are made three times, and merged once."""
+    changed = {"--steps": "14", "--total-batch-size": "8", "--save-every": "100", "--eval-every": "100"}
     words = command(model, output, *more)[3:]
     for name, value in changed.items():
         words[words.index(name) + 1] = value
@@ -63,17 +63,37 @@ def of_row(row: str) -> list[str]:
 
 
 def run_all(processes: int, cases: dict[Path, list[str]], folder: Path) -> None:
+    """The cases, one after another, by so many processes that are forked with what torchrun would tell them."""
     file = folder / f"cases-{processes}.json"
     file.write_text(json.dumps(list(cases.values())))
-    done = torchrun(processes, str(Path(__file__).with_name("worlds.py")), str(file))
-    assert done.returncode == 0, done.stderr[-5000:]
+    told = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    told |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    all_started, logs = [], []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        logs.append(folder / f"cases-{processes}-{rank}.log")
+        environment = ENVIRONMENT
+        if processes > 1:
+            environment = ENVIRONMENT | told | own
+        script = "import worlds; worlds.main()"
+        all_started.append(start(script, str(file), stdout=logs[-1], stderr=logs[-1], env=environment))
+    for process in all_started:
+        process.join()
+    codes = [process.exitcode for process in all_started]
+    assert codes == [0] * processes, [log.read_text()[-3000:] for log in logs]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
 
 
 def case(model: str, output: Path, row: str, *more: str) -> list[str]:
     words = flags(model, output, "--optim", row, *more)
     for name in of_row(row):
         del words[(i := words.index(name)) : i + 2]
-    return words + (["--relora-every", "10"] if "relora" in row else [])
+    return words + (["--relora-every", "6"] if "relora" in row else [])
 
 
 def compare(one: Path, other: Path, tolerance: float) -> str | None:
@@ -174,9 +194,9 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
         return [
             *case(tiny_config, output, row, "--keep", "9", *more, *clipped),
             "--save-every",
-            "12",
+            "6",
             "--eval-every",
-            "12",
+            "6",
         ]
 
     modes = dict(zip(ELASTIC, itertools.cycle(("--layerwise", "--no-layerwise")), strict=False))
@@ -188,7 +208,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
             folder = tmp_path / f"{row}-4-{processes}"
             shutil.copytree(tmp_path / f"{row}-4", folder)
             (folder / "summary.json").unlink()
-            for later in ("step_00000024", "step_00000030"):
+            for later in ("step_00000012", "step_00000014"):
                 shutil.rmtree(folder / "checkpoints" / later)
             again[folder] = words(row, folder)
         run_all(processes, again, tmp_path)
@@ -253,9 +273,7 @@ def test_one_of_two_hosts_is_lost_and_comes_back(tiny_config: str, tmp_path: Pat
     row = "galore_adamw"
     run_all(1, {tmp_path / "one": case(tiny_config, tmp_path / "one", row, "--save-every", "4")}, tmp_path)
     arguments = case(tiny_config, tmp_path / "two", row, "--save-every", "4", "--shard", "hybrid", *PROJECTED[3:])
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     logs = [tmp_path / f"{name}.log" for name in ("first", "second", "back")]
     hosts = [agent(1 + (i > 0), port, log, str(script), *arguments) for i, log in enumerate(logs[:2])]
     try:
@@ -274,7 +292,7 @@ def test_one_of_two_hosts_is_lost_and_comes_back(tiny_config: str, tmp_path: Pat
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_all(tiny_config: str, tmp_path: Path) -> None:
     script = tmp_path / "losing.py"
-    script.write_text(LOSING.format(FIRST, "time.sleep(30)"))
+    script.write_text(LOSING.format(FIRST, "time.sleep(12)"))
     started = time.monotonic()
     words = ["--total-batch-size", "8", "--distributed-timeout", "5"]
     done = torchrun(2, str(script), *command(tiny_config, tmp_path / "run", *words)[3:])
