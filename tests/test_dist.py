@@ -1,6 +1,7 @@
 """Several processes are the same program: the curves of one, checkpoints that any number of them reads, and an end.
 
-All by gloo on this machine, through torchrun and the real command line. ``FULL=1`` (``make dist``) runs every optimizer
+All by gloo on this machine and the real command line: those that are only compared are forked from a process that has
+imported all, and torchrun starts those that end, or are lost. ``FULL=1`` (``make dist``) runs every optimizer
 in every way to share it, by two and by four processes; CI a part of that.
 """
 
@@ -62,25 +63,31 @@ def of_row(row: str) -> list[str]:
     return without + ([] if "galore" in row else ["--update-proj-gap"])
 
 
-def run_all(processes: int, cases: dict[Path, list[str]], folder: Path) -> None:
-    """The cases, one after another, by so many processes that are forked with what torchrun would tell them."""
-    file = folder / f"cases-{processes}.json"
-    file.write_text(json.dumps(list(cases.values())))
+def forked(processes: int, module: str, folder: Path, *arguments: str) -> str:
+    """What the first process prints, of so many that run a module of tests/ with what torchrun would tell them."""
     told = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     told |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    all_started, logs = [], []
+    script = f"import {module}; {module}.main()"
+    all_started, outputs, logs = [], [], []
     for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        logs.append(folder / f"cases-{processes}-{rank}.log")
+        outputs.append(folder / f"{module}-{processes}-{rank}.out")
+        logs.append(folder / f"{module}-{processes}-{rank}.err")
         environment = ENVIRONMENT
         if processes > 1:
-            environment = ENVIRONMENT | told | own
-        script = "import worlds; worlds.main()"
-        all_started.append(start(script, str(file), stdout=logs[-1], stderr=logs[-1], env=environment))
+            environment = ENVIRONMENT | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        all_started.append(start(script, *arguments, stdout=outputs[-1], stderr=logs[-1], env=environment))
     for process in all_started:
-        process.join()
+        process.join(1800)
     codes = [process.exitcode for process in all_started]
     assert codes == [0] * processes, [log.read_text()[-3000:] for log in logs]
+    return outputs[0].read_text()
+
+
+def run_all(processes: int, cases: dict[Path, list[str]], folder: Path) -> None:
+    """The cases, one after another, by so many processes."""
+    file = folder / f"cases-{processes}.json"
+    file.write_text(json.dumps(list(cases.values())))
+    forked(processes, "worlds", folder, str(file))
 
 
 def free_port() -> int:
@@ -145,10 +152,9 @@ def test_rules_of_one_s_own_are_those_of_one_process(tiny_config: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_updates_of_parts_are_those_of_the_whole(processes: int) -> None:
+def test_updates_of_parts_are_those_of_the_whole(processes: int, tmp_path: Path) -> None:
     """On prescribed gradients, of every row; in 8 bits, bit for bit where blocks align (shards.py)."""
-    done = torchrun(processes, str(Path(__file__).with_name("shards.py")))
-    assert done.returncode == 0, done.stderr[-5000:]
+    forked(processes, "shards", tmp_path)
 
 
 @pytest.mark.slow
@@ -157,9 +163,7 @@ def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path) -> Non
     deeper = tmp_path / "deeper.json"  # than what the plan counts
     deeper.write_text(json.dumps(json.loads(Path(tiny_config).read_text()) | {"num_hidden_layers": 3}))
     rows = "galore_adafactor"  # which sends the most kinds of messages
-    done = torchrun(4, str(Path(__file__).with_name("messages.py")), str(deeper), rows, "4")
-    assert done.returncode == 0, done.stderr[-5000:]
-    sent = json.loads(done.stdout)
+    sent = json.loads(forked(4, "messages", tmp_path, str(deeper), rows, "4"))
     for name, real in sent.items():
         row, shard, reduce = name.split()
         config = config_of(str(deeper), row, shard, reduce, 4)

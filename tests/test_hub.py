@@ -170,11 +170,14 @@ def test_resumed_documents_are_the_rest_of_the_uninterrupted_ones(hub: FakeHub, 
 
 # The hub library asks five times more, for 23 s, before the loop under test has its turn, which then waits up to 60 s.
 SHORT_WAITS = """
+import datasets
 from huggingface_hub.utils import http_backoff
 from galore_pretrain.text import sources
 
 assert (http_backoff.__kwdefaults__["max_retries"], sources.LONGEST) == (5, 60.0), "other names, and the real waits"
 http_backoff.__kwdefaults__["max_retries"], sources.LONGEST = 0, 0.1
+assert datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL == 60
+datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0.1
 """
 
 
