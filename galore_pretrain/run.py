@@ -37,6 +37,7 @@ from galore_pretrain.rundir.resume import (
     resolve_resume,
     restore,
     resume_hint,
+    tokenizer_files,
 )
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
@@ -130,7 +131,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         check_inputs(config, saved, inputs.fingerprints(saved.format))
     shares = world.on_rank_zero(lambda: check_text(config, inputs, is_new=saved is None))
     world.on_rank_zero(lambda: try_export(inputs.model, inputs.tokenizer, inputs.first_texts()))
-    tokenizer = world.on_rank_zero(inputs.tokenizer.files)
+    tokenizer = world.on_rank_zero(lambda: tokenizer_files(saved, inputs.tokenizer))
 
     outline = part = Outline.of(config, inputs.model)
     if world.mesh is not None:

@@ -15,7 +15,7 @@ from galore_pretrain.cli import cli
 from galore_pretrain.config.options import RunConfig, text_seen_from
 from galore_pretrain.errors import InputError
 from galore_pretrain.rundir import checkpoint, loaded
-from galore_pretrain.rundir.resume import check_inputs
+from galore_pretrain.rundir.resume import check_inputs, tokenizer_files
 from galore_pretrain.text import hub, sources
 from galore_pretrain.text.tokenizer import load_folder, load_tokenizer
 from test_checkpoint import seal
@@ -203,6 +203,24 @@ def test_the_files_of_a_tokenizer_are_all_of_it(family: str, tmp_path: Path) -> 
     for ours, theirs in zip(again.encode(TEXTS), tokenizer.encode(TEXTS), strict=True):
         assert ours.tolist() == theirs.tolist()
         assert again.decode(ours.tolist()) == tokenizer.decode(ours.tolist())
+
+
+def test_the_files_of_a_tokenizer_are_made_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on takes those of its checkpoint, as long as they are of the tokenizer that it reads with."""
+    saved = checkpoint.opened(home / "run" / "checkpoints" / "step_00000012")
+    old = load_tokenizer("tokenizer")
+    made = old.files()
+    replace_the_tokenizer(home)
+    new = load_tokenizer("tokenizer")
+    assert tokenizer_files(saved, new) == new.files() != made
+    (saved.folder / "tokenizer" / ".DS_Store").write_text("not the checkpoint's own")
+    monkeypatch.setattr(old, "files", lambda: pytest.fail("made anew"))
+    assert tokenizer_files(saved, old) == made
+    (saved.folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="step_00000012: cannot be read"):
+        tokenizer_files(saved, old)
+    monkeypatch.setattr(old, "files", lambda: made)
+    assert tokenizer_files(None, old) == made
 
 
 def test_a_library_of_another_version_changes_no_model(home: Path) -> None:

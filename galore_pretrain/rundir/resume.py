@@ -21,7 +21,7 @@ from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import read_summary
 from galore_pretrain.text.batches import TrainingData
-from galore_pretrain.text.tokenizer import load_folder
+from galore_pretrain.text.tokenizer import Tokenizer, load_folder
 from galore_pretrain.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -194,6 +194,20 @@ def _kept_tokenizer(saved: Saved, config: RunConfig) -> str | None:
     if not folder.is_dir():
         return None
     return load_folder(folder, config.tokenizer).fingerprint
+
+
+# Making the files of 128,000 tokens takes seconds, and what is made must be loaded to see that it is this tokenizer. A
+# checkpoint's files were, when they were made.
+def tokenizer_files(saved: Saved | None, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the tokenizer's files for the run's checkpoints, those of the one that it goes on from if it holds them.
+
+    Raises InputError where they have to be made and cannot be, or cannot be read.
+    """
+    if saved is not None and saved.state["inputs"].get("tokenizer") == tokenizer.fingerprint:
+        kept = saved.tokenizer_files()
+        if kept:
+            return kept
+    return tokenizer.files()
 
 
 def _without_version(architecture: str) -> dict[str, Any]:
