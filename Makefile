@@ -22,7 +22,7 @@ lint: $(VENV)/.installed
 	$(BIN)/shellcheck scripts/*.sh
 
 pytest: $(VENV)/.installed
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 dist: $(VENV)/.installed            ## every optimizer in every way to share it, by 2 and 4 processes: half an hour
 	FULL=1 $(BIN)/pytest tests/test_dist.py

@@ -29,7 +29,16 @@ from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import RunDirectory, log_config
 from galore_pretrain.rundir.environment import describe_environment
 from galore_pretrain.rundir.export import export, try_export
-from galore_pretrain.rundir.resume import Saver, check_inputs, is_finished, resolve_resume, restore, resume_hint
+from galore_pretrain.rundir.resume import (
+    Saver,
+    check_inputs,
+    check_model,
+    is_finished,
+    resolve_resume,
+    restore,
+    resume_hint,
+    tokenizer_files,
+)
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
 from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
@@ -110,6 +119,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
     config, saved = resumption.config, resumption.saved
     if saved and world.on_rank_zero(lambda: is_finished(output, saved, schedule)):
+        world.on_rank_zero(lambda: check_model(config, saved))
         log.info("%s is finished; give another --output to train anew", output)
         return None
 
@@ -121,7 +131,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         check_inputs(config, saved, inputs.fingerprints(saved.format))
     shares = world.on_rank_zero(lambda: check_text(config, inputs, is_new=saved is None))
     world.on_rank_zero(lambda: try_export(inputs.model, inputs.tokenizer, inputs.first_texts()))
-    tokenizer = world.on_rank_zero(inputs.tokenizer.files)
+    tokenizer = world.on_rank_zero(lambda: tokenizer_files(saved, inputs.tokenizer))
 
     outline = part = Outline.of(config, inputs.model)
     if world.mesh is not None:

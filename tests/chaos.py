@@ -220,8 +220,9 @@ def every_row(folder: Path, *, both: bool) -> int:
         flags += " --layout pack" * (i // 4 % 2)
         if i // 8 % 2:
             flags = flags.replace("--data sample", f"--data {folder / 'text.jsonl'} --tokenizer sample")
-        flags += " --rank 4" * ("galore" in row or "_rank" in row or "lora" in row)
-        flags += " --update-proj-gap 4" * ("galore" in row) + " --relora-every 5" * ("relora" in row)
+        for flag, value in (("rank", 4), ("update_proj_gap", 4), ("relora_every", 5)):
+            if flag in METHODS[row].options:
+                flags += f" --{flag.replace('_', '-')} {value}"
         place = folder / f"{row}{execution}"
         place.mkdir()
 

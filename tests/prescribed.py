@@ -1,9 +1,18 @@
 """Prescribed gradients: optimizers are compared on them, not through a model, which amplifies rounding."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from galore_pretrain.optim import METHODS, OPTIONS
+
+
+def meant_for(row: str, **options: Any) -> dict[str, Any]:
+    """Those of ``options`` of `build_rules` that a row has a use for."""
+    arguments = {OPTIONS[flag].argument for flag in METHODS[row].options}
+    return {name: value for name, value in options.items() if name in arguments}
 
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -1,13 +1,26 @@
-"""Small runs of the real command line, and what of them can be compared."""
+"""Small runs of the real command line, and what of them can be compared.
+
+To start Python and import torch takes longer than such a run. So a run is a process of its own that is forked from one
+in which all is imported already. Where the start itself is what is tested, `command` is for subprocess.
+"""
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 MEASURED = {"tokens_per_second", "peak_memory_bytes", "process_peak_bytes"}
 """Keys of metrics.jsonl that a clock, or the process's memory, put there."""
+Done = subprocess.CompletedProcess[str]
+COMMAND_LINE = "from galore_pretrain import cli; cli.main()"
+_WARM = multiprocessing.get_context("forkserver")
+_WARM.set_forkserver_preload(["galore_pretrain.run", "galore_pretrain.rundir.loaded", "transformers", "pytest"])
 
 
 def command(model: str, output: Path, *flags: str) -> list[str]:
@@ -40,8 +53,47 @@ def command(model: str, output: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "galore_pretrain", *base, "--output", str(output), *flags]
 
 
-def run(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False, **kwargs)
+def run(
+    model: str, output: Path, *flags: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return python(COMMAND_LINE, *command(model, output, *flags)[3:], env=env)
+
+
+def python(
+    script: str, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """What ``python -c script arguments`` comes to."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = start(script, *arguments, stdout=said[0], stderr=said[1], env=env)
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(arguments, timeout, said[0].read_text(), said[1].read_text())
+        return subprocess.CompletedProcess(arguments, process.exitcode, said[0].read_text(), said[1].read_text())
+
+
+def start(
+    script: str, *arguments: str, stdout: Path, stderr: Path, env: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """Start ``python -c script arguments``, whose output goes to files."""
+    environment = dict(os.environ if env is None else env)
+    process = _WARM.Process(target=_execute, args=(script, arguments, stdout, stderr, environment, Path.cwd()))
+    process.start()
+    return process
+
+
+def _execute(
+    script: str, arguments: tuple[str, ...], stdout: Path, stderr: Path, environment: dict[str, str], folder: Path
+) -> None:
+    for file, number in ((stdout, 1), (stderr, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["-c", *arguments]
+    exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
 
 
 def lines(output: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from galore_pretrain.optim.execution import GlobalStep, Layerwise
 from galore_pretrain.optim.fira import Fira
 from galore_pretrain.tensors.shards import whole
 from own_rules import GaLoreAndRest, NewtonSchulz, RowNorms, SignOfAverage
+from prescribed import meant_for
 
 ALIGNED = {"tall": (1024, 256), "wide": (256, 1024), "square": (512, 512), "head": (1024, 256), "norm": (512,)}
 FEW = {"tall": (5, 4), "wide": (4, 5), "square": (5, 5), "head": (5, 4), "norm": (5,)}  # the last of four has none
@@ -62,7 +63,7 @@ def compare(row: str, shapes: Any, dtype: torch.dtype, mesh: DeviceMesh, order: 
     """After seven updates: how far weights are apart, over the way that they have come (norms of that ``order``)."""
     models = [Model(shapes, dtype, m) for m in (None, mesh)]
     before = [p.detach().clone() for p in models[0].parameters()]
-    more = {"rank": 8, "update_proj_gap": 3} if "galore" in row else {}
+    more = meant_for(row, rank=8, update_proj_gap=3)
     optimizers = [build_optimizer(m, row, lr=0.01, **{**more, **options}) for m in models]
     for step, (model, optimizer) in itertools.product(range(1, 8), zip(models, optimizers, strict=True)):
         for name, p in model.named_parameters():

@@ -34,7 +34,7 @@ STATE: dict[str, Any] = {"config": {}, "trainer": {}, "counts": {}}
 def test_tensors_come_back_bitwise_in_their_dtypes(
     row: str, dtype: torch.dtype, numerics: str, build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"numerics": numerics} | ({"rank": 4} if "galore" in row else {})
+    options: dict[str, Any] = {"numerics": numerics} | meant_for(row, rank=4)
     model, other = build_tiny(dtype=dtype, seed=1), build_tiny(dtype=dtype, seed=2)
     optimizer, fresh = (build_optimizer(m, row, lr=0.1, **options) for m in (model, other))
     for p in model.parameters():
@@ -309,6 +309,7 @@ import resource, sys, torch
 from pathlib import Path
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.checkpoint import DamagedError
+from prescribed import meant_for
 root = Path(sys.argv[1])
 checkpoint.save(root / "step_00000001", {"a": torch.ones(10)}, dict(config={}, trainer={}, counts={}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))

@@ -28,7 +28,7 @@ from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.planning import plan
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.directory import RunDirectory
-from runs import MEASURED, command, lines, run
+from runs import COMMAND_LINE, MEASURED, command, lines, python, run
 
 KEYS = {"step", "loss", "lr", "tokens_seen"} | MEASURED
 EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_tokens"}
@@ -370,9 +370,9 @@ def test_the_papers_tokens_can_be_asked_for() -> None:
 
 
 def test_max_tokens_ends_with_the_update_that_reaches_them(tiny_config: str, tmp_path: Path) -> None:
-    flags = command(tiny_config, tmp_path / "run", "--max-tokens", "1K")
+    flags = command(tiny_config, tmp_path / "run", "--max-tokens", "1K")[3:]
     del flags[flags.index("--steps") : flags.index("--steps") + 2]
-    result = subprocess.run(flags, capture_output=True, text=True, timeout=300, check=False)
+    result = python(COMMAND_LINE, *flags)
     assert result.returncode == 0, result.stderr
     rows = lines(tmp_path / "run")
     assert rows[-2]["tokens_seen"] < 1000 <= rows[-1]["tokens_seen"]
@@ -605,24 +605,25 @@ def test_several_texts_are_trained_on_together(tiny_config: str, tmp_path: Path)
         resolved([*shared, "--data", paths[0], "--data", "c4"])
 
     steps = ["--tokenizer", "sample", "--steps", "4", "--save-every", "2", "--wandb", "disabled", "--eval-tokens", "60"]
-    arguments = [sys.executable, "-m", "galore_pretrain", *steps, "--total-batch-size", "4", "--max-length", "48"]
+    arguments = [*steps, "--total-batch-size", "4", "--max-length", "48"]
     arguments += ["--optim", "adamw", "--dtype", "float32", "--output", str(tmp_path / "run")]
-    begun = subprocess.run(
-        [*arguments, "--config", str(tmp_path / "run.json")], capture_output=True, text=True, timeout=300, check=False
-    )
+    begun = python(COMMAND_LINE, *arguments, "--config", str(tmp_path / "run.json"))
     assert begun.returncode == 0, begun.stderr
     assert all(f"--data {path}: training" in begun.stderr for path in paths)
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["data"]["value"] == paths
     (tmp_path / "run" / "summary.json").unlink()
     given = ["--model", tiny_config, "--data", paths[0]]
-    alone = subprocess.run([*arguments, *given], capture_output=True, text=True, timeout=300, check=False)
+    alone = python(COMMAND_LINE, *arguments, *given)
     assert alone.returncode == 2
     assert "was made with other options: --data" in alone.stderr
-    again = subprocess.run(
-        [*arguments, *given, "--data", paths[1]], capture_output=True, text=True, timeout=300, check=False
-    )
+    again = python(COMMAND_LINE, *arguments, *given, "--data", paths[1])
     assert again.returncode == 0, again.stderr
+
+
+def imported_anew(model: str, output: Path, *flags: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    words = command(model, output, *flags)
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=env)
 
 
 def test_wandb_gets_the_same_numbers(tiny_config: str, tmp_path: Path) -> None:
@@ -649,7 +650,7 @@ def test_wandb_gets_the_same_numbers(tiny_config: str, tmp_path: Path) -> None:
         "    def finish(self): self.file.close()\n"
     )
     environment["PYTHONPATH"] = str(recorder.parent)
-    result = run(tiny_config, tmp_path / "other", "--steps", "3", env=environment)
+    result = imported_anew(tiny_config, tmp_path / "other", "--steps", "3", env=environment)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "other" / "recorded.jsonl").read_text() == (tmp_path / "other" / "metrics.jsonl").read_text()
 
@@ -659,6 +660,6 @@ def test_wandb_never_stops_a_run(tiny_config: str, tmp_path: Path) -> None:
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise RuntimeError('wandb is broken')")
     environment = os.environ | {"PYTHONPATH": str(blocked.parent), "WANDB_MODE": "offline"}
-    result = run(tiny_config, tmp_path / "run", "--steps", "2", env=environment)
+    result = imported_anew(tiny_config, tmp_path / "run", "--steps", "2", env=environment)
     assert result.returncode == 0, result.stderr
     assert "wandb is off for this run: wandb is broken" in result.stderr

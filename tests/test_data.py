@@ -331,6 +331,24 @@ def test_too_many_bad_lines_are_refused_all_the_same(tmp_path: Path, caplog: pyt
     assert len(caplog.records) == 10
 
 
+def test_a_place_is_warned_of_once_however_often_it_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By further epochs, by evaluations, and by the other split. All are counted, each time."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    lines = lines_of(SOUND)
+    lines[7] = lines[70] = b"{"
+    (folder / "0.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "1.jsonl").write_bytes(b"")
+    (folder / "2.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines_of(SOUND)))[:-20])
+    for epoch, split in enumerate(("train", "validation", "train")):
+        source = open_source(str(folder), split, bad_data="skip")
+        for again in range(3):
+            everything(source)
+            assert source.bad_data.tally.bad == 2 * (again + 1)
+        assert len(caplog.records) == 4, (epoch, caplog.text)
+    assert len(set(caplog.messages)) == 4
+
+
 def test_texts_for_a_trial_are_read_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are read again by each evaluation, which counts them and warns of them; an empty file is passed over."""
     (tmp_path / "0.jsonl").write_bytes(b"")

@@ -1,6 +1,7 @@
 """Several processes are the same program: the curves of one, checkpoints that any number of them reads, and an end.
 
-All by gloo on this machine, through torchrun and the real command line. ``FULL=1`` (``make dist``) runs every optimizer
+All by gloo on this machine and the real command line: those that are only compared are forked from a process that has
+imported all, and torchrun starts those that end, or are lost. ``FULL=1`` (``make dist``) runs every optimizer
 in every way to share it, by two and by four processes; CI a part of that.
 """
 
@@ -25,7 +26,7 @@ from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.planning.traffic import count
 from galore_pretrain.rundir.directory import RunDirectory
 from messages import config_of
-from runs import command, lines
+from runs import command, lines, start
 
 FULL = bool(os.environ.get("FULL"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -48,8 +49,8 @@ def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.Comp
 
 
 def flags(model: str, output: Path, *more: str) -> list[str]:
-    """Of a run of 30 updates, of 8 rows each."""
-    changed = {"--steps": "30", "--total-batch-size": "8", "--save-every": "100", "--eval-every": "100"}
+    """Of a run of 14 updates, of 8 rows each: bases are made three times, and merged once."""
+    changed = {"--steps": "14", "--total-batch-size": "8", "--save-every": "100", "--eval-every": "100"}
     words = command(model, output, *more)[3:]
     for name, value in changed.items():
         words[words.index(name) + 1] = value
@@ -58,22 +59,49 @@ def flags(model: str, output: Path, *more: str) -> list[str]:
 
 def of_row(row: str) -> list[str]:
     """A rank means nothing to some, nor an interval of bases."""
-    without = [] if "lo" in row or "rank" in row else ["--rank"]
-    return without + ([] if "galore" in row else ["--update-proj-gap"])
+    if row not in METHODS:
+        return ["--rank", "--update-proj-gap"]
+    return [f"--{flag.replace('_', '-')}" for flag in ("rank", "update_proj_gap") if flag not in METHODS[row].options]
+
+
+def forked(processes: int, module: str, folder: Path, *arguments: str) -> str:
+    """What the first process prints, of so many that run a module of tests/ with what torchrun would tell them."""
+    told = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    told |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    script = f"import {module}; {module}.main()"
+    all_started, outputs, logs = [], [], []
+    for rank in range(processes):
+        outputs.append(folder / f"{module}-{processes}-{rank}.out")
+        logs.append(folder / f"{module}-{processes}-{rank}.err")
+        environment = ENVIRONMENT
+        if processes > 1:
+            environment = ENVIRONMENT | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        all_started.append(start(script, *arguments, stdout=outputs[-1], stderr=logs[-1], env=environment))
+    for process in all_started:
+        process.join(1800)
+    codes = [process.exitcode for process in all_started]
+    assert codes == [0] * processes, [log.read_text()[-3000:] for log in logs]
+    return outputs[0].read_text()
 
 
 def run_all(processes: int, cases: dict[Path, list[str]], folder: Path) -> None:
+    """The cases, one after another, by so many processes."""
     file = folder / f"cases-{processes}.json"
     file.write_text(json.dumps(list(cases.values())))
-    done = torchrun(processes, str(Path(__file__).with_name("worlds.py")), str(file))
-    assert done.returncode == 0, done.stderr[-5000:]
+    forked(processes, "worlds", folder, str(file))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
 
 
 def case(model: str, output: Path, row: str, *more: str) -> list[str]:
     words = flags(model, output, "--optim", row, *more)
     for name in of_row(row):
         del words[(i := words.index(name)) : i + 2]
-    return words + (["--relora-every", "10"] if "relora" in row else [])
+    return words + (["--relora-every", "6"] if "relora" in row else [])
 
 
 def compare(one: Path, other: Path, tolerance: float) -> str | None:
@@ -125,10 +153,9 @@ def test_rules_of_one_s_own_are_those_of_one_process(tiny_config: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_updates_of_parts_are_those_of_the_whole(processes: int) -> None:
+def test_updates_of_parts_are_those_of_the_whole(processes: int, tmp_path: Path) -> None:
     """On prescribed gradients, of every row; in 8 bits, bit for bit where blocks align (shards.py)."""
-    done = torchrun(processes, str(Path(__file__).with_name("shards.py")))
-    assert done.returncode == 0, done.stderr[-5000:]
+    forked(processes, "shards", tmp_path)
 
 
 @pytest.mark.slow
@@ -137,9 +164,7 @@ def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path) -> Non
     deeper = tmp_path / "deeper.json"  # than what the plan counts
     deeper.write_text(json.dumps(json.loads(Path(tiny_config).read_text()) | {"num_hidden_layers": 3}))
     rows = "galore_adafactor"  # which sends the most kinds of messages
-    done = torchrun(4, str(Path(__file__).with_name("messages.py")), str(deeper), rows, "4")
-    assert done.returncode == 0, done.stderr[-5000:]
-    sent = json.loads(done.stdout)
+    sent = json.loads(forked(4, "messages", tmp_path, str(deeper), rows, "4"))
     for name, real in sent.items():
         row, shard, reduce = name.split()
         config = config_of(str(deeper), row, shard, reduce, 4)
@@ -174,9 +199,9 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
         return [
             *case(tiny_config, output, row, "--keep", "9", *more, *clipped),
             "--save-every",
-            "12",
+            "6",
             "--eval-every",
-            "12",
+            "6",
         ]
 
     modes = dict(zip(ELASTIC, itertools.cycle(("--layerwise", "--no-layerwise")), strict=False))
@@ -188,7 +213,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
             folder = tmp_path / f"{row}-4-{processes}"
             shutil.copytree(tmp_path / f"{row}-4", folder)
             (folder / "summary.json").unlink()
-            for later in ("step_00000024", "step_00000030"):
+            for later in ("step_00000012", "step_00000014"):
                 shutil.rmtree(folder / "checkpoints" / later)
             again[folder] = words(row, folder)
         run_all(processes, again, tmp_path)
@@ -253,9 +278,7 @@ def test_one_of_two_hosts_is_lost_and_comes_back(tiny_config: str, tmp_path: Pat
     row = "galore_adamw"
     run_all(1, {tmp_path / "one": case(tiny_config, tmp_path / "one", row, "--save-every", "4")}, tmp_path)
     arguments = case(tiny_config, tmp_path / "two", row, "--save-every", "4", "--shard", "hybrid", *PROJECTED[3:])
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     logs = [tmp_path / f"{name}.log" for name in ("first", "second", "back")]
     hosts = [agent(1 + (i > 0), port, log, str(script), *arguments) for i, log in enumerate(logs[:2])]
     try:
@@ -274,7 +297,7 @@ def test_one_of_two_hosts_is_lost_and_comes_back(tiny_config: str, tmp_path: Pat
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_all(tiny_config: str, tmp_path: Path) -> None:
     script = tmp_path / "losing.py"
-    script.write_text(LOSING.format(FIRST, "time.sleep(30)"))
+    script.write_text(LOSING.format(FIRST, "time.sleep(12)"))
     started = time.monotonic()
     words = ["--total-batch-size", "8", "--distributed-timeout", "5"]
     done = torchrun(2, str(script), *command(tiny_config, tmp_path / "run", *words)[3:])

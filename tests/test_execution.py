@@ -14,10 +14,11 @@ from galore_pretrain.optim import REGISTRY, build_optimizer
 from galore_pretrain.optim.execution import GlobalStep, Layerwise
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.sgd import SGD
+from prescribed import meant_for
 
 
 def train(model: LlamaForCausalLM, row: str, layerwise: bool, numerics: str, steps: int = 20) -> list[float]:
-    options: dict[str, Any] = {"rank": 4, "update_proj_gap": 7} if "galore" in row else {}
+    options: dict[str, Any] = meant_for(row, rank=4, update_proj_gap=7)
     optimizer = build_optimizer(model, row, lr=0.01, weight_decay=0.1, numerics=numerics, seed=3, **options)
     execution: Any = Layerwise(optimizer) if layerwise else GlobalStep(optimizer, grad_clip=0.0)
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.execution import GlobalStep, Layerwise, Outcome
 from galore_pretrain.optim.methods import ROWS
-from prescribed import gradients, parameters
+from prescribed import gradients, meant_for, parameters
 
 SHAPES: list[tuple[int, ...]] = [(96, 80), (80, 96), (40,)]
 BAD = {"nan": torch.nan, "inf": torch.inf, "overflow": 1e30}
@@ -28,7 +28,7 @@ def run(
     clip: float = 0.0,
 ) -> tuple[list[Tensor], RuleOptimizer, list[Outcome]]:
     """Eight updates; ``bad`` maps an update to (tensor, the value of one element of its gradient)."""
-    rule, bare = build_rules(row, numerics, **({"rank": 64, "update_proj_gap": 3} if "galore" in row else {}))
+    rule, bare = build_rules(row, numerics, **meant_for(row, rank=64, update_proj_gap=3))
     params = parameters(SHAPES, dtype)
     groups = [{"params": params[:2], "rule": rule}, {"params": params[2:], "rule": bare}]
     optimizer = RuleOptimizer(groups, lr=0.01, weight_decay=0.1, rounding=rounding_of(numerics))
@@ -50,7 +50,7 @@ def run(
 @pytest.mark.parametrize("row", ROWS)
 def test_a_bad_gradient_changes_nothing_of_its_tensor(row: str, numerics: str, moments: str) -> None:
     """Neither weight nor moments nor basis, whether a basis is due or not; only ``reset`` resets when it is due."""
-    options: dict[str, Any] = {"rank": 64, "update_proj_gap": 3, "refresh": "together"} if "galore" in row else {}
+    options: dict[str, Any] = meant_for(row, rank=64, update_proj_gap=3, refresh="together")
     if options:
         options["moments"] = moments
     rule, bare = build_rules(row, numerics, **options)

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galore_pretrain.errors import InputError
+from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.files import TEST, TRAINING, VALIDATION, role_of, select
-from galore_pretrain.text.sources import LocalFiles, describe_text, open_source
+from galore_pretrain.text.sources import LocalFiles, describe_text, in_turn, open_source
+from galore_pretrain.text.tokenizer import load_tokenizer
 
 
 def write(path: Path, *texts: str) -> Path:
@@ -240,6 +242,54 @@ def test_plain_text_in_another_encoding_is_refused(encoding: str, text: str, tmp
         list(open_source(str(tmp_path), "train").read(0, 0))
 
 
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+def test_all_files_in_another_encoding_are_told_at_once(suffix: str, tmp_path: Path) -> None:
+    """Whichever is read first; those that are sound are not named, and each way to convert is told once."""
+    for n in range(12):
+        write(tmp_path / f"{n:02}.{suffix}", "a summer", "another")
+    for n in (1, 3, 5, 6, 8):
+        path = tmp_path / f"{n:02}.{suffix}"
+        path.write_bytes(path.read_bytes().replace(b"summer", "été".encode("latin-1")))
+    for n in (2, 9):
+        path = tmp_path / f"{n:02}.{suffix}"
+        path.write_bytes(path.read_text().encode("utf-16"))
+    with pytest.raises(InputError) as error:
+        texts_of(open_source(str(tmp_path), "train"))
+    told = str(error.value)
+    named = [n for n in range(12) if f"/{n:02}.{suffix}" in told]
+    assert named == [1, 2, 3, 5, 6, 9], told
+    assert "and 1 more" in told
+    assert told.count("iconv -f ISO-8859-1 -t UTF-8") == told.count("iconv -f UTF-16 -t UTF-8") == 1
+    assert told.endswith("repair them, or leave them out with --bad-data skip")
+
+
+def test_files_without_the_column_of_the_text_are_told_at_once(tmp_path: Path) -> None:
+    for n in range(5):
+        (tmp_path / f"{n}.csv").write_text(f"column{n}\na\n")
+    with pytest.raises(InputError, match=r"0\.csv has .*'column0'.*'column2'.*; 2 more cannot be read either") as error:
+        texts_of(open_source(str(tmp_path), "train"))
+    assert "column3" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_paths_with_other_names_of_the_text_are_told_what_to_do(name: str, tmp_path: Path) -> None:
+    """One key is for all paths, so the text of one of them has to be renamed."""
+    import pyarrow.parquet
+
+    sound = write(tmp_path / "b" / name, "a")
+    other = tmp_path / "a" / name
+    other.parent.mkdir()
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), other)
+    else:
+        other.write_text(sound.read_text().replace("text", "body"))
+    message = f"{other} .*'body'; name one with --text-key, which counts for all files, or rename it here"
+    if name == "a.jsonl":
+        message += re.escape(""", as with jq -c '{"text": .KEY}'""")
+    with pytest.raises(InputError, match=message):
+        texts_of(open_source([str(other), str(sound)], "train"))
+
+
 def test_hidden_files_and_second_copies_are_no_data(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", "a")
     write(tmp_path / "a.jsonl.gz", "a")
@@ -412,6 +462,31 @@ def test_several_paths_are_one_list_of_shards_each_by_its_own_rule(tmp_path: Pat
     assert sum(map(len, read[0][1:])) + sum(map(len, read[1][1:])) == len(others)
     assert train.fingerprint not in (alone[0].fingerprint, alone[1].fingerprint)
     assert [line.partition(":")[0] for line in said(paths).splitlines()] == [f"--data {path}" for path in paths]
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_validation_takes_a_document_of_each_path_in_turn(sizes: list[list[int]]) -> None:
+    """Of paths with so many files of so many documents: the n-th document of each comes before the next of any."""
+    with tempfile.TemporaryDirectory() as name:
+        paths = [Path(name) / str(p) for p in range(len(sizes))]
+        for path, files in zip(paths, sizes, strict=True):
+            write(path / "train.jsonl", "text")
+            for f, count in enumerate(files):
+                write(path / f"val-{f}.jsonl", *[f"{path.name} {f} {n}" for n in range(count)])
+        texts = [text for _, _, text in in_turn(open_source([str(path) for path in paths], "validation"))]
+    whole = [[f"{p} {f} {n}" for f, count in enumerate(files) for n in range(count)] for p, files in enumerate(sizes)]
+    longest = max(map(len, whole))
+    assert texts == [text[n] for n in range(longest) for text in whole if n < len(text)]
+
+
+def test_a_bounded_evaluation_reads_of_all_paths(tmp_path: Path) -> None:
+    paths = [str(write(tmp_path / name / "train.jsonl", "text").parent) for name in "ab"]
+    for path in paths:
+        write(Path(path) / "validation.jsonl", *[f"{Path(path).name}"] * 100)
+    source = open_source(paths, "validation")
+    rows = validation_rows(source, TokenRows(load_tokenizer("sample"), "pad", 8), tokens=30)
+    assert len({row.input_ids.tobytes() for row in rows}) == 2
 
 
 def test_a_file_of_two_paths_is_refused(tmp_path: Path) -> None:

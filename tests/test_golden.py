@@ -16,11 +16,12 @@ from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.optim import REGISTRY, build_optimizer
 from galore_pretrain.optim.execution import GlobalStep
-from galore_pretrain.optim.methods import METHODS, NUMERICS
+from galore_pretrain.optim.methods import NUMERICS
 from galore_pretrain.text.batches import TokenRows, TrainingData
 from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import load_tokenizer
 from galore_pretrain.train.schedule import Schedule
+from prescribed import meant_for
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20
@@ -30,8 +31,7 @@ RATES = {"sgd": 1.0, "scale": 0.001, "muon": 0.003}
 def losses(row: str, numerics: str) -> list[float]:
     """The losses of twenty updates of the tiny model in fp32 on the sample, packed, a basis every five updates."""
     model = build_model(LlamaConfig(**TINY), dtype=torch.float32)
-    wanted = {"rank": 8, "update_proj_gap": 5}
-    options = {flag: value for flag, value in wanted.items() if flag in METHODS[row].options}
+    options = meant_for(row, rank=8, update_proj_gap=5)
     optimizer = build_optimizer(model, row, lr=0.0, numerics=numerics, **options)
     schedule = Schedule(lr=RATES.get(row, 0.01), steps=STEPS, warmup_steps=2, numerics=numerics)
     data = iter(

@@ -169,14 +169,23 @@ def test_resumed_documents_are_the_rest_of_the_uninterrupted_ones(hub: FakeHub, 
 
 
 # The hub library asks five times more, for 23 s, before the loop under test has its turn, which then waits up to 60 s.
-READ_LARGE = """
-import json, logging, zlib
+SHORT_WAITS = """
+import datasets
 from huggingface_hub.utils import http_backoff
 from galore_pretrain.text import sources
+
+assert (http_backoff.__kwdefaults__["max_retries"], sources.LONGEST) == (5, 60.0), "other names, and the real waits"
+http_backoff.__kwdefaults__["max_retries"], sources.LONGEST = 0, 0.1
+assert datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL == 60
+datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0.1
+"""
+
+
+READ_LARGE = f"""
+import json, logging, zlib
+{SHORT_WAITS}
 from galore_pretrain.text.sources import HubDataset
 
-http_backoff.__kwdefaults__["max_retries"] = 0
-sources._LONGEST = 0.5
 logging.basicConfig()
 documents = HubDataset("allenai/c4", "en", "train").read(0, 0)
 print(json.dumps([[position, zlib.crc32(text.encode())] for position, text in documents]))
@@ -209,15 +218,14 @@ def test_goes_on_at_the_same_document_when_the_hub_fails(fault: Fault, tmp_path:
     assert all(0 < n < len(large) for n in reconnected)
 
 
-IMPATIENT = """
+IMPATIENT = f"""
 import os, signal, sys
-from huggingface_hub.utils import http_backoff
+{SHORT_WAITS}
 from galore_pretrain import cli, run
-from galore_pretrain.text import batches, sources
+from galore_pretrain.text import batches
 from galore_pretrain.train import trainer
 
-http_backoff.__kwdefaults__["max_retries"] = 0
-batches.BLOCK, sources.PATIENCE, sources.LONGEST = 64, 2, 0.5
+batches.BLOCK, sources.PATIENCE = 64, 2
 run._planned_peak = lambda *_: None  # half the time of so small a run
 advance = trainer.Trainer._advance
 def deadly(self, batches):
@@ -293,13 +301,11 @@ def test_bad_documents_of_the_hub_are_named_or_left_out(hub: FakeHub, tmp_path: 
     rows[100] = b'{"text": null, "timestamp": "", "url": ""}'
     shard.write_bytes(gzip.compress(b"\n".join(rows)))
     (tmp_path / "hub" / C4 / "en" / "c4-train.00002.json.gz").write_bytes(b"<html>not found</html>")
-    script = """
+    script = f"""
 import json
-from galore_pretrain.text import sources
+{SHORT_WAITS}
 from galore_pretrain.errors import InputError
 from galore_pretrain.text.sources import BadData, HubDataset
-
-sources._LONGEST = 0.05
 
 def read(shard, policy):
     try:
@@ -317,12 +323,11 @@ print(json.dumps([read(shard, policy) for policy in ("raise", "skip") for shard 
 
 def test_an_outage_that_ends_in_a_cut_stream_is_no_bad_document(hub: FakeHub, tmp_path: Path) -> None:
     """Failures of the connection, then a page of HTML under the shard's name, then the shard."""
-    script = """
+    script = f"""
 import gzip, json
-from galore_pretrain.text import sources
+{SHORT_WAITS}
 from galore_pretrain.text.sources import HubDataset
 
-sources._LONGEST = 0.05
 source, faults = HubDataset("allenai/c4", "en", "train"), [ConnectionError("reset")] * 8
 faults += [gzip.BadGzipFile("Not a gzipped file"), EOFError("cut")] + [ConnectionError("reset")] * 8 + [EOFError("cut")]
 
@@ -531,14 +536,13 @@ def test_a_run_on_any_text_of_the_hub_goes_on_bit_for_bit(library: FakeHub, tmp_
 
 # -- opening ----------------------------------------------------------------------------------------------------------
 
-OPEN = """
+OPEN = f"""
 import json, logging
-from huggingface_hub.utils import http_backoff
-from galore_pretrain.text import sources
+{SHORT_WAITS}
 from galore_pretrain.text.sources import HubDataset
 
-http_backoff.__kwdefaults__["max_retries"] = 0
-sources._LONGEST, sources._ANSWER = 0.5, 3.0
+assert sources._ANSWER > 3.0
+sources._ANSWER = 3.0
 logging.basicConfig()
 source = HubDataset("acme/books", None, "train", text_key="body", holds_out=False)
 print(json.dumps([text for _, text in source.read(0, 0)]))

@@ -15,13 +15,14 @@ from galore_pretrain.optim import METHODS, RuleOptimizer, build_optimizer
 from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome
 from galore_pretrain.optim.methods import MOMENTS, PROJ_TYPES, REFRESHES, ROWS
+from prescribed import meant_for
 
 SHAPES: list[tuple[int, ...]] = [(48, 80), (80, 48), (64, 64), (40,), (100, 24)]
 PROJECTED = 3  # the first of them are
 
 
 def optimizer_for(row: str, dtype: torch.dtype, numerics: str = "sound", **options: Any) -> RuleOptimizer:
-    options = {"rank": 8, "update_proj_gap": 3, "basis": "svd"} | options if "galore" in row else {}
+    options = meant_for(row, **{"rank": 8, "update_proj_gap": 3, "basis": "svd"} | options)
     rule, bare = build_rules(row, numerics, **options)
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
@@ -59,7 +60,7 @@ def test_layerwise_is_global(
     row: str, micro_batches: int, clip: str, proj_type: str, refresh: str, moments: str, gap: int
 ) -> None:
     """fp32: bit for bit with one micro-batch, clipped or not; within 1e-6 where a sum is taken after projecting."""
-    if clip == "full" and "galore" in row:
+    if clip == "full" and METHODS[row].projects:
         micro_batches = 1  # of several, refused
     results = []
     for mode in (GlobalStep, Layerwise):
@@ -106,7 +107,9 @@ def test_sums_in_bf16_keep_what_rounding_to_nearest_loses(row: str, mode: Any) -
         torch.autograd.backward(params, [torch.full_like(p, 1.0 if i == 0 else 2.0**-10) for p in params])
     execution.complete()
     norm = execution.outcome().grad_norm
-    unprojected = [p for p in params if "galore" not in row or p.shape in SHAPES[PROJECTED:] or min(p.shape) <= 48]
+    unprojected = [
+        p for p in params if not METHODS[row].projects or p.shape in SHAPES[PROJECTED:] or min(p.shape) <= 48
+    ]
     if len(unprojected) == len(params):
         assert norm == pytest.approx(1.249 * sum(p.numel() for p in params) ** 0.5, rel=0.01)
     else:  # of a matrix of 64 × 64, rank 48 holds only a part
@@ -212,7 +215,7 @@ def test_losses_of_a_model_are_those_of_global(
     row: str, micro_batches: int, clip: str | None, build_tiny: Callable[..., LlamaForCausalLM]
 ) -> None:
     """30 updates in fp32; a third run changes over every ten updates, by way of a saved state."""
-    options: dict[str, Any] = {"rank": 4, "update_proj_gap": 11, "basis": "svd"} if "galore" in row else {}
+    options: dict[str, Any] = meant_for(row, rank=4, update_proj_gap=11, basis="svd")
     # Adam turns a gradient near 0 into ±1, so that two roundings part: a large ε, where a row has one, prevents that.
     options |= {"eps": 1e-3} if "eps" in METHODS[row].options else {}
 

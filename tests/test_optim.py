@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Adafactor as TransformersAdafactor
 from transformers import LlamaForCausalLM
 
-from galore_pretrain.optim import METHODS, REGISTRY, GaLore, RuleOptimizer, build_optimizer
+from galore_pretrain.optim import REGISTRY, GaLore, RuleOptimizer, build_optimizer
 from galore_pretrain.optim.adafactor import Adafactor
 from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.build import build_rules
@@ -28,7 +28,7 @@ from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import DenseWeights
 from galore_pretrain.tensors import products
 from galore_pretrain.tensors.rounding import PERIOD, RandomBits, round_stochastic
-from prescribed import gradients, parameters, train
+from prescribed import gradients, meant_for, parameters, train
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
 SHAPES = [(24, 40), (40, 24), (32, 32)]
@@ -328,7 +328,7 @@ def test_a_subspace_that_stays_keeps_its_basis() -> None:
 @pytest.mark.parametrize("row", ["adamw8bit", "natural_galore"])
 def test_a_copy_goes_on_alike(row: str) -> None:
     """By deepcopy and by pickle, which also carry the parameters along."""
-    rule, _ = build_rules(row, "sound", **({"rank": 4, "update_proj_gap": 3} if "galore" in row else {}))
+    rule, _ = build_rules(row, "sound", **meant_for(row, rank=4, update_proj_gap=3))
     params = parameters([(96, 80), (80, 96)], torch.bfloat16)
     optimizer = RuleOptimizer([{"params": params, "rule": rule}], lr=0.01)
     train(optimizer, params, 5)
@@ -414,7 +414,7 @@ def test_state_survives_saving(
     row: str, dtype: torch.dtype, build_tiny: Callable[..., LlamaForCausalLM], tmp_path: Any
 ) -> None:
     """torch.save → weights_only load → the same next updates, each tensor in its own dtype."""
-    kwargs: dict[str, Any] = {"lr": 0.01} | ({"rank": 4, "update_proj_gap": 3} if "galore" in row else {})
+    kwargs: dict[str, Any] = {"lr": 0.01} | meant_for(row, rank=4, update_proj_gap=3)
 
     def fresh() -> tuple[list[Tensor], RuleOptimizer]:
         model = build_tiny(dtype=dtype)
@@ -532,9 +532,7 @@ def test_no_full_size_temporary(row: str, numel_is_bare: bool) -> None:
 
     The direction of FOAM and of Muon has no factors: it is one tensor of that size, in bf16.
     """
-    wanted = {"rank": 64, "update_proj_gap": 100}
-    options = {flag: value for flag, value in wanted.items() if flag in METHODS[row].options}
-    rules = build_rules(row, "sound", **options)
+    rules = build_rules(row, "sound", **meant_for(row, rank=64, update_proj_gap=100))
     p = torch.zeros(8192, 1024, dtype=torch.bfloat16, requires_grad=True)
     optimizer = RuleOptimizer([{"params": [p], "rule": rules[numel_is_bare]}])
     p.grad = torch.randn(p.shape).bfloat16()
@@ -554,7 +552,7 @@ def test_no_full_size_temporary(row: str, numel_is_bare: bool) -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_transposed_scalar_and_empty_parameters(row: str, dtype: torch.dtype) -> None:
     """A weight that is not contiguous gets the update of one that is; scalars and empty tensors do no harm."""
-    rule, bare = build_rules(row, "sound", **({"rank": 4} if "galore" in row else {}))
+    rule, bare = build_rules(row, "sound", **meant_for(row, rank=4))
     (first,) = parameters([(24, 16)], dtype)
     second = first.detach().clone().T.contiguous().T.requires_grad_()
     assert not second.is_contiguous()
@@ -601,7 +599,7 @@ def test_parameters_that_rest_do_not_cost_new_random_bits(monkeypatch: pytest.Mo
 def test_whole_bf16_tensors_are_rounded_as_fp32_copies_of_them(row: str) -> None:
     """To nearest, torch's kernel works on tensors themselves: with the bits of fp32 copies rounded afterwards."""
     p = torch.nn.Parameter(torch.randn(700, 500).bfloat16())  # more than a piece
-    options: dict[str, Any] = {"rank": 8, "update_proj_gap": 100} if "galore" in row else {}
+    options: dict[str, Any] = meant_for(row, rank=8, update_proj_gap=100)
     rule, _ = build_rules(row, "sound", **options)
     optimizer = RuleOptimizer([{"params": [p], "rule": rule}], lr=0.01, weight_decay=0.1, rounding="nearest")
     inner = rule.inner if isinstance(rule, GaLore) else rule

@@ -28,6 +28,7 @@ from galore_pretrain.planning.plan import Plan, heaviest_updates, make_heaviest_
 from galore_pretrain.study import paper
 from galore_pretrain.tensors.chunks import ChunkSample, chunks
 from galore_pretrain.train.build import execution_for, model_for, optimizer_for, set_up_model
+from prescribed import meant_for
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def config_for(model: str, row: str, **given: Any) -> RunConfig:
     values = {"model": model, "optim": row, "data": "sample", "max_length": 64, "steps": 100, "total_batch_size": 4}
-    values |= {"rank": 32, "update_proj_gap": 20} if "galore" in row else {}
-    values |= {"rank": 32} if METHODS[row].factors_updated_by else {}
+    values |= meant_for(row, rank=32, update_proj_gap=20)
     return resolve(values | given, dict.fromkeys(given, "flag"))[0]
 
 

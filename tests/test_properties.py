@@ -14,7 +14,7 @@ from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.execution import GlobalStep, Layerwise
 from galore_pretrain.optim.methods import BASIS_NAMES, MOMENTS, PROJ_TYPES, REFRESHES, ROWS
 from galore_pretrain.optim.projector import BASES, random_basis
-from prescribed import gradients
+from prescribed import gradients, meant_for
 
 CASES = {
     "row": st.sampled_from(ROWS),
@@ -38,7 +38,7 @@ CASES = {
 def optimizer_for(p: Tensor, row: str, numerics: str, options: dict[str, Any]) -> RuleOptimizer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ranks above a dimension are clipped
-        rule, bare = build_rules(row, numerics, **(options if "galore" in row else {}))
+        rule, bare = build_rules(row, numerics, **meant_for(row, **options))
         vector = torch.zeros(p.shape[0], dtype=p.dtype, requires_grad=True)
         groups = [{"params": [vector], "rule": bare}, {"params": [p], "rule": rule}]
         return RuleOptimizer(groups, lr=0.01, weight_decay=0.1, rounding=rounding_of(numerics))

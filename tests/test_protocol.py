@@ -34,7 +34,7 @@ from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.sgd import SGD
 from galore_pretrain.optim.update import Step
-from prescribed import gradients, parameters, train
+from prescribed import gradients, meant_for, parameters, train
 from test_dist import torchrun
 
 CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, NaturalGaLoreAdamW]
@@ -244,7 +244,7 @@ def test_schedulers_that_cycle_momentum_take_the_rows_of_the_table(row: str) -> 
     def scheduled(seed: int) -> tuple[nn.Module, Any, Any]:
         torch.manual_seed(seed)
         model = nn.ModuleDict({"mlp": nn.Linear(16, 24)})
-        options = {"rank": 4} if "galore" in row else {}
+        options = meant_for(row, rank=4)
         optimizer = build_optimizer(model, row, lr=0.01, **options)
         return model, optimizer, OneCycleLR(optimizer, 0.01, total_steps=20)
 

@@ -218,6 +218,15 @@ def test_a_key_that_would_change_the_model_is_refused(key: str, tmp_path: Path) 
             {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_parameters and rope_scaling differ",
         ),
+        ({"auto_map": {"AutoModel": "own.Model"}}, "unknown key 'auto_map'; it names code of the model's own"),
+        ({"sliding_window": 4096}, "unknown key 'sliding_window'; a LLaMA's attention is over all that went before"),
+        (
+            {"model_type": "own", "auto_map": {"AutoModel": "own.Model"}},
+            "only 'llama' is built here; auto_map: it",
+        ),
+        ({"model_type": "mistral", "sliding_window": 4096}, "'mistral'; only 'llama' is built here; sliding_window: a"),
+        ({"added_tokens": [], "model": {"type": "BPE"}}, "is of a tokenizer; give its folder with --tokenizer"),
+        ({"tokenizer_class": "x", "added_tokens_decoder": {}}, "is of a tokenizer; give its folder with --tokenizer"),
         ({"max_sequence_length": 64}, "max_position_embeddings is 128 and max_sequence_length is 64"),
     ],
 )
@@ -230,6 +239,35 @@ def test_what_would_be_ignored_is_refused_with_the_right_key(
     assert message in str(error.value)
     assert path in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("factors", [[], [1.0], [1.0] * 7, [1.0] * 16, 1.0])
+def test_a_list_of_factors_is_as_long_as_there_are_frequencies(name: str, factors: Any, tmp_path: Path) -> None:
+    """Heads of 16 have 8 of them. transformers warns its developers, and takes one number for all."""
+    scale = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 32}
+    scale |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    assert load_model_config(written(tmp_path, SMALL | {"rope_scaling": scale})).head_dim == 16
+    with pytest.raises(InputError, match=f"rope_scaling has .* as {name}; give 8 numbers, half the width of a head"):
+        load_model_config(written(tmp_path, SMALL | {"rope_scaling": scale | {name: factors}}))
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, "1", True, None, float("inf"), float("nan")])
+def test_a_factor_is_a_positive_number(factor: Any, tmp_path: Path) -> None:
+    scale = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 32}
+    scale |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 7 + [factor]}
+    with pytest.raises(InputError, match=r"rope_scaling has long_factor .*; all must be finite and greater than 0"):
+        load_model_config(written(tmp_path, SMALL | {"rope_scaling": scale}))
+
+
+def test_an_unknown_name_may_be_a_path_as_well() -> None:
+    with pytest.raises(InputError, match=r"--model llama3: no such model .*or give the path of a JSON config, or of a"):
+        load_model_config("llama3")
+
+
+def test_a_window_that_is_not_set_is_passed_over(tmp_path: Path) -> None:
+    """Configs that a program has written name it with null, and that it is not used."""
+    assert load_model_config(written(tmp_path, SMALL | {"sliding_window": None, "use_sliding_window": False}))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "yarn", "linear", "llama3"])

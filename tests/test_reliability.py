@@ -38,7 +38,7 @@ from galore_pretrain.rundir.directory import RunDirectory
 from galore_pretrain.train import metrics
 from galore_pretrain.train.metrics import JsonLines, Wandb
 from galore_pretrain.train.trainer import TrainState
-from runs import command, lines, run
+from runs import command, lines, python, run
 
 AFTER_IMPORTS = """
 import os, resource, signal, sys, time
@@ -53,9 +53,7 @@ cli.main()
 
 def run_with(preparation: str, model: str, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process that something is done to first."""
-    arguments = command(model, output, *flags)[3:]
-    script = [sys.executable, "-c", AFTER_IMPORTS.format(preparation), *arguments]
-    return subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
+    return python(AFTER_IMPORTS.format(preparation), *command(model, output, *flags)[3:])
 
 
 def assert_same(output: Path, finished: Path) -> None:
@@ -152,7 +150,11 @@ def test_a_cut_file_of_metrics_loses_its_cut_line_alone(tmp_path: Path, caplog: 
 @pytest.mark.parametrize("room", [10, 9_000], ids=["for nothing", "for the config alone"])
 def test_a_disk_that_is_full_from_the_start_is_one_line(room: int, tiny_config: str, tmp_path: Path) -> None:
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))"
-    failed = run_with(limit, tiny_config, tmp_path / "run")
+    arguments = command(tiny_config, tmp_path / "run")[3:]
+    script = [sys.executable, "-c", AFTER_IMPORTS.format(limit), *arguments]
+    failed = subprocess.run(
+        script, capture_output=True, text=True, timeout=300, check=False
+    )  # by pipes: they have room
     assert failed.returncode == 1
     last = failed.stderr.splitlines()[-1]
     told = "cannot be written (File too large); once it can be" if room == 10 else "could not be saved in"

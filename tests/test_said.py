@@ -17,10 +17,12 @@ from galore_pretrain.cli import cli
 from galore_pretrain.config.flags import RunCommand, flags, resolved, with_run_options
 from galore_pretrain.config.options import FLAGS, RunConfig, parse_place
 from galore_pretrain.config.resolve import resolve
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.optim import METHODS, NUMERICS, build_rules, method
 from galore_pretrain.rundir.resume import resolve_resume
 from galore_pretrain.study.sweep import Planned
+from galore_pretrain.text.sources import open_source
+from galore_pretrain.text.tokenizer import load_tokenizer
 
 SHORT = {"model": "llama_1m", "data": "sample", "steps": 10, "total_batch_size": 4, "rank": 4, "lr": 0.01}
 
@@ -194,3 +196,37 @@ def test_a_folder_with_weights_is_no_architecture(
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
     assert resolve(given | {"model": str(folder / "config.json")}, {})[0].model == str(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    "written", ["there/text.jsonl", "their", "there/txt/a.jsonl", "there/mine.jsn", "thre/a.jsonl"]
+)
+@pytest.mark.parametrize("flag", ["--data", "--eval-data", "--tokenizer", "--model"])
+def test_a_path_that_is_not_there_is_told_with_its_neighbours(
+    flag: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compared is the first part of the path that is missing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("text", "texts.jsonl", "mine.json", "other.csv"):
+        path = tmp_path / "there" / name
+        path.mkdir(parents=True) if name == "text" else path.write_text('{"text": "a"}')
+    values = {"model": "llama_1m", "data": "sample", "tokenizer": "sample"}
+    values[flag[2:].replace("-", "_")] = written
+    meant = {"there/text.jsonl": "there/texts.jsonl", "their": "there", "there/txt/a.jsonl": "there/text"}
+    meant |= {"there/mine.jsn": "there/mine.json", "thre/a.jsonl": "there"}
+
+    def read() -> None:
+        config, _ = resolve({"steps": 4, "lr": 0.01, **values}, {})
+        open_source(config.data, "validation", config.eval_data)
+        load_tokenizer(config.tokenizer)
+
+    with pytest.raises(InputError, match=f"{flag}:? {written}.*; did you mean .*{meant[written]}[ ?]") as error:
+        read()
+    assert "other" not in str(error.value)
+
+
+def test_nothing_is_proposed_where_nothing_is_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for value in ("", "x", "/nowhere/at/all", "a" * 5000, "a\0b", "no/way/to/that"):
+        assert did_you_mean(value, ("c4", "sample")) == ""
+    assert did_you_mean("smaple", ("c4", "sample")) == "did you mean sample? "

@@ -15,8 +15,8 @@ from galore_pretrain.cli import cli
 from galore_pretrain.config.options import RunConfig, text_seen_from
 from galore_pretrain.errors import InputError
 from galore_pretrain.rundir import checkpoint, loaded
-from galore_pretrain.rundir.resume import check_inputs
-from galore_pretrain.text import sources
+from galore_pretrain.rundir.resume import check_inputs, tokenizer_files
+from galore_pretrain.text import hub, sources
 from galore_pretrain.text.tokenizer import load_folder, load_tokenizer
 from test_checkpoint import seal
 
@@ -205,6 +205,24 @@ def test_the_files_of_a_tokenizer_are_all_of_it(family: str, tmp_path: Path) -> 
         assert again.decode(ours.tolist()) == tokenizer.decode(ours.tolist())
 
 
+def test_the_files_of_a_tokenizer_are_made_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on takes those of its checkpoint, as long as they are of the tokenizer that it reads with."""
+    saved = checkpoint.opened(home / "run" / "checkpoints" / "step_00000012")
+    old = load_tokenizer("tokenizer")
+    made = old.files()
+    replace_the_tokenizer(home)
+    new = load_tokenizer("tokenizer")
+    assert tokenizer_files(saved, new) == new.files() != made
+    (saved.folder / "tokenizer" / ".DS_Store").write_text("not the checkpoint's own")
+    monkeypatch.setattr(old, "files", lambda: pytest.fail("made anew"))
+    assert tokenizer_files(saved, old) == made
+    (saved.folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="step_00000012: cannot be read"):
+        tokenizer_files(saved, old)
+    monkeypatch.setattr(old, "files", lambda: made)
+    assert tokenizer_files(None, old) == made
+
+
 def test_a_library_of_another_version_changes_no_model(home: Path) -> None:
     saved = checkpoint.opened(home / "run" / "checkpoints" / "step_00000012")
     config = RunConfig.of(saved.state["config"])
@@ -255,3 +273,40 @@ def test_a_run_without_an_update_begins_with_the_text_that_was_mended(home: Path
             check_inputs(config, saved, mended)
         with pytest.raises(InputError, match="made with another tokenizer"):
             check_inputs(config, saved, state["inputs"] | {"tokenizer": "another"})
+
+
+def test_a_finished_run_tells_that_its_model_is_another_now(home: Path) -> None:
+    """As it would where it went on; with the model as it was, it does nothing."""
+    config = json.loads((home / "run" / "config.json").read_text())["config"]
+    flags = [f"--{name}={config[name]['value']}" for name in ("model", "data", "tokenizer", "optim", "lr", "steps")]
+    flags += ["--dtype=float32", "--save-every=6", "--total-batch-size=4", "--max-length=32", "--eval-tokens=500"]
+    flags += ["--wandb=disabled", "--output=run"]
+    before = (home / "run" / "summary.json").read_bytes()
+    invoke("train", *flags)
+    edit_the_model(home)
+    with pytest.raises(InputError, match="step_00000012 was made with another model than there is now; restore it"):
+        invoke("train", *flags)
+    invoke("train", *flags, "--resume-with-changes")
+    assert (home / "run" / "summary.json").read_bytes() == before
+
+
+def test_an_evaluation_whose_text_is_gone_names_the_way_out(home: Path) -> None:
+    shutil.move(home / "text.jsonl", home / "kept.jsonl")
+    with pytest.raises(InputError, match=r"no such file.* this is the text of the run: --eval-data PATH names another"):
+        invoke("eval", "run")
+    assert evaluated("run", "--eval-data", "kept.jsonl")["eval_tokens"] > 500
+    with pytest.raises(InputError, match="--eval-data gone: no such file") as error:
+        invoke("eval", "run", "--eval-data", "gone")
+    assert "of the run" not in str(error.value)
+
+
+def test_an_evaluation_on_a_text_of_its_own_asks_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = home / "run" / "checkpoints" / "step_00000012"
+    state = json.loads((newest / "state.json").read_text())
+    state["config"]["data"] = "c4"
+    (newest / "state.json").write_text(json.dumps(state))
+    seal(newest)
+    monkeypatch.setattr(hub, "_answer", lambda *question: ConnectionError("nobody is there"))
+    with pytest.raises(InputError, match=r"\(nobody is there\); .* this is the text of the run: --eval-data PATH"):
+        invoke("eval", newest)
+    assert evaluated(newest, "--eval-data", "text.jsonl")["eval_tokens"] > 500

@@ -25,7 +25,7 @@ from galore_pretrain.text.batches import IGNORE, Position, TokenRows
 from galore_pretrain.text.sources import NOTHING_READ, LocalFiles, first_documents
 from galore_pretrain.text.tokenizer import SentencePieceTokenizer, load_tokenizer
 from galore_pretrain.text.usable import measure
-from runs import command, lines
+from runs import COMMAND_LINE, command, lines, python
 
 ENGLISH = "The state of the union is, as before, a matter for the people and their representatives to judge."
 CHINESE = "从前有一个人住在河边的小村子里"
@@ -167,7 +167,7 @@ def words_of(model: str, output: Path, data: Path, *flags: str) -> list[str]:
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words_of(*arguments), capture_output=True, text=True, timeout=300, check=False)
+    return python(COMMAND_LINE, *words_of(*arguments)[3:])
 
 
 def shares_of(output: Path) -> dict[str, float]:

@@ -55,7 +55,9 @@ def main() -> None:
     register()
     logging.getLogger("galore_pretrain").addHandler(logging.StreamHandler(sys.stderr))
     run.export, run.optimizer_for = check_replicas, noted  # type: ignore[attr-defined]
-    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+    for number, arguments in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        if number == 1:  # half the time of so small a run; the first one is planned
+            run._planned_peak = lambda *_: None
         code = cli.cli.main(args=arguments, standalone_mode=False)
         assert code == 0, (code, arguments)
 

@@ -4,7 +4,6 @@ defaults < recipe < run JSON < flags. `RunConfig`'s fields are the flags; `resol
 model and optimizer says and checks what depends on two fields.
 """
 
-import difflib
 import os
 import re
 from ast import literal_eval
@@ -17,7 +16,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.optim import (
     BASIS_NAMES,
     METHODS,
@@ -605,8 +604,7 @@ def find_model(name_or_path: str) -> Traversable:
         return path / "config.json"
     if path.is_file():
         return path
-    near = difflib.get_close_matches(name_or_path, shipped, n=2)
-    hint = ""
-    if near:
-        hint = f"did you mean {' or '.join(near)}? "
-    raise InputError(f"--model {name_or_path}: no such model or file; {hint}shipped: {', '.join(shipped)}")
+    raise InputError(
+        f"--model {name_or_path}: no such model or file; {did_you_mean(name_or_path, shipped)}shipped: "
+        f"{', '.join(shipped)}; or give the path of a JSON config, or of a folder with config.json and without weights"
+    )

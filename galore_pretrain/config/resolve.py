@@ -25,7 +25,7 @@ from galore_pretrain.config.options import (
     texts_of,
 )
 from galore_pretrain.config.recipes import printed_tokens, recipe
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.optim import OPTIONS, is_own, method, resolve_name
 
 CHOSEN = "chosen"
@@ -299,7 +299,8 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
             is_there = text.startswith("hub:") or Path(text).exists() or has_magic(text)
             if not is_there:
                 raise InputError(
-                    f"--data {text}: no such file, folder or pattern; choose c4, hub:ORG/NAME, sample or a path"
+                    f"--data {text}: no such file, folder or pattern; {did_you_mean(text, ('c4', 'sample'))}"
+                    "choose c4, hub:ORG/NAME, sample or a path"
                 )
         raise InputError(
             f"--tokenizer is missing: --data {' + '.join(texts)} needs one; "

@@ -111,6 +111,11 @@ _OTHER_NAMES = {
     "norm_eps": "rms_norm_eps",
 }
 """What Meta's own files, GPT-2's and others call a key."""
+_BEYOND = {
+    "auto_map": "it names code of the model's own, which is not run here; leave it out to build a plain LLaMA",
+    "sliding_window": "a LLaMA's attention is over all that went before; leave it out to build that",
+}
+"""Keys of what no LLaMA is, and what to do about each."""
 _SCALES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -158,7 +163,8 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
     values, source = _read(name_or_path)
     model_type = values.get("model_type", "llama")
     if model_type != "llama":  # told before its keys, which are those of another model
-        raise InputError(f"{source}: model_type is {model_type!r}; only 'llama' is built here")
+        also = [f"; {key}: {hint}" for key, hint in _BEYOND.items() if values.get(key)]
+        raise InputError(f"{source}: model_type is {model_type!r}; only 'llama' is built here{''.join(also)}")
     for key, value in values.items():
         _check_kind(key, value, source)
         if float in _KINDS[key]:  # transformers wants 1.0, and not 1
@@ -196,6 +202,8 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
         raise InputError(f"{file}: not readable as JSON ({error}); a model config is one JSON object") from error
     if not isinstance(values, dict):
         raise InputError(f"{file}: holds a JSON {type(values).__name__}; a model config is one JSON object")
+    if "added_tokens" in values or "added_tokens_decoder" in values:  # tokenizer.json, tokenizer_config.json
+        raise InputError(f"{file}: is of a tokenizer; give its folder with --tokenizer, and a model's config here")
     values.pop("_name_or_path", None)  # where transformers has read it from
     for key, one_value in _ONE_VALUE.items():
         value = values.pop(key, None)
@@ -239,6 +247,8 @@ def _check_kind(key: str, value: Any, source: str) -> None:
 
 def _hint(key: str) -> str:
     """Return what to write in place of an unknown key: the name that it has here, or all names."""
+    if key in _BEYOND:
+        return _BEYOND[key]
     if key in _OTHER_NAMES:
         return f"here it is {_OTHER_NAMES[key]!r}"
     near = difflib.get_close_matches(key, [*_KINDS, *_ONE_VALUE], n=1)
@@ -317,10 +327,27 @@ def _rope(values: dict[str, Any], source: str) -> dict[str, Any] | None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it reads {', '.join(known)}"
             raise InputError(f"{source}: {name} of type {kind} has no key {key!r}; {hint}")
+    if kind == "longrope":
+        head_dim = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        _check_factors(rope, head_dim // 2, f"{source}: {name}")
     theta = values.get("rope_theta")
     if theta is not None and rope.get("rope_theta", theta) != theta:
         raise InputError(f"{source}: rope_theta is {theta}, and {rope['rope_theta']} in {name}; leave out one")
     return rope
+
+
+# One number would be taken for all frequencies, and the factors for long texts are not read before there is such one.
+def _check_factors(rope: dict[str, Any], wanted: int, where: str) -> None:
+    """Raise InputError where factors of ``longrope`` are not ``wanted`` positive numbers, one for each frequency."""
+    for key in ("short_factor", "long_factor"):
+        factors = rope.get(key)
+        if factors is None:  # transformers says which keys are missing
+            continue
+        if not isinstance(factors, list) or len(factors) != wanted:
+            given = f"a list of {len(factors)}" if isinstance(factors, list) else repr(factors)
+            raise InputError(f"{where} has {given} as {key}; give {wanted} numbers, half the width of a head")
+        if not all(type(factor) in _NUMBER and 0 < factor < math.inf for factor in factors):
+            raise InputError(f"{where} has {key} {factors}; all must be finite and greater than 0")
 
 
 def _rope_key(values: dict[str, Any]) -> str:

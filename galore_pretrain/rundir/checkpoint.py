@@ -264,6 +264,18 @@ class Saved:
         """Return whether the checkpoint is one of those under ``root``."""
         return self.folder.resolve().parent == root.resolve()
 
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Return the tokenizer's files by name; none where the format is 2 or less. InputError if unreadable."""
+        prefix = f"{TOKENIZER}/"
+        files: dict[str, bytes] = {}
+        try:
+            for name in _read_object(self.folder / _CHECKSUMS):
+                if name.startswith(prefix):
+                    files[name.removeprefix(prefix)] = (self.folder / name).read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be read ({_reason(error)}); {_AGAIN}") from error
+        return files
+
     # Old formats are kept readable by one table. A change of a state tensor's name adds an entry to `OLD_NAMES` and
     # raises `FORMAT`. The current format is never translated: a name of today may be an old name of another tensor.
     def _name_now(self, name: str) -> str:

@@ -173,14 +173,20 @@ def _architectures(file: Path) -> Any:
 
 
 def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
-    """Evaluate a model over the validation text, as its run does."""
+    """Evaluate a model over the validation text, as its run does. Raises InputError where that is not there."""
     config = trained.config
     check_length(config, trained.model.config)
-    check_hub(config.data, config.tokenizer)
     layout = TokenRows(trained.tokenizer, config.layout, config.max_length)
-    source = open_source(
-        config.data, "validation", config.eval_data, config.bad_data, trained.revision, config.text_key
-    )
+    try:
+        if config.eval_data is None:
+            check_hub(config.data, config.tokenizer)
+        source = open_source(
+            config.data, "validation", config.eval_data, config.bad_data, trained.revision, config.text_key
+        )
+    except InputError as error:
+        if trained.validation_text is None:
+            raise
+        raise InputError(f"{error}; this is the text of the run: --eval-data PATH names another") from error
     if trained.validation_text not in (None, source.fingerprint):
         log.warning("the validation text is another one than the run was evaluated on")
     if isinstance(source, LocalFiles) and config.eval_data is None:

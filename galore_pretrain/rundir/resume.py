@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from galore_pretrain.config.resolve import known_norm, with_execution
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.meters import spare_bytes
+from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import read_summary
 from galore_pretrain.text.batches import TrainingData
-from galore_pretrain.text.tokenizer import load_folder
+from galore_pretrain.text.tokenizer import Tokenizer, load_folder
 from galore_pretrain.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -156,6 +157,28 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
         is_mended_text = name.endswith("text") and saved.state["trainer"]["step"] == 0
         if not is_same and not is_mended_text:
             changed.append(name)
+    _refuse_changes(config, saved, changed)
+
+
+# Text and tokenizer of a run that is finished may be far away, and are not opened. The tokenizer would write the ids of
+# its control tokens into the architecture.
+def check_model(config: RunConfig, saved: Saved) -> None:
+    """Raise InputError where the model of a finished run is not what it was. Nothing but its JSON is read."""
+    known = saved.state.get("inputs", {}).get("model")
+    if known is None:
+        return
+    architectures: list[dict[str, Any]] = []
+    for text in (known, json.dumps(load_model_config(config.model).to_diff_dict())):
+        values = _without_version(text)
+        for name in ("bos_token_id", "eos_token_id"):
+            values.pop(name, None)
+        architectures.append(values)
+    before, now = architectures
+    _refuse_changes(config, saved, [] if before == now else ["model"])
+
+
+def _refuse_changes(config: RunConfig, saved: Saved, changed: Sequence[str]) -> None:
+    """Raise InputError where something that a run reads has changed, unless its user insists."""
     if changed and not config.resume_with_changes:
         raise InputError(
             f"{saved.folder} was made with another {' and '.join(changed)} than there is now; restore it, "
@@ -171,6 +194,20 @@ def _kept_tokenizer(saved: Saved, config: RunConfig) -> str | None:
     if not folder.is_dir():
         return None
     return load_folder(folder, config.tokenizer).fingerprint
+
+
+# Making the files of 128,000 tokens takes seconds, and what is made must be loaded to see that it is this tokenizer. A
+# checkpoint's files were, when they were made.
+def tokenizer_files(saved: Saved | None, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the tokenizer's files for the run's checkpoints, those of the one that it goes on from if it holds them.
+
+    Raises InputError where they have to be made and cannot be, or cannot be read.
+    """
+    if saved is not None and saved.state["inputs"].get("tokenizer") == tokenizer.fingerprint:
+        kept = saved.tokenizer_files()
+        if kept:
+            return kept
+    return tokenizer.files()
 
 
 def _without_version(architecture: str) -> dict[str, Any]:

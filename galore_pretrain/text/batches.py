@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.errors import InputError
-from galore_pretrain.text.sources import NOTHING_READ, DocumentSource, Tally
+from galore_pretrain.text.sources import NOTHING_READ, DocumentSource, Tally, in_turn
 from galore_pretrain.text.tokenizer import Ids, Tokenizer
 
 IGNORE = -100
@@ -459,12 +459,11 @@ def _checksum(rows: Sequence[Row]) -> int:
 
 
 def validation_rows(source: DocumentSource, rows: TokenRows, tokens: int) -> list[Row]:
-    """Return the source's first rows, in its own order, until they hold ``tokens`` real tokens or there are no more."""
+    """Return the source's first rows, as `in_turn` orders them, until they hold ``tokens`` real tokens, or all rows."""
 
     def documents() -> Iterator[_PlacedText]:
-        for shard in range(len(source.shards)):
-            for position, text in source.read(shard, 0):
-                yield Position(), text, Position(0, shard, position)
+        for shard, position, text in in_turn(source):
+            yield Position(), text, Position(0, shard, position)
 
     chosen: list[Row] = []
     seen = 0

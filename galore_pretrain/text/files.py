@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
 
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.text import readers
 
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
@@ -87,7 +87,7 @@ def select(data: str, flag: str = "--data") -> Selection:
         held_out = [file.path for file in selection.validation] + selection.left_out.get(_TEST_TEXT, [])
         verb = "is" if len(held_out) == 1 else "are"
         raise InputError(
-            f"{flag} {data}: no training text; {_examples(held_out)} {verb} for validation or test by name; give the "
+            f"{flag} {data}: no training text; {examples(held_out)} {verb} for validation or test by name; give the "
             "folder of the training text, or a file by its own name"
         )
     return selection
@@ -137,11 +137,11 @@ def summary(selection: Selection, held_out: int, evaluated: list[TextFile] | Non
         validation = evaluated
     parts = [f"training {_amount(training)}"]
     if validation:
-        parts.append(f"validation {_amount(validation)}: {_examples([file.path for file in validation])}")
+        parts.append(f"validation {_amount(validation)}: {examples([file.path for file in validation])}")
     else:
         parts.append(f"validation 1 document in {held_out} of these")
     for reason, paths in left_out.items():
-        parts.append(f"left out {_examples(paths)}: {reason}")
+        parts.append(f"left out {examples(paths)}: {reason}")
     return "; ".join(parts)
 
 
@@ -204,10 +204,14 @@ def _files(data: str, flag: str, selection: Selection) -> list[TextFile]:
             walk = _Walk(_fixed_part(path), selection)
             walk.visit(Path(match) for match in glob(data, recursive=True))
         else:
+            names: tuple[str, ...] = ()
             choices = "a path"
             if flag == "--data":
+                names = ("c4", "sample")
                 choices = "c4, hub:ORG/NAME, sample or a path"
-            raise InputError(f"{flag} {data}: no such file, folder or pattern; choose {choices}")
+            raise InputError(
+                f"{flag} {data}: no such file, folder or pattern; {did_you_mean(data, names)}choose {choices}"
+            )
     except OSError as error:
         raise _not_read(data, flag, error) from error
     return sorted(walk.found, key=lambda file: file.name.split(os.sep))
@@ -347,7 +351,7 @@ def _kind(path: Path) -> str:
     return readers.kind_of(plain) + name.removeprefix(plain)
 
 
-def _examples(paths: list[Path], most: int = 3) -> str:
+def examples(paths: list[Path], most: int = 3) -> str:
     """Return the names of the first few paths, and how many more there are."""
     names = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:most])
     more = len(paths) - most
@@ -361,4 +365,4 @@ def _but(selection: Selection) -> str:
     paths = [path for group in selection.left_out.values() for path in group]
     if not paths:
         return ""
-    return f", but {_examples(paths)}"
+    return f", but {examples(paths)}"

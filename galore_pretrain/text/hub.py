@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, did_you_mean
 
 C4 = "allenai/c4"
 """The repository of the GaLore paper's data set."""
@@ -129,8 +129,8 @@ def unreachable_data(what: str, error: Exception) -> InputError:
 def unreachable_tokenizer(what: str, error: Exception) -> InputError:
     """Return the error that a tokenizer cannot be fetched from the hub; it names the two ways on without one."""
     return InputError(
-        f"--tokenizer: {what} cannot be fetched from the hub ({first_line(error)}); go on with --tokenizer sample, "
-        "or with --tokenizer PATH to a SentencePiece .model file"
+        f"--tokenizer: {what} cannot be fetched from the hub ({first_line(error)}); {did_you_mean(what)}"
+        "go on with --tokenizer sample, or with --tokenizer PATH to a SentencePiece .model file"
     )
 
 

@@ -25,6 +25,8 @@ _LONGEST_PASSAGE = 4 * _PASSAGE  # characters that it holds at most
 WHOLE_LINES, CUT_LINES = 1, 2
 """Rules by which plain text is cut into passages: lines are kept whole, however long; or no passage is too long."""
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*\s+|[。！？\r]")  # old Macs end lines with \r alone
+_FROM_LATIN_1 = "if it is Latin-1, iconv -f ISO-8859-1 -t UTF-8 converts it"
+_OTHER_KEY = "name one with --text-key, which counts for all files, or rename it here"
 _NAMED = 20  # keys or columns that an error names at most
 _NAME_LENGTH = 40  # characters that it shows of each
 _PART = 1 << 16  # bytes of decompressed text that are read at a time
@@ -34,12 +36,18 @@ _PART = 1 << 16  # bytes of decompressed text that are read at a time
 class Flaw:
     """Stands where a document was expected, as in ``line 7 is not JSON (…)``, or where so many ``documents`` were.
 
-    ``is_end``: nothing more of the file can be read.
+    ``is_end``: nothing more of the file can be read. ``way_out``: what to do about it, where that is known.
     """
 
     what: str
     is_end: bool = False
     documents: int = 1
+    way_out: str = ""
+
+    def __str__(self) -> str:
+        if self.way_out:
+            return f"{self.what}; {self.way_out}"
+        return self.what
 
 
 Entries = Iterator[tuple[int, str | Flaw]]
@@ -123,7 +131,11 @@ def _open(path: Path) -> Any:
 
 
 class _BrokenError(Exception):
-    """A file that cannot be read on."""
+    """A file that cannot be read on, as its ``flaw`` says."""
+
+    def __init__(self, what: str, way_out: str = "") -> None:
+        super().__init__(what)
+        self.flaw = Flaw(what, is_end=True, way_out=way_out)
 
 
 def _is_fault_of_file(error: Exception) -> bool:
@@ -140,7 +152,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     for number, line in enumerate(_lines_of_bytes(path), 1):
         # Of UTF-16, only the line of the mark is no UTF-8: the others would be text, with a NUL behind each letter.
         if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise _BrokenError("is UTF-16; convert it, as with iconv -f UTF-16 -t UTF-8")
+            raise _BrokenError("is UTF-16", "convert it, as with iconv -f UTF-16 -t UTF-8")
         yield line
 
 
@@ -181,7 +193,7 @@ def _read_jsonl(path: Path, start: int, key: str) -> Entries:
             if line.strip():
                 yield number, _text_of_line(line, number, key)
     except _BrokenError as error:
-        yield number, Flaw(str(error), is_end=True)
+        yield number, error.flaw
 
 
 def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
@@ -189,7 +201,10 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Flaw(f"line {number} is not JSON ({error}); one object a line is expected")
+        way_out = "one object a line is expected"
+        if isinstance(error, UnicodeDecodeError) and error.encoding == "utf-8":
+            way_out = _FROM_LATIN_1
+        return Flaw(f"line {number} is not JSON ({error})", way_out=way_out)
     text = None
     if isinstance(document, dict):
         text = document.get(key)
@@ -198,8 +213,8 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
         if isinstance(document, dict):
             way_out += f"; its keys: {_listed(document)}"
             if key not in document:
-                way_out += "; name one with --text-key"
-        return Flaw(f'line {number} has no string under "{key}"; {way_out}')
+                way_out += f"; {_OTHER_KEY}, as with jq -c '{{\"{key}\": .KEY}}'"
+        return Flaw(f'line {number} has no string under "{key}"', way_out=way_out)
     if not is_text(text):
         return Flaw(f"line {number} has half a surrogate pair, which is no character")
     return text
@@ -218,7 +233,8 @@ def _read_csv(path: Path, start: int, key: str) -> Entries:
         if header is None:
             return
         if key not in header:
-            yield start, Flaw(_no_column(key, header), is_end=True)
+            what, way_out = _no_column(key, header)
+            yield start, Flaw(what, is_end=True, way_out=way_out)
             return
         column = header.index(key)
         for number, row in enumerate(rows, 1):
@@ -227,7 +243,7 @@ def _read_csv(path: Path, start: int, key: str) -> Entries:
     except csv.Error as error:
         yield number, Flaw(f"cannot be read after row {number} ({_explained(error)})", is_end=True)
     except _BrokenError as error:
-        yield number, Flaw(str(error), is_end=True)
+        yield number, error.flaw
 
 
 def _lines_of_csv(path: Path) -> Iterator[str]:
@@ -254,13 +270,13 @@ def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
     if len(row) <= column:
         return Flaw(f"row {number} has no cell in the column of the text")
     if not is_text(row[column]):
-        return Flaw(f"row {number} is not UTF-8")
+        return Flaw(f"row {number} is not UTF-8", way_out=_FROM_LATIN_1)
     return row[column]
 
 
-def _no_column(key: str, columns: list[str]) -> str:
-    """Return what is wrong with a file without the column of the text."""
-    return f'has no column "{key}"; its columns: {_listed(columns)}; name one with --text-key'
+def _no_column(key: str, columns: list[str]) -> tuple[str, str]:
+    """Return what is wrong with a file without the column of the text, and the way out."""
+    return f'has no column "{key}"', f"its columns: {_listed(columns)}; {_OTHER_KEY}"
 
 
 def _listed(names: Collection[str]) -> str:
@@ -289,12 +305,14 @@ def _read_parquet(path: Path, start: int, key: str) -> Entries:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        if key not in names:
-            raise ValueError(f"it {_no_column(key, names)}")
     except unreadable as error:
         if not _is_fault_of_file(error):
             raise
         yield start, Flaw(f"cannot be read as parquet ({error})", is_end=True)
+        return
+    if key not in names:
+        what, way_out = _no_column(key, names)
+        yield start, Flaw(what, is_end=True, way_out=way_out)
         return
     group_end = 0
     for group in range(file.num_row_groups):
@@ -356,18 +374,17 @@ def _lines_of_text(path: Path) -> Iterator[str | Flaw]:
             try:
                 text = line.decode(encoding)
             except UnicodeDecodeError as error:
-                yield Flaw(
-                    f"line {number} is not UTF-8 ({error.reason} at byte {error.start}); if it is Latin-1, "
-                    "iconv -f ISO-8859-1 -t UTF-8 converts it"
-                )
+                what = f"line {number} is not UTF-8 ({error.reason} at byte {error.start})"
+                yield Flaw(what, way_out=_FROM_LATIN_1)
                 continue
             # UTF-16 without a byte order mark is valid UTF-8 too, where every other byte is NUL.
             if "\0" in text:
-                yield Flaw(f"line {number} holds NUL characters; iconv -f UTF-16LE -t UTF-8 may convert it")
+                way_out = "iconv -f UTF-16LE -t UTF-8 may convert it"
+                yield Flaw(f"line {number} holds NUL characters", way_out=way_out)
             else:
                 yield text
     except _BrokenError as error:
-        yield Flaw(str(error), is_end=True)
+        yield error.flaw
 
 
 # Lines are gathered until they hold 1000 characters and the last one is blank, so that a passage ends with a paragraph.

@@ -13,15 +13,16 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text import readers
-from galore_pretrain.text.files import Selection, TextFile, select, select_all, summary
+from galore_pretrain.text.files import Selection, TextFile, examples, select, select_all, summary
 from galore_pretrain.text.hub import (
     C4,
     LONGEST,
@@ -43,6 +44,9 @@ _CUT = (gzip.BadGzipFile, EOFError, zlib.error, ValueError)  # pyarrow's and UTF
 _CUT_RETRIES = 4  # after which it is not the connection that cut a stream
 _READ_RETRIES = 4  # of a local file, in 15 s
 _NAMED = 20  # configs that an error names at most
+_OTHERS = 100  # files that are looked at, at most, where one cannot be read
+_BEGINNING = 32  # documents of each of them
+_TOLD = 3  # ways out that an error tells, at most
 _GLANCE = 1 << 16  # bytes at both ends of a file by which it is known again
 _FIRST_SHARDS = 16  # of which the first documents are taken, at most
 _FIRST_DOCUMENTS = 512  # of all these shards, at most
@@ -121,6 +125,34 @@ def describe_text(
     return [f"--data {data}: training {training.title}, {len(training.shards)} shards; validation {evaluated}"]
 
 
+# An evaluation that is bounded reads the beginning of this order. Were paths read one after the other, that would be of
+# the first path alone.
+def in_turn(source: DocumentSource) -> Iterator[tuple[int, int, str]]:
+    """Yield all documents shard by shard, or of several paths one of each in turn, where a path that ends drops out.
+
+    Each is a shard, the position after the document there, and its text.
+    """
+    parts = [range(len(source.shards))]
+    if isinstance(source, LocalFiles):
+        parts = source.parts
+    texts = [_of_shards(source, part) for part in parts]
+    while texts:
+        unfinished = []
+        for text in texts:
+            document = next(text, None)
+            if document is not None:
+                yield document
+                unfinished.append(text)
+        texts = unfinished
+
+
+def _of_shards(source: DocumentSource, shards: Iterable[int]) -> Iterator[tuple[int, int, str]]:
+    """Yield the documents of shards, one shard after the other, as `in_turn` does."""
+    for shard in shards:
+        for position, text in source.read(shard, 0):
+            yield shard, position, text
+
+
 def first_documents(source: DocumentSource, hub_shard: int = 0) -> list[str]:
     """Return the first documents of a few shards: some hundred, of half a million characters together at most.
 
@@ -161,9 +193,9 @@ NOTHING_READ = Tally()
 class BadData:
     """Says what becomes of documents that cannot be read.
 
-    ``raise``: InputError. ``skip``: they are left out, with a warning for each of the first ten. InputError comes where
-    they are more than one in a hundred (and ten), or more than one in ten shards (and one) has broken off. ``flag`` is
-    the command line's, for messages. What is read in a `trial` is neither counted nor warned of.
+    ``raise``: InputError. ``skip``: they are left out, and each of the first ten is warned of once. InputError comes
+    where they are more than one in a hundred (and ten), or more than one in ten shards (and one) has broken off.
+    ``flag`` is the command line's, for messages. What is read in a `trial` is neither counted nor warned of.
     """
 
     def __init__(self, policy: str = "raise", flag: str = "--data") -> None:
@@ -202,22 +234,27 @@ class BadData:
     def empty(self, name: str) -> None:
         """Warn of a shard without any document."""
         if not self._is_trial:
-            log.warning("%s holds no document", name)
+            _warn_once(f"{name} holds no document")
 
-    def bad(self, flaw: Flaw, shard: int, shards: list[str]) -> None:
-        """Count what was found in place of a document, or raise InputError if the policy does not allow it."""
+    def bad(
+        self, flaw: Flaw, shard: int, shards: list[str], others: Callable[[], Mapping[str, Flaw]] = lambda: {}
+    ) -> None:
+        """Count what was found in place of a document, or raise InputError if the policy does not allow it.
+
+        ``others`` looks for a flaw in each of the other shards; the error tells of them too.
+        """
         if self._is_trial:  # a run that goes on may have left it out, and one that is short never come to it
             return
-        where = f"{shards[shard]} {flaw.what}"
+        where = f"{shards[shard]} {flaw}"
         if self._policy == "raise":
-            raise InputError(f"{self._flag}: {where}; repair it, or leave it out with --bad-data skip")
+            raise InputError(f"{self._flag}: {_told_together({shards[shard]: flaw} | {**others()})}")
         if flaw.is_end:
             self._broken.add(shard)
-            log.warning("%s: left out, and all that comes after it there", where)
+            _warn_once(f"{where}: left out, and all that comes after it there")
         else:
             self._bad += flaw.documents
             if self._bad <= 10:
-                log.warning("%s: left out", where)
+                _warn_once(f"{where}: left out")
         documents = self._good + self._bad
         if self._bad > max(10, documents // 100):
             raise InputError(
@@ -232,6 +269,31 @@ class BadData:
             )
 
 
+@cache  # each epoch reads it again, and so does each split of a file of both
+def _warn_once(what: str) -> None:
+    """Log a warning, the first time that it is given."""
+    log.warning("%s", what)
+
+
+def _told_together(flaws: Mapping[str, Flaw]) -> str:
+    """Return what is wrong with shards, in the words of the first of those with one way out, and what to do."""
+    groups: dict[str, list[str]] = {}
+    for name, flaw in flaws.items():
+        groups.setdefault(flaw.way_out or flaw.what, []).append(name)
+    parts = []
+    told = 0
+    for names in list(groups.values())[:_TOLD]:
+        part = f"{names[0]} {flaws[names[0]]}"
+        if len(names) > 1:
+            part += f"; the same of {examples([Path(name) for name in names[1:]])}"
+        parts.append(part)
+        told += len(names)
+    if told < len(flaws):
+        parts.append(f"{len(flaws) - told} more cannot be read either")
+    them = "it" if len(flaws) == 1 else "them"
+    return f"{'; '.join(parts)}; repair {them}, or leave {them} out with --bad-data skip"
+
+
 # -- local files ------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +303,7 @@ class LocalFiles:
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
     ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this split. Plain text
     is cut by the rule ``passages``: see `readers.CUT_LINES`. ``titles`` are lines for the log, which say what is read
-    of each path. Raises InputError where a file cannot be read.
+    of each path, and ``parts`` the shards of each. Raises InputError where a file cannot be read.
     """
 
     def __init__(
@@ -255,6 +317,7 @@ class LocalFiles:
     ) -> None:
         self.shards = [str(file) for file in files]
         self.titles: list[str] = []
+        self.parts = [range(len(files))]
         try:
             self.fingerprint = _digest([_identify(file, passages) for file in files])
         except OSError as error:
@@ -285,7 +348,7 @@ class LocalFiles:
                     is_empty = False
                     failures = 0
                     if isinstance(text, Flaw):
-                        self.bad_data.bad(text, shard, self.shards)
+                        self.bad_data.bad(text, shard, self.shards, partial(self._flaws_beside, shard))
                         continue
                     self.bad_data.good()
                     if keep is None or keep(text):
@@ -300,6 +363,18 @@ class LocalFiles:
                 time.sleep(2.0 ** (failures - 1))
         if is_empty:
             self.bad_data.empty(name)
+
+    def _flaws_beside(self, shard: int) -> dict[str, Flaw]:
+        """Return the first flaw of each other file that has one at its beginning, by the file's name."""
+        others = [name for name in self.shards if name != self.shards[shard]]
+        flaws = {}
+        for name in others[:_OTHERS]:
+            with contextlib.suppress(OSError):
+                beginning = islice(readers.read(Path(name), 0, self._text_key, self._passages), _BEGINNING)
+                flaw = next((text for _, text in beginning if isinstance(text, Flaw)), None)
+                if flaw is not None:
+                    flaws[name] = flaw
+        return flaws
 
 
 def local_source(
@@ -322,15 +397,18 @@ def local_source(
     evaluated_texts = frozenset(file.text for file in evaluated or [])
     files: list[Path] = []
     whole: list[Path] = []
+    parts: list[range] = []
     for selection in selections:
         of_path = [file.path for file in selection.training if file.text not in evaluated_texts]
         if split == "validation" and selection.validation:
             of_path = [file.path for file in selection.validation]
         if evaluated or selection.validation:
             whole += of_path
+        parts.append(range(len(files), len(files) + len(of_path)))
         files += of_path
     keep = _is_held_out if split == "validation" else _is_not_held_out
     source = LocalFiles(files, bad_data, keep, text_key, whole)
+    source.parts = parts
     if split == "train":
         for path, selection in zip(paths, selections, strict=True):
             source.titles.append(f"--data {path}: {summary(selection, _HELD_OUT, evaluated)}")

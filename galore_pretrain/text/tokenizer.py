@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import tempfile
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.text.hub import T5, download, first_line, is_hub_id
 from galore_pretrain.text.pieces import OF_NO_PIECE, SPACE, cut_apart, fast_form
 
@@ -53,8 +54,11 @@ class Tokenizer(Protocol):
     """What stands in place of characters that the vocabulary cannot write; None where there is no such token."""
     fingerprint: str
     """SHA-256 of all that decides on the ids, so that a run can tell that it goes on with the same tokenizer."""
-    vocabulary_fingerprint: str
-    """What checkpoints up to format 2 hold in its place: of a Hugging Face tokenizer, SHA-256 of the vocabulary."""
+
+    @property
+    def vocabulary_fingerprint(self) -> str:
+        """Return what checkpoints up to format 2 hold in its place: of a Hugging Face tokenizer, the vocabulary's."""
+        ...
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
         """Return the token ids of each text, without a beginning or end marker.
@@ -100,11 +104,15 @@ class SentencePieceTokenizer:
         # Every model has an unknown piece. One that can write bytes never makes it.
         self.unknown_id: int | None = int(self._processor.unk_id())
         self.fingerprint = _sha256(path)
-        self.vocabulary_fingerprint = self.fingerprint
         pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
         self._is_by_words = not any(SPACE in piece[1:] for piece in pieces)
         if self.eos_id < 0:
             raise InputError(f"--tokenizer {path}: has no end-of-sequence piece (</s>), which separates documents")
+
+    @property
+    def vocabulary_fingerprint(self) -> str:
+        """Return the fingerprint, since the file holds nothing but the vocabulary."""
+        return self.fingerprint
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
         """Return the token ids of each text, or at least its ``first`` ones."""
@@ -176,6 +184,16 @@ def _beginning(text: str, most: int) -> str:
     return text[:space]
 
 
+# Special tokens that are looked for in normalized text are found whatever `encode_special_tokens` says.
+def _not_normalized(form: str) -> str:
+    """Return a tokenizer's JSON with special tokens that are looked for in the text as it is."""
+    content = json.loads(form)
+    for token in content["added_tokens"]:
+        if token["special"]:
+            token["normalized"] = False
+    return json.dumps(content)
+
+
 def _save_plain(form: "tokenizers.Tokenizer", folder: Path, model_max_length: int, settings: dict[str, Any]) -> None:
     """Save a tokenizer as a plain fast one of transformers. It adds no marker to a text, and takes none from it."""
     from transformers import PreTrainedTokenizerFast
@@ -187,6 +205,17 @@ def _save_plain(form: "tokenizers.Tokenizer", folder: Path, model_max_length: in
         **settings,
     )
     plain.save_pretrained(folder)
+
+
+def _cut_off(form: "tokenizers.Tokenizer", vocabulary: int) -> "tokenizers.Tokenizer":
+    """Return a copy of a plain tokenizer without the added tokens from the id ``vocabulary`` on."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(form.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocabulary]
+    cut = Tokenizer.from_str(json.dumps(content))
+    cut.encode_special_tokens = True
+    return cut
 
 
 class HuggingFaceTokenizer:
@@ -223,8 +252,12 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(usable) + 1
         self._plain = self._plain_form(special)
         self.fingerprint = self._behaviour()
+
+    @cached_property
+    def vocabulary_fingerprint(self) -> str:
+        """Return the SHA-256 of the vocabulary."""
         content = repr(sorted(self.vocabulary.items()))
-        self.vocabulary_fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _plain_form(self, special: set[int]) -> "tokenizers.Tokenizer":
         """Return a copy of the library's tokenizer that adds nothing to a text, cuts none, and spells special tokens.
@@ -234,13 +267,13 @@ class HuggingFaceTokenizer:
         from tokenizers import Tokenizer, processors
 
         try:
-            content = json.loads(self._tokenizer.backend_tokenizer.to_str())
+            content = self._tokenizer.backend_tokenizer.to_str()
         except Exception as error:
             raise InputError(f"--tokenizer {self.name}: cannot be saved ({first_line(error)})") from error
-        for token in content["added_tokens"]:
-            if token["special"]:  # those that are looked for in normalized text are found whatever is said below
-                token["normalized"] = False
-        plain = Tokenizer.from_str(json.dumps(content))
+        added = self._tokenizer.added_tokens_decoder.values()
+        if any(token.special and token.normalized for token in added):
+            content = _not_normalized(content)
+        plain = Tokenizer.from_str(content)
         plain.post_processor = processors.Sequence([])
         plain.no_truncation()
         plain.no_padding()
@@ -312,12 +345,9 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
         """Write the tokenizer that ``encode`` uses, with the roles of its special tokens."""
-        from tokenizers import Tokenizer
-
-        content = json.loads(self._plain.to_str())
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocabulary]
-        form = Tokenizer.from_str(json.dumps(content))
-        form.encode_special_tokens = True
+        form = self._plain
+        if any(number >= vocabulary for number in self._tokenizer.added_tokens_decoder):
+            form = _cut_off(form, vocabulary)
         settings = {
             "clean_up_tokenization_spaces": self._tokenizer.clean_up_tokenization_spaces,
             "padding_side": self._tokenizer.padding_side,
@@ -421,7 +451,8 @@ def find_tokenizer(name: str) -> Path | None:
     if name == "t5" or is_hub_id(name):
         return None
     raise InputError(
-        f"--tokenizer {name}: no such file or folder; choose t5, sample, a .model file, a folder or a hub id"
+        f"--tokenizer {name}: no such file or folder; {did_you_mean(name, ('t5', 'sample'))}"
+        "choose t5, sample, a .model file, a folder or a hub id"
     )
 
 

@@ -12,7 +12,7 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
 from galore_pretrain.text.batches import TokenRows, shard_order, validation_rows
-from galore_pretrain.text.sources import DocumentSource, HubDataset, first_documents, open_source
+from galore_pretrain.text.sources import DocumentSource, HubDataset, first_documents, in_turn, open_source
 from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
 from galore_pretrain.text.usable import TextShares, measure
 
@@ -46,14 +46,8 @@ class Inputs:
     def first_texts(self) -> list[str]:
         """Return the beginnings of a few documents, on which the exported tokenizer is tried."""
         validation = self.validation
-        texts: list[str] = []
         with validation.bad_data.trial():
-            for shard in range(len(validation.shards)):
-                for _, text in islice(validation.read(shard, 0), _TRIED_TEXTS - len(texts)):
-                    texts.append(text[:_TRIED_CHARACTERS])
-                if len(texts) == _TRIED_TEXTS:
-                    break
-        return texts
+            return [text[:_TRIED_CHARACTERS] for _, _, text in islice(in_turn(validation), _TRIED_TEXTS)]
 
     def fingerprints(self, format_number: int | None = None) -> dict[str, str]:
         """Return what must not change before the run is resumed: the same flags can name other files by then.
