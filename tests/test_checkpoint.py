@@ -24,6 +24,7 @@ from galore_pretrain.meters import ran_out
 from galore_pretrain.optim import REGISTRY, build_optimizer
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.checkpoint import DamagedError
+from prescribed import meant_for
 
 STATE: dict[str, Any] = {"config": {}, "trainer": {}, "counts": {}}
 
@@ -309,7 +310,6 @@ import resource, sys, torch
 from pathlib import Path
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.checkpoint import DamagedError
-from prescribed import meant_for
 root = Path(sys.argv[1])
 checkpoint.save(root / "step_00000001", {"a": torch.ones(10)}, dict(config={}, trainer={}, counts={}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))

@@ -12,7 +12,7 @@ from galore_pretrain.optim.execution import Layerwise
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import Scope, describe
 from galore_pretrain.optim.wrapped import UPDATES, Wrapped
-from tests.prescribed import gradients, parameters, train
+from prescribed import gradients, parameters, train
 
 TRAINED: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9, "nesterov": True}, "Adam": {"betas": (0.8, 0.95), "amsgrad": True}, "AdamW": {},
