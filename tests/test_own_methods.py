@@ -1,6 +1,8 @@
 """Methods from outside the package through the command line: what is executed, what is refused, and runs of them."""
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -307,3 +309,22 @@ def test_plans_and_comparisons_take_it_like_a_shipped_one() -> None:
     moments = [plan["parts"]["moments"] for plan in plans.values()]
     assert moments[1] < 0.6 * moments[0]  # one moment, not two
     assert torch.is_grad_enabled()
+
+
+def test_the_page_on_adding_a_method_leads_to_a_report(home: Path) -> None:
+    """Its file and its commands as they stand there, but for the lengths."""
+    page = (Path(__file__).parents[1] / "docs" / "adding-a-method.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (home / "mine.py").write_text(code)
+    commands = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    lines = "".join(commands).replace("\\\n", " ").splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line.replace("--steps 300", "--steps 3"))
+        assert words.pop(0) == "galore-pretrain"
+        if words[0] != "report":
+            words += ["--max-length=32", "--eval-tokens=500", "--dtype=float32", "--wandb=disabled"]
+        ran(*words)
+    report = (home / "report" / "report.md").read_text()
+    assert "mine.py:SignMomentum" in report
+    assert "adamw" in report
