@@ -9,6 +9,7 @@ from torch import Tensor
 from galore_pretrain.optim import RuleOptimizer, Scope, Step
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
 from galore_pretrain.optim.muon import Muon
+from galore_pretrain.optim.slots import Slot, initial_state
 from galore_pretrain.tensors.chunks import SMALL_CHUNK
 from galore_pretrain.tensors.rounding import RandomBits
 from galore_pretrain.tensors.shards import Shard
@@ -165,3 +166,11 @@ def test_what_it_cannot_do_is_refused() -> None:
             Muon().init(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"momentum 1.0 must be in \[0, 1\)"):
         Muon(momentum=1.0)
+
+
+def test_moments_in_blocks_are_refused_where_processes_share_a_matrix() -> None:
+    """It is gathered for each update, and blocks of a part are none of the whole: said in words, with the way out."""
+    part = Shard(0, 0, 64, (128, 64), 2, None)
+    slot = Slot(group=0, index=0, seed=0, rule=Muon(store=Blockwise8bit()), shard=part, is_shared=True, gathers=True)
+    with pytest.raises(ValueError, match=r"Muon needs whole tensors .* keeps moments in blocks: .* use one process"):
+        initial_state(slot, torch.zeros(64, 64))

@@ -268,6 +268,9 @@ def initial_state(slot: Slot, p: Tensor) -> State:
     assert slot.shard is not None
     whole = part.new_empty(slot.shard.shape)
     whole_state = slot.rule.init(whole)
+    for name, store in slot.rule.stores().items():
+        if store.in_blocks(whole_state, name):
+            raise ValueError(_cannot_share(slot.rule, "keeps moments in blocks"))
     state: State = {}
     for name, value in whole_state.items():
         layout = slot.rule.layout(name, whole_state, slot.shard)
@@ -287,11 +290,8 @@ def _check_state(state: State, slot: Slot) -> None:
         return
     entries_in_blocks: set[str] = set()
     for name, store in rule.stores().items():
-        if not store.in_blocks(state, name):
-            continue
-        if slot.gathers:
-            raise ValueError(_cannot_share(rule, "keeps moments in blocks"))
-        entries_in_blocks.update(store.entries(state, name))
+        if store.in_blocks(state, name):
+            entries_in_blocks.update(store.entries(state, name))
     for name in state.keys() - entries_in_blocks:
         rule.layout(name, state, slot.shard)  # raises where it does not know
 
