@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from galore_pretrain.cli import cli
 from galore_pretrain.errors import InputError
+from galore_pretrain.optim import METHODS
 from galore_pretrain.study.sweep import GRID, Entry, Planned, Sweep, entries
 
 
@@ -130,6 +131,12 @@ def test_beyond_an_edge_that_does_best_more_is_tried(
     entry = Entry("adamw", {"optim": "adamw"})
     sweep = Sweep([entry], {"model": "llama_1m"}, [0], (0.1, 0.3, 1.0), 1, tmp_path)
     assert sweep._beyond(finished(sweep, entry, losses)) == further
+
+
+def test_all_methods_are_a_sweep_and_the_frozen_control() -> None:
+    lines = entries("methods", "llama_1m", None)
+    assert [line.flags["optim"] for line in lines] == [*METHODS, "adamw"]
+    assert lines[-1].flags["matrix_lr_scale"] == 0
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from galore_pretrain.config.flags import RunCommand, flags, resolved
 from galore_pretrain.config.options import FLAGS, find_model
 from galore_pretrain.config.resolve import AS_BEFORE, CHOSEN, load_named, without_meaning
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim import is_own
+from galore_pretrain.optim import METHODS, is_own
 from galore_pretrain.signals import on_stop
 from galore_pretrain.study.paper import printed
 from galore_pretrain.study.results import FROZEN, FROZEN_FLAGS
 
-KINDS = ("table2", "table3", "figure3", "natural", "lr")
+KINDS = ("methods", "table2", "table3", "figure3", "natural", "lr")
 
 GRID = (0.01, 0.005, 0.001, 0.0005, 0.0001)
 """Learning rates that the GaLore paper's authors tuned over (appendix C.1)."""
@@ -39,6 +39,7 @@ _FIGURE3: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 _ROWS = {
+    "methods": tuple(METHODS),
     "table2": ("adamw", "galore_adamw", "low_rank", "lora", "relora"),
     "table3": ("adamw8bit", "galore_adamw8bit"),
     "natural": ("adamw", "low_rank", "lora", "relora", "galore_adamw", "natural_galore"),
