@@ -1,6 +1,8 @@
 """A ledger of every tensor of a step: what memory is held for, and when it is most."""
 
 import gc
+import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +26,16 @@ def allocated_peak(work: Callable[[], object]) -> int:
     """
     # Cycles that earlier work has left behind would be freed at some time during this, and that memory taken off.
     gc.collect()
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+    profile = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _quiet():
+        profile.start()
+    try:
         work()
-    events = profile.profiler.kineto_results.events()
+    finally:
+        with _quiet():
+            profile.stop()
+    results: Any = profile.profiler
+    events = results.kineto_results.events()
     held = 0
     peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -35,6 +44,21 @@ def allocated_peak(work: Callable[[], object]) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what is written to the process's standard error: the profiler tells of its start and end, unasked."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @dataclass(slots=True)
