@@ -186,3 +186,15 @@ class TorchsNumbers(Average):
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         return {"average": 0.1 * torch.randn_like(like)}
+
+
+@dataclass(frozen=True)
+class StopsAlone(OfParts):
+    """It raises where it has the second part of a tensor."""
+
+    def update(self, grad: Tensor, state: State, step: Step) -> Direction:
+        if step.shard is not None:
+            step.total(grad.sum())
+            if step.shard.start:
+                raise RuntimeError("no second part is known here")
+        return super().update(grad, state, step)

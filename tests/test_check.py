@@ -20,7 +20,7 @@ from galore_pretrain.optim.trial import Subject, load_subject
 
 RULES = Path(__file__).with_name("broken_rules.py")
 BROKEN = {
-    "Average": (), "OfParts": (), "LooksAside": ("layerwise",), "Elsewhere": ("resume",), "InPlace": ("gradients",),
+    "Average": (), "LooksAside": ("layerwise",), "Elsewhere": ("resume",), "InPlace": ("gradients",),
     "NotLinear": ("layerwise", "accumulation", "clipping", "processes"), "LongBases": ("clipping",),
     "Unasked": ("skipping", "processes"), "Replacing": ("state",), "Peeking": ("plan",), "Heavier": ("plan",),
     "OfItsPart": ("processes",), "FirstRate": ("rate",), "NoDecay": ("rate",), "TorchsNumbers": ("seeds",),
@@ -84,6 +84,16 @@ def test_a_broken_rule_fails_the_check_of_what_it_breaks(rule: str, subjects: di
     assert tuple(failed) == BROKEN[rule], failed
     for name in BROKEN[rule][:1]:
         assert SAID[rule] in failed[name]
+
+
+@pytest.mark.slow
+def test_a_rule_that_raises_in_one_process_alone_keeps_no_other_from_its_check() -> None:
+    subjects = [load_subject(name) for name in (f"{RULES}:StopsAlone", "sgd")]
+    pair = Pair(subjects, patience=5.0)
+    first, second = (run_check("processes", subject, pair) for subject in subjects)
+    assert first.status == "failed"
+    assert "process 1: RuntimeError: no second part is known here (broken_rules.py, line " in first.told
+    assert second.status == "ok"
 
 
 def asked(*words: str) -> Result:

@@ -33,32 +33,40 @@ _BY_COLUMNS = ("mlp.wide.weight",)  # parameters that are shared out by columns;
 _SHARDS_BOUND = 2e-4
 _REPLICAS_BOUND = 1e-3
 _CODES_BOUND = 0.2
-_PATIENCE = timedelta(seconds=60)
 _STEPS = 5
 _SKIPPED_AT = 2
 _SKIPPED = "norm.weight"
 
 
 class Pair:
-    """Tells what came of each of ``subjects`` in two processes, which are started once for all, when first asked."""
+    """Tells what came of each of ``subjects`` in two processes, which are started once for all, when first asked.
 
-    def __init__(self, subjects: Sequence[Subject]) -> None:
+    A process that waits for the other for more than ``patience`` seconds gives the method up.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], patience: float = 30.0) -> None:
         self._subjects = list(subjects)
+        self._patience = patience
         self._outcomes: dict[Subject, list[dict[str, str]]] | None = None
 
     def check(self, subject: Subject) -> str:
         """Return what two processes held of a method. Raises what they raised, CheckFailedError or NotCheckedError."""
         if self._outcomes is None:
-            self._outcomes = _outcomes(self._subjects)
+            self._outcomes = _outcomes(self._subjects, self._patience)
         outcomes = self._outcomes[subject]
-        for status, error in (("failed", CheckFailedError), ("not checked", NotCheckedError)):
-            for outcome in outcomes:
-                if outcome["status"] == status:
-                    raise error(outcome["why"])
-        return outcomes[0]["why"]
+        reasons = [outcome["why"] for outcome in outcomes]
+        reason = reasons[0]
+        if reasons[0] != reasons[1]:
+            reason = f"process 0: {reasons[0]}; process 1: {reasons[1]}"
+        statuses = {outcome["status"] for outcome in outcomes}
+        if "failed" in statuses:
+            raise CheckFailedError(reason)
+        if "not checked" in statuses:
+            raise NotCheckedError(reason)
+        return reason
 
 
-def _outcomes(subjects: Sequence[Subject]) -> dict[Subject, list[dict[str, str]]]:
+def _outcomes(subjects: Sequence[Subject], patience: float) -> dict[Subject, list[dict[str, str]]]:
     """Start two processes, and return what each of them says of each of ``subjects``."""
     from torch import multiprocessing
 
@@ -68,7 +76,7 @@ def _outcomes(subjects: Sequence[Subject]) -> dict[Subject, list[dict[str, str]]
         (folder / "subjects.json").write_text(json.dumps([asdict(subject) for subject in subjects]))
         ending = "the processes did not end"
         try:
-            multiprocessing.spawn(_work, args=(name,), nprocs=2)
+            multiprocessing.spawn(_work, args=(name, patience), nprocs=2)
         except Exception as error:  # whatever a process ended by
             ending = " ".join(str(error).split())
         for number, subject in enumerate(subjects):
@@ -101,15 +109,19 @@ def _file(folder: Path, rank: int, number: int) -> Path:
     return folder / f"{number}_of_{rank}.json"
 
 
-def _work(rank: int, name: str) -> None:
+# Each method has a group of processes of its own. One that raises in one process alone leaves the other waiting, or
+# taking messages that are meant for the next method.
+def _work(rank: int, name: str, patience: float) -> None:
     """Be process ``rank`` of two: check all subjects, in the same order in both."""
     from torch import distributed
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     folder = Path(name)
     store = distributed.FileStore(str(folder / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=_PATIENCE)
     for number, values in enumerate(json.loads((folder / "subjects.json").read_text())):
+        own_store = distributed.PrefixStore(str(number), store)
+        timeout = timedelta(seconds=patience)
+        distributed.init_process_group("gloo", store=own_store, rank=rank, world_size=2, timeout=timeout)
         try:
             subject = load_subject(values["name"], values["numerics"], dict(values["options"]))
             outcome = {"status": "ok", "why": _check(subject)}
@@ -120,7 +132,7 @@ def _work(rank: int, name: str) -> None:
         except Exception as error:  # whatever a method raises
             outcome = {"status": "failed", "why": told(error)}
         _file(folder, rank, number).write_text(json.dumps(outcome))
-    distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def _check(subject: Subject) -> str:

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def _linear() -> nn.Linear:
 # Sums of a few gradients must be exact in fp32, whatever the order: then a sum of micro-batches differs from one batch
 # by what a method makes of it alone. So gradients are multiples of 2⁻¹² and below 8. Columns differ in size, so that
 # subspaces are told apart.
+@lru_cache(maxsize=512)
 def _drawn(name: str, shape: tuple[int, ...], number: int) -> Tensor:
     """Return normal numbers (fp32, ``shape``), the same for the same name and number, exact multiples of 2⁻¹²."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + number)
@@ -88,8 +90,8 @@ def _drawn(name: str, shape: tuple[int, ...], number: int) -> Tensor:
 
 
 def gradients(number: int) -> dict[str, Tensor]:
-    """Return gradient number ``number`` (from 1) of each parameter, fp32 and whole."""
-    return {name: _drawn(name, shape, number) for name, shape in SHAPES.items()}
+    """Return gradient number ``number`` (from 1) of each parameter, fp32 and whole. They may be changed."""
+    return {name: _drawn(name, shape, number).clone() for name, shape in SHAPES.items()}
 
 
 @dataclass(frozen=True)
