@@ -1,8 +1,6 @@
 """A ledger of every tensor of a step: what memory is held for, and when it is most."""
 
 import gc
-import os
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +12,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from galore_pretrain.tensors.silence import silenced
 
 KINDS = ("weights", "moments", "bases", "gradients", "sums", "activations", "temporaries")
 """What memory is held for. ``sums``: low-rank sums of gradients that wait for their update."""
@@ -27,12 +27,12 @@ def allocated_peak(work: Callable[[], object]) -> int:
     # Cycles that earlier work has left behind would be freed at some time during this, and that memory taken off.
     gc.collect()
     profile = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with _quiet():
+    with silenced(2):  # the profiler tells of its start and end, unasked
         profile.start()
     try:
         work()
     finally:
-        with _quiet():
+        with silenced(2):
             profile.stop()
     results: Any = profile.profiler
     events = results.kineto_results.events()
@@ -44,21 +44,6 @@ def allocated_peak(work: Callable[[], object]) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop what is written to the process's standard error: the profiler tells of its start and end, unasked."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 @dataclass(slots=True)
