@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from galore_pretrain import __version__
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
-from galore_pretrain.config.options import Processes, RunConfig, texts_of
+from galore_pretrain.config.options import Processes, RunConfig, optim_settings, parse_place, texts_of
 from galore_pretrain.config.resolve import left_out, load_named
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, load_line, own_length
@@ -369,6 +369,46 @@ def generate(path: Path, prompt: str, tokens: int, temperature: float, top_p: fl
     text = loaded.continue_text(model, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
     click.echo(text)
     return 0
+
+
+@cli.command("check-method", params=flags(("rank", "optim_option", "numerics")))
+@click.argument("method")
+@click.option("--json", "as_json", is_flag=True, help="Print what a program can read.")
+def check_method(
+    method: str,
+    as_json: bool,
+    rank: int | None,
+    optim_option: str | tuple[str, ...] | None,
+    numerics: str | None,
+) -> int:
+    """Check that a method holds what the project's own methods do.
+
+    METHOD is a shipped method, FILE.py:NAME or package.module:NAME. With a small model, in seconds, it is tried whether
+    layerwise updates, accumulation, clipping, resuming, several processes, memory plans and seeds are right. Exit code
+    1: something is not.
+    """
+    options = optim_settings(optim_option)
+    if "rank" in options:
+        raise InputError("--optim-option rank: it has a flag, --rank")
+    if rank is not None:
+        options["rank"] = rank
+    with _importing():
+        from galore_pretrain.optim import check_methods
+
+    try:
+        found = check_methods([parse_place(method)], numerics=numerics or "sound", options=options)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    findings = []
+    for finding in found:
+        findings.append(finding)
+        if not as_json:
+            click.echo(finding.line())
+    if as_json:
+        checks = {finding.check: {"status": finding.status, "told": finding.told} for finding in findings}
+        click.echo(json.dumps({"method": method, "checks": checks}, indent=2))
+    has_failed = any(finding.status == "failed" for finding in findings)
+    return int(has_failed)
 
 
 def _let_cuda_grow_segments() -> None:

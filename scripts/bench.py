@@ -618,7 +618,7 @@ def measure_one(options: argparse.Namespace) -> Any:
     candidate = STEP[options.one]
     if not options.memory:
         return candidate(options)
-    from galore_pretrain.planning.ledger import allocated_peak
+    from galore_pretrain.tensors.ledger import allocated_peak
 
     return {"peak": allocated_peak(lambda: candidate(options))}
 

@@ -29,7 +29,7 @@ from galore_pretrain import load_model_config
 from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.optim.build import build_rules, rounding_of
 from galore_pretrain.optim.methods import ROWS
-from galore_pretrain.planning.ledger import allocated_peak
+from galore_pretrain.tensors.ledger import allocated_peak
 
 Candidate = tuple[str, str, Callable[[int], Any]]
 """A name, what it is compared with, and its builder from the gap between refreshes."""

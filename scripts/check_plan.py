@@ -30,8 +30,8 @@ from galore_pretrain.config.resolve import resolve
 from galore_pretrain.dist import imagined, joined
 from galore_pretrain.meters import process_peak_bytes
 from galore_pretrain.model.llama_config import load_model_config
-from galore_pretrain.planning.ledger import allocated_peak
 from galore_pretrain.planning.plan import make_heaviest_updates, measure
+from galore_pretrain.tensors.ledger import allocated_peak
 from galore_pretrain.train.build import execution_for, model_for, optimizer_for, set_up_model
 
 

@@ -29,7 +29,8 @@ ROOMS: dict[str, str] = {  # a room, and what it may import
     "planning": "config dist errors meters model optim tensors train",
     "study": "config errors model optim planning signals",
     "run": "config dist errors meters model optim planning rundir signals tensors text train",
-    "cli": "config dist errors planning run rundir study text train",
+    "pytest_plug": "",
+    "cli": "config dist errors optim planning run rundir study text train",
     "__main__": "cli",
     "__init__": "model",
 }

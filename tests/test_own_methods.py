@@ -301,6 +301,12 @@ def test_a_rule_that_takes_matrices_alone_leaves_vectors_to_adamw(build_tiny: An
             assert (type(optimizer.rule_of(group["params"][0])).__name__ == "Adam") == all(vectors) == any(vectors)
 
 
+def test_a_tilde_is_the_home_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    ran("plan", *FLAGS, "--steps=2", "--lr=0.01", "--optim", "~/mine.py:Lion")
+    assert executed() == 1
+
+
 @pytest.mark.usefixtures("home")
 def test_plans_and_comparisons_take_it_like_a_shipped_one() -> None:
     result = invoke("plan", *FLAGS, "--steps=2", "--lr=0.01", "--compare", "adamw,mine.py:Lion", "--json")

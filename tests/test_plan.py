@@ -23,10 +23,10 @@ from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.optim.update import Step
 from galore_pretrain.planning.budget import OUTSIDE, budget_of, choose, lower_bound, memory_advice, upper_bound
-from galore_pretrain.planning.ledger import KINDS, Ledger, allocated_peak
 from galore_pretrain.planning.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
 from galore_pretrain.study import paper
 from galore_pretrain.tensors.chunks import ChunkSample, chunks
+from galore_pretrain.tensors.ledger import KINDS, Ledger, allocated_peak
 from galore_pretrain.train.build import execution_for, model_for, optimizer_for, set_up_model
 from prescribed import meant_for
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from galore_pretrain.optim.build import REGISTRY, build_optimizer, build_rules, rules_by_role
+    from galore_pretrain.optim.check import Finding, check_methods
     from galore_pretrain.optim.checkpointing import saved_state, take_saved_state
     from galore_pretrain.optim.dropin import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
     from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome, Skips
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _NAMES = {  # file: what of it is named here
     "build": ("REGISTRY", "build_optimizer", "build_rules", "rules_by_role"),
+    "check": ("Finding", "check_methods"),
     "checkpointing": ("saved_state", "take_saved_state"),
     "dropin": ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "NaturalGaLoreAdamW"),
     "galore": ("GaLore", "is_projected"),
@@ -74,6 +76,7 @@ __all__ = [
     "REGISTRY",
     "Direction",
     "Execution",
+    "Finding",
     "GaLore",
     "GaLoreAdafactor",
     "GaLoreAdamW",
@@ -92,6 +95,7 @@ __all__ = [
     "UpdateRule",
     "build_optimizer",
     "build_rules",
+    "check_methods",
     "describe",
     "is_own",
     "is_projected",

@@ -107,7 +107,7 @@ def _module(place: str) -> ModuleType:
         else:
             module = _imported(place)
     except Exception as error:
-        raise ValueError(f"{place} cannot be loaded: {_told(error)}") from error
+        raise ValueError(f"{place} cannot be loaded: {told(error)}") from error
     _modules[place] = module
     return module
 
@@ -198,7 +198,7 @@ def _try_out(rule: UpdateRule, name: str) -> None:
             warnings.simplefilter("ignore")  # a rank may be too large for this matrix
             _update_three_times(rule)
     except Exception as error:  # whatever a rule raises
-        raise ValueError(f"{name} cannot update a 6 × 8 matrix: {_told(error)}") from error
+        raise ValueError(f"{name} cannot update a 6 × 8 matrix: {told(error)}") from error
 
 
 def _update_three_times(rule: UpdateRule) -> None:
@@ -211,7 +211,7 @@ def _update_three_times(rule: UpdateRule) -> None:
             raise ValueError(f"its direction has the shape {shapes}")
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """Return what an exception says, in one line, with the line of the file that raised it."""
     text = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)

@@ -13,6 +13,8 @@ from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from galore_pretrain.tensors.silence import silenced
+
 KINDS = ("weights", "moments", "bases", "gradients", "sums", "activations", "temporaries")
 """What memory is held for. ``sums``: low-rank sums of gradients that wait for their update."""
 
@@ -24,9 +26,16 @@ def allocated_peak(work: Callable[[], object]) -> int:
     """
     # Cycles that earlier work has left behind would be freed at some time during this, and that memory taken off.
     gc.collect()
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+    profile = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with silenced(2):  # the profiler tells of its start and end, unasked
+        profile.start()
+    try:
         work()
-    events = profile.profiler.kineto_results.events()
+    finally:
+        with silenced(2):
+            profile.stop()
+    results: Any = profile.profiler
+    events = results.kineto_results.events()
     held = 0
     peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
