@@ -264,6 +264,7 @@ def main() -> None:
     check_places(rank)
     check_tensor_parallelism()
     check_partial_gradients()
+    distributed.barrier()  # a process whose peer is gone may not end in peace
     distributed.destroy_process_group()
 
 
