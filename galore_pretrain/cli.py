@@ -247,10 +247,14 @@ def sweep(
         given |= own_length(kind, model)
     if kind == "lr" and "lr" in given:
         raise InputError(f"--lr {given['lr']:g}: sweep lr has a grid of its own; leave it out")
+    typed = {name for name in given if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    allows_code = given.pop("allow_code", False)
+    if allows_code and "allow_code" not in typed:
+        raise InputError(f"{ctx.meta['run_json']} sets allow_code, which only a command line can: leave it out there")
     optim = given.pop("optim", None)
     lines = entries(kind, model, optim)
     for line in lines:
-        load_line(line, optim, allow_code=given.get("allow_code", False))
+        load_line(line, optim if "optim" in typed else None, allow_code=allows_code)
     first = given.pop("seed", 0)
     try:
         factors = [float(factor) for factor in (tune_matrices or "").split(",") if factor]

@@ -183,6 +183,14 @@ def test_companions_take_embedding_head_and_vectors(
     assert optimizer.rule_of(model.model.norm.weight) == Adam(betas=(0.5, 0.6))
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
+def test_betas_of_scale_reach_the_head_and_vectors_alone(betas: tuple[float, float]) -> None:
+    """Elsewhere a momentum would be another method, and a state of the embedding's size."""
+    rules: dict[str, Any] = rules_by_role("scale", "sound", betas=betas)
+    assert [rules[role].momentum for role in ("matrix", "embedding", "head")] == [0, 0, betas[0]]
+    assert rules["vector"].betas == betas
+
+
 # -- a method of one's own --------------------------------------------------------------------------------------------
 
 
@@ -263,7 +271,9 @@ def test_what_it_cannot_use_is_refused_with_a_reason(
         message = f"--{dashed} {value} has no meaning for --optim sign; {OPTIONS[flag].why}"
         with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
             resolve(given | {flag: value}, {})
-    with pytest.raises(InputError, match=r"^--clip-norm projected: sign projects nothing; leave it out$"):
+    with pytest.raises(
+        InputError, match=r"^--clip-norm projected: sign keeps whole gradients, not projected ones; leave it out$"
+    ):
         resolve(given | {"grad_clip": 1.0, "clip_norm": "projected"}, {})
     with pytest.raises(ValueError, match=r"^rank 4 has no meaning for optimizer sign; leave it out$"):
         build_optimizer(build_tiny(), "sign", lr=0.01, rank=4)

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from galore_pretrain.cli import cli
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim import METHODS, build_optimizer, load_method, method
 from galore_pretrain.optim.build import rules_by_role
@@ -221,9 +222,22 @@ def test_only_what_a_command_line_names_is_executed() -> None:
     assert error_of("--config", "run.json", "--steps", "2") == refusal + "add --optim mine.py:Lion, or --allow-code"
     Path("sweep.json").write_text(json.dumps({"runs": {"lion": {"optim": "mine.py:Lion", "lr": 0.01}}}))
     sweep = ["sweep", "sweep.json", *FLAGS, "--steps=2", "--plan-only"]
-    assert "--optim mine.py:Lion stands in the sweep's file" in error_of(*sweep)
+    assert "--optim mine.py:Lion stands in a file" in error_of(*sweep)
     Path("sly.json").write_text(Path("run.json").read_text().replace("}", ', "allow_code": true}'))
     assert "sly.json sets allow_code, which only a command line can" in error_of("--config", "sly.json", "--steps", "2")
+    # What a run JSON sets for a sweep was not typed either; nor is a key that hides a flag in itself a flag.
+    Path("plain.json").write_text(json.dumps({"runs": {"a": {"lr": 0.001}}}))
+    by_file = ["--config", "run.json", "--steps=2", "--plan-only"]
+    assert "stands in a file" in error_of("sweep", "plain.json", *by_file)
+    named = {"model": "small.json", "data": "sample", "optim": "mine.py:Lion"}
+    Path("only.json").write_text(json.dumps(named))
+    assert "stands in a file" in error_of("sweep", "lr", "--config", "only.json", "--steps=2", "--plan-only")
+    Path("allows.json").write_text(json.dumps({"model": "small.json", "data": "sample", "allow_code": True}))
+    allowed = ["--config", "allows.json", "--steps=2", "--plan-only"]
+    assert "allows.json sets allow_code" in error_of("sweep", "sweep.json", *allowed)
+    for key, why in (("optim=mine.py:Lion", "is no flag of a run"), ("allow-code", "only a command line can have")):
+        Path("hidden.json").write_text(json.dumps({"runs": {"a": {"optim": "adamw", key: True}}}))
+        assert why in error_of("sweep", "hidden.json", *FLAGS, "--steps=2", "--plan-only")
     assert executed() == 0
     ran("plan", "--config", "run.json", "--steps", "2", "--allow-code", "--wandb=disabled")
     assert executed() == 1
@@ -289,6 +303,52 @@ def test_a_method_says_its_companions_recipe_and_options(build_tiny: Any) -> Non
     optimizer = build_optimizer(build_tiny(), "mine.py:residual", lr=0.01, rank=4)
     kinds = {type(optimizer.rule_of(group["params"][0])).__name__ for group in optimizer.param_groups}
     assert kinds == {"Residual", "Adam", "SignSGD"}
+
+
+@pytest.mark.usefixtures("home")
+def test_a_rules_own_values_stay_unless_a_flag_is_given(build_tiny: Any) -> None:
+    """No default or recipe of a shipped method replaces them; --moment-store exchanges its store, whichever it is."""
+    with Path("mine.py").open("a") as file:
+        file.write(
+            "from galore_pretrain.optim.moments import Blockwise8bit\n"
+            "tuned = GaLore(Adam(), rank=4, basis='svd', refresh='together', moments='project', update_proj_gap=7)\n"
+            "small = Adam(store=Blockwise8bit())\n"
+        )
+    flags = [*FLAGS, "--optim", "mine.py:tuned", "--lr", "0.01", "--steps", "2"]
+    ran(*flags, "--output", "run")
+    config = json.loads(Path("run/config.json").read_text())["config"]
+    names = ("rank", "basis", "refresh", "moments", "update_proj_gap")
+    assert [config[name]["value"] for name in names] == [None] * 5
+    rules = rules_by_role("mine.py:tuned", "sound", rank=3)
+    assert (rules["matrix"].rank, rules["matrix"].basis) == (3, "svd")  # type: ignore[attr-defined]
+    assert type(rules["rest"]).__name__ == "Adam"
+    optimizer = build_optimizer(build_tiny(), "mine.py:tuned", lr=0.01, rank_by_module={"q": 0.5})
+    assert len(optimizer.param_groups) == 3
+    assert method("mine.py:tuned").projects
+    dense = rules_by_role("mine.py:small", "sound", moment_store="dense")["matrix"]
+    assert method("mine.py:small").moments_8bit
+    assert all(tensor.dtype == torch.float32 for tensor in dense.init(torch.zeros(256, 256)).values())
+
+
+@pytest.mark.usefixtures("home")
+def test_a_run_of_a_file_in_another_folder_stays_in_runs() -> None:
+    config, _ = resolve(
+        {"model": "small.json", "data": "sample", "optim": f"{Path.cwd()}/mine.py:Lion", "lr": 0.01, "steps": 2}, {}
+    )
+    assert re.fullmatch(r"runs/small-mine.py-Lion-[\d-]+", config.output)
+
+
+@pytest.mark.usefixtures("home")
+def test_an_entry_of_ones_own_names_options_and_roles_that_there_are() -> None:
+    with Path("mine.py").open("a") as file:
+        file.write("typo = Method(name='a', description='', home=':SignSGD', options=('histry',))\n")
+        file.write(
+            "role = Method(name='a', description='', home=':SignSGD', companions={'norm': Companion('adamw')})\n"
+        )
+    with pytest.raises(ValueError, match="has the option histry, which is none of rank"):
+        load_method("mine.py:typo")
+    with pytest.raises(ValueError, match="has the role norm, which is none of embedding, head, vector"):
+        load_method("mine.py:role")
 
 
 @pytest.mark.usefixtures("home")

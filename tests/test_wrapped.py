@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from galore_pretrain.optim import METHODS, load_method
 from galore_pretrain.optim.execution import Layerwise
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.rule import Scope, describe
-from galore_pretrain.optim.wrapped import UPDATES, Wrapped
+from galore_pretrain.optim.wrapped import UPDATES, Wrapped, is_linear_in_rate
 from prescribed import gradients, parameters, train
 
 TRAINED: dict[str, dict[str, Any]] = {
@@ -94,6 +95,86 @@ class Plain(Lion):
             p.data -= self.param_groups[0]["lr"] * p.grad / count
 
 
+class Late(Lion):
+    """Counts its updates in an attribute, which matters from the fifth on."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.count = getattr(self, "count", 0) + 1
+        for p in self.param_groups[0]["params"]:
+            p.data -= self.param_groups[0]["lr"] * p.grad / (1 if self.count < 5 else 2)
+
+
+class Lookahead(Lion):
+    """Goes back half of the way to where it was five updates ago, which is in its state."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state.setdefault("slow", p.detach().clone())
+            state["count"] = state.get("count", 0) + 1
+            p.data -= self.param_groups[0]["lr"] * p.grad
+            if state["count"] % 5 == 0:
+                state["slow"].lerp_(p.data, 0.5)
+                p.data.copy_(state["slow"])
+
+
+class Second(Lion):
+    """Begins to keep something at its second update."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            if "count" in state:
+                state["before"] = p.grad.clone()
+            state["count"] = 1
+            p.data -= self.param_groups[0]["lr"] * p.grad
+
+
+class Needs(Lion):
+    """Has an argument without a default."""
+
+    def __init__(self, params: Any, beta: float, lr: float = 1e-4) -> None:
+        super().__init__(params, lr=lr)
+
+
+class Bounded(Lion):
+    """Bounds its steps by its first rate, as AdaBound does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.data -= (self.param_groups[0]["lr"] * p.grad).clamp(-1e-3, 1e-3)
+
+
+class Factored(Lion):
+    """Keeps row means of large matrices alone."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            is_large = p.ndim == 2 and min(p.shape) >= 16
+            square = p.grad.square().mean(1, keepdim=True) if is_large else p.grad.square()
+            mean = self.state[p].setdefault("square", torch.zeros_like(square))
+            mean.lerp_(square, 0.1)
+            p.data -= self.param_groups[0]["lr"] * p.grad / (mean.sqrt() + 1e-8)
+
+
+class Overwrites(Lion):
+    """Changes the gradient in place."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.data -= self.param_groups[0]["lr"] * p.grad.mul_(2)
+
+
+class CountsElements(Lion):
+    """Counts, in whole numbers, how often each gradient was positive."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            counts = self.state[p].setdefault("counts", torch.zeros_like(p, dtype=torch.int64))
+            counts += p.grad > 0
+            p.data -= self.param_groups[0]["lr"] * p.grad.sign()
+
+
 def _class(name: str) -> Any:
     return getattr(torch.optim, name)
 
@@ -149,6 +230,10 @@ def test_a_class_that_wants_more_than_gradients_is_refused(name: str) -> None:
         (Shared, "Shared couples parameters"),
         (Counting, r"Counting remembers more than state\[p\] holds"),
         (Rateless, "Rateless takes no lr"),
+        (Late, r"Late remembers more than state\[p\] holds"),
+        (Lookahead, r"Lookahead remembers more than state\[p\] holds"),
+        (Second, "Second cannot be updated .* begins to keep before after its first update only"),
+        (Needs, "Needs needs beta when it is built: give it a default"),
     ],
 )
 def test_a_class_whose_updates_would_be_others_here_is_refused(optimizer: Any, why: str) -> None:
@@ -174,6 +259,36 @@ def test_what_a_class_sees_of_a_tensor_is_found_by_trial() -> None:
     assert Wrapped(torch.optim.Adam).scope is Scope.PARTS
     assert Wrapped(torch.optim.Muon).scope is Scope.WHOLE
     assert describe(Wrapped(torch.optim.Muon)) == "Muon"
+
+
+def test_what_depends_on_the_size_is_seen_at_a_larger_one() -> None:
+    assert Wrapped(Factored).scope is Scope.WHOLE
+
+
+def test_a_rate_that_does_more_than_to_multiply_is_told(recwarn: pytest.WarningsRecorder) -> None:
+    for name in TRAINED:
+        assert is_linear_in_rate(_class(name), ()) == (name != "Rprop")  # whose rate is its first step
+    assert not is_linear_in_rate(Bounded, ())
+    load_method("torch.optim:Rprop")
+    assert "torch.optim:Rprop: the class does more with its rate" in str(recwarn.pop(UserWarning).message)
+    del METHODS["torch.optim:Rprop"]
+
+
+def test_whole_numbers_in_the_state_stay_whole() -> None:
+    (p,) = parameters([(6, 8)], torch.bfloat16)
+    optimizer = RuleOptimizer([{"params": [p], "rule": Wrapped(CountsElements)}], lr=0.01)
+    for _ in range(600):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert optimizer.tensors(p)["counts"].unique().tolist() == [600]
+
+
+def test_the_callers_gradient_is_left_alone() -> None:
+    (p,) = parameters([(6, 8)])
+    grad = torch.ones(6, 8)
+    p.grad = grad
+    RuleOptimizer([{"params": [p], "rule": Wrapped(Overwrites)}], lr=0.01).step()
+    assert torch.equal(grad, torch.ones(6, 8))
 
 
 def test_options_are_the_classs_arguments() -> None:

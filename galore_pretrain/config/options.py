@@ -4,6 +4,7 @@ defaults < recipe < run JSON < flags. `RunConfig`'s fields are the flags; `resol
 model and optimizer says and checks what depends on two fields.
 """
 
+import math
 import os
 import re
 from ast import literal_eval
@@ -139,10 +140,17 @@ def setting_of(text: str) -> tuple[str, Any]:
     key = key.strip().replace("-", "_")
     if not equals or not key.isidentifier():
         raise ValueError(f"{text!r} is not a setting; write beta=0.9")
+    word = value.strip()
+    words = {"true": True, "false": False, "inf": math.inf}
+    if word.lower() in words:
+        return key, words[word.lower()]
     try:
-        return key, literal_eval(value.strip())
+        literal = literal_eval(word)
     except (ValueError, SyntaxError):
-        return key, value.strip()
+        return key, word
+    if isinstance(literal, list):  # a rule is a value: what it is made of has to be one too
+        literal = tuple(literal)
+    return key, literal
 
 
 def optim_settings(given: str | Sequence[str] | None) -> dict[str, Any]:

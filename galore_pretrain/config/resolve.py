@@ -4,8 +4,9 @@ defaults < recipe < run JSON < flags. No torch in here: a wrong flag is refused 
 """
 
 import math
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, replace
 from glob import has_magic
 from pathlib import Path
@@ -64,18 +65,19 @@ def resolve(
         _load_own(values["optim"], values["allow_code"], sources)
     meaningless = without_meaning(values["optim"])
     _check_meaning(values, meaningless)
+    left_alone = _left_alone(values["optim"], meaningless)
     if values["max_tokens"] == RECIPE:
         values["max_tokens"], origins["max_tokens"] = printed_tokens(model)
     for name, (value, source) in recipe(model, values["optim"]).items():
         length_is_known = name == "steps" and values["max_tokens"]
-        if name not in meaningless and not length_is_known:
+        if name not in left_alone and not length_is_known:
             fill(name, value, f"recipe: {source}")
     if values["steps"] and values["max_tokens"]:
         raise InputError(
             f"--steps {values['steps']} and --max-tokens {values['max_tokens']} both end the run; give one"
         )
     for name, (value, origin) in _defaults(values, processes).items():
-        if name not in meaningless:
+        if name not in left_alone:
             fill(name, value, origin)
 
     undecided = frozenset(EXECUTION) - asked
@@ -87,6 +89,17 @@ def resolve(
     origins |= dict.fromkeys(undecided, CHOSEN)
     _check(values, processes)
     return RunConfig(**values, processes=processes, undecided=undecided), origins
+
+
+# A rule from outside the package has values of its own. No default of a shipped method replaces them, only a recipe of
+# its own, and a flag.
+def _left_alone(optim: str, meaningless: Container[str]) -> set[str]:
+    """Return the flags that stay unset where the user does not set them: those without meaning, and an own rule's."""
+    flags = {flag for flag in FLAGS if flag in meaningless}
+    if is_own(optim):
+        of_recipes = {flag for entry in method(optim).recipes for flag in entry.values}
+        flags |= OPTIONS.keys() - of_recipes
+    return flags
 
 
 def _refuse_weights(model: str) -> None:
@@ -118,7 +131,8 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
     min_lr_ratio = 0.1 if values["scheduler"] == "cosine" else 0.0
     warmup_steps = steps // 10 if steps else None
 
-    name = f"{Path(values['model']).stem}-{values['optim']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    optim = re.sub(r"[^\w.+]+", "-", Path(values["optim"]).name)  # of an own one, FILE.py:NAME without its folder
+    name = f"{Path(values['model']).stem}-{optim}-{time.strftime('%Y%m%d-%H%M%S')}"
     tokenizer = {"c4": "t5", "sample": "sample"}.get(" + ".join(texts_of(values["data"])))
     return {
         "proj_type": ("std", "default"),
@@ -281,7 +295,9 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
         raise InputError(f"--lr is missing: --optim {values['optim']} has no recipe for it; give one, such as 0.001")
     _check_batch(values, processes.total)
     if values["clip_norm"] == "projected" and not method(values["optim"]).projects:
-        raise InputError(f"--clip-norm projected: {values['optim']} projects nothing; leave it out")
+        raise InputError(
+            f"--clip-norm projected: {values['optim']} keeps whole gradients, not projected ones; leave it out"
+        )
     if values["reduce"] == "projected":
         _check_reduce(values, processes)
     if values["clip_norm"] == "full" and known_norm(values, processes) == "projected":
@@ -363,7 +379,7 @@ def _check_length(values: Mapping[str, Any]) -> None:
 def _check_reduce(values: Mapping[str, Any], processes: Processes) -> None:
     why = None
     if not method(values["optim"]).projects:
-        why = f"{values['optim']} projects nothing"
+        why = f"{values['optim']} keeps whole gradients, not projected ones"
     elif not values["layerwise"]:
         why = "only --layerwise projects a gradient before it is reduced; add that"
     elif values["clip_norm"] == "full":

@@ -22,7 +22,7 @@ from galore_pretrain.optim.methods import (
     method,
     resolve_name,
 )
-from galore_pretrain.optim.moments import Blockwise8bit
+from galore_pretrain.optim.moments import Blockwise8bit, Dense, MomentStore
 from galore_pretrain.optim.optimizer import RuleOptimizer
 from galore_pretrain.optim.own import composition_at, load_method
 from galore_pretrain.optim.rule import UpdateRule, option_names
@@ -74,13 +74,16 @@ def rules_by_role(row: str, numerics: str, **options: Any) -> dict[str, UpdateRu
         entry, values = _with_store(entry, values)
     homes = {MATRIX: entry.name, REST: entry.companion or entry.name}
     homes |= {role: companion.home for role, companion in entry.companions.items()}
+    reach = {role: companion.options for role, companion in entry.companions.items()}
+    reach[MATRIX] = entry.matrix_options
     rules: dict[str, UpdateRule] = {}
     unused = set(values)
     for role, home in homes.items():
         composition = composition_of(home)
+        flags = reach.get(role)
         reaching = values
-        if role == MATRIX and entry.matrix_options is not None:
-            held_back = {OPTIONS[flag].argument for flag in entry.options if flag not in entry.matrix_options}
+        if flags is not None:
+            held_back = {OPTIONS[flag].argument for flag in entry.options if flag not in flags}
             reaching = {name: value for name, value in values.items() if name not in held_back}
         rules[role], used = _configured(getattr(composition, numerics), reaching)
         unused -= used
@@ -110,7 +113,8 @@ def _with_store(entry: Method, values: Mapping[str, Any]) -> tuple[Method, dict[
         return entry, others
     if entry.other_store is not None:
         return METHODS[entry.other_store], others
-    return entry, others | {"moment_store": Blockwise8bit()}
+    stores: dict[str, MomentStore] = {"dense": Dense(), "8bit": Blockwise8bit()}
+    return entry, others | {"moment_store": stores[name]}
 
 
 def build_rules(row: str, numerics: str, **options: Any) -> tuple[UpdateRule, UpdateRule]:
@@ -157,6 +161,8 @@ def build_optimizer(
     name, layerwise = resolve_name(row)
     if layerwise:
         raise ValueError(f"optimizer {row!r} asks for layerwise updates, which are not an optimizer's: name {name!r}")
+    if is_own(name):
+        load_method(name)
     for option, value in (("rank_by_module", rank_by_module), ("vector_lr_scale", vector_lr_scale)):
         if value is not None and option not in METHODS[name].options:
             raise ValueError(f"{option} has no meaning for optimizer {name}; leave it out")
@@ -226,13 +232,18 @@ class _RowOptimizer(RuleOptimizer):
 
 def _betas_of(part: Any) -> tuple[float, float] | None:
     """Return the betas of a rule, or of a rule inside of it; None where it has none."""
+    betas: tuple[float, float] | None = _field_of(part, "betas")
+    return betas
+
+
+def _field_of(part: Any, name: str) -> Any:
+    """Return the value of the field ``name`` of a rule, or of a rule inside of it; None where it has none."""
     for field in fields(part):
         value = getattr(part, field.name)
-        if field.name == "betas":
-            betas: tuple[float, float] = value
-            return betas
-        if is_dataclass(value):
-            inner = _betas_of(value)
+        if field.name == name:
+            return value
+        if is_dataclass(value) and not isinstance(value, type):
+            inner = _field_of(value, name)
             if inner is not None:
                 return inner
     return None
@@ -290,7 +301,7 @@ def _matrix_groups(
     for factor, named in by_factor.items():
         of_factor = rule
         if factor != 1:
-            rank = max(1, round(rule.rank * factor))  # type: ignore[attr-defined]
+            rank = max(1, round(_field_of(rule, "rank") * factor))
             of_factor, _ = _configured(rule, {"rank": rank})
         groups.append({"params": named, "rule": of_factor})
     return groups
@@ -310,6 +321,16 @@ def rounding_of(numerics: str) -> str:
     if numerics == "reference":
         return "nearest"
     return "stochastic"
+
+
+def _check_kind(option: str, value: Any, current: Any) -> None:
+    """Raise ValueError where ``value`` cannot stand where ``current`` does: a flag, a number, a rule or a store."""
+    if isinstance(current, bool) and not isinstance(value, bool):
+        raise ValueError(f"{option} {value!r} must be True or False")
+    if isinstance(current, (int, float)) and not isinstance(value, (int, float)):
+        raise ValueError(f"{option} {value!r} must be a number, such as {current}")
+    if (isinstance(current, UpdateRule) or hasattr(current, "is_dense")) and not is_dataclass(value):
+        raise ValueError(f"{option} {value!r} must be a {type(current).__name__}; name one of its own options")
 
 
 _OPTION_OF_FIELD = {field: option.argument for option in OPTIONS.values() for field in option.fields}
@@ -337,10 +358,11 @@ def _configured(part: Any, values: Mapping[str, Any]) -> tuple[Any, set[str]]:
             option = _OPTION_OF_FIELD.get(field.name, field.name)
         if option in values:
             value = values[option]
-            if isinstance(current, (int, float)) and isinstance(value, str):
-                raise ValueError(f"{option} {value!r} must be a number, such as {current}")
             is_one_of_two = option == "betas" and field.name != "betas"  # SGD's momentum, Adafactor's beta1
-            changes[field.name] = value[0] if is_one_of_two else value
+            if is_one_of_two:
+                value = value[0]
+            _check_kind(option, value, current)
+            changes[field.name] = value
             used.add(option)
         elif is_dataclass(current):
             changes[field.name], used_inside = _configured(current, values)

@@ -112,7 +112,7 @@ def run_check(check: str, subject: Subject, pair: Pair) -> Finding:
 def check_layerwise(subject: Subject) -> str:
     """Hold that updates inside backward are those after it: bit for bit of one micro-batch, in fp32 and bf16.
 
-    Of two micro-batches in fp32, they are at most 1e-5 of the way of each weight apart (0.2 with state of 8 bits):
+    Of two micro-batches in fp32, they are at most 1e-5 of the way of each weight apart (0.01 with state of 8 bits):
     where a rule projects, one sums before and the other after.
     """
     likely = (

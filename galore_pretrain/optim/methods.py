@@ -33,16 +33,16 @@ class Option:
     fields: tuple[str, ...] = ()
 
 
-_PROJECTS = "only methods that project gradients have one"
+_PROJECTS = "only methods with a subspace have one"
 _NATURAL = "only Natural GaLore methods have a history"
 _FROZEN = "only LoRA and ReLoRA methods add to a frozen matrix"
 _MERGES = "only ReLoRA methods merge"
 
 OPTIONS: dict[str, Option] = {
-    "rank": Option("only methods that project gradients, and low_rank, lora and relora have one", "rank", ("rank",)),
-    "rank_by_module": Option("only methods that project gradients have ranks by module", "rank_by_module"),
+    "rank": Option("only methods with a subspace, and low_rank, lora and relora have one", "rank", ("rank",)),
+    "rank_by_module": Option("only methods with a subspace have ranks by module", "rank_by_module"),
     "update_proj_gap": Option(_PROJECTS, "update_proj_gap", ("update_proj_gap",)),
-    "galore_scale": Option(_PROJECTS, "scale", ("scale",)),
+    "galore_scale": Option("only methods with a subspace, and foam, have one", "scale", ("scale",)),
     "proj_type": Option(_PROJECTS, "proj_type", ("proj_type",)),
     "basis": Option(_PROJECTS, "basis", ("basis",)),
     "refresh": Option(_PROJECTS, "refresh", ("refresh",)),
@@ -92,10 +92,14 @@ _AT_7B = Recipe(
 
 @dataclass(frozen=True)
 class Companion:
-    """Names what updates the parameters of one role, by ``module:attribute``, and by which factor on the rate."""
+    """Names what updates the parameters of one role, by ``module:attribute``, and by which factor on the rate.
+
+    ``options`` are those of the method's that reach its rule; None: all.
+    """
 
     home: str
     lr_scale: float = 1.0
+    options: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ class Method:
     companions: Mapping[str, Companion] = field(default_factory=dict)
     """What updates the parameters of one of the `ROLES` instead of ``companion``."""
     matrix_options: tuple[str, ...] | None = None
-    """Those of ``options`` that reach the rule of the matrices; the companions' rules take all. None: all."""
+    """Those of ``options`` that reach the rule of the matrices. None: all."""
     factors_updated_by: str | None = None
     """Instead of a home: the model's matrices are trained through two thin factors, which the named method updates."""
     aliases: tuple[str, ...] = ()
@@ -121,6 +125,9 @@ class Method:
     """The flags of `OPTIONS` that it has a use for."""
     projects: bool = False
     """Whether the gradients of matrices are kept in a low-rank subspace until the update."""
+    has_low_rank: bool = False
+    """Whether its state of a matrix is of low rank, as that of all that project is: processes then share a matrix out
+    along the side that stays."""
     moments_8bit: bool = False
     other_store: str | None = None
     """The name of the same method with moments of the other store, where it is an entry of its own."""
@@ -256,7 +263,7 @@ _ENTRIES = (
         home="galore_pretrain.optim.compositions:scale",
         companion="adamw",
         companions={
-            "embedding": Companion("galore_pretrain.optim.compositions:scale_embedding"),
+            "embedding": Companion("galore_pretrain.optim.compositions:scale_embedding", options=("moment_store",)),
             "head": Companion("galore_pretrain.optim.compositions:scale_head"),
             "vector": Companion("adamw", lr_scale=20.0),
         },
@@ -274,6 +281,7 @@ _ENTRIES = (
         home="galore_pretrain.optim.compositions:apollo",
         companion="galore_pretrain.optim.compositions:authors_adamw",
         aliases=("apollo_adamw",),
+        has_low_rank=True,
         options=("rank", "rank_by_module", "update_proj_gap", "galore_scale", *_OF_ADAM),
         recipes=(
             Recipe({"lr": 0.01, "galore_scale": 1.0}, _APOLLO),
@@ -287,6 +295,7 @@ _ENTRIES = (
         description="apollo at rank 1, with one scale for a whole matrix",
         home="galore_pretrain.optim.compositions:apollo_mini",
         companion="galore_pretrain.optim.compositions:authors_adamw",
+        has_low_rank=True,
         options=("update_proj_gap", "galore_scale", *_OF_ADAM),
         recipes=(
             Recipe({"lr": 0.01, "galore_scale": 128.0}, _APOLLO),
@@ -299,6 +308,7 @@ _ENTRIES = (
         home="galore_pretrain.optim.compositions:fira",
         companion="galore_pretrain.optim.compositions:authors_adamw",
         aliases=("fira_adamw",),
+        has_low_rank=True,
         options=(*_OF_GALORE, *_OF_ADAM),
         recipes=(
             Recipe({"lr": 0.01, "galore_scale": 0.25}, _FIRA),
@@ -316,10 +326,11 @@ _ENTRIES = (
         home="galore_pretrain.optim.compositions:subtrack",
         companion="galore_pretrain.optim.compositions:authors_adamw",
         aliases=("subtrack_plus_plus", "subtrack++"),
+        has_low_rank=True,
         options=("rank", "rank_by_module", "update_proj_gap", "galore_scale", "proj_type", "refresh", *_OF_ADAM),
         recipes=(
             Recipe({"lr": 0.01, "galore_scale": 0.25}, "MoARa's Table 3, all methods at one rate"),
-            Recipe({"update_proj_gap": 500}, "SubTrack++ scripts", model="llama_7b"),
+            Recipe({"lr": 0.005, "grad_clip": 1.0, "update_proj_gap": 500}, "MoARa, SubTrack++", model="llama_7b"),
         ),
     ),
     Method(

@@ -7,6 +7,7 @@ load it is to execute its file, so that is done only where a caller asks for it 
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 import warnings
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 
 from galore_pretrain.optim.compositions import Composition
-from galore_pretrain.optim.methods import METHODS, OPTIONS, Companion, Method
+from galore_pretrain.optim.methods import METHODS, OPTIONS, ROLES, Companion, Method
 from galore_pretrain.optim.rule import UpdateRule, option_names
 from galore_pretrain.optim.update import Step
-from galore_pretrain.optim.wrapped import Wrapped
+from galore_pretrain.optim.wrapped import Wrapped, is_linear_in_rate
 
 _modules: dict[str, ModuleType] = {}
 """The files that were executed, by what named them: each is executed once."""
@@ -42,13 +43,31 @@ def load_method(name: str) -> Method:
         entry = Method(name=name, description=f"{attribute} of {place}", home=name)
     if entry.home is None:
         raise ValueError(f"{name} has no home; a Method of one's own names its rule, home=':Rule'")
+    _check_entry(entry)
     rule = composition_at(entry.home, name).sound
     if not isinstance(value, Method):
         entry = _described(entry, rule)
     _try_out(rule, name)
-    entry = replace(entry, digest=_digest(place))
+    if isinstance(rule, Wrapped) and not is_linear_in_rate(rule.optimizer, rule.options):
+        warnings.warn(
+            f"{name}: the class does more with its rate than to multiply its updates by it. Here it runs at a rate of "
+            "1, and its updates are multiplied by --lr: they are others than its own",
+            stacklevel=2,
+        )
+    entry = replace(entry, digest=_digest(_source(place, value)))
     METHODS[name] = entry
     return entry
+
+
+def _check_entry(entry: Method) -> None:
+    """Raise ValueError where an entry names options or roles that there are not."""
+    options = {*entry.options, *(entry.matrix_options or ())}
+    for companion in entry.companions.values():
+        options |= {*(companion.options or ())}
+    for what, names, known in (("option", options, OPTIONS), ("role", set(entry.companions), ROLES)):
+        unknown = names - set(known)
+        if unknown:
+            raise ValueError(f"{entry.name} has the {what} {min(unknown)}, which is none of {', '.join(known)}")
 
 
 def composition_at(home: str, asked: str) -> Composition:
@@ -120,14 +139,17 @@ def _imported(place: str) -> ModuleType:
         if error.name != place.split(".", maxsplit=1)[0]:  # it is another one that is missing
             raise
     sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(place)
+    try:
+        return importlib.import_module(place)
+    finally:  # a file there must not stand for a library that is imported later
+        sys.path.remove(str(Path.cwd()))
 
 
 def _executed(file: Path) -> ModuleType:
     """Return a Python file as a module."""
     if not file.is_file():
         raise FileNotFoundError("no such file; write FILE.py:NAME or package.module:NAME")
-    name = f"galore_pretrain_own_{file.stem}_{_digest(str(file))[:8]}"
+    name = f"galore_pretrain_own_{file.stem}_{_digest(file)[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -137,11 +159,16 @@ def _executed(file: Path) -> ModuleType:
     return module
 
 
-def _digest(place: str) -> str:
-    """Return the SHA-256 of a file, or of a module's file."""
-    file = Path(place)
-    if not place.endswith(".py"):
-        file = Path(_modules[place].__file__ or "")
+def _source(place: str, value: Any) -> Path:
+    """Return the file that a class or a rule is written in: a module may only pass on what it names."""
+    if place.endswith(".py"):
+        return Path(place)
+    kind = value if isinstance(value, type) else type(value)
+    return Path(inspect.getsourcefile(kind) or _modules[place].__file__ or "")
+
+
+def _digest(file: Path) -> str:
+    """Return the SHA-256 of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -178,13 +205,15 @@ def _described(entry: Method, rule: UpdateRule) -> Method:
         companion = "adamw"
     else:
         try:
-            rule.init(torch.empty(8))
+            _update_three_times(rule, (8,))
         except Exception:  # whatever a rule raises for a shape that it does not take
             companions["vector"] = Companion("adamw")
+    state = rule.init(torch.zeros(256, 256))
     return replace(
         entry,
         options=tuple(options),
         projects=rule.projects,
+        moments_8bit=any(tensor.dtype == torch.uint8 for tensor in state.values()),
         companion=companion,
         companions=companions,
     )
@@ -196,19 +225,20 @@ def _try_out(rule: UpdateRule, name: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a rank may be too large for this matrix
-            _update_three_times(rule)
+            _update_three_times(rule, (6, 8))
     except Exception as error:  # whatever a rule raises
         raise ValueError(f"{name} cannot update a 6 × 8 matrix: {told(error)}") from error
 
 
-def _update_three_times(rule: UpdateRule) -> None:
-    """Update a 6 × 8 matrix. ValueError where the direction has another shape."""
-    state = rule.init(torch.zeros(6, 8))
+def _update_three_times(rule: UpdateRule, shape: tuple[int, ...]) -> None:
+    """Update a tensor of that shape. ValueError where the direction has another one."""
+    state = rule.init(torch.zeros(shape))
     for count in (1, 2, 3):
-        direction = rule.full_update(torch.ones(6, 8), state, Step(count, lr=0.1))
-        shapes = {tuple(term.whole().shape) for term in direction.terms()}
-        if shapes != {(6, 8)}:
-            raise ValueError(f"its direction has the shape {shapes}")
+        direction = rule.full_update(torch.ones(shape), state, Step(count, lr=0.1))
+        for term in direction.terms():
+            found = tuple(term.whole().shape)
+            if found != shape:
+                raise ValueError(f"its direction has the shape {found}, and the gradient {shape}")
 
 
 def told(error: Exception) -> str:

@@ -44,7 +44,8 @@ class Wrapped(UpdateRule):
 
     Probes decide whether that is the class's own update. It must not depend on the weight, on what other parameters do,
     or on anything but ``state[p]`` that lasts from update to update; else ValueError says so. If it is the same for a
-    matrix as for its halves, processes can share a tensor out; else it is gathered (`Scope.WHOLE`).
+    matrix as for its halves, processes can share a tensor out; else it is gathered (`Scope.WHOLE`). They are of 24
+    updates: what a class does later, or from a size on that is beyond 128 × 256, they do not see.
 
     A class may look at the values of its state, and this rule does, so a GPU is waited for at each update of a tensor.
     """
@@ -80,7 +81,14 @@ class Wrapped(UpdateRule):
         """Return zeros for what the class keeps of a parameter, and the count ``updates``; ValueError if it refuses."""
         state = {UPDATES: torch.zeros((), dtype=torch.float32, device=like.device)}
         for name, kept in _kept_by(self.optimizer, self.options, tuple(like.shape)).items():
-            dtype = like.dtype if kept.shape == like.shape else torch.float32
+            dtype = kept.dtype
+            if dtype.is_floating_point:
+                dtype = like.dtype if kept.shape == like.shape else torch.float32
+            if shard is not None and self.scope is Scope.PARTS and kept.shape not in ((), like.shape):
+                raise ValueError(
+                    f"{self.optimizer.__name__} keeps {name} of shape {tuple(kept.shape)} for a part of shape "
+                    f"{tuple(like.shape)}: processes cannot share it out; use one process, or --shard none"
+                )
             state[_ours(name)] = torch.zeros(kept.shape, dtype=dtype, device=like.device)
         return state
 
@@ -104,13 +112,14 @@ class Wrapped(UpdateRule):
         if float(state[UPDATES]) > 0:
             kept = _kept_by(self.optimizer, self.options, tuple(grad.shape))
             optimizer.state[scratch] = {name: how.restored(state[_ours(name)]) for name, how in kept.items()}
-        scratch.grad = grad.float()
+        scratch.grad = grad.to(torch.float32, copy=True)  # which the class may change
         optimizer.step()
         step = step.placed()
         for name, value in optimizer.state[scratch].items():
             if value is not None:
                 target = state[_ours(name)]
-                new = torch.as_tensor(value, dtype=torch.float32, device=target.device)
+                dtype = torch.float32 if target.is_floating_point() else target.dtype
+                new = torch.as_tensor(value, dtype=dtype, device=target.device)
                 step.store(target, new, stream=name)
         step.store(state[UPDATES], state[UPDATES] + 1)
         return Direction(scratch.detach(), factor=-1.0)
@@ -162,6 +171,10 @@ def _check_arguments(optimizer: OptimizerClass, options: Options) -> None:
     if "lr" not in inspect.signature(optimizer).parameters:
         raise ValueError(f"{optimizer.__name__} takes no lr, so its updates have no rate of 1: write it as a rule")
     known = arguments_of(optimizer)
+    given = {name for name, _ in options}
+    missing = [name for name, default in known.items() if default is inspect.Parameter.empty and name not in given]
+    if missing:
+        raise ValueError(f"{optimizer.__name__} needs {', '.join(missing)} when it is built: give it a default")
     for name, _ in options:
         if name in _OURS:
             raise ValueError(f"{optimizer.__name__}: {name} is not an option here: {_OURS[name]}")
@@ -169,10 +182,10 @@ def _check_arguments(optimizer: OptimizerClass, options: Options) -> None:
             raise ValueError(f"{optimizer.__name__} has no argument {name}; it has {', '.join(known)}")
 
 
-def _built(optimizer: OptimizerClass, options: Options, params: Sequence[Tensor]) -> Any:
-    """Return the class's optimizer of ``params``, with a rate of 1, without decay, a tensor at a time."""
+def _built(optimizer: OptimizerClass, options: Options, params: Sequence[Tensor], lr: float = 1.0) -> Any:
+    """Return the class's optimizer of ``params``, without decay, a tensor at a time."""
     parameters = inspect.signature(optimizer).parameters
-    arguments: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.0, "foreach": False}
+    arguments: dict[str, Any] = {"lr": lr, "weight_decay": 0.0, "foreach": False}
     known = {name: value for name, value in arguments.items() if name in parameters}
     return optimizer(list(params), **known, **dict(options))
 
@@ -216,14 +229,17 @@ def _state_after_one_update(
     return dict(built.state[scratch])
 
 
-# The probes, in fp64, where updates from different weights differ by rounding alone. Three updates each, so that what
-# the first leaves in the state counts.
+_UPDATES = 24
+_LARGE = (128, 256)  # beyond the size from which some factor their moments
+
+
+# The probes, in fp64, where updates from different weights differ by rounding alone.
 @cache
 def _scope_of(optimizer: OptimizerClass, options: Options) -> Scope:
     """Return which part of a tensor the class has to see. ValueError where it cannot be had a tensor at a time."""
     name = optimizer.__name__
     generator = torch.Generator().manual_seed(0)
-    first, second, weight = torch.randn(3, 3, 6, 8, generator=generator, dtype=torch.float64)
+    first, second, weight = torch.randn(3, _UPDATES, 6, 8, generator=generator, dtype=torch.float64)
     zeros = torch.zeros(6, 8, dtype=torch.float64)
     try:
         (alone,) = _updates(optimizer, options, [zeros], [first])
@@ -250,18 +266,40 @@ def _scope_of(optimizer: OptimizerClass, options: Options) -> Scope:
             f"{name} couples parameters: two at a time are updated otherwise than each by itself, and layerwise "
             "updates make each by itself"
         )
-    for dim in (0, 1):
-        halves = [_halves_updated(optimizer, options, half) for half in first.chunk(2, dim + 1)]
-        if None in halves:
-            return Scope.WHOLE
-        joined = torch.cat([half for half in halves if half is not None], dim + 1)
-        if not torch.allclose(alone, joined, rtol=1e-7, atol=1e-9):
-            return Scope.WHOLE
-    return Scope.PARTS
+    large = torch.randn(3, *_LARGE, generator=generator, dtype=torch.float64)
+    if _are_alike_in_halves(optimizer, options, first) and _are_alike_in_halves(optimizer, options, large):
+        return Scope.PARTS
+    return Scope.WHOLE
 
 
-def _halves_updated(optimizer: OptimizerClass, options: Options, grads: Tensor) -> Tensor | None:
-    """Return the updates (updates × rows × columns) of a part of a matrix; None where the class refuses it."""
+def _are_alike_in_halves(optimizer: OptimizerClass, options: Options, grads: Tensor) -> bool:
+    """Return whether the updates of a matrix are those of its halves, cut either way."""
+    whole = _part_updated(optimizer, options, grads)
+    for dim in (1, 2):
+        halves = [_part_updated(optimizer, options, half) for half in grads.chunk(2, dim)]
+        parts = [half for half in halves if half is not None]
+        if whole is None or len(parts) < 2:
+            return False
+        if not torch.allclose(whole, torch.cat(parts, dim), rtol=1e-7, atol=1e-9):
+            return False
+    return True
+
+
+@cache
+def is_linear_in_rate(optimizer: OptimizerClass, options: Options) -> bool:
+    """Return whether the class's updates at a rate that changes are those at the rate 1, multiplied by it."""
+    generator = torch.Generator().manual_seed(1)
+    grads = torch.randn(_UPDATES, 6, 8, generator=generator, dtype=torch.float64)
+    rates = [0.01 / (1 + number) for number in range(_UPDATES)]
+    zeros = torch.zeros(6, 8, dtype=torch.float64)
+    (at_one,) = _updates(optimizer, options, [zeros], [grads])
+    (at_rates,) = _updates(optimizer, options, [zeros], [grads], rates)
+    factors = torch.tensor(rates, dtype=torch.float64)[:, None, None]
+    return torch.allclose(at_rates, at_one * factors, rtol=1e-6, atol=1e-12)
+
+
+def _part_updated(optimizer: OptimizerClass, options: Options, grads: Tensor) -> Tensor | None:
+    """Return the updates (updates × rows × columns) of a matrix or a part of one; None where the class refuses it."""
     try:
         (updates,) = _updates(optimizer, options, [torch.zeros_like(grads[0])], [grads])
     except Exception:  # whatever a class raises for a shape it does not take
@@ -274,13 +312,19 @@ def _updates(
     options: Options,
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
+    rates: Sequence[float] = (),
 ) -> list[Tensor]:
-    """Return by how much each of ``weights`` changes at each update by its gradients (updates × rows × columns)."""
+    """Return by how much each of ``weights`` changes at each update by its gradients (updates × rows × columns).
+
+    The rate is 1, or that of ``rates`` for each update; the first is that which the class is built with.
+    """
     params = [weight.clone().requires_grad_() for weight in weights]
-    built = _built(optimizer, options, params)
+    built = _built(optimizer, options, params, lr=rates[0] if rates else 1.0)
     changes: list[list[Tensor]] = [[] for _ in params]
     for number in range(len(grads[0])):
         before = [p.detach().clone() for p in params]
+        if rates:
+            built.param_groups[0]["lr"] = rates[number]
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad[number].clone()
         built.step()
@@ -296,11 +340,14 @@ def _updates_of_rebuilt(optimizer: OptimizerClass, options: Options, grads: Tens
     for grad in grads:
         scratch = torch.zeros_like(grad).requires_grad_()
         built = _built(optimizer, options, [scratch])
+        before = set(state)
         if state:
             built.state[scratch] = state
         scratch.grad = grad.clone()
         built.step()
         state = built.state[scratch]
+        if before and before != set(state):
+            raise ValueError(f"it begins to keep {', '.join(sorted(before ^ set(state)))} after its first update only")
         updates.append(scratch.detach())
     return torch.stack(updates)
 

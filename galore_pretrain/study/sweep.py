@@ -161,13 +161,13 @@ def _figure3(model: str) -> list[Entry]:
 def load_line(line: Entry, optim: str | None, *, allow_code: bool) -> None:
     """Load a line's method, if it is from outside the package; InputError where the command line does not name it.
 
-    ``optim`` is what the command line names.
+    ``optim`` is what the command line names, itself and not by a file.
     """
     name = line.flags["optim"]
     if name != optim and not allow_code and is_own(name):
         raise InputError(
-            f"--optim {name} stands in the sweep's file, and a file is executed only where the command line says so: "
-            "add --allow-code"
+            f"--optim {name} stands in a file, and a method's file is executed only where the command line says so: "
+            f"add --allow-code, or --optim {name}"
         )
     load_named(name)
 
@@ -186,7 +186,7 @@ def _entries_of_file(file: Path) -> list[Entry]:
     try:
         runs = json.loads(file.read_text())["runs"]
         for name in runs:
-            with_underscores = {flag.replace("-", "_"): value for flag, value in runs[name].items()}
+            with_underscores = {str(flag).replace("-", "_"): value for flag, value in runs[name].items()}
             lines.append(Entry(name, with_underscores))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -196,6 +196,11 @@ def _entries_of_file(file: Path) -> list[Entry]:
     if not lines:
         raise InputError(f"sweep {file}: names no run")
     for entry in lines:
+        unknown = entry.flags.keys() - FLAGS.keys()
+        if unknown:
+            raise InputError(f"sweep {file}: {entry.name} has {min(unknown)!r}, which is no flag of a run")
+        if "allow_code" in entry.flags:
+            raise InputError(f"sweep {file}: {entry.name} has --allow-code, which only a command line can have")
         taken = {"seed", "output"} & entry.flags.keys()
         if taken:
             raise InputError(f"sweep {file}: {entry.name} has --{min(taken)}, which a sweep gives; leave it out")

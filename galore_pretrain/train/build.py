@@ -212,7 +212,8 @@ def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
 
 def _weights_cut_by_columns(model: nn.Module, config: RunConfig, shards: int) -> set[nn.Parameter]:
     """Find the weights whose columns, not rows, are dealt out to ``shards`` processes."""
-    if not method(config.optim).projects:
+    entry = method(config.optim)
+    if not (entry.projects or entry.has_low_rank):
         return set()
     weights = set()
     for name, module in model.named_modules():
