@@ -400,7 +400,7 @@ ERRORS = [
     (["--model", "llama_61m"], "did you mean"),
     (["--model", "llama_60m", "--memory-budget", "24"], "write a unit, such as 24GiB"),
     (["--model", "llama_60m", "--batch-size", "7"], "the nearest --batch-size is 8"),
-    (["--model", "llama_60m", "--optim", "adamw", "--grad-clip", "1", "--clip-norm", "projected"], "keeps whole gradients"),
+    (["--model", "llama_60m", "--optim", "adamw", "--grad-clip", "1", "--clip-norm", "projected"], "keeps whole"),
     (["plan", "--model", "llama_60m", "--picture", "a.png"], "only --compare draws"),
     (["plan", "--paper", "--model", "llama_60m"], "whatever --model may say"),
     (["--model", "llama_60m", "--data", "nowhere/at/all"], "no such file, folder or pattern"),

@@ -296,7 +296,7 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
     _check_batch(values, processes.total)
     if values["clip_norm"] == "projected" and not method(values["optim"]).projects:
         raise InputError(
-            f"--clip-norm projected: {values['optim']} keeps whole gradients, not projected ones; leave it out"
+            f"--clip-norm projected: {values['optim']} keeps whole gradients; leave it out"
         )
     if values["reduce"] == "projected":
         _check_reduce(values, processes)
