@@ -271,9 +271,7 @@ def test_what_it_cannot_use_is_refused_with_a_reason(
         message = f"--{dashed} {value} has no meaning for --optim sign; {OPTIONS[flag].why}"
         with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
             resolve(given | {flag: value}, {})
-    with pytest.raises(
-        InputError, match=r"^--clip-norm projected: sign keeps whole gradients; leave it out$"
-    ):
+    with pytest.raises(InputError, match=r"^--clip-norm projected: sign keeps whole gradients; leave it out$"):
         resolve(given | {"grad_clip": 1.0, "clip_norm": "projected"}, {})
     with pytest.raises(ValueError, match=r"^rank 4 has no meaning for optimizer sign; leave it out$"):
         build_optimizer(build_tiny(), "sign", lr=0.01, rank=4)

@@ -295,9 +295,7 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
         raise InputError(f"--lr is missing: --optim {values['optim']} has no recipe for it; give one, such as 0.001")
     _check_batch(values, processes.total)
     if values["clip_norm"] == "projected" and not method(values["optim"]).projects:
-        raise InputError(
-            f"--clip-norm projected: {values['optim']} keeps whole gradients; leave it out"
-        )
+        raise InputError(f"--clip-norm projected: {values['optim']} keeps whole gradients; leave it out")
     if values["reduce"] == "projected":
         _check_reduce(values, processes)
     if values["clip_norm"] == "full" and known_norm(values, processes) == "projected":
