@@ -305,7 +305,8 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     """Tell the perplexity of a trained model.
 
     PATH is a run, a checkpoint or a Hugging Face folder. The text is the run's own validation text, or another: all of
-    a file, or the validation text of a folder.
+    a file, or the validation text of a folder. A Hugging Face folder has no text of its own: for one, --data and
+    --layout say how it was trained, or the embedded sample is taken, a document a row.
     """
     given = {name: value for name, value in values.items() if value is not None}
     with _importing():
@@ -320,10 +321,11 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
         click.echo(json.dumps(numbers, indent=2))
         return 0
     text = config.eval_data or f"{' + '.join(texts_of(config.data))} (validation)"
-    click.echo(f"{text}, {numbers['eval_tokens']:,} tokens: loss {numbers['eval_loss']:.4f}")
+    how = f"--layout {config.layout} --max-length {config.max_length}"
+    click.echo(f"{text}, {numbers['eval_tokens']:,} tokens, {how}: loss {numbers['eval_loss']:.4f}")
     line = f"perplexity {numbers['eval_perplexity']:.4f}"
     if "eval_reference_perplexity" in numbers:
-        line += f" (as the published code computes it: {numbers['eval_reference_perplexity']:.4f})"
+        line += f" (the published code, which divides by a batch too many: {numbers['eval_reference_perplexity']:.4f})"
     click.echo(line)
     return 0
 

@@ -331,6 +331,35 @@ def test_too_many_bad_lines_are_refused_all_the_same(tmp_path: Path, caplog: pyt
     assert len(caplog.records) == 10
 
 
+def test_a_bad_place_is_counted_in_the_first_epoch_alone(tmp_path: Path) -> None:
+    """Seven bad lines of 400 are allowed, however often the text is read. A run that goes on counts no more either."""
+    lines = lines_of(SOUND[:400])
+    for place in range(0, 350, 50):
+        lines[place] = b"{"
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    source = LocalFiles([tmp_path / "a.jsonl"], BadData("skip"))
+    after = [position for _, _, position in islice(Documents(source, 0, Position()), 5 * 393)][-1]
+    assert after.tally == source.bad_data.tally == Tally(393, 7)
+    again = LocalFiles([tmp_path / "a.jsonl"], BadData("skip"))
+    list(islice(Documents(again, 0, after), 3 * 393))
+    assert again.bad_data.tally == Tally(393, 7)
+
+
+def test_a_json_array_is_told_as_one(tmp_path: Path) -> None:
+    for name, text in (("a", '[{"text": "b"}]'), ("b", '[\n  {"text": "b"}\n]'), ("c", '{\n  "text": "b"\n}')):
+        (tmp_path / f"{name}.json").write_text(text)
+        with pytest.raises(InputError, match=r"jq -c '\.\[\]'"):
+            everything(LocalFiles([tmp_path / f"{name}.json"]))
+
+
+def test_a_cell_that_is_no_text_is_told_in_a_few_words(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [["word " * 400] * 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"row 1 has no text \(list: \['word word") as error:
+        everything(LocalFiles([tmp_path / "a.parquet"]))
+    assert len(str(error.value)) < 300
+
+
 def test_a_place_is_warned_of_once_however_often_it_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """By further epochs, by evaluations, and by the other split. All are counted, each time."""
     folder = tmp_path / "text"

@@ -131,7 +131,7 @@ def test_one_model_has_one_reference_perplexity_or_none(finished: Path) -> None:
         assert answer["eval_reference_perplexity"] == summary["eval_reference_perplexity"]
     assert "eval_reference_perplexity" not in answers[2]
     assert answers[2]["eval_perplexity"] == pytest.approx(summary["eval_perplexity"], rel=1e-6)
-    assert "(as the published code computes it: " in invoke("eval", finished, *ROWS)
+    assert "(the published code, which divides by a batch too many: " in invoke("eval", finished, *ROWS)
     assert "reference" not in invoke("eval", finished / "model", *ROWS)
 
 
@@ -203,3 +203,16 @@ def test_a_run_shows_no_warnings_of_transformers(large: Path, tiny_config: str, 
     assert "transformers]" not in done.stderr
     assert "Token indices" not in done.stderr
     assert done.stderr.count("is_llama_config") == 1
+
+
+def test_a_path_without_validation_text_is_no_part_of_an_evaluation_in_silence(tmp_path: Path) -> None:
+    """Of two paths, one has its text under another name in its validation file alone."""
+    for name, key in (("a", "text"), ("b", "body")):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"text": f"a line of text number {n}"}) for n in range(200)]
+        (tmp_path / name / "train.jsonl").write_text("\n".join(lines))
+        (tmp_path / name / "validation.jsonl").write_text(json.dumps({key: "a line to evaluate on"}))
+    words = ["--model=llama_1m", "--tokenizer=sample", "--steps=1", "--total-batch-size=1", "--bad-data=skip"]
+    paths = [f"--data={tmp_path / name}" for name in ("a", "b")]
+    said = refusal(*words, *paths, "--wandb=disabled", f"--output={tmp_path / 'run'}")
+    assert said.startswith(f"--data {tmp_path / 'b'}: no validation document can be read there")

@@ -300,6 +300,31 @@ def test_an_evaluation_whose_text_is_gone_names_the_way_out(home: Path) -> None:
     assert "of the run" not in str(error.value)
 
 
+def test_an_evaluation_by_another_tokenizer_says_so(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a run and of its export; by its own tokenizer, named or not, it says nothing."""
+    invoke("export", "run", "exported")
+    make("WordLevel", _made(home / "other"))
+    for trained in ("run", "exported"):
+        text = ("--data", "text.jsonl", "--max-length", "32") if trained == "exported" else ()
+        invoke("eval", trained, *text, "--eval-tokens", "500")
+        invoke("eval", trained, *text, "--eval-tokens", "500", "--tokenizer", "tokenizer")
+        assert "another one than the model was trained with" not in caplog.text
+        invoke("eval", trained, *text, "--eval-tokens", "500", "--tokenizer", "other")
+        assert "--tokenizer other is another one than the model was trained with" in caplog.text
+        caplog.clear()
+
+
+def test_an_evaluation_from_another_folder_asks_no_hub_for_the_tokenizer(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the checkpoint, whatever the path in the config would be from here."""
+    before = evaluated("run")
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir(home / "elsewhere")
+    monkeypatch.setattr(hub, "_answer", lambda *question: ConnectionError("nobody is there"))
+    assert evaluated("../run") == before
+
+
 def test_an_evaluation_on_a_text_of_its_own_asks_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newest = home / "run" / "checkpoints" / "step_00000012"
     state = json.loads((newest / "state.json").read_text())

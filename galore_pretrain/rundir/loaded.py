@@ -85,6 +85,7 @@ def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], devi
     config = replace(RunConfig.of(_fields(saved, overrides)), **overrides)
     if "tokenizer" in overrides:
         tokenizer = load_tokenizer(config.tokenizer)
+        _warn_of_tokenizer(tokenizer, saved.state.get("inputs", {}).get("tokenizer"))
     else:
         tokenizer = _saved_tokenizer(saved, config)
     architecture = _saved_architecture(saved, config)
@@ -96,6 +97,15 @@ def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], devi
         return loaded
     text = saved.state.get("inputs", {}).get("validation text")
     return replace(loaded, revision=saved.state.get("revision"), validation_text=text)
+
+
+def _warn_of_tokenizer(tokenizer: Tokenizer, trained_with: str | None) -> None:
+    """Log a warning where a tokenizer's fingerprint is not that of the one that a model was trained with, if known."""
+    if trained_with not in (None, tokenizer.fingerprint, tokenizer.vocabulary_fingerprint):
+        log.warning(
+            "--tokenizer %s is another one than the model was trained with: to the model, its ids are other words",
+            tokenizer.name,
+        )
 
 
 def _fields(saved: checkpoint.Saved, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +159,8 @@ def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.d
         values["total_batch_size"] = overrides["batch_size"]  # of an update, which is not made here
     config, _ = resolve({**values, **overrides}, {})
     tokenizer = load_tokenizer(config.tokenizer)
+    if "tokenizer" in overrides and (path / "tokenizer_config.json").is_file():
+        _warn_of_tokenizer(tokenizer, load_tokenizer(str(path)).fingerprint)
     try:
         # Only safetensors are read: loading a pickle can execute code.
         loaded, told = LlamaForCausalLM.from_pretrained(
@@ -179,7 +191,7 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     layout = TokenRows(trained.tokenizer, config.layout, config.max_length)
     try:
         if config.eval_data is None:
-            check_hub(config.data, config.tokenizer)
+            check_hub(config.data, tokenizer=None)
         source = open_source(
             config.data, "validation", config.eval_data, config.bad_data, trained.revision, config.text_key
         )

@@ -148,7 +148,7 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
     for name, value in inputs.items():
         known = before.get(name, value)
         if name == "model":
-            is_same = _without_version(known) == _without_version(value)
+            is_same = _architecture(known) == _architecture(value)
         elif name == "tokenizer" and known != value:
             is_same = _kept_tokenizer(saved, config) == value
         else:
@@ -160,21 +160,15 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
     _refuse_changes(config, saved, changed)
 
 
-# Text and tokenizer of a run that is finished may be far away, and are not opened. The tokenizer would write the ids of
-# its control tokens into the architecture.
+# Text and tokenizer of a run that is finished may be far away, and are not opened.
 def check_model(config: RunConfig, saved: Saved) -> None:
     """Raise InputError where the model of a finished run is not what it was. Nothing but its JSON is read."""
     known = saved.state.get("inputs", {}).get("model")
     if known is None:
         return
-    architectures: list[dict[str, Any]] = []
-    for text in (known, json.dumps(load_model_config(config.model).to_diff_dict())):
-        values = _without_version(text)
-        for name in ("bos_token_id", "eos_token_id"):
-            values.pop(name, None)
-        architectures.append(values)
-    before, now = architectures
-    _refuse_changes(config, saved, [] if before == now else ["model"])
+    now = json.dumps(load_model_config(config.model).to_diff_dict())
+    is_same = _architecture(known) == _architecture(now)
+    _refuse_changes(config, saved, [] if is_same else ["model"])
 
 
 def _refuse_changes(config: RunConfig, saved: Saved, changed: Sequence[str]) -> None:
@@ -210,10 +204,14 @@ def tokenizer_files(saved: Saved | None, tokenizer: Tokenizer) -> dict[str, byte
     return tokenizer.files()
 
 
-def _without_version(architecture: str) -> dict[str, Any]:
-    """Return an architecture without the version of transformers that it was written by, which changes no model."""
-    values: dict[str, Any] = json.loads(architecture)
-    values.pop("transformers_version", None)
+def _architecture(fingerprint: str) -> dict[str, Any]:
+    """Return what a model is: without the version of transformers that wrote it, and the ids that a tokenizer gave it.
+
+    A tokenizer has a fingerprint of its own.
+    """
+    values: dict[str, Any] = json.loads(fingerprint)
+    for name in ("transformers_version", "bos_token_id", "eos_token_id"):
+        values.pop(name, None)
     return values
 
 

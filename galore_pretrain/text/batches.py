@@ -104,6 +104,7 @@ class Documents:
         bad_data.go_on(start.tally)
         tally = start.tally
         while True:
+            bad_data.begin_epoch(epoch)
             is_empty = (shard, document) == (0, 0)  # elsewhere, documents were read before the run stopped
             for texts, block_start, next_start in self._blocks(epoch, shard, document):
                 is_empty = False

@@ -61,10 +61,11 @@ def hub_text(data: str | Sequence[str]) -> HubText | None:
     return HubText(match[1], match[2])
 
 
-def check_hub(data: str | Sequence[str], tokenizer: str, *, goes_on: bool = False) -> None:
+def check_hub(data: str | Sequence[str], tokenizer: str | None, *, goes_on: bool = False) -> None:
     """Raise InputError if ``--data`` or ``--tokenizer`` needs the hub and the hub does not answer.
 
-    A run that ``goes_on`` waits for half an hour; any other is told within seconds.
+    ``tokenizer`` is None where it is there already. A run that ``goes_on`` waits for half an hour; any other is told
+    within seconds.
     """
     text = hub_text(data)
     if text is not None:
@@ -78,7 +79,7 @@ def check_hub(data: str | Sequence[str], tokenizer: str, *, goes_on: bool = Fals
             raise unreachable_data(text.repository, error)
     if tokenizer == "t5":
         repository, file = T5
-    elif is_hub_id(tokenizer):
+    elif tokenizer is not None and is_hub_id(tokenizer):
         repository, file = tokenizer, "tokenizer_config.json"
     else:
         return

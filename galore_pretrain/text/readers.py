@@ -202,6 +202,8 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         way_out = "one object a line is expected"
+        if line.strip() in (b"[", b"{"):
+            way_out += ", as jq -c '.[]' makes them of a JSON array, and jq -c . of indented objects"
         if isinstance(error, UnicodeDecodeError) and error.encoding == "utf-8":
             way_out = _FROM_LATIN_1
         return Flaw(f"line {number} is not JSON ({error})", way_out=way_out)
@@ -210,6 +212,8 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
         text = document.get(key)
     if not isinstance(text, str):
         way_out = f'each line is {{"{key}": "…"}}'
+        if isinstance(document, list):
+            way_out += "; jq -c '.[]' makes them of a JSON array"
         if isinstance(document, dict):
             way_out += f"; its keys: {_listed(document)}"
             if key not in document:
@@ -341,7 +345,7 @@ def _text_of_row(scalar: Any, row: int) -> str | Flaw:
     except UnicodeDecodeError as error:
         return Flaw(f"row {row} is not UTF-8 ({error.reason} at byte {error.start})")
     if not isinstance(text, str):
-        return Flaw(f"row {row} has no text ({text!r})")
+        return Flaw(f"row {row} has no text ({type(text).__name__}: {repr(text)[:40]})")
     return text
 
 

@@ -153,6 +153,18 @@ def _of_shards(source: DocumentSource, shards: Iterable[int]) -> Iterator[tuple[
             yield shard, position, text
 
 
+def parts_without_text(source: DocumentSource) -> list[int]:
+    """Return the numbers of those of several paths of which no document can be read. Nothing is counted."""
+    if not isinstance(source, LocalFiles) or len(source.parts) == 1:
+        return []
+    empty: list[int] = []
+    with source.bad_data.trial():
+        for number, part in enumerate(source.parts):
+            if next(_of_shards(source, part), None) is None:
+                empty.append(number)
+    return empty
+
+
 def first_documents(source: DocumentSource, hub_shard: int = 0) -> list[str]:
     """Return the first documents of a few shards: some hundred, of half a million characters together at most.
 
@@ -205,6 +217,11 @@ class BadData:
         self._bad = 0
         self._broken: set[int] = set()
         self._is_trial = False
+        self._counts = True
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Count what is read in the first epoch (0) alone: later ones read the same again."""
+        self._counts = epoch == 0
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[None]:
@@ -228,7 +245,7 @@ class BadData:
 
     def good(self) -> None:
         """Count a document that was read."""
-        if not self._is_trial:
+        if self._counts and not self._is_trial:
             self._good += 1
 
     def empty(self, name: str) -> None:
@@ -248,6 +265,8 @@ class BadData:
         where = f"{shards[shard]} {flaw}"
         if self._policy == "raise":
             raise InputError(f"{self._flag}: {_told_together({shards[shard]: flaw} | {**others()})}")
+        if not self._counts:
+            return
         if flaw.is_end:
             self._broken.add(shard)
             _warn_once(f"{where}: left out, and all that comes after it there")

@@ -43,6 +43,13 @@ _MODEL_FILES = ("spiece.model", "tokenizer.model")  # as T5's and LLaMA's classe
 log = logging.getLogger(__name__)
 
 
+def _way_out(path: Path) -> str:
+    """Return what to give in place of a file that is no SentencePiece model."""
+    if path.suffix == ".json":
+        return f"give its folder, {path.parent}"
+    return "give a .model file or a folder"
+
+
 class Tokenizer(Protocol):
     """Gives what the data pipeline and the exported model need of a tokenizer."""
 
@@ -94,9 +101,7 @@ class SentencePieceTokenizer:
             # One thread: by default each call starts as many as the host has cores, in every process of a run.
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path), num_threads=1)
         except (RuntimeError, OSError) as error:
-            raise InputError(
-                f"--tokenizer {path}: not a SentencePiece model; give a .model file or a folder"
-            ) from error
+            raise InputError(f"--tokenizer {path}: not a SentencePiece model; {_way_out(path)}") from error
         self._path = path
         self.name = name
         self.vocab_size = int(self._processor.get_piece_size())
@@ -234,7 +239,10 @@ class HuggingFaceTokenizer:
         if not getattr(self._tokenizer, "is_fast", False):
             raise InputError(f"--tokenizer {where}: has no fast tokenizer (tokenizer.json); give a .model file instead")
         if self._tokenizer.eos_token_id is None:
-            raise InputError(f"--tokenizer {where}: has no end-of-sequence token, which separates documents")
+            raise InputError(
+                f"--tokenizer {where}: has no end-of-sequence token, which separates documents; name it in "
+                'tokenizer_config.json, as in {"eos_token": "</s>"}'
+            )
         self.name = name
         self.eos_id = int(self._tokenizer.eos_token_id)
         self.unknown_id: int | None = self._tokenizer.unk_token_id

@@ -12,7 +12,14 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
 from galore_pretrain.text.batches import TokenRows, shard_order, validation_rows
-from galore_pretrain.text.sources import DocumentSource, HubDataset, first_documents, in_turn, open_source
+from galore_pretrain.text.sources import (
+    DocumentSource,
+    HubDataset,
+    first_documents,
+    in_turn,
+    open_source,
+    parts_without_text,
+)
 from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
 from galore_pretrain.text.usable import TextShares, measure
 
@@ -83,6 +90,11 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     rows = TokenRows(tokenizer, config.layout, config.max_length)
     # Reading one row fails now, not hours later at the first evaluation, where there is no validation text.
     validation_rows(validation, rows, tokens=1)
+    for number in parts_without_text(validation):
+        raise InputError(
+            f"--data {texts_of(config.data)[number]}: no validation document can be read there, and the others are not "
+            "to stand for it; mend its validation files, or give --eval-data"
+        )
     return Inputs(architecture, training, validation, tokenizer, rows, method(config.optim).digest)
 
 
