@@ -97,8 +97,8 @@ class LongBases(GaLore):
 
     inner: UpdateRule = field(default_factory=Adam)
 
-    def find_bases(self, grad: Tensor, state: State) -> NewBases:
-        new = super().find_bases(grad, state)
+    def find_bases(self, grad: Tensor, state: State, step: Step) -> NewBases:
+        new = super().find_bases(grad, state, step)
         length = 1 + grad.float().norm()
         left = None if new.left is None else new.left * length
         right = None if new.right is None else new.right * length

@@ -139,7 +139,7 @@ def remains(output: Path) -> dict[str, Any]:
         "metrics.jsonl": [{k: v for k, v in line.items() if k not in MEASURED} for line in lines],
         "state.json": {key: state[key] for key in ("trainer", "counts", "inputs")},
         **{
-            f"{folder.name}: {name}": (str(tensor.dtype), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            f"{folder.name}: {name}": (str(tensor.dtype), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
             for folder in (output / "model", last)
             for file in folder.glob("*.safetensors")
             for name, tensor in load_file(file).items()

@@ -100,8 +100,8 @@ def _quantile_values() -> list[float]:
 def _quantiles(like: Tensor) -> Tensor:
     """Return `_quantile_values` in fp32, on the device of ``like``."""
     if type(like) is not Tensor or like.is_meta:
-        # It is made anew, and not kept: a fake tensor must not outlive its mode.
-        return torch.empty(_LEVELS, dtype=torch.float32, device=like.device)
+        # It is not kept: a fake tensor must not outlive its mode. Of one number, since a real table is made but once.
+        return torch.empty((), dtype=torch.float32, device=like.device).expand(_LEVELS)
     if like.device not in _tables:
         _tables[like.device] = torch.tensor(_quantile_values(), dtype=torch.float32, device=like.device)
     return _tables[like.device]

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -101,6 +101,12 @@ class Subject:
     name: str
     numerics: str = "sound"
     options: tuple[tuple[str, Any], ...] = ()
+
+    def without_refreshes(self) -> "Subject":
+        """Return the same method with bases that are not renewed in a few updates, but for the first."""
+        gap = OPTIONS["update_proj_gap"].argument
+        options = [(name, 1000 if name == gap else value) for name, value in self.options]
+        return replace(self, options=tuple(options))
 
     def build(
         self,

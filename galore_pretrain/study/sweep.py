@@ -39,7 +39,7 @@ _FIGURE3: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 _ROWS = {
-    "methods": tuple(METHODS),
+    "methods": tuple(row for row in METHODS if not is_own(row)),
     "table2": ("adamw", "galore_adamw", "low_rank", "lora", "relora"),
     "table3": ("adamw8bit", "galore_adamw8bit"),
     "natural": ("adamw", "low_rank", "lora", "relora", "galore_adamw", "natural_galore"),
