@@ -260,7 +260,7 @@ def test_all_files_in_another_encoding_are_told_at_once(suffix: str, tmp_path: P
     assert named == [1, 2, 3, 5, 6, 9], told
     assert "and 1 more" in told
     assert told.count("iconv -f ISO-8859-1 -t UTF-8") == told.count("iconv -f UTF-16 -t UTF-8") == 1
-    assert told.endswith("repair them, or leave them out with --bad-data skip")
+    assert told.endswith("repair them")
 
 
 def test_files_without_the_column_of_the_text_are_told_at_once(tmp_path: Path) -> None:

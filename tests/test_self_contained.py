@@ -284,8 +284,11 @@ def test_a_finished_run_tells_that_its_model_is_another_now(home: Path) -> None:
     before = (home / "run" / "summary.json").read_bytes()
     invoke("train", *flags)
     edit_the_model(home)
-    with pytest.raises(InputError, match="step_00000012 was made with another model than there is now; restore it"):
+    with pytest.raises(
+        InputError, match="step_00000012 was made with another model than there is now; restore"
+    ) as told:
         invoke("train", *flags)
+    assert str(told.value).endswith("(of the model, hidden_act, rms_norm_eps differ)")
     invoke("train", *flags, "--resume-with-changes")
     assert (home / "run" / "summary.json").read_bytes() == before
 

@@ -145,10 +145,12 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
     """Raise InputError where what the run reads is not what it was. ``inputs`` are fingerprints, by name."""
     before = saved.state.get("inputs", {})
     changed: list[str] = []
+    differing: list[str] = []  # keys of the model's config
     for name, value in inputs.items():
         known = before.get(name, value)
         if name == "model":
-            is_same = _architecture(known) == _architecture(value)
+            differing = _differing(known, value)
+            is_same = not differing
         elif name == "tokenizer" and known != value:
             is_same = _kept_tokenizer(saved, config) == value
         else:
@@ -157,7 +159,7 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
         is_mended_text = name.endswith("text") and saved.state["trainer"]["step"] == 0
         if not is_same and not is_mended_text:
             changed.append(name)
-    _refuse_changes(config, saved, changed)
+    _refuse_changes(config, saved, changed, differing)
 
 
 # Text and tokenizer of a run that is finished may be far away, and are not opened.
@@ -167,16 +169,20 @@ def check_model(config: RunConfig, saved: Saved) -> None:
     if known is None:
         return
     now = json.dumps(load_model_config(config.model).to_diff_dict())
-    is_same = _architecture(known) == _architecture(now)
-    _refuse_changes(config, saved, [] if is_same else ["model"])
+    differing = _differing(known, now)
+    _refuse_changes(config, saved, ["model"] if differing else [], differing)
 
 
-def _refuse_changes(config: RunConfig, saved: Saved, changed: Sequence[str]) -> None:
-    """Raise InputError where something that a run reads has changed, unless its user insists."""
+def _refuse_changes(config: RunConfig, saved: Saved, changed: Sequence[str], differing: Sequence[str]) -> None:
+    """Raise InputError where something that a run reads has changed, unless its user insists.
+
+    ``differing`` are the keys of the model's config that have other values.
+    """
     if changed and not config.resume_with_changes:
+        keys = f" (of the model, {', '.join(differing)} differ)" if differing else ""
         raise InputError(
             f"{saved.folder} was made with another {' and '.join(changed)} than there is now; restore it, "
-            "give another --output, or insist with --resume-with-changes"
+            f"give another --output, or insist with --resume-with-changes{keys}"
         )
 
 
@@ -202,6 +208,13 @@ def tokenizer_files(saved: Saved | None, tokenizer: Tokenizer) -> dict[str, byte
         if kept:
             return kept
     return tokenizer.files()
+
+
+def _differing(known: str, now: str) -> list[str]:
+    """Return the keys by which two architectures differ."""
+    before = _architecture(known)
+    after = _architecture(now)
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
 def _architecture(fingerprint: str) -> dict[str, Any]:

@@ -264,7 +264,8 @@ class BadData:
             return
         where = f"{shards[shard]} {flaw}"
         if self._policy == "raise":
-            raise InputError(f"{self._flag}: {_told_together({shards[shard]: flaw} | {**others()})}")
+            flaws = {shards[shard]: flaw} | {**others()}
+            raise InputError(f"{self._flag}: {_told_together(flaws, len(shards))}")
         if not self._counts:
             return
         if flaw.is_end:
@@ -294,8 +295,8 @@ def _warn_once(what: str) -> None:
     log.warning("%s", what)
 
 
-def _told_together(flaws: Mapping[str, Flaw]) -> str:
-    """Return what is wrong with shards, in the words of the first of those with one way out, and what to do."""
+def _told_together(flaws: Mapping[str, Flaw], shards: int) -> str:
+    """Return what is wrong with some of so many shards, in the words of the first with each way out, and what to do."""
     groups: dict[str, list[str]] = {}
     for name, flaw in flaws.items():
         groups.setdefault(flaw.way_out or flaw.what, []).append(name)
@@ -310,7 +311,11 @@ def _told_together(flaws: Mapping[str, Flaw]) -> str:
     if told < len(flaws):
         parts.append(f"{len(flaws) - told} more cannot be read either")
     them = "it" if len(flaws) == 1 else "them"
-    return f"{'; '.join(parts)}; repair {them}, or leave {them} out with --bad-data skip"
+    way_out = f"repair {them}, or leave {them} out with --bad-data skip"
+    broken = [flaw for flaw in flaws.values() if flaw.is_end]
+    if len(broken) > max(1, shards // 10):  # which would be refused
+        way_out = f"repair {them}"
+    return f"{'; '.join(parts)}; {way_out}"
 
 
 # -- local files ------------------------------------------------------------------------------------------------------
