@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.optim import METHODS, is_own
 from runs import run
 
 TINY = {
@@ -36,6 +37,14 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("configs") / "llama_tiny.json"
     path.write_text(json.dumps(TINY))
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def own_methods_are_forgotten() -> Iterator[None]:
+    """The table of methods is what it is when the program starts, whatever a test has loaded from outside."""
+    yield
+    for name in [name for name in METHODS if is_own(name)]:
+        del METHODS[name]
 
 
 @pytest.fixture(scope="session")

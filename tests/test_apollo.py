@@ -26,7 +26,7 @@ from galore_pretrain.optim.natural import Natural
 from galore_pretrain.optim.rule import Direction
 from galore_pretrain.optim.sgd import SGD
 from galore_pretrain.optim.sketch import gaussian
-from galore_pretrain.planning.ledger import Ledger
+from galore_pretrain.tensors.ledger import Ledger
 from galore_pretrain.tensors.rounding import NoiseTables
 from galore_pretrain.tensors.shards import whole
 from own_rules import NewtonSchulz

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -60,6 +60,7 @@ def test_layerwise_is_global(
     row: str, micro_batches: int, clip: str, proj_type: str, refresh: str, moments: str, gap: int
 ) -> None:
     """fp32: bit for bit with one micro-batch, clipped or not; within 1e-6 where a sum is taken after projecting."""
+    assume(row not in ("fira", "subtrack") or proj_type != "full")  # which Fira refuses, with the reason
     if clip == "full" and METHODS[row].projects:
         micro_batches = 1  # of several, refused
     results = []

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from galore_pretrain.optim import sketch
 from galore_pretrain.optim.sketch import gaussian
-from galore_pretrain.planning.ledger import Ledger
+from galore_pretrain.tensors.ledger import Ledger
 
 CPU = torch.device("cpu")
 
