@@ -35,6 +35,14 @@ def load_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
+    with torch.random.fork_rng(devices=[]):  # trials, and the file itself, may draw from torch's own generator
+        entry = _loaded(name)
+    METHODS[name] = entry
+    return entry
+
+
+def _loaded(name: str) -> Method:
+    """Return the entry of a method, whose rule was tried."""
     place, _, attribute = name.rpartition(":")
     value = _attribute(place, attribute)
     if isinstance(value, Method):
@@ -54,9 +62,7 @@ def load_method(name: str) -> Method:
             "1, and its updates are multiplied by --lr: they are others than its own",
             stacklevel=2,
         )
-    entry = replace(entry, digest=_digest(_source(place, value)))
-    METHODS[name] = entry
-    return entry
+    return replace(entry, digest=_digest(_source(place, value)))
 
 
 def _check_entry(entry: Method) -> None:
