@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim import GaLore, GlobalStep, Layerwise, RuleOptimizer, UpdateRule, fira, galore
+from galore_pretrain.optim import GaLore, GlobalStep, Layerwise, RuleOptimizer, UpdateRule, galore
 from galore_pretrain.optim import rule as rule_module
 from galore_pretrain.optim import weights as weights_module
 from galore_pretrain.optim.adafactor import Adafactor
@@ -21,7 +21,7 @@ from galore_pretrain.optim.projector import Tracked
 from galore_pretrain.optim.rule import Direction
 from galore_pretrain.optim.sgd import SGD
 from galore_pretrain.optim.update import Step
-from galore_pretrain.tensors import products
+from galore_pretrain.tensors import products, values
 from prescribed import gradients, parameters, train
 
 SHAPES = [(24, 40), (40, 24), (24, 24)]
@@ -312,7 +312,7 @@ def test_large_matrices_are_those_of_small_ones(
     results = []
     for is_large in (False, True):
         if is_large:
-            monkeypatch.setattr(fira, "chunk_elements", lambda device: 100)
+            monkeypatch.setattr(values, "chunk_elements", lambda device: 100)
             monkeypatch.setattr(galore, "SMALL_CHUNK", 256)
             monkeypatch.setattr(rule_module, "chunk_elements", lambda device: 256)
         state = rule.init(torch.zeros(shape, dtype=dtype))

@@ -1,7 +1,6 @@
 """APOLLO (arXiv 2412.05270): the gradient itself, each channel scaled as an adaptive rule would scale it."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -12,27 +11,29 @@ from torch import Tensor
 
 from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.limiter import LAST_NORM, last_norm, limit_growth
-from galore_pretrain.optim.moments import MomentStore, State
-from galore_pretrain.optim.projector import project_fast, sides
+from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.projector import clipped_rank, project_fast, sides
 from galore_pretrain.optim.rule import (
     BasisChange,
-    Decay,
     Direction,
     Layout,
+    OuterRule,
     Scope,
     UpdateRule,
+    check_count,
+    check_low_rank_scope,
     update_in_chunks,
 )
 from galore_pretrain.optim.sketch import gaussian
 from galore_pretrain.optim.update import Step
-from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
+from galore_pretrain.tensors.values import sums_of_squares
 
 _EPS = 1e-8  # added to the norm of a low-rank gradient before it divides
 
 
 @dataclass(frozen=True)
-class Apollo(UpdateRule):
+class Apollo(OuterRule):
     """APOLLO (arXiv 2412.05270, Algorithm 1): direction √``scale`` · G · diag(s), s found by ``inner`` in low rank.
 
     The shorter side of G is projected by a random P with entries N(0, 1/r), R = PᵀG, and ``inner`` (the paper's: Adam)
@@ -54,8 +55,8 @@ class Apollo(UpdateRule):
     layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType({LAST_NORM: Layout.EVERYWHERE})
 
     def __post_init__(self) -> None:
-        _check_count("rank", self.rank)
-        _check_count("update_proj_gap", self.update_proj_gap)
+        check_count("rank", self.rank)
+        check_count("update_proj_gap", self.update_proj_gap)
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"scale {self.scale} must be finite and not negative")
         if self.inner.projects:
@@ -66,18 +67,9 @@ class Apollo(UpdateRule):
             raise ValueError(f"growth {self.growth} must be at least 1; inf never limits an update")
 
     @property
-    def decay(self) -> Decay:
-        """Weight decay is the inner rule's."""
-        return self.inner.decay
-
-    @property
     def scope(self) -> Scope:
         """A part can be updated by itself, where `init` does not refuse the inner rule."""
         return Scope.PARTS
-
-    def stores(self) -> Mapping[str, MomentStore]:
-        """Return the moment stores of the inner rule."""
-        return self.inner.stores()
 
     def layout(self, name: str, state: State, shard: Shard) -> Shard | None:
         """Return where a state tensor lies: the inner rule's where the low-rank gradient lies."""
@@ -87,18 +79,6 @@ class Apollo(UpdateRule):
         if low_shard is None:
             return None
         return self.inner.layout(name, state, low_shard)
-
-    def has_slots(self, name: str) -> bool:
-        """Return whether a moment of the inner rule has slots of padded length."""
-        return self.inner.has_slots(name)
-
-    def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return the values of a moment of the inner rule."""
-        return self.inner.moment_values(state, name, shape)
-
-    def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
-        """Keep what `moment_values` returned."""
-        self.inner.set_moment_values(state, name, values)
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         """Return ``last_norm`` and the inner rule's state for the low-rank gradient, r × n or m × r.
@@ -110,24 +90,14 @@ class Apollo(UpdateRule):
                 f"APOLLO projects matrices; a tensor of shape {tuple(like.shape)} belongs into a group of another rule"
             )
         m, n = like.shape if shard is None else shard.shape
-        if self.rank > min(m, n):
-            # One text for all matrices, so that it is shown once.
-            warnings.warn(
-                f"APOLLO rank {self.rank} exceeds the shorter side of some matrices, and is clipped to it there",
-                stacklevel=2,
-            )
-        r = min(self.rank, m, n)
+        r = clipped_rank("APOLLO", self.rank, m, n)
         low_m, low_n = like.shape
         if _projects_right(m, n):
             low_n = r
         else:
             low_m = r
         low_shard = None if shard is None else self._low_shard(shard)
-        if low_shard is not None and not self.inner.scope.allows(low_shard):
-            raise ValueError(
-                f"{type(self.inner).__name__} needs the whole low-rank gradient (scope {self.inner.scope.name}), of "
-                "which each process has a part here: use --shard none, or one process"
-            )
+        check_low_rank_scope(self.inner, low_shard)
         low = like.new_empty(low_m, low_n)
         return last_norm(like) | self.inner.init(low, low_shard)
 
@@ -217,12 +187,6 @@ class Apollo(UpdateRule):
         raise TypeError("Apollo has a projection of its own; it is not run inside another")
 
 
-def _check_count(name: str, number: int) -> None:
-    """Raise ValueError for a number that is not whole or is below 1."""
-    if not isinstance(number, int) or number < 1:
-        raise ValueError(f"{name} {number!r} must be a whole number of at least 1")
-
-
 def _projects_right(m: int, n: int) -> bool:
     """Return whether an m × n matrix is projected from the right, so that its channels are rows."""
     _, right = sides(m, n, "std")
@@ -241,19 +205,6 @@ def _whole_norm(norms: Tensor, step: Step) -> Tensor:
     return step.total(norms.square().sum()).sqrt()
 
 
-# On a CPU, torch makes an fp32 copy of a whole bf16 tensor for such norms, and takes twelve times as long for those of
-# columns as it takes to square and add. So a block of rows is taken at a time, and squares of columns' parts are added.
 def _channel_norms(matrix: Tensor, over: int) -> Tensor:
     """Return the norms over dimension ``over`` of a matrix, fp32: one a column (0) or one a row (1)."""
-    rows, columns = matrix.shape
-    block_rows = max(1, chunk_elements(matrix.device) // max(1, columns))
-    if over == 1:
-        norms = torch.empty(rows, dtype=torch.float32, device=matrix.device)
-        for start, stop in chunks(matrix, rows, block_rows):
-            norms[start:stop] = torch.linalg.vector_norm(matrix[start:stop], dim=1, dtype=torch.float32)
-        return norms
-    squares = torch.zeros(columns, dtype=torch.float32, device=matrix.device)
-    for start, stop in chunks(matrix, rows, block_rows):
-        block = matrix[start:stop].to(torch.float32, copy=True)
-        squares.add_(block.square_().sum(0))
-    return squares.sqrt_()
+    return sums_of_squares(matrix, over).sqrt_()

@@ -584,7 +584,10 @@ def check_seeds(subject: Subject) -> str:
 
 
 def _check_processes(subject: Subject) -> str:
-    """Hold that two processes, sharing tensors out by rows and columns or as replicas, come to what one comes to."""
+    """Hold that two processes, sharing tensors out by rows and columns or as replicas, come to what one comes to.
+
+    It starts two processes for one method. `run_check` asks a pair that was started for all methods of a call instead.
+    """
     return Pair([subject]).check(subject)
 
 

@@ -13,8 +13,8 @@ from galore_pretrain.optim.limiter import LAST_NORM, last_norm, limit_growth
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Direction, Layout
 from galore_pretrain.optim.update import Step
-from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
+from galore_pretrain.tensors.values import sums_of_squares
 
 _EPS = 1e-8  # the published code's
 
@@ -112,28 +112,10 @@ class Fira(GaLore):
         step: Step,
     ) -> Tensor:
         """Return ‖S‖ of the whole matrix, before it is limited, fp32."""
-        norms = _norms(grad, across)
-        total = step.total((scales * norms).square().sum())
+        squares = sums_of_squares(grad, across)
+        total = step.total((scales.square() * squares).sum())
         low_step = self.compressed_step(state, step)
         low_total = low_step.total((scales * low_norms).square().sum())
         share = (2 - self.scale) * self.scale
         square = total - share * low_total
         return square.clamp(min=0).sqrt()
-
-
-# A norm along a dimension takes an fp32 copy of a bf16 matrix, so blocks of rows are measured one by one. √(a² + b²) of
-# a block's norms and those before it is `hypot`, which neither underflows nor overflows on the way.
-def _norms(matrix: Tensor, dim: int) -> Tensor:
-    """Return the norms of a matrix's columns (``dim`` 0) or rows (1), in fp32."""
-    if matrix.dtype == torch.float32:
-        return torch.as_tensor(torch.linalg.vector_norm(matrix, dim=dim))
-    m, n = matrix.shape
-    norms = torch.zeros(matrix.shape[1 - dim], dtype=torch.float32, device=matrix.device)
-    rows = max(1, chunk_elements(matrix.device) // max(1, n))
-    for start, stop in chunks(matrix, m, rows):
-        block = torch.linalg.vector_norm(matrix[start:stop], dim=dim, dtype=torch.float32)
-        if dim == 0:
-            norms = torch.hypot(norms, block)
-        else:
-            norms[start:stop] = block
-    return norms

@@ -1,7 +1,6 @@
 """GaLore (arXiv 2403.03507, Algorithm 2): any update rule, run in a low-rank subspace of the gradient."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.methods import BASIS_NAMES, MOMENTS, REFRESHES
-from galore_pretrain.optim.moments import MomentStore, State
+from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.projector import (
     BASES,
     Basis,
     BasisFn,
     Side,
     basis_at,
+    clipped_rank,
     project,
     project_fast,
     random_basis,
@@ -25,12 +25,14 @@ from galore_pretrain.optim.projector import (
 )
 from galore_pretrain.optim.rule import (
     BasisChange,
-    Decay,
     Direction,
     Layout,
     NewBases,
+    OuterRule,
     Scope,
     UpdateRule,
+    check_count,
+    check_low_rank_scope,
     update_in_chunks,
 )
 from galore_pretrain.optim.update import Step
@@ -46,7 +48,7 @@ _SIDES: dict[str, Side] = {
 
 
 @dataclass(frozen=True)
-class GaLore(UpdateRule):
+class GaLore(OuterRule):
     """Project the gradient, update in the subspace with ``inner``, project back × ``scale`` (the paper's α).
 
     The basis is renewed from the current gradient every ``update_proj_gap`` (T) updates. ``refresh="together"`` renews
@@ -82,16 +84,11 @@ class GaLore(UpdateRule):
             raise ValueError(f"basis {self.basis!r} is unknown; choose from {', '.join(BASIS_NAMES)}")
         _check_choice("refresh", self.refresh, REFRESHES)
         _check_choice("moments", self.moments, MOMENTS)
-        _check_count("rank", self.rank)
-        _check_count("update_proj_gap", self.update_proj_gap)
+        check_count("rank", self.rank)
+        check_count("update_proj_gap", self.update_proj_gap)
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"scale {self.scale} must be finite and not negative")
         sides(1, 1, self.proj_type)  # refuses an unknown one
-
-    @property
-    def decay(self) -> Decay:
-        """Weight decay is the inner rule's."""
-        return self.inner.decay
 
     @property
     def scope(self) -> Scope:
@@ -103,10 +100,6 @@ class GaLore(UpdateRule):
         """Sums of micro-batches are kept in low rank."""
         return True
 
-    def stores(self) -> Mapping[str, MomentStore]:
-        """Return the moment stores of the inner rule."""
-        return self.inner.stores()
-
     def layout(self, name: str, state: State, shard: Shard) -> Shard | None:
         """Return where a state tensor lies: bases everywhere, the inner rule's where the low-rank gradient lies."""
         if name in self.layouts:
@@ -115,18 +108,6 @@ class GaLore(UpdateRule):
         if low_shard is None:
             return None
         return self.inner.layout(name, state, low_shard)
-
-    def has_slots(self, name: str) -> bool:
-        """Return whether a moment of the inner rule has slots of padded length."""
-        return self.inner.has_slots(name)
-
-    def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return the values of a moment of the inner rule."""
-        return self.inner.moment_values(state, name, shape)
-
-    def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
-        """Keep what `moment_values` returned."""
-        self.inner.set_moment_values(state, name, values)
 
     def init(self, like: Tensor, shard: Shard | None = None) -> State:
         """Return ``left_basis`` (m × r) and ``right_basis`` (r × n), one or both, and the inner rule's state.
@@ -141,7 +122,7 @@ class GaLore(UpdateRule):
             like = like.float()
         m, n = like.shape if shard is None else shard.shape
         left, right = sides(m, n, self.proj_type)
-        r = _clipped_rank(self.rank, m, n)
+        r = clipped_rank("GaLore", self.rank, m, n)
         low_m, low_n = like.shape
         state: State = {}
         if left:
@@ -152,7 +133,7 @@ class GaLore(UpdateRule):
             low_n = r
         low = like.new_empty(low_m, low_n)
         low_shard = None if shard is None else shard.low_rank(left, right, r)
-        _check_scope(self.inner, low_shard)
+        check_low_rank_scope(self.inner, low_shard)
         return state | self.inner.init(low, low_shard)
 
     def start(self, state: State, step: Step) -> None:
@@ -219,7 +200,9 @@ class GaLore(UpdateRule):
 
         That is one term and one tensor, of the shape and dtype of ``grad``, and a factor.
         """
-        low_step = self.compressed_step(state, step)
+        low_step = step
+        if step.shard is not None:
+            low_step = self.compressed_step(state, step)
         if self.moments == "reset":  # the bias corrections begin anew with the moments
             low_step = replace(low_step, count=self._age(step))
         dtype = grad.dtype
@@ -297,7 +280,10 @@ class GaLore(UpdateRule):
 
     def _inner_state(self, state: State) -> State:
         """Return the state tensors of the inner rule."""
-        return {name: value for name, value in state.items() if name not in self.layouts}
+        inner_state = dict(state)
+        for name in self.layouts:
+            inner_state.pop(name, None)
+        return inner_state
 
     def bases(self, state: State) -> _Bases:
         """Return the (left, right) basis in use, whole; either may be absent, not both."""
@@ -305,7 +291,8 @@ class GaLore(UpdateRule):
 
     def _bases_at_hand(self, state: State, step: Step) -> _Bases:
         """Return the rows of the left basis and the columns of the right one that meet the part at hand of a matrix."""
-        left, right = self.bases(state)
+        left = state.get("left_basis")
+        right = state.get("right_basis")
         shard = step.shard
         if shard is None:
             return left, right
@@ -338,32 +325,6 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError for a value that is not among the choices."""
     if value not in choices:
         raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
-
-
-def _check_count(name: str, number: int) -> None:
-    """Raise ValueError for a number that is not whole or is below 1."""
-    if not isinstance(number, int) or number < 1:
-        raise ValueError(f"{name} {number!r} must be a whole number of at least 1")
-
-
-def _clipped_rank(rank: int, m: int, n: int) -> int:
-    """Return the rank of the projection of an m × n matrix, with a warning where it is not the one asked for."""
-    if rank > min(m, n):
-        # One text for all matrices, so that it is shown once.
-        warnings.warn(
-            f"GaLore rank {rank} exceeds the shorter side of some matrices, and is clipped to it there",
-            stacklevel=3,
-        )
-    return min(rank, m, n)
-
-
-def _check_scope(inner: UpdateRule, low_shard: Shard | None) -> None:
-    """Raise ValueError for an inner rule that cannot update a part of the low-rank gradient by itself."""
-    if low_shard is not None and not inner.scope.allows(low_shard):
-        raise ValueError(
-            f"{type(inner).__name__} needs the whole low-rank gradient (scope {inner.scope.name}), of "
-            "which each process has a part here: use --shard none, or one process"
-        )
 
 
 # A published basis lies column by column, as LAPACK leaves it: on some processors a product has other last bits if its

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import Dense, MomentStore, State
-from galore_pretrain.optim.rule import BasisChange, Decay, Direction, Layout, Scope, UpdateRule, update_in_chunks
+from galore_pretrain.optim.rule import BasisChange, Direction, Layout, OuterRule, Scope, UpdateRule, update_in_chunks
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
@@ -19,7 +19,7 @@ _BLOCK = 256  # a slot of the history is padded to whole blocks of an 8-bit stor
 
 
 @dataclass(frozen=True)
-class Natural(UpdateRule):
+class Natural(OuterRule):
     """Gives ``inner`` the gradient g̃ = (λI + HHᵀ)⁻¹ g instead of g (§3 of the paper, an empirical Fisher matrix).
 
     The columns of H are the last ``history`` gradients, the newest of them g itself; λ is ``damping``. Since g = He_s,
@@ -47,18 +47,13 @@ class Natural(UpdateRule):
             raise ValueError(f"history {self.history} must be at least 1 and damping {self.damping} greater than 0")
 
     @property
-    def decay(self) -> Decay:
-        """Weight decay is the inner rule's."""
-        return self.inner.decay
-
-    @property
     def scope(self) -> Scope:
         """A part can be updated by itself; products of whole gradients are asked of the step."""
         return Scope.PARTS
 
     def stores(self) -> Mapping[str, MomentStore]:
         """Return the store of the history, and those of the inner rule."""
-        return {"history": self.store, **self.inner.stores()}
+        return {"history": self.store, **super().stores()}
 
     def layout(self, name: str, state: State, shard: Shard) -> Shard | None:
         """Return where a state tensor lies; of one that is not this rule's, what the inner rule says."""
@@ -68,12 +63,12 @@ class Natural(UpdateRule):
 
     def has_slots(self, name: str) -> bool:
         """Return whether a moment has slots of padded length: the history has, one for each gradient."""
-        return name == "history" or self.inner.has_slots(name)
+        return name == "history" or super().has_slots(name)
 
     def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the values of a moment; of the history, its slots × ``shape``, without what pads them."""
         if name != "history":
-            return self.inner.moment_values(state, name, shape)
+            return super().moment_values(state, name, shape)
         no_step = Step(count=0)
         values = self.store.read(state, name, no_step)
         values = values.view(self.history, -1)
@@ -83,7 +78,7 @@ class Natural(UpdateRule):
     def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
         """Keep what `moment_values` returned."""
         if name != "history":
-            self.inner.set_moment_values(state, name, values)
+            super().set_moment_values(state, name, values)
             return
         shape = state[name].shape
         padded = torch.zeros(shape, dtype=torch.float32, device=values.device)

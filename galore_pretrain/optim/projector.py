@@ -5,6 +5,7 @@ r × n basis of its rows; the low-rank gradient is PᵀG (left), GQᵀ (right) o
 """
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,17 @@ def sides(m: int, n: int, proj_type: str) -> tuple[bool, bool]:
     }
     right = from_the_right[proj_type]
     return not right, right
+
+
+def clipped_rank(method: str, rank: int, m: int, n: int) -> int:
+    """Return the rank of ``method``'s projection of an m × n matrix, with a warning where another one was asked for."""
+    if rank > min(m, n):
+        # One text for all matrices, so that it is shown once.
+        warnings.warn(
+            f"{method} rank {rank} exceeds the shorter side of some matrices, and is clipped to it there",
+            stacklevel=3,
+        )
+    return min(rank, m, n)
 
 
 def project(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

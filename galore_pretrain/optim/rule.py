@@ -350,6 +350,48 @@ class UpdateRule(ABC):
         store.restore(state, name, values.contiguous().view(state[name].shape))
 
 
+class OuterRule(UpdateRule):
+    """Runs another rule, ``inner``, inside itself: what concerns moments and weight decay is asked of that one."""
+
+    inner: UpdateRule
+
+    @property
+    def decay(self) -> Decay:
+        """Weight decay is the inner rule's."""
+        return self.inner.decay
+
+    def stores(self) -> Mapping[str, MomentStore]:
+        """Return the moment stores of the inner rule."""
+        return self.inner.stores()
+
+    def has_slots(self, name: str) -> bool:
+        """Return whether a moment of the inner rule has slots of padded length."""
+        return self.inner.has_slots(name)
+
+    def moment_values(self, state: State, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the values of a moment of the inner rule."""
+        return self.inner.moment_values(state, name, shape)
+
+    def set_moment_values(self, state: State, name: str, values: Tensor) -> None:
+        """Keep what `moment_values` returned."""
+        self.inner.set_moment_values(state, name, values)
+
+
+def check_count(name: str, number: int) -> None:
+    """Raise ValueError for a number of a rule that is not whole or is below 1."""
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} {number!r} must be a whole number of at least 1")
+
+
+def check_low_rank_scope(inner: UpdateRule, low_shard: Shard | None) -> None:
+    """Raise ValueError for an inner rule that cannot update a part of the low-rank gradient by itself."""
+    if low_shard is not None and not inner.scope.allows(low_shard):
+        raise ValueError(
+            f"{type(inner).__name__} needs the whole low-rank gradient (scope {inner.scope.name}), of "
+            "which each process has a part here: use --shard none, or one process"
+        )
+
+
 def _layout_of_vector(shard: Shard, dim: int) -> Shard | None:
     """Return where a vector lies that has a number for each row (``dim`` 0) or column (1); None: whole everywhere."""
     if dim != shard.dim:

@@ -12,6 +12,7 @@ from galore_pretrain.optim.rule import Direction, Scope, UpdateRule
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
+from galore_pretrain.tensors.values import sums_of_squares
 
 _AVERAGED_OVER = {"rows": 1, "columns": 0}  # the dimension over which squares are averaged
 _SMALLEST_RMS = 1e-8
@@ -74,7 +75,7 @@ class Scale(UpdateRule):
         if self.momentum:
             matrix = self._averaged(grad, state, step)
         over = _AVERAGED_OVER[self.axis]
-        squares = _sums_of_squares(matrix, over)
+        squares = sums_of_squares(matrix, over)
         shard = step.shard
         if shard is not None and shard.dim == over:
             squares = shard.sum(squares)
@@ -104,18 +105,3 @@ class Scale(UpdateRule):
                 flat_average[start:stop] = chunk
             self.store.write(part, "momentum", chunk, part_step)
         return average
-
-
-def _sums_of_squares(matrix: Tensor, over: int) -> Tensor:
-    """Return the sums of the squares of ``matrix`` (m × n) over dimension ``over``, in fp32: n sums, or m."""
-    m, n = matrix.shape
-    sums = matrix.new_zeros((n, m)[over], dtype=torch.float32)
-    rows = max(1, chunk_elements(matrix.device) // max(1, n))
-    for start, stop in chunks(matrix, m, rows):
-        block = matrix[start:stop].to(torch.float32, copy=True)
-        part = block.square_().sum(over)
-        if over == 0:
-            sums += part
-        else:
-            sums[start:stop] = part
-    return sums

@@ -254,7 +254,11 @@ class BadData:
             _warn_once(f"{name} holds no document")
 
     def bad(
-        self, flaw: Flaw, shard: int, shards: list[str], others: Callable[[], Mapping[str, Flaw]] = lambda: {}
+        self,
+        flaw: Flaw,
+        shard: int,
+        shards: list[str],
+        others: Callable[[], dict[str, Flaw]] = dict,
     ) -> None:
         """Count what was found in place of a document, or raise InputError if the policy does not allow it.
 
@@ -264,7 +268,7 @@ class BadData:
             return
         where = f"{shards[shard]} {flaw}"
         if self._policy == "raise":
-            flaws = {shards[shard]: flaw} | {**others()}
+            flaws = {shards[shard]: flaw} | others()
             raise InputError(f"{self._flag}: {_told_together(flaws, len(shards))}")
         if not self._counts:
             return
