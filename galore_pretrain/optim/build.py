@@ -16,7 +16,6 @@ from galore_pretrain.optim.methods import (
     NUMERICS,
     OPTIONS,
     ROWS,
-    Companion,
     Method,
     is_own,
     method,
@@ -177,7 +176,9 @@ def build_optimizer(
     for group in groups:
         group["lr_scale"] = matrix_lr_scale
     for role, named in by_role.items():
-        lr_scale = METHODS[name].companions.get(role, Companion(REST)).lr_scale
+        lr_scale = 1.0
+        if role in METHODS[name].companions:
+            lr_scale = METHODS[name].companions[role].lr_scale
         if role == "vector" and vector_lr_scale is not None:
             lr_scale = vector_lr_scale
         groups.append({"params": named, "rule": rules[role], "lr_scale": lr_scale})
@@ -284,7 +285,10 @@ def _by_role(model: torch.nn.Module, rules: Mapping[str, UpdateRule]) -> dict[st
 def _matrix_groups(
     matrices: Sequence[NamedParameter], rule: UpdateRule, rank_by_module: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Return a group for the matrices of each rank, in the order in which ranks turn up. ValueError as `_factor`."""
+    """Return a group for the matrices of each rank, in the order in which ranks turn up.
+
+    ValueError where a name of ``rank_by_module`` fits no matrix.
+    """
     by_factor: dict[float, list[NamedParameter]] = {}
     unused = set(rank_by_module)
     for name, p in matrices:

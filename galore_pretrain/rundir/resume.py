@@ -203,7 +203,7 @@ def tokenizer_files(saved: Saved | None, tokenizer: Tokenizer) -> dict[str, byte
 
     Raises InputError where they have to be made and cannot be, or cannot be read.
     """
-    if saved is not None and saved.state["inputs"].get("tokenizer") == tokenizer.fingerprint:
+    if saved is not None and saved.state.get("inputs", {}).get("tokenizer") == tokenizer.fingerprint:
         kept = saved.tokenizer_files()
         if kept:
             return kept
