@@ -294,6 +294,106 @@ def _report(runs: Sequence[Path], output: Path, *, as_json: bool = False) -> str
     return f"{text}\nwritten: {output / 'report.md'}, {output / 'report.html'}"
 
 
+@cli.group(context_settings={"help_option_names": ["-h", "--help"]})
+def leaderboard() -> None:
+    """Add a method to a leaderboard, verify an entry, write the table."""
+
+
+@leaderboard.command("add")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option(
+    "--track", type=click.Path(path_type=Path), default=Path("leaderboard/cpu"), show_default=True, help="Its folder."
+)
+@click.option("--name", help="Of the entry.  [the method's]")
+@click.option("--tuning", type=click.Path(path_type=Path), help="The tuning.json of the sweep that found the rate.")
+def leaderboard_add(runs: tuple[Path, ...], track: Path, name: str | None, tuning: Path | None) -> int:
+    """Make an entry of each method's finished runs.
+
+    RUN is a run's folder, or a folder of such. The runs of an entry differ in their seeds alone.
+    """
+    from galore_pretrain.study import leaderboard, results
+
+    the_track = leaderboard.Track.read(track)
+    comparisons = results.compare(results.find(runs))
+    if len(comparisons) > 1:
+        raise InputError("the runs differ in model, text or length, so they are not of one track; name those of one")
+    methods = comparisons[0].methods
+    if name is not None and len(methods) > 1:
+        raise InputError(f"--name {name}: the runs are of several methods ({'; '.join(methods)})")
+    tuned = None
+    if tuning is not None:
+        tuned = leaderboard.read_tuning(tuning)
+    made = []
+    for label, of_method in methods.items():
+        folder = name or leaderboard.folder_name(label)
+        made.append((leaderboard.entry_of(folder, the_track, of_method, tuned), of_method[0]))
+    for entry, first in made:
+        with _writing(str(entry.folder), "--track"):
+            entry.write(first)
+        missing = sorted(set(the_track.seeds) - set(entry.losses))
+        note = ""
+        if missing:
+            note = f" (without seeds {', '.join(map(str, missing))}: it has no rank)"
+        click.echo(f"written: {entry.folder}{note}")
+    return 0
+
+
+@leaderboard.command("verify")
+@click.argument("entry", type=click.Path(path_type=Path))
+@click.option("--yes", is_flag=True, help="Execute the entry's file without asking.")
+@click.option("--short", is_flag=True, help="Repeat the first updates alone.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [one that is removed at the end]")
+def leaderboard_verify(entry: Path, yes: bool, short: bool, output: Path | None) -> int:
+    """Repeat an entry: its first 50 updates, and one seed to the end.
+
+    Exit code 1: something came out otherwise.
+    """
+    import tempfile
+
+    from galore_pretrain.study.leaderboard import Entry
+    from galore_pretrain.study.verification import Verification
+
+    the_entry = Entry.read(entry)
+    the_entry.check_method()
+    click.echo(the_entry.command())
+    _consent(the_entry.method_file, entry, yes)
+    with tempfile.TemporaryDirectory() as folder:
+        return Verification(the_entry, output or Path(folder), short, click.echo).run()
+
+
+def _consent(file: Path | None, entry: Path, yes: bool) -> None:
+    """Ask whether an entry's file may be executed, unless it has none; InputError where nobody can answer."""
+    if file is None:
+        click.echo("executes no file of the entry")
+        return
+    click.echo(f"executes {file}")
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InputError(
+            f"{file} is executed only where that is said: read it, then "
+            f"galore-pretrain leaderboard verify {entry} --yes"
+        )
+    click.confirm("Have you read it, and shall it be executed?", abort=True)
+
+
+@leaderboard.command("table")
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("leaderboard"))
+@click.option("--output", type=click.Path(path_type=Path), help="File to write.  [standard output]")
+def leaderboard_table(folder: Path, output: Path | None) -> int:
+    """Write the page of a leaderboard, FOLDER."""
+    from galore_pretrain.study import standings
+
+    text = standings.page(folder)
+    if output is None:
+        click.echo(text, nl=False)
+        return 0
+    with _writing(f"--output {output}", "file"):
+        output.write_text(text)
+    click.echo(f"written: {output}")
+    return 0
+
+
 _TEXT = ("data", "eval_data", "text_key", "bad_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
 
 

@@ -15,7 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from galore_pretrain.study.results import Result, finished, paired, read
+from galore_pretrain.study.results import Result, finished, losses_by_seed, read
+from galore_pretrain.study.seeds import paired
 from galore_pretrain.study.sweep import Entry, Sweep
 
 SEEDS = (0, 1, 2)
@@ -76,18 +77,17 @@ def table(root: Path) -> None:
 
 def compared(runs: list[Result], partners: list[Result], bound: float | None) -> list[str]:
     """Return the cells of a paired difference in per cent: it, its standard error, and whether the bound holds."""
-    pair = paired(runs, partners)
+    pair = paired(losses_by_seed(runs), losses_by_seed(partners))
     if pair is None:
         return ["", "", ""]
-    mean, error, _ = pair
-    difference = f"{100 * mean:+.2f} %"
-    if error is None:
+    difference = f"{100 * pair.mean:+.2f} %"
+    if pair.error is None:
         return [difference, "one seed", ""]
-    standard_error = f"{100 * error:.2f} %"
+    standard_error = f"{100 * pair.error:.2f} %"
     if bound is None:
         return [difference, standard_error, ""]
     # A bound is missed only where the difference exceeds it by two standard errors: chance alone does not miss it.
-    is_missed = 100 * mean - bound > 2 * 100 * error
+    is_missed = 100 * pair.mean - bound > 2 * 100 * pair.error
     verdict = "missed" if is_missed else "held"
     return [difference, standard_error, f"≤ {bound} %: {verdict}"]
 

@@ -13,7 +13,8 @@ from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.study import paper
 from galore_pretrain.study.report import as_json, differences, ranking, write
-from galore_pretrain.study.results import compare, find, over_seeds, paired, read, thinned, told_apart
+from galore_pretrain.study.results import compare, find, losses_by_seed, over_seeds, read, thinned
+from galore_pretrain.study.seeds import Difference, paired, ranks
 
 
 def make_run(folder: Path, loss: float, *, updates: int = 20, done: int = 20, **given: Any) -> Path:
@@ -53,10 +54,14 @@ def test_seeds_are_one_method_and_differences_are_paired(tmp_path: Path) -> None
     assert line["difference"] == f"{100 * (math.exp(3.23333) / 34.88 - 1):+.1f} %"
     assert line["weights + state, 10⁹ B"] == "0.3000"
     assert float(line["the paper's rule, G"]) == pytest.approx(0.24, abs=0.011)
-    mean, error, pairs = paired(comparison.methods["adamw"], comparison.methods["galore_adamw"]) or (0, 0, 0)
-    assert (round(mean, 6), pairs) == (0.04, 3)
-    assert error == pytest.approx(0.01 / math.sqrt(3))
-    assert differences(comparison).rows == [["adamw", "+4.0 ± 0.6 % *"]]
+    adamw, galore = (losses_by_seed(comparison.methods[name]) for name in ("adamw", "galore_adamw"))
+    difference = paired(adamw, galore)
+    assert difference is not None
+    assert (round(difference.mean, 6), difference.pairs) == (0.04, 3)
+    assert difference.error == pytest.approx(0.01 / math.sqrt(3))
+    assert difference.half_width == pytest.approx(4.30 * 0.01 / math.sqrt(3))
+    assert differences(comparison).rows == [["adamw", "+4.0 ± 2.5 % *"]]
+    assert [row[0] for row in table.rows] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -161,11 +166,28 @@ def test_runs_that_are_not_over(tmp_path: Path) -> None:
 
 def test_a_difference_is_told_apart_by_students_t() -> None:
     """The published quantiles: 12.71, 4.30 and 3.18 standard errors for 2, 3 and 4 pairs."""
-    assert not told_apart(12.0, 1.0, 2)
-    assert told_apart(-4.4, 1.0, 3)
-    assert not told_apart(4.2, 1.0, 3)
-    assert told_apart(3.2, 1.0, 4)
-    assert told_apart(2.3, 1.0, 40)
+    assert not Difference(12.0, 1.0, 2).is_told_apart
+    assert Difference(-4.4, 1.0, 3).is_told_apart
+    assert not Difference(4.2, 1.0, 3).is_told_apart
+    assert Difference(3.2, 1.0, 4).is_told_apart
+    assert Difference(2.3, 1.0, 40).is_told_apart
+    assert not Difference(9.0, None, 1).is_told_apart
+
+
+def test_a_rank_counts_the_methods_that_are_better_beyond_doubt() -> None:
+    losses = {
+        "best": {1: 3.00, 2: 3.10, 3: 3.20},
+        "near": {1: 3.02, 2: 3.09, 3: 3.22},  # not told apart from the best
+        "worse": {1: 3.10, 2: 3.20, 3: 3.30},  # told apart from the best: always by 0.1
+        "last": {1: 4.00, 2: 4.10, 3: 4.20},
+        "one seed": {1: 9.0},
+    }
+    found = ranks(losses)
+    assert found["best"] == found["near"] == 1
+    assert found["worse"] == 3
+    assert found["last"] == 4
+    assert found["one seed"] == 1  # nothing is known of its spread
+    assert ranks({}) == {}
 
 
 def test_long_runs_are_thinned_to_their_end() -> None:

@@ -4,7 +4,6 @@ import html
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,15 @@ from galore_pretrain.config.options import texts_of
 from galore_pretrain.errors import InputError
 from galore_pretrain.study import paper
 from galore_pretrain.study.pictures import draw_comparison
-from galore_pretrain.study.results import Comparison, Result, final_loss, finished, paired, told_apart
+from galore_pretrain.study.results import Comparison, Result, final_loss, finished, losses_by_seed
+from galore_pretrain.study.seeds import paired, ranks
+from galore_pretrain.study.tables import Table
 
 _PAPERS_NAME = {row: method for method, row in paper.PRINTED.items()}
 
 # The columns of the ranking, in their order.
 _COLUMNS = (
+    "rank",
     "method",
     "lr",
     "matrices ×",
@@ -42,40 +44,11 @@ _STYLE = (
 )
 
 _ON_DIFFERENCES = (
-    "By how much the line's perplexity exceeds the column's (the mean difference of the logarithms over the "
-    "seeds that both have, ± its standard error); * where Student's t tells the two apart at the 95 % level, "
-    "which of twenty pairs that are alike happens to one. The best of several is favoured by having been "
-    "chosen; so is a seed on which a method was tuned."
+    "By how much the line's perplexity exceeds the column's: the mean difference of the logarithms over the "
+    "seeds that both have, and half the width of its 95 % interval by Student's t. * where that leaves out 0, "
+    "which of twenty pairs that are alike happens to one. A rank is 1 + the methods that are better by such a "
+    "difference. The best of several is favoured by having been chosen; so is a seed on which a method was tuned."
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns and rows of text."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """Return the table in Markdown."""
-        rule = ["---"] * len(self.columns)
-        lines = []
-        for cells in (self.columns, rule, *self.rows):
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
-
-    def html(self) -> str:
-        """Return the table in HTML, with every cell escaped."""
-        parts = [_html_row(self.columns, "th")]
-        for row in self.rows:
-            parts.append(_html_row(row, "td"))
-        return f"<table>{''.join(parts)}</table>"
-
-
-def _html_row(cells: Sequence[str], tag: str) -> str:
-    """Return a row of a table in HTML, every cell in the tag."""
-    parts = [f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells]
-    return f"<tr>{''.join(parts)}</tr>"
 
 
 def write(comparisons: Sequence[Comparison], folder: Path) -> str:
@@ -153,13 +126,15 @@ def ranking(comparison: Comparison) -> Table:
 
     Columns in which no method has anything are left out.
     """
-    # The comparison is in order already: by the mean over the seeds of the final validation loss. A rank means nothing
-    # by itself: two seeds of one method may lie further apart than two methods. Which ranks the seeds can tell apart is
-    # said by `differences`.
+    # The comparison is in order already: by the mean over the seeds of the final validation loss. That order alone
+    # means nothing: two seeds of one method may lie further apart than two methods. So methods have one rank unless the
+    # seeds tell them apart, and none where every method has one seed.
+    rank_of = _ranks(comparison)
     lines = []
     for label, runs in comparison.methods.items():
         cells = _cells(label, runs)
         cells |= _cells_of_the_paper(comparison.setting, runs)
+        cells["rank"] = rank_of.get(label, "")
         lines.append(cells)
     columns = []
     for name in _COLUMNS:
@@ -169,6 +144,16 @@ def ranking(comparison: Comparison) -> Table:
     for line in lines:
         rows.append([line[name] for name in columns])
     return Table(columns, rows)
+
+
+def _ranks(comparison: Comparison) -> dict[str, str]:
+    """Return the ranks of the methods of which two seeds at least have come to their end."""
+    losses = {}
+    for label, runs in comparison.methods.items():
+        by_seed = losses_by_seed(runs)
+        if len(by_seed) > 1:
+            losses[label] = by_seed
+    return {label: str(rank) for label, rank in ranks(losses).items()}
 
 
 def _cells(label: str, runs: Sequence[Result]) -> dict[str, str]:
@@ -261,15 +246,11 @@ def differences(comparison: Comparison) -> Table:
 
 
 def _difference(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
-    """Return the mean difference of two methods in per cent, its standard error, and a star where it is not chance."""
-    pair = paired(ours, theirs)
-    if pair is None:
+    """Return the mean difference of two methods in per cent, its interval, and a star where it is not chance."""
+    difference = paired(losses_by_seed(ours), losses_by_seed(theirs))
+    if difference is None:
         return "no seed in common"
-    mean, error, count = pair
-    if error is None:
-        return f"{100 * mean:+.1f} %, one seed"
-    star = " *" if told_apart(mean, error, count) else ""
-    return f"{100 * mean:+.1f} ± {100 * error:.1f} %{star}"
+    return str(difference)
 
 
 def _common_value(runs: Sequence[Result], name: str) -> str:

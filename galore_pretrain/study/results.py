@@ -2,9 +2,8 @@
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from galore_pretrain.config.options import FLAGS
 from galore_pretrain.errors import InputError
+from galore_pretrain.study.seeds import Spread
 
 SETTING = (
     "model",
@@ -36,10 +36,6 @@ FROZEN = "frozen"
 FROZEN_FLAGS = {"optim": "adamw", "matrix_lr_scale": 0.0}
 """The flags that make a run of the control."""
 
-# Quantiles of Student's t, two-sided at 95 %, for 1 to 9 degrees of freedom; 2.2 stands for all larger numbers.
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-_T95_BEYOND = 2.2
-
 _MOST_POINTS = 1000  # of a curve: a picture has fewer pixels across
 
 
@@ -48,8 +44,8 @@ class Result:
     """Holds what one run wrote into its folder.
 
     ``lines`` are the lines of ``metrics.jsonl`` that can be read. ``config`` has the resolved values (empty where there
-    is no ``config.json``). ``summary`` is what the run wrote at its end (empty before). ``unread`` names the parts that
-    exist and cannot be read.
+    is no ``config.json``), ``environment`` all else that stands there (code, versions). ``summary`` is what the run
+    wrote at its end (empty before). ``unread`` names the parts that exist and cannot be read.
     """
 
     folder: Path
@@ -57,6 +53,7 @@ class Result:
     config: dict[str, Any]
     summary: dict[str, Any]
     unread: tuple[str, ...] = ()
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -128,8 +125,9 @@ def read(folder: Path) -> Result:
         file = folder / name
         if file.exists() and not _json(file):
             unread.append(name)
+    config, environment = _read_config(folder)
     summary = _json(folder / "summary.json")
-    return Result(folder, lines, _read_config(folder), summary, tuple(unread))
+    return Result(folder, lines, config, summary, tuple(unread), environment)
 
 
 def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
@@ -155,16 +153,17 @@ def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
     return lines, bad_lines
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Return the resolved values in ``config.json``, without where each came from; empty where there are none."""
-    entries = _json(folder / "config.json").get("config")
+def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the resolved values in ``config.json``, without where each came from, and all else that stands there."""
+    environment = _json(folder / "config.json")
+    entries = environment.pop("config", None)
     if not isinstance(entries, dict):
-        return {}
+        return {}, environment
     config = {}
     for name, entry in entries.items():
         if isinstance(entry, dict) and "value" in entry:
             config[name] = entry["value"]
-    return config
+    return config, environment
 
 
 def find(paths: Sequence[Path]) -> list[Result]:
@@ -271,28 +270,6 @@ def _method_flags() -> list[str]:
     return [name for name, flag in FLAGS.items() if not flag.free and name not in _NOT_THE_METHOD]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A mean over seeds, and the standard deviation (None of one seed)."""
-
-    mean: float
-    deviation: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Return the spread of ``values``, of which there is at least one."""
-        mean = statistics.mean(values)
-        if len(values) == 1:
-            return cls(mean, None)
-        return cls(mean, statistics.stdev(values))
-
-    def __str__(self) -> str:
-        """Return both with four digits, the deviation where it is known."""
-        if self.deviation is None:
-            return f"{self.mean:.4f}"
-        return f"{self.mean:.4f} ± {self.deviation:.4f}"
-
-
 def finished(runs: Sequence[Result]) -> list[Result]:
     """Return the runs that have come to their end."""
     return [run for run in runs if run.is_over]
@@ -304,42 +281,9 @@ def final_loss(runs: Sequence[Result]) -> Spread | None:
     return Spread.of(losses) if losses else None
 
 
-def paired(ours: Sequence[Result], theirs: Sequence[Result]) -> tuple[float, float | None, int] | None:
-    """Compare two methods seed by seed: (mean difference of final losses, its standard error, pairs).
-
-    The error is None for one pair. The answer is None where finished runs share no seed.
-    """
-    # A seed gives both methods the same first weights and the same text. Most of what it does to a loss is the same for
-    # both and cancels in the difference, so differences scatter far less over the seeds than losses do. The standard
-    # error of the mean difference is therefore what two methods are told apart by, not the spread of each.
-    their_losses = {run.config.get("seed"): run.final_loss for run in finished(theirs)}
-    differences = []
-    for run in finished(ours):
-        seed = run.config.get("seed")
-        if seed in their_losses:
-            differences.append(run.final_loss - their_losses[seed])
-    if not differences:
-        return None
-    pairs = len(differences)
-    mean = statistics.mean(differences)
-    if pairs == 1:
-        return mean, None, pairs
-    error = statistics.stdev(differences) / math.sqrt(pairs)
-    return mean, error, pairs
-
-
-def told_apart(mean: float, error: float, pairs: int) -> bool:
-    """Return whether a mean of paired differences is other than 0 at the 95 % level of Student's t (two-sided).
-
-    ``error`` is the mean's standard error; ``pairs`` is 2 at least.
-    """
-    # With few seeds the quantile matters: a mean of 3 pairs must exceed 4.3 of its standard errors, where a normal
-    # distribution would ask for 2.
-    index = pairs - 2  # n pairs have n - 1 degrees of freedom, and the table begins with one
-    quantile = _T95_BEYOND
-    if index < len(_T95):
-        quantile = _T95[index]
-    return abs(mean) > error * quantile
+def losses_by_seed(runs: Sequence[Result]) -> dict[int, float]:
+    """Return the last validation losses of the runs that have come to their end, by their seeds."""
+    return {int(run.config["seed"]): run.final_loss for run in finished(runs) if "seed" in run.config}
 
 
 def over_seeds(curves: Sequence[Mapping[int, tuple[float, float]]]) -> list[tuple[float, float, float, float]]:

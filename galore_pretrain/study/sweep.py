@@ -104,21 +104,26 @@ class Planned:
 
     def arguments(self) -> list[str]:
         """Return the command's words, without the program's name."""
-        words: list[str] = []
-        for name, value in {**self.flags, "output": self.folder}.items():
-            flag = name.replace("_", "-")
-            if value is True:
-                words.append(f"--{flag}")
-            elif value is False:
-                words.append(f"--no-{flag}")
-            elif isinstance(value, (list, tuple)) and FLAGS[name].repeated:
-                for part in value:
-                    words += [f"--{flag}", str(part)]
-            elif isinstance(value, (list, tuple)):
-                words += [f"--{flag}", ",".join(map(str, value))]
-            elif value is not None:
-                words += [f"--{flag}", str(value)]
-        return words
+        return as_words({**self.flags, "output": self.folder})
+
+
+def as_words(flags: Mapping[str, Any]) -> list[str]:
+    """Return flags of a run, by their names, as the words of a command."""
+    words: list[str] = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if value is True:
+            words.append(f"--{flag}")
+        elif value is False:
+            words.append(f"--no-{flag}")
+        elif isinstance(value, (list, tuple)) and FLAGS[name].repeated:
+            for part in value:
+                words += [f"--{flag}", str(part)]
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{flag}", ",".join(map(str, value))]
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return words
 
 
 def entries(kind: str, model: str, optim: str | None) -> list[Entry]:
