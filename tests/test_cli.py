@@ -568,6 +568,27 @@ def test_recipes_resolve_to_the_papers_values() -> None:
         resolve({}, {})
 
 
+@pytest.mark.parametrize(
+    ("given", "betas"),
+    [
+        ({"moments": "project", "steps": 20_001}, (0.9, 0.99)),
+        ({"moments": "project", "max_tokens": 20_001 * 512 * 256}, (0.9, 0.99)),
+        ({"moments": "project", "steps": 20_000}, None),
+        ({"moments": "keep", "steps": 60_000}, None),
+        ({"steps": 60_000}, None),
+        ({"moments": "project", "steps": 60_000, "betas": (0.9, 0.999)}, (0.9, 0.999)),
+        ({"moments": "project", "steps": 60_000, "optim": "galore_adafactor"}, None),  # has no β₂
+    ],
+)
+def test_moments_that_are_transported_in_a_long_run_have_a_shorter_memory(
+    given: dict[str, object], betas: tuple[float, float] | None
+) -> None:
+    config, origins = resolve({"model": "llama_60m", **given}, {})
+    assert config.betas == betas
+    if betas == (0.9, 0.99):
+        assert "2607.05872" in origins["betas"]
+
+
 def test_names_of_other_projects_and_what_they_imply() -> None:
     given = {"model": "llama_60m", "optim": "galore_adamw8bit_per_layer"}
     config, origins = resolve(given, {"model": "flag", "optim": "flag"})

@@ -33,6 +33,9 @@ CHOSEN = "chosen"
 """The origin of a value that the memory budget was free to choose, as ``config.json`` tells it."""
 AS_BEFORE = "as before"
 """The origin of such a value where the run was resumed."""
+_LONG_RUN = 20_000
+"""Updates. In longer runs, moments that are carried from basis to basis do better with a shorter memory of squares."""
+_TRANSPORTED = "moments project in more than 20,000 updates, LDAdam's scripts (arXiv 2410.16103) and arXiv 2607.05872"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
 """What files with a model's weights are called."""
 
@@ -131,6 +134,10 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
     min_lr_ratio = 0.1 if values["scheduler"] == "cosine" else 0.0
     warmup_steps = steps // 10 if steps else None
 
+    betas = None
+    transports = values["moments"] == "project" and "eps" in method(values["optim"]).options
+    if transports and updates > _LONG_RUN:
+        betas = (0.9, 0.99)
     optim = re.sub(r"[^\w.+]+", "-", Path(values["optim"]).name)  # of an own one, FILE.py:NAME without its folder
     name = f"{Path(values['model']).stem}-{optim}-{time.strftime('%Y%m%d-%H%M%S')}"
     tokenizer = {"c4": "t5", "sample": "sample"}.get(" + ".join(texts_of(values["data"])))
@@ -139,6 +146,7 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
         "basis": basis,
         "refresh": refresh,
         "moments": ("keep", "default"),
+        "betas": (betas, f"recipe: {_TRANSPORTED}"),
         "natural_history": (20, "default"),
         "natural_damping": (1e-3, "default"),
         "lora_alpha": (32.0, paper),
