@@ -272,6 +272,11 @@ class UpdateRule(ABC):
         """Return the number of the first update, from this one on, that begins with new bases; None if none does."""
         return None
 
+    @property
+    def draws_bases(self) -> bool:
+        """Say whether new bases are drawn, whatever the gradient: none of its noise is in them."""
+        return False
+
     def bases(self, state: State) -> tuple[Tensor | None, Tensor | None]:
         """Return the bases in use: left (m × r) and right (r × n) of the whole matrix; either may be None."""
         return None, None
