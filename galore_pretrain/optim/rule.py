@@ -284,7 +284,8 @@ class UpdateRule(ABC):
     def find_bases(self, grad: Tensor, state: State, step: Step) -> NewBases:
         """Find the new bases of an update in its whole gradient. A rule whose `next_refresh` names one must have this.
 
-        Where processes share the tensor out, one of them finds the bases for all: ``step`` is then still of its part.
+        It changes nothing: it is called with halves of a gradient too, to measure its noise. Where processes share the
+        tensor out, one of them finds the bases for all: ``step`` is then still of its part.
         """
         raise TypeError(f"{type(self).__name__} names a refresh (next_refresh) and has no find_bases")
 
