@@ -73,6 +73,8 @@ def compare(row: str, shapes: Any, dtype: torch.dtype, mesh: DeviceMesh, order: 
             p.grad = shared(grad, name_of(name), mesh) if isinstance(p, DTensor) else grad
         optimizer.step()
     assert [o.read_skips().skipped for o in optimizers] == [1, 1], row
+    overlaps = [o.overlaps.take() for o in optimizers]
+    assert overlaps[1] == pytest.approx(overlaps[0], abs=0.01), row
     alone, together = ([whole(p).float() for p in m.parameters()] for m in models)
     norms = [
         [torch.linalg.vector_norm(x, order).item() for x in (a - b, a - c.float())]

@@ -8,9 +8,9 @@ import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.overlap import overlaps_of_refresh, subspace_overlap
 from galore_pretrain.optim.rule import NewBases, UpdateRule
 from galore_pretrain.optim.slots import Slot
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import add_rounded
+from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import local, shard_of
 from galore_pretrain.tensors.values import gradient_norm
 
@@ -113,7 +115,8 @@ class PendingGradient:
     those of the update. ``refresh_due`` says that new bases are still to be found in it. ``finite``, a scalar, says
     whether all of it was finite: on this process, and on all once it is ``synced``. ``norm`` is that of the full
     gradient at hand, where it was measured. ``parts`` counts the gradients in the sum. ``summed`` says that its sum
-    over replicas was begun.
+    over replicas was begun. ``first_half`` is a copy of what half of the micro-batches came to, where the noise of the
+    bases is to be measured. ``overlaps`` holds what was measured of a refresh, by the key of its metric.
     """
 
     param: Tensor
@@ -128,6 +131,8 @@ class PendingGradient:
     parts: int = 1
     synced: bool = False
     summed: bool = False
+    first_half: Tensor | None = None
+    overlaps: dict[str, Tensor] | None = None
 
     @property
     def rule(self) -> UpdateRule:
@@ -143,6 +148,14 @@ class PendingGradient:
             return self.rule.compressed_step(self.state, self.step)
         return self.step.placed()
 
+    @property
+    def turns_bases(self) -> bool:
+        """Return whether the refresh that is due replaces bases of an earlier one, and not the random first ones."""
+        left, right = self.rule.bases(self.state)
+        first = self.rule.next_refresh(Step(count=1, phase=self.step.phase))
+        has_bases = left is not None or right is not None
+        return has_bases and first != self.step.count
+
     def compress(self) -> None:
         """Keep the compressed gradient alone, in the bases in use."""
         if self.slot.projects and not self.compressed:
@@ -153,15 +166,37 @@ class PendingGradient:
         """Find new bases in the gradient, which must be whole, and keep the compressed one alone."""
         if self.step.shard is not None:
             raise ValueError("new bases need the whole gradient: `PendingGradients.refresh` finds those of all")
+        noise = self._measured_noise()
         bases = self.rule.find_bases(self.grad, self.state, self.step)
-        self.set_bases(bases)
+        self.set_bases(bases, noise)
 
-    def set_bases(self, new: NewBases) -> None:
-        """Take the new bases that were found in the gradient, and keep the compressed one alone."""
+    def set_bases(self, new: NewBases, noise: Tensor | None = None) -> None:
+        """Take the new bases that were found in the gradient, and keep the compressed one alone.
+
+        ``noise`` is the overlap that the bases of both halves of the gradient have, where it was measured.
+        """
         step = self.step.where_valid(self.finite)
+        if self.turns_bases:
+            overlap = subspace_overlap(self.rule.bases(self.state), new[:2])
+            overlap = torch.where(self.finite & new.found, overlap, torch.nan)
+            self.overlaps = overlaps_of_refresh(overlap, noise)
         self.rule.set_bases(new, self.state, step)
         self.refresh_due = False
         self.compress()
+
+    # Both halves start from the basis in use, as the refresh itself does. They are doubled, so that each is as large as
+    # the whole, on which the turn of a tracked basis depends.
+    def _measured_noise(self) -> Tensor | None:
+        """Return the overlap of the bases that both halves of the gradient have, NaN where one has none."""
+        if self.first_half is None:
+            return None
+        second_half = self.grad - self.first_half
+        second = self.rule.find_bases(second_half.mul_(2), self.state, self.step)
+        del second_half
+        first = self.rule.find_bases(self.first_half.mul_(2), self.state, self.step)
+        self.first_half = None
+        overlap = subspace_overlap(first[:2], second[:2])
+        return torch.where(first.found & second.found, overlap, torch.nan)
 
 
 class PendingGradients:
@@ -170,21 +205,21 @@ class PendingGradients:
     Four things happen to a gradient: it is summed over micro-batches and over processes, searched for new bases if they
     are due, and compressed. It is compressed as early as no basis is due, else after its bases were found. `take` does
     what is still missing. Gradients are detached first of all, so that autograd records nothing, and need not be turned
-    off for each.
+    off for each. ``gradients`` holds what was accumulated of each parameter.
     """
 
     def __init__(self, optimizer: "RuleOptimizer", distributor: "Distributor | None" = None) -> None:
         self.distributor = distributor
         self._optimizer = optimizer
-        self._pending: dict[Tensor, PendingGradient] = {}
+        self.gradients: dict[Tensor, PendingGradient] = {}
 
     def __contains__(self, p: Tensor) -> bool:
         """Return whether something was accumulated for ``p``."""
-        return p in self._pending
+        return p in self.gradients
 
     def get(self, p: Tensor) -> PendingGradient | None:
         """Return what was accumulated for ``p``, or None."""
-        return self._pending.get(p)
+        return self.gradients.get(p)
 
     @property
     def sums_replicas(self) -> bool:
@@ -219,7 +254,7 @@ class PendingGradients:
         """
         if p.grad is None or p.numel() == 0:
             return
-        total = self._pending.get(p)
+        total = self.gradients.get(p)
         part = self._part(p, total)
         p.grad = None
         if measure:
@@ -229,7 +264,7 @@ class PendingGradients:
         if total is None:
             if compress and not part.compressed:  # layerwise: the rest of the storage is to be freed meanwhile
                 _own_storage(part)
-            self._pending[p] = part
+            self.gradients[p] = part
             return
         total.parts += 1
         total.finite = total.finite & part.finite
@@ -306,7 +341,7 @@ class PendingGradients:
 
         A gradient is dropped too where this raises.
         """
-        pending = self._pending.pop(p, None)
+        pending = self.gradients.pop(p, None)
         if pending is None:
             if p.grad is None:
                 return None
@@ -329,10 +364,10 @@ class PendingGradients:
 
     def _pending_of(self, p: Tensor) -> PendingGradient | None:
         """Return what is pending for ``p``. Where nothing is, ``p.grad`` becomes pending, if there is one."""
-        pending = self._pending.get(p)
+        pending = self.gradients.get(p)
         if pending is None and p.grad is not None:
             pending = self._part(p, None)
-            self._pending[p] = pending
+            self.gradients[p] = pending
         return pending
 
     def _pending_of_all(self, params: Iterable[Tensor]) -> list[PendingGradient]:
@@ -346,7 +381,7 @@ class PendingGradients:
 
     def finalize(self, p: Tensor) -> None:
         """Find the bases of ``p`` that are due, and compress what is pending for it."""
-        pending = self._pending.get(p)
+        pending = self.gradients.get(p)
         if pending is not None:
             self._finalize(pending)
 
@@ -363,7 +398,7 @@ class PendingGradients:
 
     def start_sum(self, p: Tensor) -> None:
         """Begin to sum what is pending for ``p`` over the replicas, where that is done here."""
-        pending = self._pending.get(p)
+        pending = self.gradients.get(p)
         if self.distributor is not None and pending is not None:
             self.distributor.start_sum(pending)
 
@@ -402,7 +437,7 @@ class PendingGradients:
         norms: list[Tensor] = []
         indices_of_parts: list[int] = []
         for index, p in enumerate(params):
-            pending = self._pending.get(p)
+            pending = self.gradients.get(p)
             norm = _norm(p, pending)
             valid = norm.isfinite()
             if pending is not None:
@@ -423,7 +458,7 @@ class PendingGradients:
         if dropped is None:
             dropped = [p for group in self._optimizer.param_groups for p in group["params"]]
         for p in dropped:
-            self._pending.pop(p, None)
+            self.gradients.pop(p, None)
             p.grad = None
         if params is None and self.distributor is not None:
             self.distributor.discard()
@@ -481,12 +516,13 @@ class Outcome:
     ``grad_norm`` is the norm that was clipped, of the full gradients or of the compressed ones, or None where none was.
     ``skipped`` counts the
     tensors that were left alone because their gradient was not finite, ``failed_refreshes`` the bases that could not be
-    renewed.
+    renewed. ``overlaps`` says how far refreshes turned the bases, by the key of the metric; it is empty where none did.
     """
 
     grad_norm: float | None = None
     skipped: int = 0
     failed_refreshes: int = 0
+    overlaps: Mapping[str, float] = field(default_factory=dict)
 
 
 class Execution(ABC):
@@ -551,6 +587,13 @@ class Execution(ABC):
         if micro_batch == 0:
             self._optimizer.follow_groups()
             self._hook_trained()
+        elif micro_batch == micro_batches // 2 and self._pending.distributor is None:
+            due: list[PendingGradient] = []
+            for pending in self._pending.gradients.values():
+                if pending.refresh_due:
+                    due.append(pending)
+            if due:
+                _keep_first_half(due)
 
     @torch._disable_dynamo  # see `RuleOptimizer.step`
     @torch.no_grad()
@@ -596,12 +639,17 @@ class Execution(ABC):
         grad_norm: float | None = None
         if self._norm is not None:
             grad_norm = float(self._norm)
-        return Outcome(grad_norm, skips.skipped, skips.failed_refreshes)
+        overlaps: dict[str, float] = {}
+        if self._optimizer.overlaps.sums:
+            overlaps = self._optimizer.overlaps.take()
+        return Outcome(grad_norm, skips.skipped, skips.failed_refreshes, overlaps)
 
     def discard(self) -> None:
         """Drop the gradients of an update that is not to be made."""
         self._optimizer.discard()
-        self._optimizer.read_skips()  # else the next update would report those of this one
+        # Else the next update would report what this one left.
+        self._optimizer.read_skips()
+        self._optimizer.overlaps.take()
 
     def _accumulate(self, p: Tensor, *, compress: bool, measure: bool = False) -> None:
         """Accumulate ``p.grad``, by way of the observer if there is one."""
@@ -616,6 +664,26 @@ class Execution(ABC):
             measure=measure,
         )
         observer.observe("accumulate", p, work)
+
+
+# Two halves of one gradient are at the same weights: what their bases differ by is noise. They are halves, and not two
+# micro-batches, since the size of those is a matter of memory. One matrix of those due is measured, to keep the cost of
+# two more decompositions small, and one of the smallest, to keep that of the copy small. Equal ones are drawn by the
+# number of the update, which a resumed run knows too.
+@torch.no_grad()
+def _keep_first_half(due: Iterable[PendingGradient]) -> None:
+    """Keep what half of the micro-batches came to for one of the matrices whose bases are ``due``, if any turns."""
+    measurable: list[PendingGradient] = []
+    for pending in due:
+        if pending.turns_bases and not pending.rule.draws_bases:
+            measurable.append(pending)
+    if not measurable:
+        return
+    least = min(pending.grad.numel() for pending in measurable)
+    smallest = [pending for pending in measurable if pending.grad.numel() == least]
+    number = derive_seed(smallest[0].step.count)
+    drawn = smallest[number % len(smallest)]
+    drawn.first_half = drawn.grad.clone()
 
 
 def _remove(handles: list[Any]) -> None:

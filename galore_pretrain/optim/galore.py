@@ -18,6 +18,7 @@ from galore_pretrain.optim.projector import (
     Side,
     basis_at,
     clipped_rank,
+    is_drawn,
     project,
     project_fast,
     random_basis,
@@ -230,6 +231,11 @@ class GaLore(OuterRule):
         if since < 0:
             return step.count - since
         return step.count + -since % self.update_proj_gap
+
+    @property
+    def draws_bases(self) -> bool:
+        """Random bases have nothing of the gradient in them."""
+        return is_drawn(self.basis)
 
     def _age(self, step: Step) -> int:
         """Return the number of the update among those since the last refresh that was due, from 1."""

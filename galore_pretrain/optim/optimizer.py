@@ -15,6 +15,7 @@ from torch import Tensor
 from galore_pretrain.optim.checkpointing import share_out, take_state_dict
 from galore_pretrain.optim.execution import PendingGradient, PendingGradients, SkipCounts, Skips, own_precision
 from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.overlap import OverlapMeans
 from galore_pretrain.optim.rule import Direction, Scope, UpdateRule, check_scope
 from galore_pretrain.optim.sharing import Distributor, update_gathered
 from galore_pretrain.optim.slots import Slot, Slots, States, initial_state
@@ -69,6 +70,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.pending = PendingGradients(self)
         self._noise = NoiseTables(seed)
         self._skips = SkipCounts()
+        self.overlaps = OverlapMeans()
         self._seen: list[tuple[int, list[Tensor]]] = []  # of each group, when slots were last given
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.state = States(self.slots)  # type: ignore[assignment]
@@ -103,6 +105,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         # A copy has no gradients and no skips yet, and draws the same random bits anew.
         attributes["_noise"] = NoiseTables(self.seed)
         attributes["_skips"] = SkipCounts()
+        attributes["overlaps"] = OverlapMeans()
         attributes["_seen"] = []
         attributes["pending"] = PendingGradients(self, self.pending.distributor)
         return attributes
@@ -203,6 +206,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             part.copy_(weight)
         if pending.step.valid is not None or pending.step.failures:
             self._skips.count(pending.step)
+        if pending.overlaps is not None:
+            self.overlaps.add(pending.overlaps)
 
     def _update_elements(self, weight: Tensor, pending: PendingGradient, slot: Slot, decay: float) -> None:
         """Update a flattened tensor by chunks, so that temporaries stay small."""

@@ -348,3 +348,10 @@ def basis_at(basis: str | Basis, number: int, seed: int) -> BasisFn:
     if isinstance(basis, BasisByRefresh):
         return basis.at(number, seed)
     return basis
+
+
+def is_drawn(basis: str | Basis) -> bool:
+    """Return whether a basis is drawn, whatever the gradient."""
+    if isinstance(basis, str):
+        basis = BASES[basis]
+    return isinstance(basis, Random)

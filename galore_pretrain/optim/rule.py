@@ -272,6 +272,11 @@ class UpdateRule(ABC):
         """Return the number of the first update, from this one on, that begins with new bases; None if none does."""
         return None
 
+    @property
+    def draws_bases(self) -> bool:
+        """Say whether new bases are drawn, whatever the gradient: none of its noise is in them."""
+        return False
+
     def bases(self, state: State) -> tuple[Tensor | None, Tensor | None]:
         """Return the bases in use: left (m × r) and right (r × n) of the whole matrix; either may be None."""
         return None, None
@@ -279,7 +284,8 @@ class UpdateRule(ABC):
     def find_bases(self, grad: Tensor, state: State, step: Step) -> NewBases:
         """Find the new bases of an update in its whole gradient. A rule whose `next_refresh` names one must have this.
 
-        Where processes share the tensor out, one of them finds the bases for all: ``step`` is then still of its part.
+        It changes nothing: it is called with halves of a gradient too, to measure its noise. Where processes share the
+        tensor out, one of them finds the bases for all: ``step`` is then still of its part.
         """
         raise TypeError(f"{type(self).__name__} names a refresh (next_refresh) and has no find_bases")
 

@@ -168,7 +168,8 @@ def static_bytes(config: RunConfig, architecture: LlamaConfig, mesh: Any = None)
 #
 # Only updates that can hold most are made: the one in which the largest matrices have a basis due and, of one
 # micro-batch, the first one too: its random bases are not outweighed by sums over micro-batches. Of several
-# micro-batches the first and the last are run, since between them nothing is added.
+# micro-batches the first and the last are run, since between them nothing is added but the half of one gradient that is
+# kept for the noise of its basis, which two keep too.
 def measure(
     config: RunConfig,
     architecture: LlamaConfig,
@@ -303,9 +304,14 @@ def heaviest_updates(config: RunConfig, optimizer: "RuleOptimizer") -> list[int]
     if not elements_due:
         return [1]
     heaviest = max(elements_due, key=lambda count: elements_due[count])
-    if config.micro_batches > 1:
+    if config.micro_batches == 1:
+        return [1, heaviest]
+    firsts = [p for p in optimizer.state if optimizer.next_due(p, 1) == heaviest]
+    if not firsts:
         return [heaviest]
-    return [1, heaviest]
+    # Of several micro-batches, a half is kept from a matrix's second refresh on, for the noise of its basis.
+    seconds = [optimizer.next_due(p, heaviest + 1) for p in firsts]
+    return [heaviest, min(due for due in seconds if due is not None)]
 
 
 # The optimizer hands over each piece of its work for a parameter p. Two pieces hold the same if they are the same work
@@ -369,9 +375,10 @@ class _OptimizerObserver:
         """Do the work and return True, or replay what equal work held and return False."""
         pending = self._optimizer.pending.get(p)
         compressed = None if pending is None else pending.compressed
+        measures_noise = pending is not None and pending.first_half is not None
         count = int(self._optimizer.state[p]["step"]) + 1
         is_due = self._optimizer.next_due(p, count) == count
-        key = (name, p.shape, self._optimizer.rule_of(p), compressed, is_due)
+        key = (name, p.shape, self._optimizer.rule_of(p), compressed, is_due, measures_noise)
         if self._each or key not in self._episodes:
             self._episodes[key] = self._ledger.episode(work)
             return True

@@ -375,6 +375,7 @@ def _outcome_metrics(outcome: "Outcome") -> Metrics:
         metrics["skipped_tensors"] = outcome.skipped
     if outcome.failed_refreshes:
         metrics["failed_refreshes"] = outcome.failed_refreshes
+    metrics.update(outcome.overlaps)
     return metrics
 
 

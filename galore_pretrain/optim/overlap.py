@@ -1,0 +1,78 @@
+"""Overlaps of subspaces say how far a refresh turns a basis, and how far the noise of a gradient alone would."""
+
+import torch
+from torch import Tensor
+
+Bases = tuple[Tensor | None, Tensor | None]
+"""A left (m × r) and a right basis (r × n); either may be absent, not both."""
+
+
+# ‖PᵀP'‖²/r is the mean squared cosine of the angles between two subspaces. A basis kept in bf16 is orthonormal to 2⁻⁹
+# only, so the square of its length stands for r. The quotient is then the share of ``old`` that lies in the subspace of
+# ``new``, which is orthonormal in fp32: it passes 1 by fp32's rounding alone, and that is cut off.
+def subspace_overlap(old: Bases, new: Bases) -> Tensor:
+    """Return the overlap of two subspaces, an fp32 scalar: 1 if they are the same, r/m in the mean if they are random.
+
+    Of bases on both sides, it is the mean of both sides' overlaps. ``new`` are fp32 and orthonormal; ``old`` may be
+    rounded to bf16.
+    """
+    old_left, old_right = old
+    new_left, new_right = new
+    overlaps: list[Tensor] = []
+    if old_left is not None and new_left is not None:
+        overlaps.append(_share(old_left.float(), new_left.T))
+    if old_right is not None and new_right is not None:
+        overlaps.append(_share(old_right.float().T, new_right))
+    return torch.stack(overlaps).mean()
+
+
+def _share(columns: Tensor, rows: Tensor) -> Tensor:
+    """Return the share of the squares of ``columns`` (m × r) that lies in the span of orthonormal ``rows`` (r × m)."""
+    inside = torch.linalg.vector_norm(rows @ columns)
+    length = torch.linalg.vector_norm(columns)
+    overlap = (inside / length).square().clamp(max=1.0)
+    return torch.as_tensor(overlap)
+
+
+def overlaps_of_refresh(overlap: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+    """Return what is told of a refresh, by the key of its metric: scalars, NaN where that is not known.
+
+    ``overlap`` is that of old and new subspace. ``noise`` is that of the subspaces of two halves of the gradient, where
+    it was measured. It is told beside the overlap of the same matrix, or both are NaN.
+    """
+    overlaps = {"subspace_overlap": overlap}
+    if noise is not None:
+        is_known = ~(overlap + noise).isnan()
+        overlaps["subspace_overlap_noise"] = torch.where(is_known, noise, torch.nan)
+        overlaps["subspace_overlap_paired"] = torch.where(is_known, overlap, torch.nan)
+    return overlaps
+
+
+class OverlapMeans:
+    """Averages overlaps on the device where they are found, so that nobody waits for it.
+
+    Only ``sums`` are kept, so they may be left unread for as long as one likes. There are none where none was added.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, torch.device], Tensor] = {}  # (sum of overlaps, their number), fp32
+
+    def add(self, overlaps: dict[str, Tensor]) -> None:
+        """Add the overlaps of a refresh, by the key of their metric: fp32 scalars, NaN where it is not known."""
+        for name, overlap in overlaps.items():
+            is_known = ~overlap.isnan()
+            new = torch.stack([overlap.nan_to_num(0.0), is_known.float()])
+            key = (name, overlap.device)
+            if key in self.sums:
+                new = self.sums[key] + new
+            self.sums[key] = new
+
+    def take(self) -> dict[str, float]:
+        """Return the means by the key of their metric, and begin anew. Waits for the device."""
+        totals: dict[str, tuple[float, float]] = {}
+        for (name, _), sums in self.sums.items():
+            overlap, number = sums.tolist()
+            overlap_before, number_before = totals.get(name, (0.0, 0.0))
+            totals[name] = (overlap_before + overlap, number_before + number)
+        self.sums.clear()
+        return {name: overlap / number for name, (overlap, number) in totals.items() if number}
