@@ -484,7 +484,7 @@ class RunConfig:
         for name, value in self.values().items():
             if name not in before or self._is_free(name):
                 continue
-            if not self._means_the_same(name, before[name]):
+            if not _means_the_same(self, name, before[name]):
                 changed[name] = value
         # A field that is not in use any more (None) follows from another one that changed, which says enough.
         in_use = {name: value for name, value in changed.items() if value is not None}
@@ -493,35 +493,6 @@ class RunConfig:
             flag = name.replace("_", "-")
             sentences.append(f"--{flag} {_as_typed(name, value)} (was {_as_typed(name, before[name])})")
         return sentences
-
-    def _means_the_same(self, name: str, saved: Any) -> bool:
-        """Return whether a flag's value computes the same as the ``saved`` one, said in other words perhaps."""
-        value = getattr(self, name)
-        if _as_json(value) == _as_json(saved):
-            return True
-        if (value is None) != (saved is None):
-            return self._is_default(name, value if saved is None else saved)
-        return name in _SHIPPED and _places(name, value) == _places(name, saved)
-
-    # A flag that is None leaves a method's rules as they are. What they have then, only they know: so they are built
-    # both ways, and compared.
-    def _is_default(self, name: str, value: Any) -> bool:
-        """Return whether the method has ``value`` where the flag is left out, as Adam has ``--betas 0.9,0.999``."""
-        updater = method(method(self.optim).updater)
-        if name not in updater.options or not OPTIONS[name].fields:
-            return False
-        from galore_pretrain.optim import rules_by_role  # torch: a run has it by now, and a sweep is seldom here
-
-        argument = OPTIONS[name].argument
-        left_out = {OPTIONS[flag].argument: getattr(self, flag) for flag in updater.options if OPTIONS[flag].fields}
-        left_out[argument] = None
-        said = dict(left_out)
-        said[argument] = tuple(value) if isinstance(value, list) else value
-        try:
-            rules = rules_by_role(updater.name, self.numerics, **said)
-        except ValueError:  # another version took what no rule takes now
-            return False
-        return rules == rules_by_role(updater.name, self.numerics, **left_out)
 
     def _is_free(self, name: str) -> bool:
         if name == "batch_size" and self.numerics == "reference":
@@ -532,6 +503,37 @@ class RunConfig:
 
 FLAGS: dict[str, Flag] = {f.name: f.metadata["flag"] for f in fields(RunConfig) if "flag" in f.metadata}
 """What the command line knows of each field, by its name."""
+
+
+def _means_the_same(config: RunConfig, name: str, saved: Any) -> bool:
+    """Return whether a flag's value computes the same as the ``saved`` one, said in other words perhaps."""
+    value = getattr(config, name)
+    if _as_json(value) == _as_json(saved):
+        return True
+    if (value is None) != (saved is None):
+        return _is_default(config, name, value if saved is None else saved)
+    return name in _SHIPPED and _places(name, value) == _places(name, saved)
+
+
+# A flag that is None leaves a method's rules as they are. What they have then, only they know: so they are built
+# both ways, and compared.
+def _is_default(config: RunConfig, name: str, value: Any) -> bool:
+    """Return whether the method has ``value`` where the flag is left out, as Adam has ``--betas 0.9,0.999``."""
+    updater = method(method(config.optim).updater)
+    if name not in updater.options or not OPTIONS[name].fields:
+        return False
+    from galore_pretrain.optim import rules_by_role  # torch: a run has it by now, and a sweep is seldom here
+
+    argument = OPTIONS[name].argument
+    left_out = {OPTIONS[flag].argument: getattr(config, flag) for flag in updater.options if OPTIONS[flag].fields}
+    left_out[argument] = None
+    said = dict(left_out)
+    said[argument] = tuple(value) if isinstance(value, list) else value
+    try:
+        rules = rules_by_role(updater.name, config.numerics, **said)
+    except ValueError:  # another version took what no rule takes now
+        return False
+    return rules == rules_by_role(updater.name, config.numerics, **left_out)
 
 
 def texts_of(data: str | Sequence[str]) -> tuple[str, ...]:

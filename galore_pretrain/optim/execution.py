@@ -213,10 +213,6 @@ class PendingGradients:
         self._optimizer = optimizer
         self.gradients: dict[Tensor, PendingGradient] = {}
 
-    def __contains__(self, p: Tensor) -> bool:
-        """Return whether something was accumulated for ``p``."""
-        return p in self.gradients
-
     def get(self, p: Tensor) -> PendingGradient | None:
         """Return what was accumulated for ``p``, or None."""
         return self.gradients.get(p)
@@ -625,7 +621,7 @@ class Execution(ABC):
         if shares:
             self._pending.refresh(self._params)
         for p in self._params:
-            if p.grad is not None or p in self._pending:
+            if p.grad is not None or p in self._pending.gradients:
                 self._optimizer.update_param(p, coefficient)
                 p.grad = None
 

@@ -351,7 +351,7 @@ class _OptimizerObserver:
             self._optimizer.discard([p])
 
     def _accumulate(self, p: Tensor, work: Callable[[], None]) -> None:
-        if p not in self._optimizer.pending:
+        if p not in self._optimizer.pending.gradients:
             # The first gradient of an update becomes the sum itself, so it must exist.
             work()
         else:
