@@ -310,7 +310,7 @@ class GaLore(OuterRule):
         if step.shard is None:
             return step
         low_shard = _low_shard(state, step.shard)
-        low_step = replace(step, shard=low_shard)
+        low_step = replace(step, shard=low_shard, start=0)
         return low_step.placed()
 
 

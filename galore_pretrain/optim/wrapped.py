@@ -114,7 +114,6 @@ class Wrapped(UpdateRule):
             optimizer.state[scratch] = {name: how.restored(state[_ours(name)]) for name, how in kept.items()}
         scratch.grad = grad.to(torch.float32, copy=True)  # which the class may change
         optimizer.step()
-        step = step.placed()
         for name, value in optimizer.state[scratch].items():
             if value is not None:
                 target = state[_ours(name)]
