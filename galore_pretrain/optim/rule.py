@@ -318,7 +318,7 @@ class UpdateRule(ABC):
         """Return where a state tensor lies when this process holds the part ``shard`` of its parameter.
 
         None means that every process has all of it. ValueError if the tensor is not shaped as the parameter and
-        `layouts` does not name it.
+        `layouts` does not name it. That its shape is no accident is checked when an optimizer is built.
         """
         declared = self.layouts.get(name)
         if declared is Layout.EVERYWHERE:
