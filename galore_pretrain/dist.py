@@ -197,24 +197,49 @@ def joined(config: RunConfig) -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     timeout = timedelta(seconds=config.distributed_timeout)
     is_new = not distributed.is_initialized()
+    store = None
     if is_new:
-        _join(timeout, device)
+        store = _join(timeout, device)
     try:
         mesh = _mesh(config, kind)
         group = distributed.new_group(backend="gloo", timeout=max(timeout, _PATIENCE))
         yield World(rank, size, device, mesh, group)
-    except RuntimeError as error:
-        # gloo raises plain RuntimeErrors.
-        is_of_processes = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
-        if not is_of_processes:
-            raise
-        raise TrainingFailedError(
-            f"another process has ended, or not answered for --distributed-timeout {config.distributed_timeout} s; "
-            "started again, the run goes on from its newest checkpoint",
-            reported_by=min(rank, 1),  # by the first one, and by the second where the first is the one that ended
-        ) from error
+    except Exception as error:
+        if _is_of_processes(error):
+            raise TrainingFailedError(
+                f"another process has ended, or not answered for --distributed-timeout {config.distributed_timeout} s; "
+                "started again, the run goes on from its newest checkpoint",
+                reported_by=min(rank, 1),  # by the first one, and by the second where the first is the one that ended
+            ) from error
+        has_reporter = isinstance(error, RunError) or isinstance(error.__cause__, RunError)
+        if not has_reporter and store is not None:
+            first = _first_to_fail(store, rank)
+            if first != rank:
+                raise error from ProcessFailedError(reported_by=first)
+        raise
     if is_new:  # not after an error: it might wait for messages that never come
         distributed.destroy_process_group()
+
+
+def _is_of_processes(error: Exception) -> bool:
+    """Return whether a message between processes has failed; gloo raises plain RuntimeErrors."""
+    from torch import distributed
+
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    return is_of_gloo or isinstance(error, distributed.DistError)
+
+
+# A bug, or a method of the user's that raises, is met by all processes, or by one alone while the others wait for its
+# messages. Which of both it is, none can ask. So each leaves its number with the store, which waits for nobody and
+# keeps the first: that one prints its error for all.
+def _first_to_fail(store: Any, rank: int) -> int:
+    """Return the number of the process that was the first to fail: this one's, where no other has, or none can tell."""
+    from torch import distributed
+
+    try:
+        return int(store.compare_set("first to fail", "", str(rank)))
+    except distributed.DistError:  # the store has gone with the process that kept it
+        return rank
 
 
 def _kind(config: RunConfig) -> str:
@@ -255,10 +280,11 @@ def imagined(config: RunConfig) -> Iterator[Any]:
         distributed.destroy_process_group()
 
 
-def _join(timeout: timedelta, device: torch.device) -> None:
-    """Make the process group, of nccl for GPUs and of gloo for CPUs, as ``init_process_group`` does by itself.
+def _join(timeout: timedelta, device: torch.device) -> Any:
+    """Make the process group, of nccl for GPUs and of gloo for CPUs, and return the store in which processes meet.
 
-    The difference is that processes that torchrun starts once more do not find the addresses of those before them.
+    ``init_process_group`` would do so by itself. The difference is that processes that torchrun starts once more do not
+    find in the store what those before them left.
     """
     # torch 2.13 gives the processes of all starts on a host one store; of eight such starts, three hung or failed. So
     # the keys of each start get a prefix. On several hosts the number of restarts is each host's own, so that it can be
@@ -283,3 +309,4 @@ def _join(timeout: timedelta, device: torch.device) -> None:
         world_size=size,
         device_id=device_id,
     )
+    return store

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from galore_pretrain.dist import imagined
 from galore_pretrain.errors import InputError
@@ -26,7 +27,7 @@ from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.planning.traffic import count
 from galore_pretrain.rundir.directory import RunDirectory
 from messages import config_of
-from runs import command, lines, start
+from runs import COMMAND_LINE, command, lines, start
 
 FULL = bool(os.environ.get("FULL"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -66,22 +67,32 @@ def of_row(row: str) -> list[str]:
 
 def forked(processes: int, module: str, folder: Path, *arguments: str) -> str:
     """What the first process prints, of so many that run a module of tests/ with what torchrun would tell them."""
-    told = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    told |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    script = f"import {module}; {module}.main()"
-    all_started, outputs, logs = [], [], []
+    codes, said = ended(processes, f"import {module}; {module}.main()", folder, *arguments)
+    assert codes == [0] * processes, said[-5000:]
+    return (folder / "0.out").read_text()
+
+
+# torchrun's own process keeps the store in which processes meet, and so does this one here: it is there for a process
+# that goes on after the first one has ended.
+def ended(processes: int, script: str, folder: Path, *arguments: str) -> tuple[list[int | None], str]:
+    """The exit codes of so many processes that execute ``script`` as if torchrun had started them, and their stderr."""
+    environment = ENVIRONMENT
+    if processes > 1:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        environment = ENVIRONMENT | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    all_started, logs = [], []
     for rank in range(processes):
-        outputs.append(folder / f"{module}-{processes}-{rank}.out")
-        logs.append(folder / f"{module}-{processes}-{rank}.err")
-        environment = ENVIRONMENT
-        if processes > 1:
-            environment = ENVIRONMENT | told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        all_started.append(start(script, *arguments, stdout=outputs[-1], stderr=logs[-1], env=environment))
+        number = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        output, log = (folder / f"{rank}.{kind}" for kind in ("out", "err"))
+        for file in (output, log):
+            file.unlink(missing_ok=True)
+        logs.append(log)
+        all_started.append(start(script, *arguments, stdout=output, stderr=log, env=environment | number))
     for process in all_started:
         process.join(1800)
-    codes = [process.exitcode for process in all_started]
-    assert codes == [0] * processes, [log.read_text()[-3000:] for log in logs]
-    return outputs[0].read_text()
+    return [process.exitcode for process in all_started], "".join(log.read_text() for log in logs)
 
 
 def run_all(processes: int, cases: dict[Path, list[str]], folder: Path) -> None:
@@ -149,6 +160,57 @@ def test_rules_of_one_s_own_are_those_of_one_process(tiny_config: str, tmp_path:
     run_all(1, {path: case(tiny_config, path, row, "--layerwise") for row, path in alone.items()}, tmp_path)
     run_all(2, {path: case(tiny_config, path, row, "--layerwise") for row, path in shared.items()}, tmp_path)
     assert not [words for row in rows if (words := compare(alone[row], shared[row], 1e-5))]
+
+
+OWN = Path(__file__).parent / "own_methods.py"
+
+
+@pytest.mark.slow
+def test_methods_of_files_are_those_of_one_process(tiny_config: str, tmp_path: Path) -> None:
+    """A class of torch's, one of one's own, and a rule around GaLore, which is the shipped row that it repeats."""
+    rate = ("--lr", "0.003")
+    low_rank = ("--rank", "4", "--update-proj-gap", "5")
+    own = {
+        "lion": (f"{OWN}:Lion", *rate),
+        "adagrad": ("torch.optim:Adagrad", *rate),
+        "own_fira": (f"{OWN}:Fira", *rate, *low_rank),
+    }
+    alone = {tmp_path / f"{name}-1": words for name, words in own.items()}
+    alone[tmp_path / "fira"] = ("fira", *rate)
+    shared = {tmp_path / f"{name}-2": words for name, words in own.items()}
+    run_all(1, {path: case(tiny_config, path, *words) for path, words in alone.items()}, tmp_path)
+    run_all(2, {path: case(tiny_config, path, *words) for path, words in shared.items()}, tmp_path)
+    found = [compare(tmp_path / f"{name}-1", tmp_path / f"{name}-2", 1e-5) for name in own]
+    found.append(compare(tmp_path / "fira", tmp_path / "own_fira-1", 1e-5))
+    assert not [words for words in found if words]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "code", "told"),
+    [
+        ("raises.py:Lion", 2, "--optim raises.py cannot be loaded: RuntimeError: no luck (raises.py, line 2)"),
+        (
+            f"{OWN}:RaisesWhenMade",
+            2,
+            f"--optim {OWN}:RaisesWhenMade: the rule cannot be made: KeyError: 'b' (own_methods.py, ",
+        ),
+        (f"{OWN}:RaisesLater", 1, "ArithmeticError: it does not add up (--debug shows where)"),
+        ("torch.optim:LBFGS", 2, "--optim torch.optim:LBFGS: LBFGS evaluates the loss itself (closure)"),
+    ],
+    ids=["at import", "when made", "at the first update", "refused"],
+)
+def test_what_every_process_finds_in_a_method_is_told_once(
+    method: str, code: int, told: str, tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one of them, and all end."""
+    monkeypatch.chdir(tmp_path)
+    Path("raises.py").write_text("\nraise RuntimeError('no luck')")
+    words = case(tiny_config, tmp_path / "run", method, "--lr", "0.003")
+    codes, said = ended(2, COMMAND_LINE, tmp_path, *words)
+    assert codes == [code] * 2, said
+    (line,) = [line for line in said.splitlines() if "Error: " in line]
+    assert f"Error: {told}" in line
 
 
 @pytest.mark.slow

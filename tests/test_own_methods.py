@@ -106,6 +106,19 @@ class Square(SignSGD):
         return {}
 
 
+@dataclass(frozen=True)
+class Unmade(SignSGD):
+    table: int = field(default_factory=lambda: {}["b"])
+
+
+@dataclass(frozen=True)
+class NotSquare(SignSGD):
+    def init(self, like, shard=None):
+        if like.shape[0] == like.shape[-1]:
+            raise ArithmeticError("it is square")
+        return {}
+
+
 class Loose(UpdateRule):
     def init(self, like, shard=None):
         return {}
@@ -184,6 +197,11 @@ def executed() -> int:
         (
             "mine.py:Raises",
             "--optim mine.py:Raises cannot update a 6 × 8 matrix: ArithmeticError: it does not add up (mi",
+        ),
+        ("mine.py:Unmade", "--optim mine.py:Unmade: the rule cannot be made: KeyError: 'b' (mine.py, line"),
+        (
+            "mine.py:NotSquare",
+            "--optim mine.py:NotSquare cannot update a 256 × 256 matrix: ArithmeticError: it is square (mine.py, line",
         ),
         ("mine.py:Loose", "--optim mine.py:Loose: Loose must be a dataclass: write @dataclass(frozen=True) above"),
     ],

@@ -12,7 +12,10 @@ from torch import Tensor
 from galore_pretrain.optim import GaLore, GaLoreAdamW, RuleOptimizer
 from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.build import build_rules
+from galore_pretrain.optim.execution import Skips
 from galore_pretrain.optim.methods import ROWS
+from galore_pretrain.optim.moments import Blockwise8bit, Dense
+from galore_pretrain.optim.natural import Natural
 from galore_pretrain.optim.projector import BASES, random_basis
 from galore_pretrain.optim.sgd import SGD
 from galore_pretrain.optim.update import Step
@@ -103,6 +106,66 @@ def test_reset_begins_anew_with_every_basis() -> None:
             other = fresh.init(torch.zeros(12, 10))
         expected = fresh.full_update(grad, other, Step((count - 1) % 5 + 1))
         assert torch.equal(direction.whole() * direction.factor, expected.whole() * expected.factor)
+
+
+@pytest.mark.parametrize("store", [Dense(), Blockwise8bit()], ids=["dense", "8bit"])
+@pytest.mark.parametrize(("is_valid", "is_found"), [(True, True), (True, False), (False, True), (False, False)])
+def test_reset_begins_anew_where_the_update_counts(store: Any, is_valid: bool, is_found: bool) -> None:
+    """Also where the refresh fails, but not where the update is skipped, which a device alone may know."""
+    rule = GaLore(Adam(store=store), rank=64, refresh="together", update_proj_gap=2, moments="reset")
+    state = rule.init(torch.zeros(64, 96))
+    grads = [torch.randn(64, 96, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    for count in (1, 2):
+        rule.full_update(grads[count - 1], state, Step(count))
+    before = {name: value.clone() for name, value in state.items()}
+    step = Step(3, valid=torch.tensor(is_valid))
+    found = rule.find_bases(grads[2], state, step)
+    rule.set_bases(found._replace(found=torch.tensor(is_found)), state, step)
+    for name, value in state.items():
+        if name == "left_basis":
+            assert torch.equal(value, before[name]) != (is_valid and is_found)
+        elif is_valid:
+            assert not value.any(), name
+        else:
+            assert torch.equal(value, before[name]), name
+    assert [bool(failure) for failure in step.failures] == ([] if is_found else [is_valid])
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "galore" in row])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_changes_no_moments_at_a_refresh(row: str, bad: float) -> None:
+    """Under ``reset``. They begin anew with the next refresh."""
+    rule, _ = build_rules(row, "sound", rank=64, update_proj_gap=3, moments="reset", refresh="together")
+    (p,) = parameters([(64, 96)])
+    optimizer = RuleOptimizer([{"params": [p], "rule": rule}], lr=0.01)
+    for count in range(1, 8):
+        p.grad = torch.randn(64, 96, generator=torch.Generator().manual_seed(count))
+        if count == 4:
+            p.grad[5, 7] = bad
+        before = {name: value.clone() for name, value in optimizer.tensors(p).items()}
+        weight = p.detach().clone()
+        optimizer.step()
+        is_same = all(torch.equal(value, before[name]) for name, value in optimizer.tensors(p).items())
+        assert is_same == torch.equal(p, weight) == (count == 4)
+    assert optimizer.read_skips() == Skips(skipped=1)
+
+
+def test_products_of_a_history_that_a_skipped_refresh_left_are_those_of_its_gradients() -> None:
+    """Though updates are counted anew, as if the history had been begun anew."""
+    rule = GaLore(
+        Natural(Adam(), history=4), rank=4, refresh="together", update_proj_gap=8, moments="reset", basis="svd"
+    )
+    (p,) = parameters([(8, 12)])
+    optimizer = RuleOptimizer([{"params": [p], "rule": rule}], lr=0.01)
+    for count in range(1, 12):
+        p.grad = torch.randn(8, 12, generator=torch.Generator().manual_seed(count)) + 3
+        if count == 9:
+            p.grad[5, 7] = torch.inf
+        optimizer.step()
+    state = optimizer.tensors(p)
+    history = state["history"].double()
+    assert (history != 0).any(1).all()
+    assert torch.allclose(state["gram"], history @ history.T, rtol=1e-6)
 
 
 @pytest.mark.parametrize("moments", ["keep", "project", "reset"])

@@ -15,6 +15,8 @@ from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
 
+_BLOCK = 256  # elements of a moment in 8 bits that share a scale
+
 
 @dataclass(frozen=True)
 class Adafactor(UpdateRule):
@@ -169,7 +171,8 @@ class Adafactor(UpdateRule):
         return Direction(direction)
 
     # The first moment averages directions, not gradients: m ← β₁ m + (1 − β₁) · direction. The direction is multiplied
-    # out a block of rows at a time, so that its m × n never exist in fp32.
+    # out a block of rows at a time, so that its m × n never exist in fp32. A store can be cut at multiples of 256 alone
+    # where it keeps bytes. These are no direction, so m is copied, in the gradient's dtype, before it is written there.
     def _averaged(
         self,
         direction: Direction,
@@ -181,6 +184,13 @@ class Adafactor(UpdateRule):
         grad = direction.left
         width = grad.shape[1:].numel()
         rows = _rows(grad)
+        if self.store.in_blocks(state, "exp_avg"):
+            together = _BLOCK // math.gcd(_BLOCK, width)
+            rows = max(1, rows // together) * together
+        averages = state["exp_avg"]
+        if not self.store.is_dense:
+            averages = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        flat_averages = averages.view(-1)
         for start, stop in chunks(grad, grad.shape[0], rows):
             first = start * width
             last = stop * width
@@ -189,8 +199,10 @@ class Adafactor(UpdateRule):
             average = self.store.read(part, "exp_avg", part_step)
             average.mul_(beta1)
             average.add_(direction.part(start, stop).whole().reshape(-1), alpha=1 - beta1)
+            if not self.store.is_dense:
+                flat_averages[first:last] = average
             self.store.write(part, "exp_avg", average, part_step)
-        return Direction(state["exp_avg"])
+        return Direction(averages)
 
     # The same algorithm with the published code's own operations, so that results agree bit for bit: means by mul and
     # add where `_factored` has lerp, U multiplied out in fp32, and the learning rate inside the first moment.

@@ -179,7 +179,7 @@ class Apollo(OuterRule):
         """Return the step of the low-rank gradient."""
         if step.shard is None:
             return step
-        low_step = replace(step, shard=self._low_shard(step.shard))
+        low_step = replace(step, shard=self._low_shard(step.shard), start=0)
         return low_step.placed()
 
     def change_basis(self, state: State, change: BasisChange, step: Step) -> None:

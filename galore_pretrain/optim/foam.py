@@ -103,8 +103,8 @@ class Foam(UpdateRule):
             part: State = {}
             for name in self.stores():
                 part |= self.store.narrow(state, name, start * blocks, stop * blocks)
-            # Random bits are counted from the first row of the whole matrix.
-            part_step = step.at((first_row + start) * blocks)
+            # Random bits are counted from the first row of the whole matrix, by moments, not by its elements.
+            part_step = replace(step, start=(first_row + start) * blocks)
             # `pad` makes a copy, also where there is nothing to pad: it may be overwritten.
             padded = pad(grad[start:stop].float(), (0, blocks * block - n))
             in_blocks = padded.view(stop - start, blocks, block)

@@ -261,15 +261,18 @@ class GaLore(OuterRule):
         found = torch.ones((), device=device)
         return NewBases(_empty_in_fp32(left), _empty_in_fp32(right), found)
 
-    # Nobody waits to see `new.found`: all that is written depends on it, on the device. A failed refresh changes
-    # neither basis nor moments, but for ``reset``, whose moments begin anew whenever a refresh is due.
+    # Nobody waits to see `new.found` or `step.valid`: all that is written depends on them, on the device. A failed
+    # refresh changes neither basis nor moments, but for ``reset``, whose moments begin anew whenever a refresh is due.
+    # An update that is skipped leaves these too. The count of their bias corrections is the host's, which knows of no
+    # skip, and begins anew all the same: with the old moments, Adam's updates are too small until the next refresh.
     def set_bases(self, new: NewBases, state: State, step: Step) -> None:
         """Take new bases and tell the inner rule; what failed is noted in ``step.failures``."""
         left, right = self.bases(state)
         has_moments = step.count > 1
         if has_moments and self.moments == "reset":
             for value in self._inner_state(state).values():
-                value.zero_()
+                zero = value.new_zeros(())
+                step.store(value, zero.expand_as(value))
         _note_failure(new.found, step)
         if has_moments and self.moments != "reset":
             change = BasisChange()
@@ -313,7 +316,7 @@ class GaLore(OuterRule):
         if step.shard is None:
             return step
         low_shard = _low_shard(state, step.shard)
-        low_step = replace(step, shard=low_shard)
+        low_step = replace(step, shard=low_shard, start=0)
         return low_step.placed()
 
 

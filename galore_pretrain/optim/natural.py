@@ -108,8 +108,7 @@ class Natural(OuterRule):
         length = _padded(elements)
         padded = torch.zeros(length, dtype=torch.float32, device=device)
         padded[:elements] = grad.reshape(-1)
-        columns = min(step.count, self.history)
-        slots = [self._slot(state, i) for i in range(columns)]
+        slots = [self._slot(state, i) for i in range(self.history)]
         newest = (step.count - 1) % self.history
         newest_step = step.at(newest * length)
         # A store may overwrite what it is given with rounded values, and `padded` is still needed.
@@ -130,7 +129,8 @@ class Natural(OuterRule):
 
     # Only one row and column of the Gram matrix HᵀH change, those of the newest gradient. They are its products with
     # all columns: s dot products of n elements, summed over the processes that share g out. Columns that are not filled
-    # yet have products of 0, and so get weights of 0.
+    # yet have products of 0, and so get weights of 0. The count does not say which these are: where a refresh is
+    # skipped, it begins anew and the history does not (`GaLore.set_bases`).
     def _weights(
         self,
         slots: list[State],

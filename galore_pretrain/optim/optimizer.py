@@ -201,7 +201,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         elif slot.scope is Scope.ELEMENTS:
             self._update_elements(weight, pending, slot, decay)
         elif weight.numel() or slot.scope is Scope.PARTS:  # only a rule that sums over parts is handed an empty one
-            self._update(weight, pending.grad, pending.state, slot, pending.step, decay)
+            self._update(weight, pending.grad, pending.state, slot, pending.step.placed(), decay)
         if not part.is_contiguous():
             part.copy_(weight)
         if pending.step.valid is not None or pending.step.failures:
@@ -232,8 +232,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                 grad = grad.float()
             grad = torch.add(grad, slot.rule.compress(weight, state, step), alpha=decay)
         direction = slot.rule.update(grad, state, step)
-        if slot.shard is not None and slot.scope is not Scope.ELEMENTS:  # of elements, the step is placed already
-            step = step.placed()
         _subtract(self.weights, weight, direction, slot, step, decay)
 
     @torch.no_grad()

@@ -53,9 +53,9 @@ def _loaded(name: str) -> Method:
         raise ValueError(f"{name} has no home; a Method of one's own names its rule, home=':Rule'")
     _check_entry(entry)
     rule = composition_at(entry.home, name).sound
+    _try_out(rule, name)
     if not isinstance(value, Method):
         entry = _described(entry, rule)
-    _try_out(rule, name)
     if isinstance(rule, Wrapped) and not is_linear_in_rate(rule.optimizer, rule.options):
         warnings.warn(
             f"{name}: the class does more with its rate than to multiply its updates by it. Here it runs at a rate of "
@@ -101,6 +101,8 @@ def _rule(value: Any) -> UpdateRule:
             value = value()
         except TypeError as error:
             raise ValueError(f"the rule needs arguments ({error}); give each field a default") from error
+        except Exception as error:  # whatever a default or a check of the rule's own raises
+            raise ValueError(f"the rule cannot be made: {told(error)}") from error
     if not isinstance(value, UpdateRule):
         raise ValueError(
             f"{type(value).__name__} is no method: name an UpdateRule, a Composition, a torch.optim.Optimizer class "
@@ -225,15 +227,19 @@ def _described(entry: Method, rule: UpdateRule) -> Method:
     )
 
 
-# A rule that raises is to be refused before anything is read, not at the first update.
+# A rule that raises is to be refused before anything is read, not at the first update. Of a large matrix, the state
+# alone is made: that takes no time.
 def _try_out(rule: UpdateRule, name: str) -> None:
-    """Update a 6 × 8 matrix three times. ValueError where the rule raises, with what and where."""
+    """Update a 6 × 8 matrix three times, and begin a 256 × 256 one. ValueError where the rule raises, with what."""
+    size = "6 × 8"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a rank may be too large for this matrix
             _update_three_times(rule, (6, 8))
+            size = "256 × 256"
+            rule.init(torch.zeros(256, 256))
     except Exception as error:  # whatever a rule raises
-        raise ValueError(f"{name} cannot update a 6 × 8 matrix: {told(error)}") from error
+        raise ValueError(f"{name} cannot update a {size} matrix: {told(error)}") from error
 
 
 def _update_three_times(rule: UpdateRule, shape: tuple[int, ...]) -> None:

@@ -229,7 +229,8 @@ class UpdateRule(ABC):
         """Advance ``state`` by one update and return the direction. ``grad`` is what `compress` returned.
 
         State must be written through ``step.store`` or a moment store: they keep a value only if the gradient was
-        finite. Where the rule `projects`, ``grad`` may be overwritten; else it is left alone.
+        finite. ``step`` counts elements from where the part at hand begins, so that each part is rounded with the
+        random bits of its place. Where the rule `projects`, ``grad`` may be overwritten; else it is left alone.
         """
 
     def update_weight(
@@ -266,7 +267,8 @@ class UpdateRule(ABC):
         self.start(state, step)
         if self.next_refresh(step) == step.count:
             self.set_bases(self.find_bases(grad, state, step), state, step)
-        return self.update(self.compress(grad, state, step), state, step)
+        compressed = self.compress(grad, state, step)
+        return self.update(compressed, state, step.placed())
 
     def next_refresh(self, step: Step) -> int | None:
         """Return the number of the first update, from this one on, that begins with new bases; None if none does."""
@@ -322,7 +324,7 @@ class UpdateRule(ABC):
         """Return where a state tensor lies when this process holds the part ``shard`` of its parameter.
 
         None means that every process has all of it. ValueError if the tensor is not shaped as the parameter and
-        `layouts` does not name it.
+        `layouts` does not name it. That its shape is no accident is checked when an optimizer is built.
         """
         declared = self.layouts.get(name)
         if declared is Layout.EVERYWHERE:

@@ -95,10 +95,9 @@ class Scale(UpdateRule):
             average = torch.empty_like(grad, memory_format=torch.contiguous_format)
         flat_average = average.view(-1)
         flat_grad = grad.reshape(-1)
-        placed = step.placed()
         for start, stop in chunks(flat_grad, flat_grad.numel(), chunk_elements(grad.device)):
             part = self.store.narrow(state, "momentum", start, stop)
-            part_step = placed.at(start)
+            part_step = step.at(start)
             chunk = self.store.read(part, "momentum", part_step)
             chunk.lerp_(flat_grad[start:stop].to(chunk.dtype), 1 - self.momentum)
             if not self.store.is_dense:

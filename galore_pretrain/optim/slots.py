@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import State
-from galore_pretrain.optim.rule import Decay, Scope, UpdateRule
+from galore_pretrain.optim.rule import Decay, Layout, Scope, UpdateRule
 from galore_pretrain.optim.sharing import Distributor
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.rounding import derive_seed
@@ -274,6 +274,7 @@ def initial_state(slot: Slot, p: Tensor) -> State:
     state: State = {}
     for name, value in whole_state.items():
         layout = slot.rule.layout(name, whole_state, slot.shard)
+        _check_layout(slot.rule, name, layout, whole=value)
         if layout is None:
             state[name] = value
         else:
@@ -281,6 +282,8 @@ def initial_state(slot: Slot, p: Tensor) -> State:
     return state
 
 
+# A rule says of shapes how they lie (`UpdateRule.layout`), and a shape can be that of a part by accident. So it is held
+# against what the rule makes of the whole parameter.
 def _check_state(state: State, slot: Slot) -> None:
     """Raise ValueError where a name of a state is taken, or where processes cannot share a tensor of it out."""
     rule = slot.rule
@@ -288,12 +291,39 @@ def _check_state(state: State, slot: Slot) -> None:
         raise ValueError(f"{type(rule).__name__} has a state named step: updates are counted there; give another name")
     if slot.shard is None:
         return
-    entries_in_blocks: set[str] = set()
+    apart: set[str] = set()  # what is not cut as a tensor of its shape is
     for name, store in rule.stores().items():
-        if store.in_blocks(state, name):
-            entries_in_blocks.update(store.entries(state, name))
-    for name in state.keys() - entries_in_blocks:
-        rule.layout(name, state, slot.shard)  # raises where it does not know
+        if store.in_blocks(state, name) or rule.has_slots(name):
+            apart.update(store.entries(state, name))
+    whole = state
+    if not slot.gathers:
+        whole = rule.init(torch.empty(slot.shard.shape, device="meta"))
+    for name in state.keys() - apart:
+        layout = rule.layout(name, state, slot.shard)  # raises where it does not know
+        if not slot.gathers:  # else it was checked when the state was made
+            _check_layout(rule, name, layout, whole=whole[name], part=state[name])
+
+
+def _check_layout(
+    rule: UpdateRule, name: str, layout: Shard | None, *, whole: Tensor, part: Tensor | None = None
+) -> None:
+    """Raise ValueError where a state tensor does not lie as ``layout`` says.
+
+    ``whole`` is that of the whole parameter, and ``part`` that of this process's part of it, where the rule makes one.
+    """
+    shapes = [tuple(whole.shape)]
+    if part is not None:
+        shapes.append(tuple(part.shape))
+    expected = [shapes[0], shapes[0]]
+    if layout is not None:
+        expected = [layout.shape, layout.part_shape]
+    if shapes != expected[: len(shapes)]:
+        found = " and of a part ".join(map(str, shapes))
+        raise ValueError(
+            f"the state tensor {name} of {type(rule).__name__} is of a whole parameter {found}, where "
+            f"{' and '.join(map(str, expected))} were expected: say in layouts how it is shared out "
+            f"({', '.join(kind.name for kind in Layout)})"
+        )
 
 
 def _cannot_share(rule: UpdateRule, what: str) -> str:

@@ -55,10 +55,10 @@ class Step:
         )
 
     def placed(self) -> "Step":
-        """Return the update counted from where the part at hand begins in the whole tensor."""
+        """Return the update counted from where the part at hand begins in the whole tensor; itself, if it is so."""
         if self.shard is None:
             return self
-        return self.at(self.shard.offset)
+        return self.at(self.shard.offset - self.start)
 
     def total(self, part: Tensor) -> Tensor:
         """Return a sum over all elements of the tensor, from ``part``, the sum over the elements at hand."""

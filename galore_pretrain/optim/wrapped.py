@@ -44,8 +44,9 @@ class Wrapped(UpdateRule):
 
     Probes decide whether that is the class's own update. It must not depend on the weight, on what other parameters do,
     or on anything but ``state[p]`` that lasts from update to update; else ValueError says so. If it is the same for a
-    matrix as for its halves, processes can share a tensor out; else it is gathered (`Scope.WHOLE`). They are of 24
-    updates: what a class does later, or from a size on that is beyond 128 × 256, they do not see.
+    matrix as for its halves, and so are the shapes of what the class keeps, processes can share a tensor out; else it
+    is gathered (`Scope.WHOLE`). The probes are of 24 updates: what a class does later, or from a size on that is beyond
+    128 × 256, they do not see.
 
     A class may look at the values of its state, and this rule does, so a GPU is waited for at each update of a tensor.
     """
@@ -94,9 +95,12 @@ class Wrapped(UpdateRule):
 
     def layout(self, name: str, state: State, shard: Shard) -> Shard | None:
         """Return where a state tensor lies: with the parameter if it has its shape, else whole on every process."""
-        if tuple(state[name].shape) in (shard.part_shape, shard.shape):
-            return shard
-        return None
+        if self.scope is Scope.PARTS:
+            return shard if tuple(state[name].shape) == shard.part_shape else None
+        # Of the whole parameter: the class may keep something of one shape, which is that of a part by accident.
+        kept = _kept_by(self.optimizer, self.options, shard.shape)
+        shapes = {_ours(entry): how.shape for entry, how in kept.items()}
+        return shard if shapes.get(name) == shard.shape else None
 
     # A class makes its state at its first update, and only it knows with which values. So its first one is made without
     # any, and later ones with what the one before has left. An update that is dropped must leave nothing.
@@ -114,7 +118,6 @@ class Wrapped(UpdateRule):
             optimizer.state[scratch] = {name: how.restored(state[_ours(name)]) for name, how in kept.items()}
         scratch.grad = grad.to(torch.float32, copy=True)  # which the class may change
         optimizer.step()
-        step = step.placed()
         for name, value in optimizer.state[scratch].items():
             if value is not None:
                 target = state[_ours(name)]
@@ -267,9 +270,23 @@ def _scope_of(optimizer: OptimizerClass, options: Options) -> Scope:
             "updates make each by itself"
         )
     large = torch.randn(3, *_LARGE, generator=generator, dtype=torch.float64)
+    if not _is_kept_by_element(optimizer, options):
+        return Scope.WHOLE
     if _are_alike_in_halves(optimizer, options, first) and _are_alike_in_halves(optimizer, options, large):
         return Scope.PARTS
     return Scope.WHOLE
+
+
+def _is_kept_by_element(optimizer: OptimizerClass, options: Options) -> bool:
+    """Return whether what a class keeps of a matrix and of its halves has their shape, but for single numbers."""
+    for shape in ((6, 8), (3, 8), (6, 4)):
+        try:
+            kept = _kept_by(optimizer, options, shape)
+        except ValueError:  # it refuses such a shape
+            return False
+        if any(how.shape not in ((), shape) for how in kept.values()):
+            return False
+    return True
 
 
 def _are_alike_in_halves(optimizer: OptimizerClass, options: Options, grads: Tensor) -> bool:
