@@ -156,11 +156,13 @@ class GaLore(OuterRule):
         """
         shard = step.shard
         left, right = self._bases_at_hand(state, step)
+        in_use = right if left is None else left
+        assert in_use is not None
         if self.upcast:
             grad = grad.float()
         if self.published:
             low = project(grad, left, right).contiguous()
-        elif grad.dtype == torch.float32 and _are_fp32(left, right):
+        elif grad.dtype == torch.float32 == in_use.dtype:
             # These are the products of `project_fast`, without the calls: a small matrix takes no longer than they do.
             low = grad
             if right is not None:
@@ -205,9 +207,9 @@ class GaLore(OuterRule):
         if step.shard is not None:
             low_step = self.compressed_step(state, step)
         if self.moments == "reset":  # the bias corrections begin anew with the moments
-            low_step = replace(low_step, count=self._age(step))
+            low_step = replace(low_step, count=_age(self, step))
         dtype = grad.dtype
-        inner_state = self._inner_state(state)
+        inner_state = _inner_state(self, state)
         if grad.numel() <= SMALL_CHUNK:
             low = self.inner.update(grad, inner_state, low_step)
         else:
@@ -237,13 +239,6 @@ class GaLore(OuterRule):
         """Random bases have nothing of the gradient in them."""
         return is_drawn(self.basis)
 
-    def _age(self, step: Step) -> int:
-        """Return the number of the update among those since the last refresh that was due, from 1."""
-        since = _since_first_refresh(self.refresh, self.update_proj_gap, step)
-        if since < 0:
-            return step.count
-        return since % self.update_proj_gap + 1
-
     def find_bases(self, grad: Tensor, state: State, step: Step) -> NewBases:
         """Return new bases from the whole gradient; those in use, and false, where a decomposition raises."""
         if self.upcast:
@@ -270,7 +265,7 @@ class GaLore(OuterRule):
         left, right = self.bases(state)
         has_moments = step.count > 1
         if has_moments and self.moments == "reset":
-            for value in self._inner_state(state).values():
+            for value in _inner_state(self, state).values():
                 zero = value.new_zeros(())
                 step.store(value, zero.expand_as(value))
         _note_failure(new.found, step)
@@ -280,19 +275,12 @@ class GaLore(OuterRule):
                 change = _overlap(left, right, new)
             low_step = self.compressed_step(state, step)
             low_step = low_step.where_valid(new.found)
-            self.inner.change_basis(self._inner_state(state), change, low_step)
+            self.inner.change_basis(_inner_state(self, state), change, low_step)
         step = step.where_valid(new.found)
         if left is not None and new.left is not None:
             step.store(left, new.left)
         if right is not None and new.right is not None:
             step.store(right, new.right)
-
-    def _inner_state(self, state: State) -> State:
-        """Return the state tensors of the inner rule."""
-        inner_state = dict(state)
-        for name in self.layouts:
-            inner_state.pop(name, None)
-        return inner_state
 
     def bases(self, state: State) -> _Bases:
         """Return the (left, right) basis in use, whole; either may be absent, not both."""
@@ -358,6 +346,14 @@ def _low_shard(state: State, shard: Shard) -> Shard | None:
     return shard.low_rank(left is not None, right is not None, rank)
 
 
+def _inner_state(rule: GaLore, state: State) -> State:
+    """Return the state tensors of the inner rule."""
+    inner_state = dict(state)
+    for name in rule.layouts:
+        inner_state.pop(name, None)
+    return inner_state
+
+
 # Refreshing all matrices at one update would stall it. So the phases of the matrices in [0, 1) spread the first
 # refreshes over T/10 updates; not over all T, since until its first refresh a matrix is projected by a random basis.
 def _since_first_refresh(refresh: str, gap: int, step: Step) -> int:
@@ -367,6 +363,14 @@ def _since_first_refresh(refresh: str, gap: int, step: Step) -> int:
         spread = max(1, gap // 10)
         first += int(step.phase * spread)
     return step.count - first
+
+
+def _age(rule: GaLore, step: Step) -> int:
+    """Return the number of the update among those since the last refresh that was due, from 1."""
+    since = _since_first_refresh(rule.refresh, rule.update_proj_gap, step)
+    if since < 0:
+        return step.count
+    return since % rule.update_proj_gap + 1
 
 
 # LAPACK, on a CPU, raises where it fails. On a device a failure shows in the values alone, so ``found`` is a tensor
@@ -416,12 +420,6 @@ def _overlap(left: Tensor | None, right: Tensor | None, new: NewBases) -> BasisC
     if right is not None and new.right is not None:
         right_overlap = right.float() @ new.right.T
     return BasisChange(True, left_overlap, right_overlap)
-
-
-def _are_fp32(left: Tensor | None, right: Tensor | None) -> bool:
-    """Return whether the bases that there are, are fp32."""
-    basis = right if left is None else left
-    return basis is not None and basis.dtype == torch.float32
 
 
 def _in_fp32(basis: Tensor | None) -> Tensor | None:

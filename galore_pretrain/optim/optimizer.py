@@ -154,9 +154,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             return False
         return self.pending.are_zero(params)
 
-    # Every update begins here, whoever makes it.
     def follow_groups(self) -> None:
-        """Go on with the parameters that the groups have now. Subclasses follow settings in the groups as well."""
+        """Go on with the parameters that the groups have now, as every update does. Subclasses follow settings too."""
         if not _are_as_seen(self.param_groups, self._seen):
             self.slots.renew()
             self._seen = [(group.get("first_index", 0), list(group["params"])) for group in self.param_groups]
