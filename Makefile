@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[sample,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[sample,dev,kernels]'
 	touch $@
 
 demo: $(VENV)/.installed            ## pretrain on the embedded text and say where the curve lies

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim import METHODS, OPTIONS
+from galore_pretrain.tensors.rounding import RandomBits
 
 
 def meant_for(row: str, **options: Any) -> dict[str, Any]:
@@ -39,3 +40,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr(i)
         optimizer.step()
+
+
+def random_bits(seed: int, table_seed: int = 0) -> RandomBits:
+    """The streams of random bits of ``seed``, from a table of its own."""
+    table = RandomBits.table(table_seed, torch.device("cpu"))
+    return RandomBits(lambda: table, seed)

@@ -9,15 +9,14 @@ from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.foam import Foam
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
 from galore_pretrain.tensors.chunks import SMALL_CHUNK
-from galore_pretrain.tensors.rounding import RandomBits
 from galore_pretrain.tensors.shards import Shard
 from parts import updates, updates_in_parts
-from prescribed import gradients, parameters, train
+from prescribed import gradients, parameters, random_bits, train
 from temporaries import largest
 
 SHAPES = [(24, 10), (10, 24), (16, 16), (1, 9), (12, 1), (7, 3)]
 """With blocks of four, some rows end in a block of one, two or three elements."""
-BITS = RandomBits(RandomBits.table(0, torch.device("cpu")), 1)
+BITS = random_bits(1)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -11,10 +11,9 @@ from galore_pretrain.optim.moments import Blockwise8bit, Dense
 from galore_pretrain.optim.muon import Muon
 from galore_pretrain.optim.slots import Slot, initial_state
 from galore_pretrain.tensors.chunks import SMALL_CHUNK
-from galore_pretrain.tensors.rounding import RandomBits
 from galore_pretrain.tensors.shards import Shard
 from parts import updates
-from prescribed import parameters, train
+from prescribed import parameters, random_bits, train
 from temporaries import largest
 
 SHAPES: list[tuple[int, ...]] = [(24, 10), (10, 24), (16, 16), (1, 12), (12, 1), (600, 500)]
@@ -55,7 +54,7 @@ def test_weights_are_torchs_bit_for_bit(dtype: torch.dtype, store: Dense, roundi
 
 def test_a_bf16_momentum_that_is_rounded_stochastically_stays_near() -> None:
     grads = [draw(40, 24, seed=i).bfloat16() for i in range(20)]
-    bits = RandomBits(RandomBits.table(0, torch.device("cpu")), 1)
+    bits = random_bits(1)
     found, rounded = updates(Muon(), grads, Step(1, bits=bits))
     expected, exact = updates(Muon(), [grad.float() for grad in grads], Step(1))
     assert rounded["momentum"].dtype == torch.bfloat16

@@ -28,7 +28,7 @@ from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import DenseWeights
 from galore_pretrain.tensors import products
 from galore_pretrain.tensors.rounding import PERIOD, RandomBits, round_stochastic
-from prescribed import gradients, meant_for, parameters, train
+from prescribed import gradients, meant_for, parameters, random_bits, train
 
 galore_torch = pytest.importorskip("galore_torch", reason="the authors' package is a dev dependency")
 SHAPES = [(24, 40), (40, 24), (32, 32)]
@@ -360,7 +360,7 @@ def test_std_projects_the_side_that_leaves_less() -> None:
 
 
 def bits_for(seed: int) -> RandomBits:
-    return RandomBits(RandomBits.table(seed, torch.device("cpu")), seed)
+    return random_bits(seed, seed)
 
 
 def test_stochastic_rounding_keeps_the_mean_and_neighbours() -> None:

@@ -21,12 +21,11 @@ from galore_pretrain.optim.methods import ROWS
 from galore_pretrain.optim.moments import Blockwise8bit, State
 from galore_pretrain.optim.scale import Scale
 from galore_pretrain.optim.wrapped import Wrapped
-from galore_pretrain.tensors.rounding import RandomBits
 from galore_pretrain.tensors.shards import Shard
 from parts import updates, updates_in_parts
-from prescribed import meant_for
+from prescribed import meant_for, random_bits
 
-BITS = RandomBits(RandomBits.table(0, torch.device("cpu")), 5)
+BITS = random_bits(5)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from galore_pretrain.optim import GlobalStep, Layerwise, RuleOptimizer, Step
 from galore_pretrain.optim.moments import Blockwise8bit, Dense
 from galore_pretrain.optim.scale import Scale
 from galore_pretrain.tensors.chunks import SMALL_CHUNK
-from galore_pretrain.tensors.rounding import RandomBits
 from parts import updates, updates_in_parts
-from prescribed import gradients, parameters, train
+from prescribed import gradients, parameters, random_bits, train
 from temporaries import largest
 
 Axis = Literal["rows", "columns"]
@@ -151,7 +150,7 @@ def test_two_processes_are_one(dim: int, cut: int, axis: Axis, momentum: float) 
 
 
 def test_two_processes_that_share_rows_round_as_one() -> None:
-    bits = RandomBits(RandomBits.table(0, torch.device("cpu")), 1)
+    bits = random_bits(1)
     grads = [draw(24, 10, seed=i).bfloat16() for i in range(5)]
     rule = Scale("rows", 0.9)
     expected, whole = updates(rule, grads, Step(1, bits=bits))

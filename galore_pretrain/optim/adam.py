@@ -1,7 +1,7 @@
 """Adam and AdamW as an update rule."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rule import BasisChange, Decay, Direction, Scope, UpdateRule
 from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors import fused
 from galore_pretrain.tensors.shards import Shard
 
 
@@ -59,6 +60,8 @@ class Adam(UpdateRule):
     # an update waits for.
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         """Advance both moments by ``grad`` and return the direction, shaped as ``grad``."""
+        if self._has_kernel(grad.device):
+            return Direction(self._direction_by_kernel(grad, state, step))
         if not self.store.is_dense and not self.scaled:
             fused = self.store.fused_adam(grad, state, step, self.betas, self.eps)
             if fused is not None:
@@ -97,6 +100,9 @@ class Adam(UpdateRule):
         Return False, and do nothing, where the kernel behind ``torch.optim.AdamW(fused=True)`` computes something else
         than this rule. All tensors are flat. In bf16 it works on fp32 copies, whose results are rounded together.
         """
+        if self._has_kernel(weight.device):
+            self._update_by_kernel(weight, grad, state, step, decay)
+            return True
         if not self._is_plain:
             return False
         m = state["exp_avg"]
@@ -117,9 +123,9 @@ class Adam(UpdateRule):
         step.store_together((weight, m, v), copies[:3])
         return True
 
-    def needs_chunks(self, step: Step, dtype: torch.dtype) -> bool:
-        """Return whether a large tensor is updated by chunks; torch's kernel makes no temporaries to keep small."""
-        return not self.kernel_suffices(step, dtype)
+    def needs_chunks(self, step: Step, dtype: torch.dtype, device: torch.device) -> bool:
+        """Return whether a large tensor is updated by chunks; kernels make no temporaries to keep small."""
+        return not (self._has_kernel(device) or self.kernel_suffices(step, dtype))
 
     def kernel_suffices(self, step: Step, dtype: torch.dtype) -> bool:
         """Return whether torch's kernel, given whole tensors of that dtype, does what this rule does.
@@ -131,6 +137,43 @@ class Adam(UpdateRule):
         if dtype == torch.bfloat16:
             return step.bits is None
         return dtype == torch.float32
+
+    def _has_kernel(self, device: torch.device) -> bool:
+        """Return whether kernels of our own run on ``device``, and do what this rule does, rounding included."""
+        if self.scaled or self.decay == "after" or not self.store.computes_in_fp32:
+            return False
+        return fused.runs_on(device)
+
+    def _update_by_kernel(self, weight: Tensor, grad: Tensor, state: State, step: Step, decay: float) -> None:
+        """Update a flat weight and both moments in one pass over memory."""
+        numbers = replace(self._numbers(step.count), lr=step.lr, decay=decay, l2=self.decay == "l2")
+        noise = step.noise("weight")
+        if self.store.in_blocks(state, "exp_avg"):
+            m = self.store.blocks(state, "exp_avg")
+            v = self.store.blocks(state, "exp_avg_sq")
+            fused.adam_8bit_(weight, grad, m, v, numbers, noise, step.valid)
+        else:
+            fused.adam_(weight, grad, state["exp_avg"], state["exp_avg_sq"], numbers, noise, step.valid)
+
+    def _direction_by_kernel(self, grad: Tensor, state: State, step: Step) -> Tensor:
+        """Advance both moments in one pass over memory and return the direction, in the dtype of ``grad``."""
+        numbers = self._numbers(step.count)
+        grad = grad.contiguous()
+        if self.store.in_blocks(state, "exp_avg"):
+            m = self.store.blocks(state, "exp_avg")
+            v = self.store.blocks(state, "exp_avg_sq")
+            return fused.adam_8bit_direction(grad, m, v, numbers, step.valid)
+        return fused.adam_direction(
+            grad, state["exp_avg"], state["exp_avg_sq"], numbers, step.noise("exp_avg"), step.valid
+        )
+
+    def _numbers(self, count: int) -> fused.AdamNumbers:
+        """Return the numbers of update ``count`` as kernels take them; see `_composed` for the two formulas."""
+        correction1, correction2 = self._corrections(count)
+        beta1, beta2 = self.betas
+        if self.formula == "transformers":
+            return fused.AdamNumbers(beta1, beta2, factor=correction2 / correction1, root=1.0, eps=self.eps)
+        return fused.AdamNumbers(beta1, beta2, factor=1 / correction1, root=1 / correction2, eps=self.eps)
 
     @cached_property
     def _is_plain(self) -> bool:

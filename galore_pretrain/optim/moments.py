@@ -12,10 +12,10 @@ from torch import Tensor
 
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.fused import BLOCK, Moment8bit
 from galore_pretrain.tensors.shards import Shard
 
 State = dict[str, Tensor]
-_BLOCK = 256  # elements that share a scale: bitsandbytes' own block, and the only one its optimizers know
 _SMALL = 4096  # elements below which bitsandbytes keeps a moment in fp32
 _codes: dict[tuple[torch.device, bool], Tensor] = {}
 
@@ -56,12 +56,21 @@ class MomentStore(Protocol):
     is_dense: ClassVar[bool]
     """Whether a moment is one tensor of its own shape."""
 
+    @property
+    def computes_in_fp32(self) -> bool:
+        """Return whether what `read` returns, and the rule computes with, is fp32."""
+        ...
+
     def entries(self, state: State, name: str) -> tuple[str, ...]:
         """Return the names of the entries of ``state`` that hold the moment."""
         ...
 
     def in_blocks(self, state: State, name: str) -> bool:
         """Return whether elements of the moment share a scale, so that its bytes cannot be cut anywhere."""
+        ...
+
+    def blocks(self, state: State, name: str) -> Moment8bit:
+        """Return a moment that is kept `in_blocks` as kernels take it."""
         ...
 
     def fused_adam(
@@ -89,6 +98,11 @@ class Dense:
 
     rounding: str = "stochastic"
     is_dense: ClassVar[bool] = True
+
+    @property
+    def computes_in_fp32(self) -> bool:
+        """Return whether arithmetic is in fp32, whatever the moment's dtype."""
+        return self.rounding != "nearest"
 
     def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
         """Return one contiguous tensor of zeros, in the shape and dtype of ``like``."""
@@ -121,6 +135,10 @@ class Dense:
         """No elements share a scale."""
         return False
 
+    def blocks(self, state: State, name: str) -> Moment8bit:
+        """Raise TypeError: there are none."""
+        raise TypeError("a dense moment has no blocks")
+
     def fused_adam(
         self,
         grad: Tensor,
@@ -145,6 +163,7 @@ class Blockwise8bit:
     """
 
     is_dense: ClassVar[bool] = False
+    computes_in_fp32: ClassVar[bool] = True
 
     def zeros(self, name: str, like: Tensor, shard: Shard | None = None) -> State:
         """Return bytes of ``like``'s shape and fp32 scales, one a block; of a small moment one fp32 tensor."""
@@ -153,7 +172,7 @@ class Blockwise8bit:
             return {name: torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)}
         # The map is made here, since a step of fake tensors cannot look at values.
         _code_values(signed=not name.endswith("_sq"))
-        blocks = -(-like.numel() // _BLOCK)
+        blocks = -(-like.numel() // BLOCK)
         return {
             name: torch.zeros_like(like, dtype=torch.uint8, memory_format=torch.contiguous_format),
             f"{name}_absmax": like.new_zeros(blocks, dtype=torch.float32),
@@ -174,7 +193,7 @@ class Blockwise8bit:
             moment,
             absmax=scale,
             code=_code(name, moment),
-            blocksize=_BLOCK,
+            blocksize=BLOCK,
         )
         return torch.as_tensor(values)
 
@@ -187,7 +206,7 @@ class Blockwise8bit:
 
         code = _code(name, state[name])
         with ordered_on_default_stream(value.device):
-            quantized, how = functional.quantize_blockwise(value, code=code, blocksize=_BLOCK)
+            quantized, how = functional.quantize_blockwise(value, code=code, blocksize=BLOCK)
         step.store(state[name], quantized)
         step.store(state[f"{name}_absmax"], how.absmax)
 
@@ -207,11 +226,11 @@ class Blockwise8bit:
         flat_bytes = state[name].view(-1)
         for start, stop in chunks(flat_value, flat_value.numel(), chunk_elements(value.device)):
             part = flat_value[start:stop]
-            padding = -part.numel() % _BLOCK
-            blocks = torch.nn.functional.pad(part, (0, padding)).view(-1, _BLOCK)
+            padding = -part.numel() % BLOCK
+            blocks = torch.nn.functional.pad(part, (0, padding)).view(-1, BLOCK)
             new_bytes, new_scale = _requantized(blocks, code, middles)
             flat_bytes[start:stop] = new_bytes.view(-1)[: part.numel()]
-            first_block = start // _BLOCK
+            first_block = start // BLOCK
             scale[first_block : first_block + len(blocks)] = new_scale
 
     def narrow(self, state: State, name: str, start: int, stop: int) -> State:
@@ -220,8 +239,8 @@ class Blockwise8bit:
         part = {name: flat[start:stop]}
         scale = state.get(f"{name}_absmax")
         if scale is not None:
-            first_block = start // _BLOCK
-            end_block = -(-stop // _BLOCK)
+            first_block = start // BLOCK
+            end_block = -(-stop // BLOCK)
             part[f"{name}_absmax"] = scale[first_block:end_block]
         return part
 
@@ -232,6 +251,10 @@ class Blockwise8bit:
     def in_blocks(self, state: State, name: str) -> bool:
         """Return whether the moment is large enough to be kept in blocks that share a scale."""
         return f"{name}_absmax" in state
+
+    def blocks(self, state: State, name: str) -> Moment8bit:
+        """Return the bytes, scales and code of a moment that is kept in blocks, as kernels take it."""
+        return Moment8bit(state[name], state[f"{name}_absmax"], _code(name, state[name]))
 
     def fused_adam(
         self,

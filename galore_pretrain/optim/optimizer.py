@@ -215,7 +215,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         grad = pending.grad.reshape(-1)
         total = weight.numel()
         size = total
-        if slot.rule.needs_chunks(step, weight.dtype):
+        if slot.rule.needs_chunks(step, weight.dtype, weight.device):
             size = chunk_elements(weight.device)
         for start, stop in chunks(weight, total, max(1, size)):
             state = slot.rule.narrow(pending.state, start, stop)

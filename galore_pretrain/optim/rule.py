@@ -244,7 +244,7 @@ class UpdateRule(ABC):
         """Make the whole update of ``weight`` in one pass over memory, decay included. Return False if it cannot."""
         return False
 
-    def needs_chunks(self, step: Step, dtype: torch.dtype) -> bool:
+    def needs_chunks(self, step: Step, dtype: torch.dtype, device: torch.device) -> bool:
         """Return whether a large tensor is updated chunk by chunk to keep temporaries small (`Scope.ELEMENTS`)."""
         return True
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.fused import Noise
 from galore_pretrain.tensors.rounding import RandomBits, round_stochastic
 from galore_pretrain.tensors.shards import Shard
 from galore_pretrain.tensors.values import known_true
@@ -80,6 +81,12 @@ class Step:
         if self.shard is None:
             return part.shape
         return self.shard.shape
+
+    def noise(self, stream: str) -> Noise:
+        """Return which random bits of ``stream`` a kernel rounds its results with; none where that is to nearest."""
+        if self.bits is None:
+            return Noise()
+        return Noise(self.bits.seed_of(stream), self.start)
 
     # Every result of an update passes here, so rounding and "does this result count" are answered once. Rounding an
     # fp32 value x to bf16 stochastically keeps its mean, E[stored] = x. Rounding to nearest would lose every change

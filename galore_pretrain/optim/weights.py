@@ -8,6 +8,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.rule import Direction
 from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors import fused
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.products import has_fast_bf16
 
@@ -59,6 +60,11 @@ class DenseWeights:
         """Update ``weight`` in place; a bf16 one is rounded as ``step`` says."""
         if not weight.numel():  # this process has no part of it, and rows of no length cannot be counted
             return
+        if fused.runs_on(weight.device):
+            update = _for_kernel(direction, step)
+            if update is not None:
+                _subtract_by_kernel(weight, update, decay, decay_first, step)
+                return
         if direction.rest is not None:
             _subtract_sum(weight, direction, decay, decay_first, step)
             return
@@ -78,6 +84,34 @@ class DenseWeights:
             weight.addmm_(direction.left, direction.right, alpha=alpha)
         if decay and not decay_first:
             weight.add_(weight, alpha=-decay)
+
+
+# The kernel knows a low-rank product without scales, a dense term with them, and the sum of both: GaLore's direction,
+# APOLLO's and Fira's.
+def _for_kernel(direction: Direction, step: Step) -> fused.Update | None:
+    """Return a direction as the kernel takes it; None where it has other terms than that."""
+    rate = 1.0 if direction.scaled else step.lr
+    update = fused.Update()
+    for term in direction.terms():
+        has_scales = term.row is not None or term.column is not None
+        if term.right is None and update.dense is None:
+            dense = term.left.contiguous()
+            update = replace(update, dense=dense, row=term.row, column=term.column, dense_rate=rate * term.factor)
+        elif term.right is not None and update.left is None and not has_scales:
+            update = replace(update, left=term.left, right=term.right, product_rate=rate * term.factor)
+        else:
+            return None
+    return update
+
+
+def _subtract_by_kernel(weight: Tensor, update: fused.Update, decay: float, decay_first: bool, step: Step) -> None:
+    """Subtract an update in one pass over a contiguous weight, of which one that is no matrix is taken as a row."""
+    if weight.ndim != 2:
+        dense = update.dense
+        assert dense is not None
+        weight = weight.view(1, -1)
+        update = replace(update, dense=dense.view(1, -1))
+    fused.subtract_(weight, update, decay, decay_first, step.noise("weight"), step.valid)
 
 
 def _is_plain(weight: Tensor, direction: Direction, step: Step) -> bool:

@@ -20,6 +20,7 @@ from galore_pretrain.config.options import RunConfig
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import Execution
 from galore_pretrain.tensors.chunks import ChunkSample
+from galore_pretrain.tensors.fused import runs_on
 from galore_pretrain.tensors.ledger import Ledger
 from galore_pretrain.tensors.shards import local
 from galore_pretrain.train.build import device_of, execution_for, model_for, optimizer_for, set_up_model
@@ -252,9 +253,11 @@ def make_heaviest_updates(
     for count in heaviest_updates(config, optimizer):
         for p, state in optimizer.state.items():
             # As if all updates before this one had been made: a run still holds the table that their random bits were
-            # read from. Asking for the bits of a far update makes such a table.
+            # read from. Reading a bit of a far update makes such a table; kernels read none.
             state["step"] = count - 1
-            optimizer.random_bits(p, count + 1000)
+            bits = optimizer.random_bits(p, count + 1000)
+            if bits is not None and not runs_on(p.device):
+                bits.take("weight", 0, 1)
         make_update(config, model, execution, micro_batches)
 
 

@@ -1,6 +1,8 @@
 """Stochastic rounding of fp32 numbers to bf16: its random bits, their seeds, and the rounding itself."""
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,13 +29,14 @@ _ROW_OFFSET = 65_537  # between the starts of streams that are read together
 class RandomBits:
     """Gives streams of uniform 16-bit integers for one update of one parameter.
 
-    All streams read one ``table``, each from an offset of its own that changes with every update (``seed``).
+    All streams read one table, each from an offset of its own that changes with every update (``seed``). ``table``
+    returns it: kernels that make random bits of their own, from `seed_of`, need none.
     """
 
-    def __init__(self, table: Tensor, seed: int) -> None:
+    def __init__(self, table: Callable[[], Tensor], seed: int) -> None:
         self._table = table
         self._seed = seed
-        self._offsets: dict[str, int] = {}  # the streams' starts in the table
+        self._seeds: dict[str, int] = {}  # of the streams, which also say where they start in the table
 
     @staticmethod
     def table(seed: int, device: torch.device) -> Tensor:
@@ -52,10 +55,14 @@ class RandomBits:
 
     def take(self, stream: str, start: int, count: int) -> Tensor:
         """Return a view of the numbers ``start`` to ``start + count`` of the stream; ``count`` is a chunk at most."""
-        if stream not in self._offsets:
-            self._offsets[stream] = derive_seed(self._seed, stream)
-        first = (self._offsets[stream] + start) % PERIOD
-        return self._table[first : first + count]
+        first = (self.seed_of(stream) + start) % PERIOD
+        return self._table()[first : first + count]
+
+    def seed_of(self, stream: str) -> int:
+        """Return the 63-bit seed of a stream, from which a kernel makes random bits."""
+        if stream not in self._seeds:
+            self._seeds[stream] = derive_seed(self._seed, stream)
+        return self._seeds[stream]
 
     def take_rows(self, start: int, rows: int, count: int) -> Tensor:
         """Return a view of the numbers ``start`` to ``start + count`` of each of at most four streams: rows × count.
@@ -63,7 +70,7 @@ class RandomBits:
         They are one stream, and each row starts `_ROW_OFFSET` numbers after the one before.
         """
         first = (self._seed + start) % PERIOD
-        return self._table.as_strided((rows, count), (_ROW_OFFSET, 1), first)
+        return self._table().as_strided((rows, count), (_ROW_OFFSET, 1), first)
 
 
 class NoiseTables:
@@ -79,7 +86,11 @@ class NoiseTables:
 
     def bits(self, index: int, count: int, device: torch.device) -> RandomBits:
         """Return the streams of parameter ``index`` at update ``count``."""
-        table_index = count // _UPDATES_PER_TABLE
+        table = partial(self._table, device, count // _UPDATES_PER_TABLE)
+        return RandomBits(table, derive_seed(self._seed, index, count))
+
+    def _table(self, device: torch.device, table_index: int) -> Tensor:
+        """Return a table on a device, made when it is first read from."""
         key = (device, table_index)
         if key not in self._tables:
             if len(self._tables) >= _TABLES_KEPT:
@@ -87,7 +98,7 @@ class NoiseTables:
                 del self._tables[oldest]
             table_seed = derive_seed(self._seed, table_index)
             self._tables[key] = RandomBits.table(table_seed, device)
-        return RandomBits(self._tables[key], derive_seed(self._seed, index, count))
+        return self._tables[key]
 
 
 # bf16 is the upper half of fp32. The lower half, 16 bits, says how far the value is from the bf16 number below to the

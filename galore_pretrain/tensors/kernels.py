@@ -1,0 +1,298 @@
+"""Triton kernels of an update: each reads and writes its tensors once. `fused` makes operations of them.
+
+All arithmetic is in fp32. A bf16 result is rounded stochastically, with 16 random bits by Philox (Salmon et al. 2011)
+from a seed and the element's place: the same bits however a tensor is cut into programs, and on every device.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(256)  # elements that share a scale of 8-bit moments
+
+
+# bf16 is the upper half of fp32. A number of 16 bits that is added to the lower half carries into the upper one: a
+# uniform one with the probability that keeps the mean (see `round_stochastic`); half a unit, less the half's last bit
+# where that is even, as rounding to nearest wants it. A NaN must not carry: it could become a number.
+@triton.jit
+def _rounded(x, noise, STOCHASTIC: tl.constexpr):
+    """Round fp32 ``x`` to a number that bf16 holds, by the low 16 bits of ``noise`` or to nearest."""
+    bits = x.to(tl.int32, bitcast=True)
+    if STOCHASTIC:
+        carry = noise.to(tl.int32, bitcast=True) & 0xFFFF
+    else:
+        carry = 0x7FFF + ((bits >> 16) & 1)
+    rounded = (bits + carry) & -65536
+    is_nan = x != x  # noqa: PLR0124
+    return tl.where(is_nan, x, rounded.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _store(at, x, inside, noise, STOCHASTIC: tl.constexpr):
+    """Store fp32 ``x`` in the dtype of the tensor that ``at`` points into."""
+    if at.dtype.element_ty == tl.bfloat16:
+        x = _rounded(x, noise, STOCHASTIC)
+    tl.store(at, x.to(at.dtype.element_ty), mask=inside)
+
+
+# The update of Adam (arXiv 1412.6980, Algorithm 1), with what is left of its bias corrections in two numbers:
+#     direction = factor · m / (√v · root + ε)
+# The formula of torch has root = 1 / √(1 − β₂ᵗ) and factor = 1 / (1 − β₁ᵗ); see `Adam._composed` for transformers'.
+# 1 − β comes as a number of its own, since fp32 would make 1.3 · 10⁻⁵ too much of 1 − 0.999.
+@triton.jit
+def _advanced(g, m, v, beta1, rest1, beta2, rest2, factor, root, eps):
+    """Return the new moments and the direction."""
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    return m, v, factor * m / (tl.sqrt(v) * root + eps)
+
+
+# One program has SIZE elements of flat tensors. There is a weight, which takes the direction times the rate and its
+# decay, or else the direction is written out.
+@triton.jit
+def adam(
+    weight,
+    grad,
+    m_at,
+    v_at,
+    direction,
+    valid,
+    n,
+    start,
+    seed,
+    lr,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    factor,
+    root,
+    eps,
+    decay,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    L2: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Advance both moments by a gradient, and update the weight or write the direction."""
+    if HAS_VALID:
+        n = tl.where(tl.load(valid) != 0, n, 0)
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < n
+    g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(m_at + place, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_at + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+        if L2:
+            g += decay * w
+        else:
+            w -= lr * decay * w
+    m, v, update = _advanced(g, m, v, beta1, rest1, beta2, rest2, factor, root, eps)
+    of_weight, of_m, of_v, _ = tl.randint4x(seed, start + place)
+    _store(m_at + place, m, inside, of_m, STOCHASTIC)
+    _store(v_at + place, v, inside, of_v, STOCHASTIC)
+    if HAS_WEIGHT:
+        _store(weight + place, w - lr * update, inside, of_weight, STOCHASTIC)
+    else:
+        _store(direction + place, update, inside, of_weight, False)
+
+
+# Of the 256 ascending values of a code, the nearest one has the index that a search among the 255 middles finds: eight
+# times, the half that holds it.
+@triton.jit
+def _nearest(x, code):
+    """Return the index of the value of ``code`` that is nearest to each of ``x``."""
+    index = tl.zeros(x.shape, tl.int32)
+    for power in tl.static_range(8):
+        candidate = index + (128 >> power)
+        middle = (tl.load(code + candidate - 1) + tl.load(code + candidate)) * 0.5
+        index = tl.where(x > middle, candidate, index)
+    return index
+
+
+@triton.jit
+def _read_8bit(bytes_at, scales, code, place, inside, block, has_block):
+    """Return a moment (blocks × 256) in fp32: the value of each byte times the scale of its block."""
+    index = tl.load(bytes_at + place, mask=inside, other=0).to(tl.int32)
+    scale = tl.load(scales + block, mask=has_block, other=0.0)
+    return tl.load(code + index) * scale[:, None]
+
+
+@triton.jit
+def _write_8bit(moment, bytes_at, scales, code, place, inside, block, has_block):
+    """Write a moment (blocks × 256): the largest magnitude of each block as its scale, and the nearest bytes."""
+    scale = tl.max(tl.where(inside, tl.abs(moment), 0.0), axis=1)
+    divisor = tl.where(scale > 0, scale, 1.0)
+    index = _nearest(moment / divisor[:, None], code)
+    tl.store(bytes_at + place, index.to(tl.uint8), mask=inside)
+    tl.store(scales + block, scale, mask=has_block)
+
+
+# One program has BLOCKS blocks of 256 elements, each of which has a scale a moment.
+@triton.jit
+def adam_8bit(
+    weight,
+    grad,
+    m_bytes,
+    m_scales,
+    v_bytes,
+    v_scales,
+    signed_code,
+    unsigned_code,
+    direction,
+    valid,
+    n,
+    start,
+    seed,
+    lr,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    factor,
+    root,
+    eps,
+    decay,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    L2: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Advance both moments, of 8 bits, by a gradient, and update the weight or write the direction."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    if HAS_VALID:
+        n = tl.where(tl.load(valid) != 0, n, 0)
+    has_block = block * BLOCK < n
+    place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = place < n
+    g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    m = _read_8bit(m_bytes, m_scales, signed_code, place, inside, block, has_block)
+    v = _read_8bit(v_bytes, v_scales, unsigned_code, place, inside, block, has_block)
+    if HAS_WEIGHT:
+        w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+        if L2:
+            g += decay * w
+        else:
+            w -= lr * decay * w
+    m, v, update = _advanced(g, m, v, beta1, rest1, beta2, rest2, factor, root, eps)
+    _write_8bit(m, m_bytes, m_scales, signed_code, place, inside, block, has_block)
+    _write_8bit(v, v_bytes, v_scales, unsigned_code, place, inside, block, has_block)
+    of_weight, _, _, _ = tl.randint4x(seed, start + place)
+    if HAS_WEIGHT:
+        _store(weight + place, w - lr * update, inside, of_weight, STOCHASTIC)
+    else:
+        _store(direction + place, update, inside, of_weight, False)
+
+
+# W ← keep · W − (product_rate · L R + dense_rate · diag(row) · D · diag(column)) for W and D of rows × columns, L of
+# rows × r and R of r × columns; or the decay last: W ← keep · (W − …). One program has a tile of W. The product is
+# formed in its registers, so it never is in memory.
+@triton.jit
+def subtract(
+    weight,
+    left,
+    right,
+    dense,
+    row_scales,
+    column_scales,
+    valid,
+    rows,
+    columns,
+    rank,
+    left_row,
+    left_column,
+    right_row,
+    right_column,
+    start,
+    seed,
+    product_rate,
+    dense_rate,
+    keep,
+    HAS_PRODUCT: tl.constexpr,
+    HAS_DENSE: tl.constexpr,
+    HAS_ROW: tl.constexpr,
+    HAS_COLUMN: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    DECAY_FIRST: tl.constexpr,
+    IN_FP32: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    TILE_RANK: tl.constexpr,
+):
+    """Subtract a direction from a weight in place: a low-rank product, a dense term with scales, or both."""
+    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = tl.program_id(1).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    if HAS_VALID:
+        rows = tl.where(tl.load(valid) != 0, rows, 0)
+    has_row = row < rows
+    has_column = column < columns
+    inside = has_row[:, None] & has_column[None, :]
+    place = row[:, None] * columns + column[None, :]
+    update = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
+    if HAS_PRODUCT:
+        for first in range(0, rank, TILE_RANK):
+            inner = first + tl.arange(0, TILE_RANK)
+            has_inner = inner < rank
+            l = tl.load(
+                left + row[:, None] * left_row + inner[None, :] * left_column,
+                mask=has_row[:, None] & has_inner[None, :],
+                other=0.0,
+            )
+            r = tl.load(
+                right + inner[:, None] * right_row + column[None, :] * right_column,
+                mask=has_inner[:, None] & has_column[None, :],
+                other=0.0,
+            )
+            if IN_FP32:
+                l = l.to(tl.float32)
+                r = r.to(tl.float32)
+            update = tl.dot(l, r, update, input_precision="ieee")
+        update *= product_rate
+    if HAS_DENSE:
+        term = tl.load(dense + place, mask=inside, other=0.0).to(tl.float32)
+        if HAS_ROW:
+            term *= tl.load(row_scales + row, mask=has_row, other=0.0)[:, None]
+        if HAS_COLUMN:
+            term *= tl.load(column_scales + column, mask=has_column, other=0.0)[None, :]
+        update += dense_rate * term
+    w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    if DECAY_FIRST:
+        w = keep * w - update
+    else:
+        w = keep * (w - update)
+    noise, _, _, _ = tl.randint4x(seed, start + place)
+    _store(weight + place, w, inside, noise, STOCHASTIC)
+
+
+# Many tensors are summed by one launch. ``table`` has five numbers a tensor: the addresses of sum and part, the first
+# program of the tensor, its elements, and the seed of its random bits. A program finds its tensor by halving, among
+# tensors that are padded to a power of two by ones that no program reaches.
+@triton.jit
+def add_all(
+    table,
+    SUM: tl.constexpr,
+    PART: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    HALVINGS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Add a part to each of many sums in place."""
+    program = tl.program_id(0)
+    which = 0
+    for power in tl.static_range(HALVINGS):
+        candidate = which + (1 << (HALVINGS - 1 - power))
+        which = tl.where(program >= tl.load(table + 5 * candidate + 2), candidate, which)
+    total = tl.load(table + 5 * which).to(tl.pointer_type(SUM))
+    part = tl.load(table + 5 * which + 1).to(tl.pointer_type(PART))
+    first = tl.load(table + 5 * which + 2)
+    n = tl.load(table + 5 * which + 3)
+    seed = tl.load(table + 5 * which + 4)
+    place = (program - first) * SIZE + tl.arange(0, SIZE)
+    inside = place < n
+    value = tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(part + place, mask=inside, other=0.0).to(tl.float32)
+    noise, _, _, _ = tl.randint4x(seed, place)
+    _store(total + place, value, inside, noise, STOCHASTIC)

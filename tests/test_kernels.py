@@ -1,0 +1,94 @@
+"""The kernels of an update: compiled for GPUs without one, and run by Triton's interpreter in another process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the extra `kernels` is not installed")
+
+INTERPRETED = Path(__file__).parent / "interpreted"
+FLOATS = dict.fromkeys(("lr", "beta1", "rest1", "beta2", "rest2", "factor", "root", "eps", "decay"), "fp32")
+FLOATS |= dict.fromkeys(("product_rate", "dense_rate", "keep"), "fp32")
+COUNTS = dict.fromkeys(("n", "start", "rows", "columns", "rank"), "i32")
+COUNTS |= dict.fromkeys(("left_row", "left_column", "right_row", "right_column"), "i32")
+IN_FP32 = dict.fromkeys(
+    ("m_scales", "v_scales", "signed_code", "unsigned_code", "row_scales", "column_scales"), "*fp32"
+)
+OTHERS = {"seed": "i64", "valid": "*u8", "m_bytes": "*u8", "v_bytes": "*u8", "table": "*i64"}
+TILE = {"TILE_ROWS": 64, "TILE_COLUMNS": 128, "TILE_RANK": 32}
+
+
+def absent(*names: str) -> dict[str, None]:
+    return dict.fromkeys(names)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("adam", {"HAS_WEIGHT": True, "L2": False, "SIZE": 512, **absent("direction")}),
+        ("adam", {"HAS_WEIGHT": False, "L2": False, "SIZE": 512, **absent("weight")}),
+        ("adam_8bit", {"HAS_WEIGHT": True, "L2": True, "BLOCKS": 2, **absent("direction")}),
+        ("adam_8bit", {"HAS_WEIGHT": False, "L2": False, "BLOCKS": 2, **absent("weight")}),
+        (
+            "subtract",
+            {
+                "HAS_PRODUCT": True,
+                "HAS_DENSE": False,
+                "HAS_ROW": False,
+                "HAS_COLUMN": False,
+                **TILE,
+                **absent("dense", "row_scales", "column_scales"),
+            },
+        ),
+        ("subtract", {"HAS_PRODUCT": True, "HAS_DENSE": True, "HAS_ROW": True, "HAS_COLUMN": True, **TILE}),
+        (
+            "subtract",
+            {
+                "HAS_PRODUCT": False,
+                "HAS_DENSE": True,
+                "HAS_ROW": True,
+                "HAS_COLUMN": False,
+                **TILE,
+                **absent("left", "right", "column_scales"),
+            },
+        ),
+        ("add_all", {"HALVINGS": 7, "SIZE": 2048}),
+    ],
+)
+def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: str, capability: int) -> None:
+    """For an A100 and an H100, by Triton's own compiler and ptxas; what a GPU makes of it is not seen here."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from galore_pretrain.tensors import kernels
+
+    kernel = getattr(kernels, name)
+    constants = {"HAS_VALID": True, "STOCHASTIC": dtype == "*bf16", "DECAY_FIRST": True, "IN_FP32": False, **constants}
+    constants |= {"SUM": tl.bfloat16 if dtype == "*bf16" else tl.float32, "PART": tl.bfloat16}
+    signature = {}
+    for argument in kernel.arg_names:
+        signature[argument] = {**FLOATS, **COUNTS, **IN_FP32, **OTHERS}.get(argument, dtype)
+        if argument in constants:
+            signature[argument] = "constexpr"
+    used = {argument: value for argument, value in constants.items() if argument in signature}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=used)
+    options = {"num_warps": 8} if name == "subtract" else {}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 1000
+
+
+def test_kernels_are_right_under_the_interpreter() -> None:
+    """Triton looks at TRITON_INTERPRET when it is imported, which libraries do: so the tests have their own process."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert " passed" in done.stdout
