@@ -633,6 +633,8 @@ def _exit(code: int, ending: _Ending) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    if "triton" in sys.modules:  # its binding complains of every object that is not collected when Python ends
+        gc.unfreeze()
     sys.exit(code)
 
 

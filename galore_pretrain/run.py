@@ -115,6 +115,7 @@ def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable
 def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirectory, world: World) -> Prepared | None:
     """Open and check everything that a run needs before its weights; None where the run is finished already."""
     output = directory.path
+    device_of(config)  # refuses what this machine has not, for which only a plan can be made
     schedule = _schedule(config)
     resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
     config, saved = resumption.config, resumption.saved

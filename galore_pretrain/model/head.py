@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.place import is_cpu
 from galore_pretrain.tensors.products import product
 
 _HEAD_CHUNK = 512  # tokens whose logits exist at a time
@@ -100,7 +101,7 @@ def _logits_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, scale: floa
     total = hidden.new_zeros((), dtype=torch.float32)
     logits_or_gradient = hidden.new_empty(tokens, vocabulary)
     cache_rows = _HEAD_CHUNK
-    if hidden.device.type == "cpu":
+    if is_cpu(hidden.device):
         cache_rows = max(1, chunk_elements(hidden.device) // vocabulary)
     for start, stop in chunks(hidden, tokens, _HEAD_CHUNK):
         chunk = logits_or_gradient[start:stop]

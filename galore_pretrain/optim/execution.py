@@ -8,7 +8,7 @@ import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from galore_pretrain.optim.rule import NewBases, UpdateRule
 from galore_pretrain.optim.slots import Slot
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import add_rounded
+from galore_pretrain.tensors.place import is_gpu
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import local, shard_of
 from galore_pretrain.tensors.values import gradient_norm
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.optimizer import RuleOptimizer
     from galore_pretrain.optim.sharing import Distributor
 
+_MOST_UNCOUNTED = 4096  # updates of a tensor, whose flags are kept one by one
 _PATIENCE = 100  # steps after which a warning tells of skips that nobody has read
 
 
@@ -64,25 +66,39 @@ class SkipCounts:
 
     def __init__(self) -> None:
         self._counts: dict[torch.device, Tensor] = {}  # (skipped, failed refreshes), int64
+        self._steps: list[Step] = []  # that are still to be counted
         self._steps_since_taken = 0
 
     def count(self, step: Step) -> None:
         """Count what ``step`` left out. It must have a ``valid`` or ``failures``."""
-        if step.valid is None:
-            none = torch.zeros_like(step.failures[0])
-            skipped = none
-        else:
-            none = torch.zeros_like(step.valid)
-            skipped = ~step.valid
-        failures = torch.stack([none, *step.failures])
-        counts = torch.stack([skipped.long(), failures.sum()])
-        device = counts.device
-        if device in self._counts:
-            counts = self._counts[device] + counts
-        self._counts[device] = counts
+        self._steps.append(step)
+        if len(self._steps) >= _MOST_UNCOUNTED:
+            self._gather()
+
+    # The flags of many tensors are added by a few operations, where one by one would take five each.
+    def _gather(self) -> None:
+        """Add what the steps left out, all at once."""
+        devices: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+        for step in self._steps:
+            for flag in step.failures:
+                devices.setdefault(flag.device, ([], []))[1].append(flag)
+            if step.valid is not None:
+                devices.setdefault(step.valid.device, ([], []))[0].append(step.valid)
+        self._steps.clear()
+        for device, (valid, failures) in devices.items():
+            skipped = failed = torch.zeros((), dtype=torch.int64, device=device)
+            if valid:
+                skipped = (~torch.stack(valid)).sum()
+            if failures:
+                failed = torch.stack(failures).sum()
+            counts = torch.stack([skipped, failed])
+            if device in self._counts:
+                counts = self._counts[device] + counts
+            self._counts[device] = counts
 
     def take(self) -> Skips:
         """Return the counts and begin anew. Waits for the device."""
+        self._gather()
         self._steps_since_taken = 0
         skipped = 0
         failed_refreshes = 0
@@ -95,6 +111,7 @@ class SkipCounts:
 
     def end_step(self) -> None:
         """Note that ``optimizer.step`` ends, and warn its caller of skips where nobody took the counts for long."""
+        self._gather()
         self._steps_since_taken += 1
         if self._steps_since_taken < _PATIENCE:
             return
@@ -113,8 +130,9 @@ class PendingGradient:
 
     ``grad`` is m × n, or what the rule's `compress` made of that once it is ``compressed``. ``state`` and ``step`` are
     those of the update. ``refresh_due`` says that new bases are still to be found in it. ``finite``, a scalar, says
-    whether all of it was finite: on this process, and on all once it is ``synced``. ``norm`` is that of the full
-    gradient at hand, where it was measured. ``parts`` counts the gradients in the sum. ``summed`` says that its sum
+    whether all of it was finite: on this process, and on all once it is ``synced``. Until somebody asks,
+    ``own_norm`` says it, an fp32 scalar: the norm of the gradient as it came. ``norm`` is that of the full gradient at
+    hand, where it was measured. ``parts`` counts the gradients in the sum. ``summed`` says that its sum
     over replicas was begun. ``first_half`` is a copy of what half of the micro-batches came to, where the noise of the
     bases is to be measured. ``overlaps`` holds what was measured of a refresh, by the key of its metric.
     """
@@ -123,16 +141,29 @@ class PendingGradient:
     slot: Slot
     grad: Tensor
     step: Step
-    finite: Tensor
+    known_finite: Tensor | None
     state: State
     refresh_due: bool
     compressed: bool = False
     norm: Tensor | None = None
+    own_norm: Tensor | None = None
     parts: int = 1
     synced: bool = False
     summed: bool = False
     first_half: Tensor | None = None
     overlaps: dict[str, Tensor] | None = None
+
+    @property
+    def finite(self) -> Tensor:
+        """Return whether all of the gradient was finite, a boolean scalar."""
+        if self.known_finite is None:
+            assert self.own_norm is not None
+            self.known_finite = self.own_norm < math.inf
+        return self.known_finite
+
+    @finite.setter
+    def finite(self, value: Tensor) -> None:
+        self.known_finite = value
 
     @property
     def rule(self) -> UpdateRule:
@@ -254,7 +285,9 @@ class PendingGradients:
         part = self._part(p, total)
         p.grad = None
         if measure:
-            part.norm = gradient_norm(part.grad)
+            part.norm = part.own_norm
+            if part.norm is None:
+                part.norm = gradient_norm(part.grad)
         if compress and not part.refresh_due:
             part.compress()
         if total is None:
@@ -272,10 +305,11 @@ class PendingGradients:
             stream += self.distributor.stream_suffix
         add_rounded(total.grad, part.grad, part.offset_step, stream)
 
-    def _part(self, p: Tensor, total: PendingGradient | None) -> PendingGradient:
+    def _part(self, p: Tensor, total: PendingGradient | None, norm: Tensor | None = None) -> PendingGradient:
         """Return ``p.grad`` as a part of the update whose earlier parts are summed in ``total``.
 
-        For the first part, ``total`` is None, and the rule prepares its state (`UpdateRule.start`).
+        For the first part, ``total`` is None, and the rule prepares its state (`UpdateRule.start`). ``norm`` is that of
+        ``p.grad``, where it is known.
         """
         grad = p.grad
         assert grad is not None
@@ -285,22 +319,29 @@ class PendingGradients:
         grad = _local_gradient(grad, p) if slot.is_shared else grad.detach()
         if grad.ndim == 0:
             grad = grad.view(1)
-        # ``norm < inf`` is one operation, `isfinite` four. In the gradient's own dtype: bf16 has fp32's range, and fp32
-        # would cost eight times as much.
-        finite: Tensor = torch.linalg.vector_norm(grad) < math.inf
+        # ``norm < inf`` is one operation, `isfinite` four. On a CPU in the gradient's own dtype: bf16 has fp32's range,
+        # and fp32 would cost eight times as much. A GPU finds both at once the norm that clipping wants.
+        finite: Tensor | None = None
+        if norm is None and is_gpu(grad.device):
+            norm = gradient_norm(grad)
+        elif norm is None:
+            finite = torch.linalg.vector_norm(grad) < math.inf
         if total is None:
-            return self._start(p, slot, grad, finite)
+            return self._start(p, slot, grad, finite, norm)
         return PendingGradient(
             param=p,
             slot=total.slot,
             grad=grad,
             step=total.step,
-            finite=finite,
+            known_finite=finite,
+            own_norm=norm,
             state=total.state,
             refresh_due=total.refresh_due,
         )
 
-    def _start(self, p: Tensor, slot: Slot, grad: Tensor, finite: Tensor) -> PendingGradient:
+    def _start(
+        self, p: Tensor, slot: Slot, grad: Tensor, finite: Tensor | None, norm: Tensor | None
+    ) -> PendingGradient:
         """Begin an update of ``p``: let its rule prepare the state, and return ``grad`` with state and step."""
         optimizer = self._optimizer
         state = optimizer.tensors(p)
@@ -325,10 +366,26 @@ class PendingGradients:
             slot=slot,
             grad=grad,
             step=step,
-            finite=finite,
+            known_finite=finite,
+            own_norm=norm,
             state=state,
             refresh_due=next_refresh == count,
         )
+
+    # One by one, the norms of all gradients would be as many launches. Those that are shared out, and those that have
+    # been accumulated, come by other ways.
+    def measure_all(self, params: Iterable[Tensor]) -> None:
+        """Make the gradients of ``params`` pending on a GPU, with their norms found by one operation."""
+        found: list[Tensor] = []
+        for p in params:
+            is_new = p.grad is not None and p not in self.gradients and p.numel() > 0
+            if is_new and is_gpu(p.device) and not self._optimizer.slots[p].is_shared:
+                found.append(p)
+        if not found:
+            return
+        norms = torch._foreach_norm([p.grad for p in found], 2, torch.float32)  # type: ignore[misc]
+        for p, norm in zip(found, norms, strict=True):
+            self.gradients[p] = self._part(p, None, norm)
 
     # On a CPU the answer can be looked at: a gradient that is finite needs no further care. A GPU would have to be
     # waited for, so the step carries the answer along as ``valid``, and looks at it on the device whenever it stores.
@@ -430,15 +487,12 @@ class PendingGradients:
         It is the norm that was measured, or else that of the pending sum, or else that of ``p.grad``. It is 0 where
         there is no gradient, or one that is not finite, whose update is skipped.
         """
-        norms: list[Tensor] = []
+        params = list(params)
+        found = [self.gradients.get(p) for p in params]
+        norms = [_norm(p, pending) for p, pending in zip(params, found, strict=True)]
+        norms = list(_of_finite(norms, found))
         indices_of_parts: list[int] = []
-        for index, p in enumerate(params):
-            pending = self.gradients.get(p)
-            norm = _norm(p, pending)
-            valid = norm.isfinite()
-            if pending is not None:
-                valid = pending.finite & valid
-            norms.append(torch.where(valid, norm, 0.0))
+        for index, (p, pending) in enumerate(zip(params, found, strict=True)):
             if self.distributor is not None and _is_of_shard(p, pending):
                 indices_of_parts.append(index)
         if self.distributor is not None and indices_of_parts:
@@ -483,15 +537,40 @@ def _own_storage(part: PendingGradient) -> None:
         part.grad = part.grad.clone()
 
 
+# All flags are found at once. On a GPU a gradient that came with its norm has none of its own yet.
+def _of_finite(norms: Sequence[Tensor], gradients: Sequence[PendingGradient | None]) -> Sequence[Tensor]:
+    """Return fp32 ``norms`` with 0 for those of ``gradients`` that are not finite, and let each know whether it is."""
+    unknown: list[PendingGradient] = []
+    own_norms: list[Tensor] = []
+    for pending in gradients:
+        if pending is not None and pending.known_finite is None and pending.own_norm is not None:
+            unknown.append(pending)
+            own_norms.append(pending.own_norm)
+    if unknown:
+        for pending, flag in zip(unknown, (torch.stack(own_norms) < math.inf).unbind(), strict=True):
+            pending.finite = flag
+    stacked = torch.stack(list(norms))
+    valid = stacked < math.inf
+    known = [pending.finite for pending in gradients if pending is not None]
+    if len(known) == len(norms):
+        valid &= torch.stack(known)
+    elif known:
+        always = torch.ones((), dtype=torch.bool, device=stacked.device)
+        valid &= torch.stack([always if pending is None else pending.finite for pending in gradients])
+    return torch.where(valid, stacked, 0.0).unbind()
+
+
 def _norm(p: Tensor, pending: PendingGradient | None) -> Tensor:
     """Return the norm of what this process has of the gradient of ``p``, fp32, a scalar."""
     if pending is None:
         if p.grad is None:
             return torch.zeros((), device=p.device)
         return gradient_norm(local(p.grad))
-    if pending.norm is None:
-        return gradient_norm(pending.grad)
-    return pending.norm
+    if pending.norm is not None:
+        return pending.norm
+    if pending.own_norm is not None and pending.parts == 1 and not pending.compressed:
+        return pending.own_norm
+    return gradient_norm(pending.grad)
 
 
 def _is_of_shard(p: Tensor, pending: PendingGradient | None) -> bool:
@@ -614,6 +693,7 @@ class Execution(ABC):
             self._pending.sync(self._params)
         self._norm = None
         coefficient: Tensor | None = None
+        self._pending.measure_all(self._params)
         if self._grad_clip > 0:
             self._norm = self._pending.norms(self._params).norm()
             # The 1e-6 is that of torch's clip_grad_norm_.

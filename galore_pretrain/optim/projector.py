@@ -16,6 +16,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.methods import PROJ_TYPES
 from galore_pretrain.tensors.chunks import chunk_elements
+from galore_pretrain.tensors.place import is_gpu
 from galore_pretrain.tensors.products import has_fast_bf16, product, product_of_transposed
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.values import can_look, gradient_norm
@@ -88,7 +89,9 @@ def project_fast(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Ten
     low = grad
     if right is not None:
         low = product(low, right.T)
-    if left is not None:
+    if left is not None and is_gpu(grad.device):  # which takes a transposed factor as it is
+        low = left.T.to(low.dtype) @ low
+    elif left is not None:
         transposed = product_of_transposed(low, left)
         if transposed.dtype != low.dtype:
             transposed = transposed.to(low.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 from galore_pretrain.optim.moments import MomentStore, State
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.fused import runs_on
 from galore_pretrain.tensors.shards import Shard
 
 Decay = Literal["before", "after", "l2"]
@@ -439,7 +440,8 @@ def option_names(part: Any) -> list[str]:
 def update_in_chunks(rule: UpdateRule, grad: Tensor, state: State, step: Step) -> Direction:
     """Update as ``rule.update`` does, but overwrite ``grad`` (contiguous), so that temporaries are a few chunks."""
     size = chunk_elements(grad.device)
-    if rule.scope is not Scope.ELEMENTS or grad.numel() <= size:
+    has_kernel = runs_on(grad.device) and not rule.needs_chunks(step, grad.dtype, grad.device)
+    if rule.scope is not Scope.ELEMENTS or grad.numel() <= size or has_kernel:
         return rule.update(grad, state, step).merged()
     flat = grad.view(-1)
     total = flat.numel()

@@ -15,7 +15,7 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
-from galore_pretrain.planning.plan import Outline, Plan, Static, describe, measure
+from galore_pretrain.planning.plan import Outline, Plan, Static, describe, is_on_gpu, measure
 from galore_pretrain.train.build import device_of
 
 log = logging.getLogger(__name__)
@@ -30,31 +30,57 @@ OUTSIDE_FREE = 700_000_000
 (0.25 GiB), workspaces and fragments (0.3 GiB)."""
 
 
+_GIB = 2**30
+_SHOWN = {
+    24 * _GIB: int(23.64 * _GIB),  # RTX 4090: ali-vilab/VGen issue 104
+    16 * _GIB: int(15.70 * _GIB),
+    12 * _GIB: int(11.76 * _GIB),
+    10 * _GIB: int(9.78 * _GIB),
+}
+"""Bytes that CUDA shows of cards by what they are sold with; users' reports of RTX 4090, 4080, 3060 and 3080."""
+
+
 def budget_of(config: RunConfig) -> int:
     """Return the bytes that tensors may take: of ``--memory-budget``, or of what the device has free now.
 
     A GPU gives no more than it shows and has free, whatever ``--memory-budget`` says.
     """
-    device = device_of(config)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    if is_on_gpu(config):
+        free, total = _card(config)
         asked = total if config.memory_budget is None else config.memory_budget
         return min(min(asked, total) - OUTSIDE_CARD, free - OUTSIDE_FREE)
+    device = device_of(config)
     if config.memory_budget is not None:
         return config.memory_budget - OUTSIDE
     return available_bytes(device) // config.processes.here - OUTSIDE
 
 
+def _card(config: RunConfig) -> tuple[int, int]:
+    """Return the bytes that a card has free, and all that it shows; InputError where nothing says which card it is."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device_of(config))
+    if config.memory_budget is None:
+        raise InputError(
+            f"--device {config.device}: this machine has no CUDA device to plan for; say what the card has, such as "
+            "--memory-budget 24GiB"
+        )
+    total = _SHOWN.get(config.memory_budget, config.memory_budget)
+    return total, total
+
+
 def source_of(config: RunConfig) -> str:
     """Return where `budget_of` comes from, in words."""
-    device = device_of(config)
     parts = []
     if config.memory_budget is not None:
         parts.append(f"--memory-budget {config.memory_budget / 2**30:.2f} GiB")
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        parts.append(f"{device} shows {total / 2**30:.2f} GiB and has {free / 2**30:.2f} free")
-        parts.append(f"less {OUTSIDE_CARD / 2**30:.2f} and {OUTSIDE_FREE / 2**30:.2f} for what is no tensor")
+    if is_on_gpu(config):
+        free, total = _card(config)
+        if torch.cuda.is_available():
+            parts.append(f"{device_of(config)} shows {total / 2**30:.2f} GiB and has {free / 2**30:.2f} free")
+            parts.append(f"less {OUTSIDE_CARD / 2**30:.2f} and {OUTSIDE_FREE / 2**30:.2f} for what is no tensor")
+        else:
+            parts.append(f"of which such a card shows {total / 2**30:.2f}")
+            parts.append(f"less {OUTSIDE_CARD / 2**30:.2f} for what is no tensor")
         return ", ".join(parts)
     less = f"less {OUTSIDE / 2**30:.2f} for what is no tensor"
     if parts:
@@ -211,7 +237,7 @@ def _sizes(config: RunConfig) -> list[int]:
     """Return the sizes of a micro-batch that may be chosen, each once. One micro-batch an update keeps no sums."""
     rows = config.total_batch_size // config.processes.total
     sizes = micro_batch_sizes(config.total_batch_size, config.processes)
-    if device_of(config).type == "cuda":
+    if is_on_gpu(config):
         sizes = [1 << i for i in range(10) if rows % (1 << i) == 0]
         if rows > 512:
             return sizes
@@ -234,7 +260,7 @@ def _cost(config: RunConfig) -> tuple[float, bool, int]:
 
 def _cost_of_size(config: RunConfig, tokens: int) -> float:
     """Return what a micro-batch of so many tokens costs beside its products, in the units of `_cost`."""
-    if device_of(config).type == "cuda":
+    if is_on_gpu(config):
         # A micro-batch takes about a thousand launches whatever its size, and a GPU waits for them. Measured on an
         # H200 (docs/benchmarks/gpu.md): llama_60m gains up to 128 Ki tokens, the most that was tried.
         return 1024 / tokens

@@ -22,6 +22,7 @@ from galore_pretrain.optim import Execution
 from galore_pretrain.tensors.chunks import ChunkSample
 from galore_pretrain.tensors.fused import runs_on
 from galore_pretrain.tensors.ledger import Ledger
+from galore_pretrain.tensors.place import planned_for_gpu
 from galore_pretrain.tensors.shards import local
 from galore_pretrain.train.build import device_of, execution_for, model_for, optimizer_for, set_up_model
 
@@ -76,8 +77,8 @@ class Plan:
         lines.append(f"{'peak':<13}{self.peak_bytes / 2**30:8.2f} GiB   {self.place}")
         verdict = "fits" if self.peak_bytes <= budget else "does not fit"
         lines.append(f"{verdict} into {budget / 2**30:.2f} GiB ({source}), with {describe(config)}")
-        if device_of(config).type == "cpu":
-            lines.append("planned with this CPU's kernels; a GPU's have other temporaries")
+        if not is_on_gpu(config):
+            lines.append("planned for this CPU; --device cuda plans for a GPU, which has other temporaries")
         return "\n".join(lines)
 
     def _title(self) -> str:
@@ -159,6 +160,13 @@ def static_bytes(config: RunConfig, architecture: LlamaConfig, mesh: Any = None)
     return Outline.of(config, architecture, mesh).static
 
 
+def is_on_gpu(config: RunConfig) -> bool:
+    """Return whether the updates of a run are a GPU's; the machine that plans them need not have one."""
+    if config.device == "auto":
+        return torch.cuda.is_available()
+    return config.device.startswith("cuda")
+
+
 # A plan makes the real model, optimizer and execution, and runs the real update with them, but on torch's fake tensors:
 # they have shapes, dtypes and storages of a size, and no memory behind them. A `Ledger` counts these storages. So
 # nothing is estimated from formulas, and a change of the training code changes the plan.
@@ -231,10 +239,14 @@ def faked(
             return contextlib.nullcontext()
         return ledger.kind(name)
 
-    device = device_of(config)
+    device = torch.device("cpu")
+    place: AbstractContextManager[None] = planned_for_gpu()
+    if torch.cuda.is_available() or not is_on_gpu(config):
+        device = device_of(config)
+        place = contextlib.nullcontext()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     mode.chunk_sample = sample  # type: ignore[attr-defined]
-    with mode, device, ledger or contextlib.nullcontext():
+    with place, mode, device, ledger or contextlib.nullcontext():
         with kind("weights"):
             model.to_empty(device=device)
             # `to_empty` has given tied weights storages of their own.

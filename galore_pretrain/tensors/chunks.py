@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from galore_pretrain.tensors.place import is_cpu
+
 SMALL_CHUNK = 1 << 18
 """Number of elements in a chunk on a CPU: 1 MiB of fp32, which its cache holds. No device has smaller chunks."""
 _LARGE_CHUNK = 1 << 21  # 8 MiB of fp32
@@ -19,7 +21,7 @@ def chunk_elements(device: torch.device) -> int:
 
     So no fp32 copy of a large weight, gradient or moment ever exists. Results do not depend on the number.
     """
-    if device.type == "cpu":
+    if is_cpu(device):
         return SMALL_CHUNK
     return _LARGE_CHUNK
 

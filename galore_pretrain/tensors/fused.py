@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_pretrain.tensors.place import is_gpu
+
 BLOCK = 256
 """Elements of an 8-bit moment that share a scale."""
 
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 def runs_on(device: torch.device) -> bool:
     """Return whether the kernels run on tensors of ``device``: a GPU, or a CPU under ``TRITON_INTERPRET=1``."""
-    if device.type == "cuda":
+    if is_gpu(device):
         return _run_on_cuda()
     return device.type == "cpu" and _run_on_cpu()
 

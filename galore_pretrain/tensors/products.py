@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.place import is_cpu
 
 _CHUNKS_PER_BLOCK = 8  # a matrix product wants more rows than a cache holds
 
@@ -55,7 +56,7 @@ def _rows_of_a_block(wide: Tensor) -> int:
 
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether bf16 products are faster than fp32 ones. A Xeon with AVX-512 alone takes 3.6 times as long."""
-    return device.type != "cpu" or _cpu_has_bf16()
+    return not is_cpu(device) or _cpu_has_bf16()
 
 
 @cache

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.place import is_gpu
 
 
 # On a CPU, torch makes an fp32 copy of a whole bf16 tensor for this norm. So the norms of its chunks are taken, whose
 # copies are small, and ‖G‖ is the norm of those norms.
 def gradient_norm(grad: Tensor) -> Tensor:
     """Return ‖G‖ in fp32, a scalar."""
-    if grad.dtype == torch.float32 or not grad.is_contiguous():
+    if grad.dtype == torch.float32 or not grad.is_contiguous() or is_gpu(grad.device):
         norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
         return torch.as_tensor(norm)
     flat = grad.view(-1)

@@ -1,0 +1,45 @@
+"""How many operations an update dispatches on a GPU: each is a launch, for which a GPU waits where models are small."""
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def counting() -> Any:
+    file = Path(__file__).parent.parent / "scripts" / "count_launches.py"
+    place = spec_from_file_location("count_launches", file)
+    assert place is not None
+    assert place.loader is not None
+    module = module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("model", "optim", "most"),
+    [
+        ("llama_60m", "galore_adamw", 350),
+        ("llama_60m", "adamw", 350),
+        ("llama_60m", "adamw8bit", 350),
+        ("llama_7b", "galore_adamw", 1500),
+    ],
+)
+def test_an_update_takes_few_launches(counting: Any, model: str, optim: str, most: int) -> None:
+    """No basis is due; one micro-batch, and the norm of all gradients is clipped."""
+    values = {"model": model, "optim": optim}
+    if model == "llama_7b":
+        values |= {"activation_checkpointing": True, "batch_size": 1, "total_batch_size": 1}
+    _, update = counting.of_update(values)
+    assert update["subtract_"] + update["adam_"] + update["adam_8bit_"] > 0
+    assert update.total() <= most, update.most_common()
+
+
+def test_layerwise_updates_take_few_launches(counting: Any) -> None:
+    values = {"model": "llama_60m", "optim": "galore_adamw8bit"}
+    backward, update = counting.of_update(values)
+    layerwise_backward, layerwise_update = counting.of_update(values | {"layerwise": True})
+    more = layerwise_backward.total() + layerwise_update.total() - backward.total() - update.total()
+    assert more <= 75  # a norm for each tensor, and not one for all
