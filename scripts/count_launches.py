@@ -19,9 +19,9 @@ from galore_pretrain.planning.plan import faked, make_update
 from galore_pretrain.train.build import execution_for
 
 _LAUNCH_NOTHING = {
-    "alias", "as_strided", "detach", "device", "empty", "empty_like", "empty_strided", "expand", "lift_fresh",
-    "new_empty", "permute", "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
-    "_unsafe_view",
+    "alias", "as_strided", "detach", "device", "diagonal", "empty", "empty_like", "empty_strided", "expand",
+    "lift_fresh", "new_empty", "permute", "select", "slice", "split", "squeeze", "squeeze_", "t", "transpose", "unbind",
+    "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
 
 

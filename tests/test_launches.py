@@ -24,6 +24,7 @@ def counting() -> Any:
         ("llama_60m", "galore_adamw", 350),
         ("llama_60m", "adamw", 350),
         ("llama_60m", "adamw8bit", 350),
+        ("llama_60m", "natural_galore", 1500),
         ("llama_7b", "galore_adamw", 1500),
     ],
 )

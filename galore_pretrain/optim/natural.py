@@ -16,6 +16,7 @@ from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.shards import Shard
 
 _BLOCK = 256  # a slot of the history is padded to whole blocks of an 8-bit store
+_CHUNKS_PER_PIECE = 2  # of the history: a product wants more than a cache holds
 
 
 @dataclass(frozen=True)
@@ -100,64 +101,53 @@ class Natural(OuterRule):
     #     g̃ = (λI + HHᵀ)⁻¹ g = (λI + HHᵀ)⁻¹ H e = H (λI + HᵀH)⁻¹ e
     # where e is the unit vector of g's own column. The n × n matrix is never made: the s × s system gives a weight for
     # each column, and g̃ is the sum of the columns by these weights. The history is a ring: update t replaces the
-    # column (t − 1) mod s, so HᵀH changes in one row and one column. H is read in pieces of a chunk, as fp64.
+    # column (t − 1) mod s, so HᵀH changes in one row and one column. H is read twice, in pieces of a few elements of
+    # all columns, as fp64: the columns may be parallel gradients, whose weights of about 1/λ must cancel.
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         """Take ``grad`` into the history, and return the inner rule's direction for the natural gradient."""
-        device = grad.device
         elements = grad.numel()
         length = _padded(elements)
-        padded = torch.zeros(length, dtype=torch.float32, device=device)
-        padded[:elements] = grad.reshape(-1)
-        slots = [self._slot(state, i) for i in range(self.history)]
+        padded = torch.nn.functional.pad(grad.reshape(-1).float(), (0, length - elements))
         newest = (step.count - 1) % self.history
         newest_step = step.at(newest * length)
-        # A store may overwrite what it is given with rounded values, and `padded` is still needed.
-        self.store.write(slots[newest], "history", padded.clone(), newest_step)
+        # What is rounded may overwrite ``padded``; it is not read again.
+        self.store.write(self._slot(state, newest), "history", padded, newest_step)
 
-        size = chunk_elements(device)
-        pieces = list(chunks(padded, length, size))
-        weights = self._weights(slots, newest, pieces, state, step)
+        pieces = list(chunks(padded, length, self._piece(grad.device)))
+        products: Tensor | None = None
         for start, stop in pieces:
-            # In fp64: the columns may be parallel gradients, whose weights of about 1/λ must cancel.
-            total = torch.zeros(stop - start, dtype=torch.float64, device=device)
-            for i, slot in enumerate(slots):
-                total.addcmul_(self._column(slot, start, stop), weights[i])
-            padded[start:stop] = total
+            columns = self._columns(state, start, stop)
+            of_piece = columns @ columns[newest]
+            products = of_piece if products is None else products.add_(of_piece)
+        assert products is not None
+        weights = self._weights(products, newest, state, step)
+        for start, stop in pieces:
+            if len(pieces) > 1:  # else those at hand are all
+                columns = self._columns(state, start, stop)
+            padded[start:stop] = weights @ columns
         natural = padded[:elements].view(grad.shape)
         inner_state = self._inner_state(state)
         return update_in_chunks(self.inner, natural, inner_state, step)
 
     # Only one row and column of the Gram matrix HᵀH change, those of the newest gradient. They are its products with
-    # all columns: s dot products of n elements, summed over the processes that share g out. Columns that are not filled
-    # yet have products of 0, and so get weights of 0. The count does not say which these are: where a refresh is
-    # skipped, it begins anew and the history does not (`GaLore.set_bases`).
-    def _weights(
-        self,
-        slots: list[State],
-        newest: int,
-        pieces: list[tuple[int, int]],
-        state: State,
-        step: Step,
-    ) -> Tensor:
-        """Bring ``gram`` up to date and return (λI + HᵀH)⁻¹ e: the weight of each column in g̃ (s, fp64)."""
-        gram = state["gram"]
-        products = torch.zeros(self.history, dtype=torch.float64, device=gram.device)
-        for start, stop in pieces:
-            g = self._column(slots[newest], start, stop)
-            for i, slot in enumerate(slots):
-                products[i] += torch.dot(self._column(slot, start, stop), g)
+    # all columns, summed over the processes that share g out. Columns that are not filled yet have products of 0, and
+    # so get weights of 0. The count does not say which these are: where a refresh is skipped, it begins anew and the
+    # history does not (`GaLore.set_bases`).
+    def _weights(self, products: Tensor, newest: int, state: State, step: Step) -> Tensor:
+        """Bring ``gram`` up to date and return (λI + HᵀH)⁻¹ e: the weight of each column in g̃ (s, fp64).
+
+        ``products`` (s, fp64) are those of the newest gradient with all columns, of the part at hand.
+        """
         products = step.total(products)
-        gram = gram.clone()
-        gram[newest] = products
-        gram[:, newest] = products
-        step.store(state["gram"], gram)
+        gram = state["gram"]
+        step.store(gram[newest], products)
+        step.store(gram[:, newest], products)
+        # Parallel gradients differ by rounding, below fp32's resolution. That must not be divided by λ alone.
+        damped = gram.clone()
+        diagonal = damped.diagonal()
+        diagonal += self.damping + 1e-13 * diagonal.sum()
         unit = torch.zeros_like(products)
         unit[newest] = 1.0
-        # Parallel gradients differ by rounding, below fp32's resolution. That must not be divided by λ alone.
-        trace = gram.diagonal().sum()
-        damping = self.damping + 1e-13 * trace
-        identity = torch.eye(self.history, dtype=gram.dtype, device=gram.device)
-        damped = gram + damping * identity
         # Unlike `solve`, `solve_ex` does not look whether it succeeded, which would wait for the device.
         weights, _ = torch.linalg.solve_ex(damped, unit)
         return torch.as_tensor(weights)
@@ -173,12 +163,23 @@ class Natural(OuterRule):
         start = i * length
         return self.store.narrow(state, "history", start, start + length)
 
-    def _column(self, slot: State, start: int, stop: int) -> Tensor:
-        """Return elements ``start:stop`` of the column of H in ``slot``, padded with zeros, in fp64."""
-        part = self.store.narrow(slot, "history", start, stop)
+    def _piece(self, device: torch.device) -> int:
+        """Return how many elements of all columns are read at a time: whole blocks of a store."""
+        blocks = _CHUNKS_PER_PIECE * chunk_elements(device) // (self.history * _BLOCK)
+        return max(1, blocks) * _BLOCK
+
+    # What else a store keeps (scales of blocks) lies in slots as the elements do, with fewer numbers each.
+    def _columns(self, state: State, start: int, stop: int) -> Tensor:
+        """Return elements ``start:stop`` of all columns of H, padded with zeros, in fp64 (s × elements)."""
+        length = state["history"].shape[1]
+        part: State = {}
+        for name in self.store.entries(state, "history"):
+            slots = state[name].view(self.history, -1)
+            numbers = slots.shape[1]
+            part[name] = slots[:, start * numbers // length : stop * numbers // length].contiguous()
         no_step = Step(count=0)
         values = self.store.read(part, "history", no_step)
-        return values.double()
+        return values.double().view(self.history, -1)
 
     # A product of gradients means nothing if they lie in two subspaces, and the full gradients behind the old ones are
     # gone, so they cannot be projected anew.

@@ -150,6 +150,19 @@ def adam_direction(
     return direction
 
 
+def can_store(target: Tensor, value: Tensor) -> bool:
+    """Return whether `store_` does what copying ``value`` to ``target`` would."""
+    dtypes = (torch.float32, torch.bfloat16)
+    if target.dtype not in dtypes or value.dtype not in dtypes:
+        return False
+    return runs_on(target.device) and target.is_contiguous() and value.is_contiguous()
+
+
+def store_(target: Tensor, value: Tensor, noise: Noise, valid: Tensor | None) -> None:
+    """Copy ``value`` to ``target`` of the same shape, rounded to its dtype; not where ``valid`` is false."""
+    _ops().store_(target, value, valid, noise.seed, noise.start)
+
+
 @dataclass(frozen=True)
 class Moment8bit:
     """Holds a moment in 8 bits: a byte an element, a scale a block of 256, and the 256 ascending values of a byte."""
@@ -286,6 +299,10 @@ def _ops() -> Any:
         _launch_adam_8bit(None, grad, moments, direction, valid, numbers, -1, 0)
         return direction
 
+    @define("galore_pretrain::store_", mutates_args=("target",))
+    def store(target: Tensor, value: Tensor, valid: Tensor | None, seed: int, start: int) -> None:
+        _launch_store(target, value, valid, seed, start)
+
     @define("galore_pretrain::subtract_", mutates_args=("weight",))
     def subtract(
         weight: Tensor,
@@ -306,7 +323,7 @@ def _ops() -> Any:
     def add_all(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
         _launch_add_all(sums, parts, seeds)
 
-    for operation in (adam, adam_8bit, subtract, add_all):
+    for operation in (adam, adam_8bit, store, subtract, add_all):
         operation.register_fake(_nothing)
     for operation in (direction_of_adam, direction_of_adam_8bit):
         operation.register_fake(_like_gradient)
@@ -354,6 +371,26 @@ def _launch_adam(
         HAS_VALID=valid is not None,
         STOCHASTIC=seed >= 0,
         L2=bool(numbers[-1]),
+        SIZE=_ELEMENTS,
+    )
+
+
+def _launch_store(target: Tensor, value: Tensor, valid: Tensor | None, seed: int, start: int) -> None:
+    """Launch the kernel that copies and rounds."""
+    from galore_pretrain.tensors import kernels
+
+    n = target.numel()
+    if not n:
+        return
+    kernels.store[(-(-n // _ELEMENTS),)](
+        target,
+        value,
+        _as_byte(valid),
+        n,
+        start,
+        max(seed, 0),
+        HAS_VALID=valid is not None,
+        STOCHASTIC=seed >= 0,
         SIZE=_ELEMENTS,
     )
 

@@ -98,6 +98,18 @@ def adam(
         _store(direction + place, update, inside, of_weight, False)
 
 
+@triton.jit
+def store(target, value, valid, n, start, seed, HAS_VALID: tl.constexpr, STOCHASTIC: tl.constexpr, SIZE: tl.constexpr):
+    """Copy a flat tensor to another, rounded to its dtype."""
+    if HAS_VALID:
+        n = tl.where(tl.load(valid) != 0, n, 0)
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < n
+    x = tl.load(value + place, mask=inside, other=0.0).to(tl.float32)
+    noise, _, _, _ = tl.randint4x(seed, start + place)
+    _store(target + place, x, inside, noise, STOCHASTIC)
+
+
 # Of the 256 ascending values of a code, the nearest one has the index that a search among the 255 middles finds: eight
 # times, the half that holds it.
 @triton.jit

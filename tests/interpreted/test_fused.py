@@ -304,3 +304,24 @@ def test_kernels_run_where_triton_does() -> None:
     assert runs_on(torch.device("cpu"))
     assert runs_on(torch.device("cuda"))  # of which a plan may be made here
     assert not runs_on(torch.device("meta"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_is_stored_rounded(dtype: torch.dtype) -> None:
+    value = drawn(700)
+    target = torch.zeros(700, dtype=dtype)
+    fused.store_(target, value, Noise(), None)
+    assert torch.equal(target, value.to(dtype))
+    fused.store_(target, -value, Noise(3), torch.tensor(False))
+    assert torch.equal(target, value.to(dtype))
+    many = torch.zeros(400, 700, dtype=dtype)
+    fused.store_(many, value.expand(400, 700).contiguous(), Noise(3, 9), torch.tensor(True))
+    if dtype == torch.float32:
+        assert torch.equal(many[5], value)
+    else:
+        assert bounded_by_neighbours(many[7], value.double())
+        error = (many.double().mean(0) - value).abs()
+        # A rounding up or down has a deviation of half a step at most, and there are 400: six standard errors.
+        assert bool((error <= 6 * 0.5 / 20 * 2**-7 * value.abs()).all())
+    assert not fused.can_store(target.double(), value)
+    assert not fused.can_store(torch.zeros(700, 2, dtype=dtype)[:, 0], value)
