@@ -77,6 +77,8 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
         open_source(config.data, "train", config.eval_data, text_key=config.text_key)
 
     _let_cuda_grow_segments()
+    if config.deterministic:  # which cuBLAS reads when it is loaded
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with _importing():
         from galore_pretrain import run  # torch and transformers: only for a run that makes sense so far
 

@@ -22,7 +22,16 @@ from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.optim.update import Step
-from galore_pretrain.planning.budget import OUTSIDE, budget_of, choose, lower_bound, memory_advice, upper_bound
+from galore_pretrain.planning.budget import (
+    OUTSIDE,
+    budget_of,
+    choose,
+    lower_bound,
+    memory_advice,
+    planned,
+    source_of,
+    upper_bound,
+)
 from galore_pretrain.planning.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
 from galore_pretrain.study import paper
 from galore_pretrain.tensors.chunks import ChunkSample, chunks
@@ -330,3 +339,49 @@ def test_7b_fits_a_card_of_24_gib() -> None:
     assert measure(replace(layerwise, batch_size=4), architecture).peak_bytes <= 24 * GIB - OUTSIDE
     at_once = replace(layerwise, batch_size=16, total_batch_size=16, grad_clip=0.0, clip_norm=None)
     assert measure(at_once, architecture).peak_bytes <= 20 * GIB
+
+
+def test_compiled_layers_hold_their_gradients_together(small: str) -> None:
+    given = {"model": small, "optim": "adamw", "layerwise": True, "batch_size": 2, "total_batch_size": 2, "lr": 1e-3}
+    given |= {"data": "sample", "dtype": "float32", "max_length": 32, "grad_clip": 0.0, "steps": 10}
+    config, _ = resolve(given, {})
+    architecture = load_model_config(small)
+    plain = measure(config, architecture)
+    compiled = measure(replace(config, compile=True), architecture)
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    matrices = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
+    assert compiled.peak_bytes - plain.peak_bytes == 4 * (matrices - hidden * max(hidden, inner))
+    assert compiled.parts["gradients"] - plain.parts["gradients"] == compiled.peak_bytes - plain.peak_bytes
+    assert sum(compiled.parts.values()) == compiled.peak_bytes
+    after_backward = replace(config, compile=True, layerwise=False)
+    assert (
+        measure(after_backward, architecture).peak_bytes
+        == measure(replace(config, layerwise=False), architecture).peak_bytes
+    )
+
+
+def test_a_plan_for_a_gpu_needs_none(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"model": small, "device": "cuda", "data": "sample", "total_batch_size": 64, "steps": 10, "rank": 4}
+    config, _ = resolve(given, {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA device to plan for; say what the card has"):
+        budget_of(config)
+    card = replace(config, memory_budget=24 * 2**30)
+    assert 22.1 < budget_of(card) / 2**30 < 22.2  # 23.64 less context, kernels, fragments and a desktop
+    assert "of which such a card shows 23.64" in source_of(card)
+    plan = planned(card, budget_of(card))
+    assert plan.config.batch_size == 64  # a GPU takes large micro-batches
+    assert "planned for this CPU" not in plan.table(budget_of(card), "")
+
+
+def test_determinism_is_set_and_taken_back(build_tiny: Any) -> None:
+    given = {"model": "llama_1m", "data": "sample", "steps": 10, "deterministic": True}
+    config, _ = resolve(given, {})
+    try:
+        set_up_model(config, build_tiny())
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        set_up_model(replace(config, deterministic=False), build_tiny())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()

@@ -409,10 +409,13 @@ class RunConfig:
     )
     compile: bool = _flag(
         False,
-        "Compile the decoder layers: takes a C++ compiler and a minute. Planned as if not.",
+        "Compile the decoder layers: takes a C++ compiler and a minute. Planned as if not, but for gradients.",
         bool,
         MACHINE,
         free=True,
+    )
+    deterministic: bool = _flag(
+        False, "On a GPU, take kernels that repeat a run bit for bit, which are slower.", bool, MACHINE, free=True
     )
     profile: int | None = _flag(
         None,

@@ -112,12 +112,23 @@ def set_up_model(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM
     """Set ``model`` and torch up for training, and return the model."""
     # By default, cuBLAS may add up the parts of a long product in bf16. The published numbers were made so.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = config.numerics == "reference"
+    _set_determinism(config.deterministic)
     if config.activation_checkpointing:
         # No layer draws from torch's generators, so their state need not be kept and set again for each one.
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(options)
     model.train()
     return model
+
+
+# FlashAttention adds up a gradient by atomic operations unless it is told not to. Attention in fp32 has another kernel,
+# which knows no other way: without it, torch's plain products are taken, which keep a row's scores.
+def _set_determinism(wanted: bool) -> None:
+    """Have torch take deterministic kernels or not; on a CPU all are. It raises where an operation has none."""
+    torch.use_deterministic_algorithms(wanted)
+    # All memory is written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_mem_efficient_sdp(not wanted)
 
 
 def compile_layers(model: LlamaForCausalLM) -> None:
