@@ -170,9 +170,11 @@ def error_of(*words: str) -> str:
     return str(result.exception)
 
 
-def ran(*words: str) -> None:
+def ran(*words: str) -> str:
+    """What is printed by a command that has to succeed."""
     result = invoke(*words)
     assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
 
 
 def executed() -> int:
@@ -393,6 +395,26 @@ def test_plans_and_comparisons_take_it_like_a_shipped_one() -> None:
     moments = [plan["parts"]["moments"] for plan in plans.values()]
     assert moments[1] < 0.6 * moments[0]  # one moment, not two
     assert torch.is_grad_enabled()
+
+
+def test_the_page_on_adding_a_method_leads_to_the_leaderboard(home: Path) -> None:
+    """What it says to type is taken: the sweeps make their plans, and `leaderboard` knows its words."""
+    page = (Path(__file__).parents[1] / "docs" / "adding-a-method.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (home / "mine.py").write_text(code)
+    (block,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    first, echo, *lines = block.replace("\\\n", " ").splitlines()
+    shared = first.removeprefix('flags="').removesuffix('"')
+    (home / "sign.json").write_text(shlex.split(echo)[1])
+    assert len(lines) == 5
+    for line in lines:
+        words = shlex.split(line.replace("$flags", shared).replace("BEST", "1"))
+        assert words.pop(0) == "galore-pretrain"
+        if words[0] == "sweep":
+            planned = ran(*words, "--plan-only")
+            assert planned.count("--optim mine.py:SignMomentum") == 3
+        else:
+            assert ran(*words, "--help").startswith("Usage: ")
 
 
 def test_the_page_on_adding_a_method_leads_to_a_report(home: Path) -> None:
