@@ -41,10 +41,10 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def of_update(values: dict[str, Any], due: bool = False) -> tuple[Counter[str], Counter[str]]:
-    """Return the operations of forward and backward, and of what follows: of one update by one micro-batch.
+def of_update(values: dict[str, Any], micro_batches: int = 1) -> tuple[Counter[str], Counter[str]]:
+    """Return the operations of forward and backward, and of what follows: of one update, with no basis due.
 
-    Layerwise, updates are made in backward, and counted there. Without ``due`` no basis is renewed.
+    Layerwise, updates are made in backward, and counted there.
     """
     given = {"device": "cuda", "memory_budget": 80 * 2**30, "batch_size": 8, "total_batch_size": 8, "grad_clip": 1.0}
     given |= values
@@ -52,10 +52,8 @@ def of_update(values: dict[str, Any], due: bool = False) -> tuple[Counter[str], 
     architecture = load_model_config(config.model)
     with faked(config, architecture) as (model, optimizer):
         execution = execution_for(config, optimizer)
-        count = 1
-        if not due:
-            dues = [optimizer.next_due(p, 1) for p in optimizer.state]
-            count = max((due for due in dues if due is not None), default=1) + 1
+        dues = [optimizer.next_due(p, 1) for p in optimizer.state]
+        count = max((due for due in dues if due is not None), default=1) + 1
         for state in optimizer.state.values():
             state["step"] = count - 1
         complete = execution.complete
@@ -67,7 +65,7 @@ def of_update(values: dict[str, Any], due: bool = False) -> tuple[Counter[str], 
                     complete()
 
             execution.complete = counted  # type: ignore[method-assign]
-            make_update(config, model, execution, 1)
+            make_update(config, model, execution, micro_batches)
     return before.names - after.names, after.names
 
 

@@ -73,6 +73,7 @@ def card(monkeypatch: pytest.MonkeyPatch, free: float, total: float) -> None:
     """The run is on a GPU that shows so many GiB."""
     monkeypatch.setattr(budget, "device_of", lambda config: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * GIB), int(total * GIB)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_micro_batches_on_a_card_are_powers_of_two(monkeypatch: pytest.MonkeyPat
             assert min(costs, key=lambda size: costs[size]) == max(sizes)
             assert costs[1] > costs[max(sizes)]
         with monkeypatch.context() as patched:  # the machine of this test may have a card of its own
-            patched.setattr(budget, "device_of", lambda config: torch.device("cpu"))
+            patched.setattr(torch.cuda, "is_available", lambda: False)
             assert max(budget._sizes(config)[:-1]) <= 8
 
 

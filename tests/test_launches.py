@@ -44,3 +44,11 @@ def test_layerwise_updates_take_few_launches(counting: Any) -> None:
     layerwise_backward, layerwise_update = counting.of_update(values | {"layerwise": True})
     more = layerwise_backward.total() + layerwise_update.total() - backward.total() - update.total()
     assert more <= 75  # a norm for each tensor, and not one for all
+
+
+def test_summing_a_micro_batch_takes_few_launches(counting: Any) -> None:
+    values = {"model": "llama_60m", "optim": "galore_adamw", "total_batch_size": 16}
+    one, _ = counting.of_update(values | {"total_batch_size": 8})
+    two, _ = counting.of_update(values, micro_batches=2)
+    assert two["add_all_"] >= 1
+    assert two.total() - 2 * one.total() <= 10, (two - one - one).most_common()

@@ -23,6 +23,7 @@ from galore_pretrain.optim.rule import NewBases, UpdateRule
 from galore_pretrain.optim.slots import Slot
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import add_rounded
+from galore_pretrain.tensors.fused import add_all_, can_add
 from galore_pretrain.tensors.place import is_gpu
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import local, shard_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.optimizer import RuleOptimizer
     from galore_pretrain.optim.sharing import Distributor
 
+_WAITING_BYTES = 1 << 26  # of gradients that are added by one launch
 _MOST_UNCOUNTED = 4096  # updates of a tensor, whose flags are kept one by one
 _PATIENCE = 100  # steps after which a warning tells of skips that nobody has read
 
@@ -130,9 +132,9 @@ class PendingGradient:
 
     ``grad`` is m × n, or what the rule's `compress` made of that once it is ``compressed``. ``state`` and ``step`` are
     those of the update. ``refresh_due`` says that new bases are still to be found in it. ``finite``, a scalar, says
-    whether all of it was finite: on this process, and on all once it is ``synced``. Until somebody asks,
-    ``own_norm`` says it, an fp32 scalar: the norm of the gradient as it came. ``norm`` is that of the full gradient at
-    hand, where it was measured. ``parts`` counts the gradients in the sum. ``summed`` says that its sum
+    whether all of it was finite: on this process, and on all once it is ``synced``. On a GPU that is found when
+    somebody asks, from ``own_norm``, the norm of the whole sum. ``norm`` is that of the full gradient at hand, where it
+    was measured. ``parts`` counts the gradients in the sum. ``summed`` says that its sum
     over replicas was begun. ``first_half`` is a copy of what half of the micro-batches came to, where the noise of the
     bases is to be measured. ``overlaps`` holds what was measured of a refresh, by the key of its metric.
     """
@@ -157,6 +159,7 @@ class PendingGradient:
     def finite(self) -> Tensor:
         """Return whether all of the gradient was finite, a boolean scalar."""
         if self.known_finite is None:
+            self.measure()
             assert self.own_norm is not None
             self.known_finite = self.own_norm < math.inf
         return self.known_finite
@@ -164,6 +167,11 @@ class PendingGradient:
     @finite.setter
     def finite(self, value: Tensor) -> None:
         self.known_finite = value
+
+    def measure(self) -> None:
+        """Find the norm of the sum, where nothing is known of it yet."""
+        if self.known_finite is None and self.own_norm is None:
+            self.own_norm = gradient_norm(self.grad)
 
     @property
     def rule(self) -> UpdateRule:
@@ -190,6 +198,7 @@ class PendingGradient:
     def compress(self) -> None:
         """Keep the compressed gradient alone, in the bases in use."""
         if self.slot.projects and not self.compressed:
+            self.measure()
             self.grad = self.slot.rule.compress(self.grad, self.state, self.step)
             self.compressed = True
 
@@ -230,6 +239,46 @@ class PendingGradient:
         return torch.where(first.found & second.found, overlap, torch.nan)
 
 
+# One by one, the sums of a micro-batch's gradients would be a dozen launches each. So parts wait until there are some,
+# which one launch then adds. They take no more memory than that.
+class Sums:
+    """Adds parts of gradients to their sums on a GPU, many by one launch."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[PendingGradient, PendingGradient, int]] = []  # (sum, part, seed of its random bits)
+        self._bytes = 0
+
+    def takes(self, total: PendingGradient, part: PendingGradient) -> bool:
+        """Return whether a part can be added so: both as they came, in dtypes and layouts that the kernel knows."""
+        if total.compressed or part.compressed:
+            return False
+        return can_add(total.grad, part.grad)
+
+    def add(self, total: PendingGradient, part: PendingGradient, stream: str) -> None:
+        """Add ``part`` to ``total`` by the next launch; in bf16, rounded by the bits of ``stream``."""
+        is_rounded = total.step.bits is not None and total.grad.dtype == torch.bfloat16
+        seed = total.step.noise(stream).seed if is_rounded else -1
+        kind = (total.grad.device, total.grad.dtype, part.grad.dtype, is_rounded)
+        if self._waiting:
+            other, other_part, other_seed = self._waiting[-1]
+            if kind != (other.grad.device, other.grad.dtype, other_part.grad.dtype, other_seed >= 0):
+                self.flush()
+        self._waiting.append((total, part, seed))
+        self._bytes += part.grad.nbytes
+        total.known_finite = total.own_norm = None
+        if self._bytes >= _WAITING_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add all parts that wait."""
+        if not self._waiting:
+            return
+        totals, parts, seeds = zip(*self._waiting, strict=True)
+        add_all_([total.grad for total in totals], [part.grad for part in parts], seeds)
+        self._waiting.clear()
+        self._bytes = 0
+
+
 class PendingGradients:
     """Accumulates gradients until their update, and brings them into the form in which an update takes them.
 
@@ -242,6 +291,7 @@ class PendingGradients:
     def __init__(self, optimizer: "RuleOptimizer", distributor: "Distributor | None" = None) -> None:
         self.distributor = distributor
         self._optimizer = optimizer
+        self._sums = Sums()
         self.gradients: dict[Tensor, PendingGradient] = {}
 
     def get(self, p: Tensor) -> PendingGradient | None:
@@ -285,6 +335,7 @@ class PendingGradients:
         part = self._part(p, total)
         p.grad = None
         if measure:
+            part.measure()
             part.norm = part.own_norm
             if part.norm is None:
                 part.norm = gradient_norm(part.grad)
@@ -296,20 +347,22 @@ class PendingGradients:
             self.gradients[p] = part
             return
         total.parts += 1
+        stream = f"sum {total.parts}"
+        if self._sums.takes(total, part) and self.distributor is None:
+            self._sums.add(total, part, stream)
+            return
         total.finite = total.finite & part.finite
         if total.step.bits is None or total.grad.dtype != torch.bfloat16:
             total.grad.add_(part.grad)
             return
-        stream = f"sum {total.parts}"
         if self.distributor is not None:
             stream += self.distributor.stream_suffix
         add_rounded(total.grad, part.grad, part.offset_step, stream)
 
-    def _part(self, p: Tensor, total: PendingGradient | None, norm: Tensor | None = None) -> PendingGradient:
+    def _part(self, p: Tensor, total: PendingGradient | None) -> PendingGradient:
         """Return ``p.grad`` as a part of the update whose earlier parts are summed in ``total``.
 
-        For the first part, ``total`` is None, and the rule prepares its state (`UpdateRule.start`). ``norm`` is that of
-        ``p.grad``, where it is known.
+        For the first part, ``total`` is None, and the rule prepares its state (`UpdateRule.start`).
         """
         grad = p.grad
         assert grad is not None
@@ -320,28 +373,24 @@ class PendingGradients:
         if grad.ndim == 0:
             grad = grad.view(1)
         # ``norm < inf`` is one operation, `isfinite` four. On a CPU in the gradient's own dtype: bf16 has fp32's range,
-        # and fp32 would cost eight times as much. A GPU finds both at once the norm that clipping wants.
+        # and fp32 would cost eight times as much. A GPU waits for each launch: there the norm is found when it is asked
+        # for, which may be of a sum, or of all gradients at once. What is not finite is not so in a sum either.
         finite: Tensor | None = None
-        if norm is None and is_gpu(grad.device):
-            norm = gradient_norm(grad)
-        elif norm is None:
+        if not is_gpu(grad.device):
             finite = torch.linalg.vector_norm(grad) < math.inf
         if total is None:
-            return self._start(p, slot, grad, finite, norm)
+            return self._start(p, slot, grad, finite)
         return PendingGradient(
             param=p,
             slot=total.slot,
             grad=grad,
             step=total.step,
             known_finite=finite,
-            own_norm=norm,
             state=total.state,
             refresh_due=total.refresh_due,
         )
 
-    def _start(
-        self, p: Tensor, slot: Slot, grad: Tensor, finite: Tensor | None, norm: Tensor | None
-    ) -> PendingGradient:
+    def _start(self, p: Tensor, slot: Slot, grad: Tensor, finite: Tensor | None) -> PendingGradient:
         """Begin an update of ``p``: let its rule prepare the state, and return ``grad`` with state and step."""
         optimizer = self._optimizer
         state = optimizer.tensors(p)
@@ -367,7 +416,6 @@ class PendingGradients:
             grad=grad,
             step=step,
             known_finite=finite,
-            own_norm=norm,
             state=state,
             refresh_due=next_refresh == count,
         )
@@ -376,16 +424,18 @@ class PendingGradients:
     # been accumulated, come by other ways.
     def measure_all(self, params: Iterable[Tensor]) -> None:
         """Make the gradients of ``params`` pending on a GPU, with their norms found by one operation."""
-        found: list[Tensor] = []
+        found: list[PendingGradient] = []
         for p in params:
-            is_new = p.grad is not None and p not in self.gradients and p.numel() > 0
-            if is_new and is_gpu(p.device) and not self._optimizer.slots[p].is_shared:
-                found.append(p)
+            if not is_gpu(p.device) or self._optimizer.slots[p].is_shared:
+                continue
+            pending = self._pending_of(p)
+            if pending is not None and pending.known_finite is None and pending.own_norm is None:
+                found.append(pending)
         if not found:
             return
-        norms = torch._foreach_norm([p.grad for p in found], 2, torch.float32)  # type: ignore[misc]
-        for p, norm in zip(found, norms, strict=True):
-            self.gradients[p] = self._part(p, None, norm)
+        norms = torch._foreach_norm([pending.grad for pending in found], 2, torch.float32)
+        for pending, norm in zip(found, norms, strict=True):
+            pending.own_norm = norm
 
     # On a CPU the answer can be looked at: a gradient that is finite needs no further care. A GPU would have to be
     # waited for, so the step carries the answer along as ``valid``, and looks at it on the device whenever it stores.
@@ -394,6 +444,7 @@ class PendingGradients:
 
         A gradient is dropped too where this raises.
         """
+        self._sums.flush()
         pending = self.gradients.pop(p, None)
         if pending is None:
             if p.grad is None:
@@ -431,6 +482,10 @@ class PendingGradients:
             if pending is not None:
                 gradients.append(pending)
         return gradients
+
+    def flush(self) -> None:
+        """Make the sums that are still to be made."""
+        self._sums.flush()
 
     def finalize(self, p: Tensor) -> None:
         """Find the bases of ``p`` that are due, and compress what is pending for it."""
@@ -507,6 +562,7 @@ class PendingGradients:
         dropped = params
         if dropped is None:
             dropped = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._sums.flush()
         for p in dropped:
             self.gradients.pop(p, None)
             p.grad = None
@@ -659,6 +715,7 @@ class Execution(ABC):
         """
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
+        self._pending.flush()
         if micro_batch == 0:
             self._optimizer.follow_groups()
             self._hook_trained()
@@ -686,6 +743,7 @@ class Execution(ABC):
     # gradients is found, and after that of full ones, which compressing would lose.
     def _complete(self) -> None:
         """Find the clipping coefficient, and update all parameters that still have a gradient."""
+        self._pending.flush()
         if self._grad_clip > 0 and self._compresses_first():
             self._pending.compress_all(self._params)
         shares = self._pending.distributor is not None
@@ -716,7 +774,7 @@ class Execution(ABC):
         if self._norm is not None:
             grad_norm = float(self._norm)
         overlaps: dict[str, float] = {}
-        if self._optimizer.overlaps.sums:
+        if self._optimizer.overlaps.overlaps:
             overlaps = self._optimizer.overlaps.take()
         return Outcome(grad_norm, skips.skipped, skips.failed_refreshes, overlaps)
 

@@ -1,7 +1,11 @@
 """Overlaps of subspaces say how far a refresh turns a basis, and how far the noise of a gradient alone would."""
 
+import math
+
 import torch
 from torch import Tensor
+
+_MOST_UNREAD = 4096
 
 Bases = tuple[Tensor | None, Tensor | None]
 """A left (m × r) and a right basis (r × n); either may be absent, not both."""
@@ -49,30 +53,41 @@ def overlaps_of_refresh(overlap: Tensor, noise: Tensor | None) -> dict[str, Tens
 
 
 class OverlapMeans:
-    """Averages overlaps on the device where they are found, so that nobody waits for it.
+    """Keeps overlaps on the device where they are found, so that nobody waits for it, until their means are asked for.
 
-    Only ``sums`` are kept, so they may be left unread for as long as one likes. There are none where none was added.
+    They may be left unread for as long as one likes: of each metric, the last 4096 are kept.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[tuple[str, torch.device], Tensor] = {}  # (sum of overlaps, their number), fp32
+        self.overlaps: dict[str, list[Tensor]] = {}  # by the key of their metric: fp32 scalars
 
     def add(self, overlaps: dict[str, Tensor]) -> None:
         """Add the overlaps of a refresh, by the key of their metric: fp32 scalars, NaN where it is not known."""
         for name, overlap in overlaps.items():
-            is_known = ~overlap.isnan()
-            new = torch.stack([overlap.nan_to_num(0.0), is_known.float()])
-            key = (name, overlap.device)
-            if key in self.sums:
-                new = self.sums[key] + new
-            self.sums[key] = new
+            kept = self.overlaps.setdefault(name, [])
+            kept.append(overlap)
+            if len(kept) > _MOST_UNREAD:
+                del kept[0]
 
+    # Layerwise updates are made in another order than those after backward. The sum is exact, so that the means are the
+    # same to the bit.
     def take(self) -> dict[str, float]:
         """Return the means by the key of their metric, and begin anew. Waits for the device."""
-        totals: dict[str, tuple[float, float]] = {}
-        for (name, _), sums in self.sums.items():
-            overlap, number = sums.tolist()
-            overlap_before, number_before = totals.get(name, (0.0, 0.0))
-            totals[name] = (overlap_before + overlap, number_before + number)
-        self.sums.clear()
-        return {name: overlap / number for name, (overlap, number) in totals.items() if number}
+        means: dict[str, float] = {}
+        for name, overlaps in self.overlaps.items():
+            known = [value for value in _gathered(overlaps) if not math.isnan(value)]
+            if known:
+                means[name] = math.fsum(known) / len(known)
+        self.overlaps.clear()
+        return means
+
+
+def _gathered(scalars: list[Tensor]) -> list[float]:
+    """Return the values of scalars on any devices; each device is waited for once."""
+    of_devices: dict[torch.device, list[Tensor]] = {}
+    for scalar in scalars:
+        of_devices.setdefault(scalar.device, []).append(scalar)
+    values: list[float] = []
+    for on_device in of_devices.values():
+        values += torch.stack(on_device).tolist()
+    return values

@@ -278,11 +278,12 @@ def make_heaviest_updates(
     for count in heaviest_updates(config, optimizer):
         for p, state in optimizer.state.items():
             # As if all updates before this one had been made: a run still holds the table that their random bits were
-            # read from. Reading a bit of a far update makes such a table; kernels read none.
+            # read from, beside this update's. Reading a bit of a far update makes such a table; kernels read none.
             state["step"] = count - 1
-            bits = optimizer.random_bits(p, count + 1000)
-            if bits is not None and not runs_on(p.device):
-                bits.take("weight", 0, 1)
+            for number in (count + 1000, count):
+                bits = optimizer.random_bits(p, number)
+                if bits is not None and not runs_on(p.device):
+                    bits.take("weight", 0, 1)
         make_update(config, model, execution, micro_batches)
 
 

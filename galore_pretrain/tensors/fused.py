@@ -230,6 +230,11 @@ def subtract_(
     _ops().subtract_(weight, *parts, valid, rates, decay_first, noise.seed, noise.start)
 
 
+def can_add(total: Tensor, part: Tensor) -> bool:
+    """Return whether `add_all_` does what adding ``part`` to ``total`` in place would."""
+    return can_store(total, part)
+
+
 def add_all_(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
     """Add each of ``parts`` to its sum in place, by one launch; bf16 sums are rounded with the bits of their seeds.
 
