@@ -19,6 +19,9 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import METHODS, is_own
 from runs import run
 
+# Those run by Triton's interpreter, in a process that test_kernels.py starts with TRITON_INTERPRET=1.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 80,

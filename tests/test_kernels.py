@@ -18,7 +18,7 @@ COUNTS |= dict.fromkeys(("left_row", "left_column", "right_row", "right_column")
 IN_FP32 = dict.fromkeys(
     ("m_scales", "v_scales", "signed_code", "unsigned_code", "row_scales", "column_scales"), "*fp32"
 )
-OTHERS = {"seed": "i64", "valid": "*u8", "m_bytes": "*u8", "v_bytes": "*u8", "table": "*i64"}
+OTHERS = {"value": "*fp32", "seed": "i64", "valid": "*u8", "m_bytes": "*u8", "v_bytes": "*u8", "table": "*i64"}
 TILE = {"TILE_ROWS": 64, "TILE_COLUMNS": 128, "TILE_RANK": 32}
 
 
@@ -59,6 +59,7 @@ def absent(*names: str) -> dict[str, None]:
             },
         ),
         ("add_all", {"HALVINGS": 7, "SIZE": 2048}),
+        ("store", {"SIZE": 512}),
     ],
 )
 def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: str, capability: int) -> None:

@@ -162,6 +162,14 @@ def test_runs_that_make_no_entry_are_refused(board: Path, tiny_config: str) -> N
         ({"data": "x"}, "'data' is not said there"),
         ({"seed": 3}, "'seed' is not said there"),
         ({"nothing": 3}, "'nothing' is no flag"),
+        ({"text_key": "x"}, "'text_key' is not said there"),  # of what is read, whether the track says it or not
+        ({"eval_data": "x"}, "'eval_data' is not said there"),
+        ({"weight_decay": True}, "'weight_decay' cannot be True"),  # a bare flag would take the next word
+        ({"optim_option": "--optim=evil.py:Evil"}, "cannot be '--optim=evil.py:Evil'"),
+        ({"optim_option": ["beta=1", "--output=x"]}, "'optim_option' cannot be"),
+        ({"scheduler": "co\x1b[2Jsine"}, "'scheduler' cannot be"),
+        ({"lr": {"a": 1}}, "'lr' cannot be"),
+        ({"lr": math.nan}, "'lr' cannot be nan"),
     ],
 )
 def test_an_entry_from_elsewhere_says_nothing_but_its_method(board: Path, change: dict[str, Any], why: str) -> None:
@@ -171,6 +179,45 @@ def test_an_entry_from_elsewhere_says_nothing_but_its_method(board: Path, change
     values["flags"] |= change
     file.write_text(json.dumps(values))
     assert why in refusal("verify", file.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"runs": []}, "no runs"),
+        ({"runs": 3}, "no runs"),
+        ({"runs": [{"seed": 1}]}, "a run is not as"),
+        ({"optim": 5}, "optim 5 is no shipped method"),
+        ({"optim": "evil"}, "optim 'evil' is no shipped method"),
+        ({"optim": "a.py:b.py:X"}, "optim 'a.py:b.py:X' is no shipped method"),
+        ({"optim": "../a.py:X"}, "optim '../a.py:X' is no shipped method"),
+        ({"optim": "package.module:X"}, "optim 'package.module:X' is no shipped method"),
+        ({"flags": ["lr"]}, "and no object"),
+        ({"tuning": {"seed": 0, "losses": {"1": None}}}, "its tuning is not as"),
+        ({"tuning": {"seed": 0, "losses": {"one": 3.0}}}, "its tuning is not as"),
+        ({"tuning": 3}, "its tuning is not as"),
+    ],
+)
+def test_a_damaged_entry_is_told_in_a_line(board: Path, change: dict[str, Any], why: str) -> None:
+    add(board, *SEEDS_OF_ADAMW)
+    file = board / "boards" / "tiny" / "adamw" / "entry.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | change))
+    assert why in refusal("verify", file.parent, "--yes")
+    assert why in refusal("table", board / "boards")
+
+
+@pytest.mark.parametrize("change", [{"loss": "x"}, {"first_losses": [1.0]}, {"seed": 9}, {"tokens": None}])
+def test_a_damaged_run_of_an_entry_is_told_in_a_line(board: Path, change: dict[str, Any]) -> None:
+    add(board, *SEEDS_OF_ADAMW)
+    file = board / "boards" / "tiny" / "adamw" / "entry.json"
+    whole = json.loads(file.read_text())
+    whole["runs"][1] |= change
+    file.write_text(json.dumps(whole))
+    assert "needs finite numbers, the losses of its first 8 updates" in refusal("verify", file.parent)
+    whole["runs"][1] = whole["runs"][0]
+    file.write_text(json.dumps(whole))
+    assert "two runs are of one seed" in refusal("verify", file.parent)
 
 
 def test_a_file_is_executed_only_where_that_is_said(board: Path) -> None:
@@ -183,7 +230,7 @@ def test_a_file_is_executed_only_where_that_is_said(board: Path) -> None:
     assert f"galore-pretrain leaderboard verify {folder} --yes" in told
     values = json.loads((folder / "entry.json").read_text())
     (folder / "entry.json").write_text(json.dumps(values | {"optim": f"{board}/lion.py:Lion"}))
-    assert "is not in the entry's folder" in refusal("verify", folder, "--yes")
+    assert "no FILE.py:NAME in the entry's folder" in refusal("verify", folder, "--yes")
     (folder / "entry.json").write_text(json.dumps(values))
     (folder / "lion.py").write_text(LION + "\n# changed\n")
     assert "its SHA-256 is another" in refusal("verify", folder, "--yes")

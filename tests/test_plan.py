@@ -364,7 +364,7 @@ def test_a_plan_for_a_gpu_needs_none(small: str, monkeypatch: pytest.MonkeyPatch
     given = {"model": small, "device": "cuda", "data": "sample", "total_batch_size": 64, "steps": 10, "rank": 4}
     config, _ = resolve(given, {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="no CUDA device to plan for; say what the card has"):
+    with pytest.raises(InputError, match="no CUDA devices; to plan for one, say what the card has"):
         budget_of(config)
     card = replace(config, memory_budget=24 * 2**30)
     assert 22.1 < budget_of(card) / 2**30 < 22.2  # 23.64 less context, kernels, fragments and a desktop

@@ -60,8 +60,8 @@ class Adam(UpdateRule):
     # an update waits for.
     def update(self, grad: Tensor, state: State, step: Step) -> Direction:
         """Advance both moments by ``grad`` and return the direction, shaped as ``grad``."""
-        if self._has_kernel(grad.device):
-            return Direction(self._direction_by_kernel(grad, state, step))
+        if step.kernels and self._has_kernel:
+            return Direction(_direction_by_kernel(self, grad, state, step))
         if not self.store.is_dense and not self.scaled:
             fused = self.store.fused_adam(grad, state, step, self.betas, self.eps)
             if fused is not None:
@@ -100,8 +100,8 @@ class Adam(UpdateRule):
         Return False, and do nothing, where the kernel behind ``torch.optim.AdamW(fused=True)`` computes something else
         than this rule. All tensors are flat. In bf16 it works on fp32 copies, whose results are rounded together.
         """
-        if self._has_kernel(weight.device):
-            self._update_by_kernel(weight, grad, state, step, decay)
+        if step.kernels and self._has_kernel:
+            _update_by_kernel(self, weight, grad, state, step, decay)
             return True
         if not self._is_plain:
             return False
@@ -123,9 +123,9 @@ class Adam(UpdateRule):
         step.store_together((weight, m, v), copies[:3])
         return True
 
-    def needs_chunks(self, step: Step, dtype: torch.dtype, device: torch.device) -> bool:
+    def needs_chunks(self, step: Step, dtype: torch.dtype) -> bool:
         """Return whether a large tensor is updated by chunks; kernels make no temporaries to keep small."""
-        return not (self._has_kernel(device) or self.kernel_suffices(step, dtype))
+        return not ((step.kernels and self._has_kernel) or self.kernel_suffices(step, dtype))
 
     def kernel_suffices(self, step: Step, dtype: torch.dtype) -> bool:
         """Return whether torch's kernel, given whole tensors of that dtype, does what this rule does.
@@ -138,42 +138,10 @@ class Adam(UpdateRule):
             return step.bits is None
         return dtype == torch.float32
 
-    def _has_kernel(self, device: torch.device) -> bool:
-        """Return whether kernels of our own run on ``device``, and do what this rule does, rounding included."""
-        if self.scaled or self.decay == "after" or not self.store.computes_in_fp32:
-            return False
-        return fused.runs_on(device)
-
-    def _update_by_kernel(self, weight: Tensor, grad: Tensor, state: State, step: Step, decay: float) -> None:
-        """Update a flat weight and both moments in one pass over memory."""
-        numbers = replace(self._numbers(step.count), lr=step.lr, decay=decay, l2=self.decay == "l2")
-        noise = step.noise("weight")
-        if self.store.in_blocks(state, "exp_avg"):
-            m = self.store.blocks(state, "exp_avg")
-            v = self.store.blocks(state, "exp_avg_sq")
-            fused.adam_8bit_(weight, grad, m, v, numbers, noise, step.valid)
-        else:
-            fused.adam_(weight, grad, state["exp_avg"], state["exp_avg_sq"], numbers, noise, step.valid)
-
-    def _direction_by_kernel(self, grad: Tensor, state: State, step: Step) -> Tensor:
-        """Advance both moments in one pass over memory and return the direction, in the dtype of ``grad``."""
-        numbers = self._numbers(step.count)
-        grad = grad.contiguous()
-        if self.store.in_blocks(state, "exp_avg"):
-            m = self.store.blocks(state, "exp_avg")
-            v = self.store.blocks(state, "exp_avg_sq")
-            return fused.adam_8bit_direction(grad, m, v, numbers, step.valid)
-        return fused.adam_direction(
-            grad, state["exp_avg"], state["exp_avg_sq"], numbers, step.noise("exp_avg"), step.valid
-        )
-
-    def _numbers(self, count: int) -> fused.AdamNumbers:
-        """Return the numbers of update ``count`` as kernels take them; see `_composed` for the two formulas."""
-        correction1, correction2 = self._corrections(count)
-        beta1, beta2 = self.betas
-        if self.formula == "transformers":
-            return fused.AdamNumbers(beta1, beta2, factor=correction2 / correction1, root=1.0, eps=self.eps)
-        return fused.AdamNumbers(beta1, beta2, factor=1 / correction1, root=1 / correction2, eps=self.eps)
+    @cached_property
+    def _has_kernel(self) -> bool:
+        """Return whether there are kernels of our own that do what this rule does, rounding included."""
+        return not self.scaled and self.decay != "after" and self.store.computes_in_fp32
 
     @cached_property
     def _is_plain(self) -> bool:
@@ -240,7 +208,7 @@ class Adam(UpdateRule):
         return Direction(scratch, factor=-1.0)
 
     # Both formulas divide m by a denominator, and leave what remains of the bias corrections to a factor. With c₁ and
-    # c₂ of `_corrections`, m̂ / (√v̂ + ε) is (1 / c₁) · m / (√v / c₂ + ε). The formula of transformers adds ε before v
+    # c₂ of `corrections`, m̂ / (√v̂ + ε) is (1 / c₁) · m / (√v / c₂ + ε). The formula of transformers adds ε before v
     # is corrected: (c₂ / c₁) · m / (√v + ε). Its ε is thus larger at first, by 1 / c₂ ≈ 32 at update 1 for β₂ = 0.999.
     def _composed(self, m: Tensor, v: Tensor, grad: Tensor, step: Step) -> Direction:
         """Advance ``m`` and ``v`` in place and return the direction, in single operations and in their dtype."""
@@ -249,7 +217,7 @@ class Adam(UpdateRule):
         m.add_(grad, alpha=1 - beta1)
         v.mul_(beta2)
         v.addcmul_(grad, grad, value=1 - beta2)
-        correction1, correction2 = self._corrections(step.count)
+        correction1, correction2 = self.corrections(step.count)
         denominator = v.sqrt()
         if self.formula == "transformers":
             denominator.add_(self.eps)
@@ -274,7 +242,7 @@ class Adam(UpdateRule):
         """Transform mean and variance each in its way, as in LDAdam (arXiv 2410.16103, §3.2)."""
         if not change.project:
             return
-        correction1, correction2 = self._corrections(step.count - 1)
+        correction1, correction2 = self.corrections(step.count - 1)
         mean = self.store.read(state, "exp_avg", step).float()
         mean = mean / correction1
         square = self.store.read(state, "exp_avg_sq", step).float()
@@ -289,9 +257,41 @@ class Adam(UpdateRule):
         mean.mul_(correction1)
         self.store.write(state, "exp_avg", mean, step)
 
-    def _corrections(self, count: int) -> tuple[float, float]:
+    def corrections(self, count: int) -> tuple[float, float]:
         """Return 1 − β₁ᵗ and √(1 − β₂ᵗ) for t = ``count`` updates."""
         beta1, beta2 = self.betas
         correction1 = 1 - beta1**count
         correction2 = (1 - beta2**count) ** 0.5
         return correction1, float(correction2)
+
+
+def _update_by_kernel(rule: Adam, weight: Tensor, grad: Tensor, state: State, step: Step, decay: float) -> None:
+    """Update a flat weight and both moments in one pass over memory."""
+    numbers = replace(_numbers(rule, step.count), lr=step.lr, decay=decay, l2=rule.decay == "l2")
+    noise = step.noise("weight")
+    if rule.store.in_blocks(state, "exp_avg"):
+        m = rule.store.blocks(state, "exp_avg")
+        v = rule.store.blocks(state, "exp_avg_sq")
+        fused.adam_8bit_(weight, grad, m, v, numbers, noise, step.valid)
+    else:
+        fused.adam_(weight, grad, state["exp_avg"], state["exp_avg_sq"], numbers, noise, step.valid)
+
+
+def _direction_by_kernel(rule: Adam, grad: Tensor, state: State, step: Step) -> Tensor:
+    """Advance both moments in one pass over memory and return the direction, in the dtype of ``grad``."""
+    numbers = _numbers(rule, step.count)
+    grad = grad.contiguous()
+    if rule.store.in_blocks(state, "exp_avg"):
+        m = rule.store.blocks(state, "exp_avg")
+        v = rule.store.blocks(state, "exp_avg_sq")
+        return fused.adam_8bit_direction(grad, m, v, numbers, step.valid)
+    return fused.adam_direction(grad, state["exp_avg"], state["exp_avg_sq"], numbers, step.noise("exp_avg"), step.valid)
+
+
+def _numbers(rule: Adam, count: int) -> fused.AdamNumbers:
+    """Return the numbers of update ``count`` as kernels take them; see `_composed` for the two formulas."""
+    correction1, correction2 = rule.corrections(count)
+    beta1, beta2 = rule.betas
+    if rule.formula == "transformers":
+        return fused.AdamNumbers(beta1, beta2, factor=correction2 / correction1, root=1.0, eps=rule.eps)
+    return fused.AdamNumbers(beta1, beta2, factor=1 / correction1, root=1 / correction2, eps=rule.eps)

@@ -100,7 +100,8 @@ class SkipCounts:
 
     def take(self) -> Skips:
         """Return the counts and begin anew. Waits for the device."""
-        self._gather()
+        if self._steps:
+            self._gather()
         self._steps_since_taken = 0
         skipped = 0
         failed_refreshes = 0
@@ -198,7 +199,8 @@ class PendingGradient:
     def compress(self) -> None:
         """Keep the compressed gradient alone, in the bases in use."""
         if self.slot.projects and not self.compressed:
-            self.measure()
+            if self.known_finite is None:
+                self.measure()
             self.grad = self.slot.rule.compress(self.grad, self.state, self.step)
             self.compressed = True
 
@@ -245,7 +247,7 @@ class Sums:
     """Adds parts of gradients to their sums on a GPU, many by one launch."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[PendingGradient, PendingGradient, int]] = []  # (sum, part, seed of its random bits)
+        self.waiting: list[tuple[PendingGradient, PendingGradient, int]] = []  # (sum, part, seed of its random bits)
         self._bytes = 0
 
     def takes(self, total: PendingGradient, part: PendingGradient) -> bool:
@@ -259,11 +261,11 @@ class Sums:
         is_rounded = total.step.bits is not None and total.grad.dtype == torch.bfloat16
         seed = total.step.noise(stream).seed if is_rounded else -1
         kind = (total.grad.device, total.grad.dtype, part.grad.dtype, is_rounded)
-        if self._waiting:
-            other, other_part, other_seed = self._waiting[-1]
+        if self.waiting:
+            other, other_part, other_seed = self.waiting[-1]
             if kind != (other.grad.device, other.grad.dtype, other_part.grad.dtype, other_seed >= 0):
                 self.flush()
-        self._waiting.append((total, part, seed))
+        self.waiting.append((total, part, seed))
         self._bytes += part.grad.nbytes
         total.known_finite = total.own_norm = None
         if self._bytes >= _WAITING_BYTES:
@@ -271,11 +273,11 @@ class Sums:
 
     def flush(self) -> None:
         """Add all parts that wait."""
-        if not self._waiting:
+        if not self.waiting:
             return
-        totals, parts, seeds = zip(*self._waiting, strict=True)
+        totals, parts, seeds = zip(*self.waiting, strict=True)
         add_all_([total.grad for total in totals], [part.grad for part in parts], seeds)
-        self._waiting.clear()
+        self.waiting.clear()
         self._bytes = 0
 
 
@@ -291,7 +293,7 @@ class PendingGradients:
     def __init__(self, optimizer: "RuleOptimizer", distributor: "Distributor | None" = None) -> None:
         self.distributor = distributor
         self._optimizer = optimizer
-        self._sums = Sums()
+        self.sums = Sums()
         self.gradients: dict[Tensor, PendingGradient] = {}
 
     def get(self, p: Tensor) -> PendingGradient | None:
@@ -348,10 +350,13 @@ class PendingGradients:
             return
         total.parts += 1
         stream = f"sum {total.parts}"
-        if self._sums.takes(total, part) and self.distributor is None:
-            self._sums.add(total, part, stream)
+        if total.slot.has_kernels and self.distributor is None and self.sums.takes(total, part):
+            self.sums.add(total, part, stream)
             return
-        total.finite = total.finite & part.finite
+        finite, part_finite = total.known_finite, part.known_finite
+        if finite is None or part_finite is None:
+            finite, part_finite = total.finite, part.finite
+        total.known_finite = finite & part_finite
         if total.step.bits is None or total.grad.dtype != torch.bfloat16:
             total.grad.add_(part.grad)
             return
@@ -369,6 +374,8 @@ class PendingGradients:
         if grad.layout != torch.strided:
             raise ValueError(f"a gradient is {grad.layout}; only dense ones are supported (Embedding(sparse=False))")
         slot = self._optimizer.slots[p]
+        if p.device != slot.device:
+            slot.move(p.device)
         grad = _local_gradient(grad, p) if slot.is_shared else grad.detach()
         if grad.ndim == 0:
             grad = grad.view(1)
@@ -376,7 +383,7 @@ class PendingGradients:
         # and fp32 would cost eight times as much. A GPU waits for each launch: there the norm is found when it is asked
         # for, which may be of a sum, or of all gradients at once. What is not finite is not so in a sum either.
         finite: Tensor | None = None
-        if not is_gpu(grad.device):
+        if not slot.on_gpu:
             finite = torch.linalg.vector_norm(grad) < math.inf
         if total is None:
             return self._start(p, slot, grad, finite)
@@ -406,6 +413,7 @@ class PendingGradients:
             phase=slot.phase,
             bits=bits,
             shard=slot.shard,
+            kernels=slot.has_kernels,
         )
         if not slot.gathers:  # else the rule starts with the whole state, in `update_gathered`
             slot.rule.start(state, step)
@@ -420,23 +428,6 @@ class PendingGradients:
             refresh_due=next_refresh == count,
         )
 
-    # One by one, the norms of all gradients would be as many launches. Those that are shared out, and those that have
-    # been accumulated, come by other ways.
-    def measure_all(self, params: Iterable[Tensor]) -> None:
-        """Make the gradients of ``params`` pending on a GPU, with their norms found by one operation."""
-        found: list[PendingGradient] = []
-        for p in params:
-            if not is_gpu(p.device) or self._optimizer.slots[p].is_shared:
-                continue
-            pending = self._pending_of(p)
-            if pending is not None and pending.known_finite is None and pending.own_norm is None:
-                found.append(pending)
-        if not found:
-            return
-        norms = torch._foreach_norm([pending.grad for pending in found], 2, torch.float32)
-        for pending, norm in zip(found, norms, strict=True):
-            pending.own_norm = norm
-
     # On a CPU the answer can be looked at: a gradient that is finite needs no further care. A GPU would have to be
     # waited for, so the step carries the answer along as ``valid``, and looks at it on the device whenever it stores.
     def take(self, p: Tensor) -> PendingGradient | None:
@@ -444,7 +435,8 @@ class PendingGradients:
 
         A gradient is dropped too where this raises.
         """
-        self._sums.flush()
+        if self.sums.waiting:
+            self.sums.flush()
         pending = self.gradients.pop(p, None)
         if pending is None:
             if p.grad is None:
@@ -453,7 +445,9 @@ class PendingGradients:
         if self.distributor is not None:
             self.distributor.sync([pending])
         self._finalize(pending)
-        finite = pending.finite
+        finite = pending.known_finite
+        if finite is None:
+            finite = pending.finite
         can_look = type(finite) is Tensor and finite.device.type == "cpu"  # inline: a call less for each parameter
         if not (can_look and finite):
             pending.step = pending.step.where_valid(finite)
@@ -461,12 +455,14 @@ class PendingGradients:
 
     def _finalize(self, pending: PendingGradient) -> None:
         """Find the bases that are due in a gradient, and compress it."""
+        if self.sums.waiting:  # of which this gradient may be one
+            self.sums.flush()
         if pending.refresh_due:
             _observe(self._optimizer, "refresh", pending.param, pending.refresh)
         if not pending.compressed:
             pending.compress()
 
-    def _pending_of(self, p: Tensor) -> PendingGradient | None:
+    def pending_of(self, p: Tensor) -> PendingGradient | None:
         """Return what is pending for ``p``. Where nothing is, ``p.grad`` becomes pending, if there is one."""
         pending = self.gradients.get(p)
         if pending is None and p.grad is not None:
@@ -478,31 +474,16 @@ class PendingGradients:
         """Return what is pending for each of ``params`` that has a gradient."""
         gradients: list[PendingGradient] = []
         for p in params:
-            pending = self._pending_of(p)
+            pending = self.pending_of(p)
             if pending is not None:
                 gradients.append(pending)
         return gradients
-
-    def flush(self) -> None:
-        """Make the sums that are still to be made."""
-        self._sums.flush()
 
     def finalize(self, p: Tensor) -> None:
         """Find the bases of ``p`` that are due, and compress what is pending for it."""
         pending = self.gradients.get(p)
         if pending is not None:
             self._finalize(pending)
-
-    def are_zero(self, params: Iterable[Tensor]) -> bool:
-        """Return whether there are gradients in ``params``, all of zeros, on all processes. Waits for the device."""
-        gradients = [local(p.grad) for p in params if p.grad is not None]
-        if not gradients:
-            return False
-        device = gradients[0].device
-        are_zero = torch.stack([~grad.any().to(device) for grad in gradients]).all()
-        if self.distributor is not None:
-            are_zero = self.distributor.agreed(are_zero)
-        return bool(are_zero)
 
     def start_sum(self, p: Tensor) -> None:
         """Begin to sum what is pending for ``p`` over the replicas, where that is done here."""
@@ -542,6 +523,7 @@ class PendingGradients:
         It is the norm that was measured, or else that of the pending sum, or else that of ``p.grad``. It is 0 where
         there is no gradient, or one that is not finite, whose update is skipped.
         """
+        self.sums.flush()
         params = list(params)
         found = [self.gradients.get(p) for p in params]
         norms = [_norm(p, pending) for p, pending in zip(params, found, strict=True)]
@@ -562,7 +544,7 @@ class PendingGradients:
         dropped = params
         if dropped is None:
             dropped = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._sums.flush()
+        self.sums.flush()
         for p in dropped:
             self.gradients.pop(p, None)
             p.grad = None
@@ -591,6 +573,37 @@ def _own_storage(part: PendingGradient) -> None:
     storage = part.grad.untyped_storage()
     if storage.nbytes() > part.grad.nbytes:
         part.grad = part.grad.clone()
+
+
+def are_zero(params: Iterable[Tensor], distributor: "Distributor | None") -> bool:
+    """Return whether there are gradients in ``params``, all of zeros, on all processes. Waits for the device."""
+    gradients = [local(p.grad) for p in params if p.grad is not None]
+    if not gradients:
+        return False
+    device = gradients[0].device
+    are_zero = torch.stack([~grad.any().to(device) for grad in gradients]).all()
+    if distributor is not None:
+        are_zero = distributor.agreed(are_zero)
+    return bool(are_zero)
+
+
+# One by one, the norms of all gradients would be as many launches. Those that are shared out, and those that have
+# been accumulated, come by other ways.
+def _measure_all(optimizer: "RuleOptimizer", params: Iterable[Tensor]) -> None:
+    """Make the gradients of ``params`` pending on a GPU, with their norms found by one operation."""
+    found: list[PendingGradient] = []
+    for p in params:
+        slot = optimizer.slots[p]
+        if not slot.on_gpu or slot.is_shared:
+            continue
+        pending = optimizer.pending.pending_of(p)
+        if pending is not None and pending.known_finite is None and pending.own_norm is None:
+            found.append(pending)
+    if not found:
+        return
+    norms = torch._foreach_norm([pending.grad for pending in found], 2, torch.float32)
+    for pending, norm in zip(found, norms, strict=True):
+        pending.own_norm = norm
 
 
 # All flags are found at once. On a GPU a gradient that came with its norm has none of its own yet.
@@ -645,9 +658,9 @@ class Outcome:
     """Tells what came of an update.
 
     ``grad_norm`` is the norm that was clipped, of the full gradients or of the compressed ones, or None where none was.
-    ``skipped`` counts the
-    tensors that were left alone because their gradient was not finite, ``failed_refreshes`` the bases that could not be
-    renewed. ``overlaps`` says how far refreshes turned the bases, by the key of the metric; it is empty where none did.
+    ``skipped`` counts the tensors that were left alone because their gradient was not finite, ``failed_refreshes`` the
+    bases that could not be renewed. ``overlaps`` says how far refreshes turned the bases, by the key of the metric; it
+    is empty where none did.
     """
 
     grad_norm: float | None = None
@@ -675,6 +688,7 @@ class Execution(ABC):
         self._params: list[Tensor] = []
         for group in optimizer.param_groups:
             self._params.extend(group["params"])
+        self._on_gpu = any(is_gpu(p.device) for p in self._params)
         # Python's garbage collector cannot look into a tensor's hooks. A hook that held this object, and so all
         # parameters, would keep a model in memory for good.
         weak_self = weakref.ref(self)
@@ -715,7 +729,8 @@ class Execution(ABC):
         """
         self._micro_batch = micro_batch
         self._micro_batches = micro_batches
-        self._pending.flush()
+        if self._pending.sums.waiting:
+            self._pending.sums.flush()
         if micro_batch == 0:
             self._optimizer.follow_groups()
             self._hook_trained()
@@ -743,7 +758,8 @@ class Execution(ABC):
     # gradients is found, and after that of full ones, which compressing would lose.
     def _complete(self) -> None:
         """Find the clipping coefficient, and update all parameters that still have a gradient."""
-        self._pending.flush()
+        if self._pending.sums.waiting:
+            self._pending.sums.flush()
         if self._grad_clip > 0 and self._compresses_first():
             self._pending.compress_all(self._params)
         shares = self._pending.distributor is not None
@@ -751,17 +767,22 @@ class Execution(ABC):
             self._pending.sync(self._params)
         self._norm = None
         coefficient: Tensor | None = None
-        self._pending.measure_all(self._params)
+        if self._on_gpu:
+            _measure_all(self._optimizer, self._params)
         if self._grad_clip > 0:
             self._norm = self._pending.norms(self._params).norm()
             # The 1e-6 is that of torch's clip_grad_norm_.
             coefficient = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
         if shares:
             self._pending.refresh(self._params)
-        for p in self._params:
-            if p.grad is not None or p in self._pending.gradients:
-                self._optimizer.update_param(p, coefficient)
-                p.grad = None
+        try:
+            for p in self._params:
+                if p.grad is not None or p in self._pending.gradients:
+                    self._optimizer.update_param(p, coefficient)
+                    p.grad = None
+        except BaseException:
+            self._pending.discard()  # else the next update would find what this one has left
+            raise
 
     @abstractmethod
     def _compresses_first(self) -> bool:

@@ -119,7 +119,8 @@ class Natural(OuterRule):
             columns = self._columns(state, start, stop)
             of_piece = columns @ columns[newest]
             products = of_piece if products is None else products.add_(of_piece)
-        assert products is not None
+        if products is None:  # this process has no part of it
+            products = torch.zeros(self.history, dtype=torch.float64, device=grad.device)
         weights = self._weights(products, newest, state, step)
         for start, stop in pieces:
             if len(pieces) > 1:  # else those at hand are all

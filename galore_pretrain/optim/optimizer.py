@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.checkpointing import share_out, take_state_dict
-from galore_pretrain.optim.execution import PendingGradient, PendingGradients, SkipCounts, Skips, own_precision
+from galore_pretrain.optim.execution import (
+    PendingGradient,
+    PendingGradients,
+    SkipCounts,
+    Skips,
+    are_zero,
+    own_precision,
+)
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.overlap import OverlapMeans
 from galore_pretrain.optim.rule import Direction, Scope, UpdateRule, check_scope
@@ -152,7 +159,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Return whether a step is to change nothing: the first, where the rate and all gradients are 0."""
         if self.state or any(group["lr"] for group in self.param_groups):
             return False
-        return self.pending.are_zero(params)
+        return are_zero(params, self.pending.distributor)
 
     def follow_groups(self) -> None:
         """Go on with the parameters that the groups have now, as every update does. Subclasses follow settings too."""
@@ -200,7 +207,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         elif slot.scope is Scope.ELEMENTS:
             self._update_elements(weight, pending, slot, decay)
         elif weight.numel() or slot.scope is Scope.PARTS:  # only a rule that sums over parts is handed an empty one
-            self._update(weight, pending.grad, pending.state, slot, pending.step.placed(), decay)
+            step = pending.step if slot.shard is None else pending.step.placed()
+            self._update(weight, pending.grad, pending.state, slot, step, decay)
         if not part.is_contiguous():
             part.copy_(weight)
         if pending.step.valid is not None or pending.step.failures:
@@ -215,7 +223,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         grad = pending.grad.reshape(-1)
         total = weight.numel()
         size = total
-        if slot.rule.needs_chunks(step, weight.dtype, weight.device):
+        if slot.rule.needs_chunks(step, weight.dtype):
             size = chunk_elements(weight.device)
         for start, stop in chunks(weight, total, max(1, size)):
             state = slot.rule.narrow(pending.state, start, stop)

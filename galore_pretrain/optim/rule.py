@@ -18,7 +18,6 @@ from torch import Tensor
 from galore_pretrain.optim.moments import MomentStore, State
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
-from galore_pretrain.tensors.fused import runs_on
 from galore_pretrain.tensors.shards import Shard
 
 Decay = Literal["before", "after", "l2"]
@@ -245,7 +244,7 @@ class UpdateRule(ABC):
         """Make the whole update of ``weight`` in one pass over memory, decay included. Return False if it cannot."""
         return False
 
-    def needs_chunks(self, step: Step, dtype: torch.dtype, device: torch.device) -> bool:
+    def needs_chunks(self, step: Step, dtype: torch.dtype) -> bool:
         """Return whether a large tensor is updated chunk by chunk to keep temporaries small (`Scope.ELEMENTS`)."""
         return True
 
@@ -440,7 +439,7 @@ def option_names(part: Any) -> list[str]:
 def update_in_chunks(rule: UpdateRule, grad: Tensor, state: State, step: Step) -> Direction:
     """Update as ``rule.update`` does, but overwrite ``grad`` (contiguous), so that temporaries are a few chunks."""
     size = chunk_elements(grad.device)
-    has_kernel = runs_on(grad.device) and not rule.needs_chunks(step, grad.dtype, grad.device)
+    has_kernel = step.kernels and not rule.needs_chunks(step, grad.dtype)
     if rule.scope is not Scope.ELEMENTS or grad.numel() <= size or has_kernel:
         return rule.update(grad, state, step).merged()
     flat = grad.view(-1)

@@ -92,6 +92,7 @@ class Distributor:
         work.wait()
         is_finite = torch.linalg.vector_norm(total).isfinite()  # parts that are finite can have a sum that is not
         pending.finite = pending.finite & is_finite
+        pending.own_norm = None  # which was that of this replica's gradient
         if total is not pending.grad:
             pending.offset_step.store(pending.grad, total, "replicas")
 

@@ -12,6 +12,8 @@ from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Decay, Layout, Scope, UpdateRule
 from galore_pretrain.optim.sharing import Distributor
 from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors import fused
+from galore_pretrain.tensors.place import is_gpu
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import Shard, is_shared, local, shard_of
 
@@ -27,8 +29,9 @@ class Slot:
 
     ``seed`` is that of its random numbers. ``is_shared`` says that other processes have a part of the parameter, or a
     copy. ``gathers`` says that the rule needs more of the tensor than the part that is here, so it is gathered for each
-    update. ``phase``, in [0, 1), is the place of the parameter's refreshes among those of all. The rule's answers that
-    never change are kept beside it.
+    update. ``on_gpu`` and ``has_kernels`` say whether ``device`` is a GPU, and whether kernels of our own run there.
+    ``phase``, in [0, 1), is the place of its refreshes among those of all.
+    The answers of the rule that never change are kept beside it.
     """
 
     group: int
@@ -38,6 +41,9 @@ class Slot:
     shard: Shard | None
     is_shared: bool
     gathers: bool
+    device: torch.device
+    on_gpu: bool = field(init=False)
+    has_kernels: bool = field(init=False)
     phase: float = field(init=False)
     projects: bool = field(init=False)
     scope: Scope = field(init=False)
@@ -50,6 +56,13 @@ class Slot:
         self.projects = self.rule.projects
         self.scope = self.rule.scope
         self.decay = self.rule.decay
+        self.move(self.device)
+
+    def move(self, device: torch.device) -> None:
+        """Note that the parameter is on ``device`` now."""
+        self.device = device
+        self.on_gpu = is_gpu(device)
+        self.has_kernels = fused.runs_on(device)
 
 
 # `param_groups` are everybody's: FSDP2 of accelerate exchanges the parameters in them, a training that thaws layer by
@@ -249,6 +262,7 @@ def _slot(
         shard=shard,
         is_shared=is_shared(p),
         gathers=gathers,
+        device=p.device,
     )
 
 

@@ -25,6 +25,7 @@ class Step:
     - ``valid``: a boolean scalar, whether the results may be kept. None means yes, and is the rule on a CPU. On other
       devices nobody waits to see it: `store` looks at it there.
     - ``failures``: gathers boolean scalars, one for each decomposition, true if it failed.
+    - ``kernels``: whether kernels of our own run where the tensors are.
     - ``shard``: the part of the tensor that is updated; None means all of it.
     """
 
@@ -37,6 +38,7 @@ class Step:
     valid: Tensor | None = None
     failures: list[Tensor] = field(default_factory=list)
     shard: Shard | None = None
+    kernels: bool = False
 
     def at(self, start: int) -> "Step":
         """Return the update of the elements from ``start`` on, counted from where this one starts."""
@@ -53,6 +55,7 @@ class Step:
             self.valid,
             self.failures,
             self.shard,
+            self.kernels,
         )
 
     def placed(self) -> "Step":
@@ -99,7 +102,7 @@ class Step:
         """
         if value is target:  # arithmetic was done in place
             return
-        if can_store(target, value):
+        if self.kernels and can_store(target, value):
             store_(target, value, self.noise(stream) if stream else TO_NEAREST, self.valid)
             return
         if self.bits is None or not stream or target.dtype != torch.bfloat16 or value.dtype != torch.float32:

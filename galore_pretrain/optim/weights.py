@@ -60,7 +60,7 @@ class DenseWeights:
         """Update ``weight`` in place; a bf16 one is rounded as ``step`` says."""
         if not weight.numel():  # this process has no part of it, and rows of no length cannot be counted
             return
-        if fused.runs_on(weight.device):
+        if step.kernels:
             update = _for_kernel(direction, step)
             if update is not None:
                 _subtract_by_kernel(weight, update, decay, decay_first, step)
@@ -97,20 +97,26 @@ def _for_kernel(direction: Direction, step: Step) -> fused.Update | None:
         if term.right is None and update.dense is None:
             dense = term.left.contiguous()
             update = replace(update, dense=dense, row=term.row, column=term.column, dense_rate=rate * term.factor)
-        elif term.right is not None and update.left is None and not has_scales:
+        elif term.right is not None and update.left is None and not has_scales and _alike(term):
             update = replace(update, left=term.left, right=term.right, product_rate=rate * term.factor)
         else:
             return None
     return update
 
 
+def _alike(term: Direction) -> bool:
+    """Return whether the factors of a low-rank term have one dtype, as a product of the kernel's wants them."""
+    return term.right is not None and term.left.dtype == term.right.dtype
+
+
 def _subtract_by_kernel(weight: Tensor, update: fused.Update, decay: float, decay_first: bool, step: Step) -> None:
-    """Subtract an update in one pass over a contiguous weight, of which one that is no matrix is taken as a row."""
+    """Subtract an update in one pass over a contiguous weight; a vector is taken as a row."""
     if weight.ndim != 2:
         dense = update.dense
         assert dense is not None
-        weight = weight.view(1, -1)
-        update = replace(update, dense=dense.view(1, -1))
+        rows = len(weight) if weight.ndim > 2 else 1
+        weight = weight.view(rows, -1)
+        update = replace(update, dense=dense.view(rows, -1))
     fused.subtract_(weight, update, decay, decay_first, step.noise("weight"), step.valid)
 
 

@@ -61,8 +61,8 @@ def _card(config: RunConfig) -> tuple[int, int]:
         return torch.cuda.mem_get_info(device_of(config))
     if config.memory_budget is None:
         raise InputError(
-            f"--device {config.device}: this machine has no CUDA device to plan for; say what the card has, such as "
-            "--memory-budget 24GiB"
+            f"--device {config.device}: this machine has no CUDA devices; to plan for one, say what the card has, such "
+            "as --memory-budget 24GiB"
         )
     total = _SHOWN.get(config.memory_budget, config.memory_budget)
     return total, total

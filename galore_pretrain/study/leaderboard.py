@@ -18,8 +18,8 @@ from typing import Any
 
 from galore_pretrain.config.options import FLAGS
 from galore_pretrain.errors import InputError
-from galore_pretrain.optim import is_own
-from galore_pretrain.study.results import Result
+from galore_pretrain.optim import METHODS, is_own
+from galore_pretrain.study.results import SETTING, Result
 from galore_pretrain.study.sweep import as_words
 
 UPDATES = 50
@@ -54,7 +54,11 @@ class Track:
         if unknown:
             raise InputError(f"{folder / 'track.json'}: {min(unknown)} is missing, or is no key of a track")
         _check_flags(folder / "track.json", values["flags"], taken=("optim", "seed"))
-        lists = {name: tuple(values[name]) for name in ("seeds", "baselines")}
+        lists = {}
+        for name, kind in (("seeds", int), ("baselines", str)):
+            if not isinstance(values[name], list) or not all(type(part) is kind for part in values[name]):
+                raise InputError(f"{folder / 'track.json'}: {name} is {values[name]!r}, and no list of {kind.__name__}")
+            lists[name] = tuple(values[name])
         return cls(folder=folder, **values | lists)
 
     def entries(self) -> list["Entry"]:
@@ -108,13 +112,12 @@ class Entry:
             raise InputError(f"{file}: {min(unknown)} is missing, or is no key of an entry")
         track = track or Track.read(folder.parent)
         # What a run reads and writes is the track's to say, so no entry from elsewhere can name a file but its own.
-        _check_flags(file, values["flags"], taken=("optim", "seed", *track.flags))
-        if is_own(values["optim"]) and Path(values["optim"]).name != values["optim"]:
-            raise InputError(f"{file}: {values['optim']} is not in the entry's folder")
-        try:
-            values["runs"] = [Run(**run) for run in values["runs"]]
-        except TypeError as error:
-            raise InputError(f"{file}: {error}") from error
+        _check_flags(file, values["flags"], taken=("optim", "seed", *SETTING, *track.flags))
+        optim = values["optim"]
+        if not isinstance(optim, str) or not _is_method(optim):
+            raise InputError(f"{file}: optim {optim!r} is no shipped method, and no FILE.py:NAME in the entry's folder")
+        values["runs"] = _checked_runs(file, values["runs"], track)
+        _check_tuning(file, values["tuning"])
         return cls(folder=folder, track=track, **values)
 
     @property
@@ -127,7 +130,7 @@ class Entry:
         """The file that a run of the entry executes; None of a shipped method."""
         if not is_own(self.optim):
             return None
-        return self.folder / self.optim.partition(":")[0]
+        return self.folder / self.optim.rpartition(":")[0]
 
     @cached_property
     def losses(self) -> dict[int, float]:
@@ -186,7 +189,7 @@ class Entry:
         optim = str(result.config["optim"])
         if not is_own(optim):
             return None
-        file = Path(optim.partition(":")[0])
+        file = Path(optim.rpartition(":")[0])
         if file.suffix != ".py":
             raise InputError(f"--optim {optim}: an entry holds its method, so name it as FILE.py:NAME")
         if not file.is_file() or _digest(file) != self.method_sha256:
@@ -197,7 +200,7 @@ class Entry:
 def folder_name(label: str) -> str:
     """Return the name of an entry's folder for a method's label in a report."""
     if is_own(label):
-        label = label.partition(":")[2]
+        label = label.rpartition(":")[2]
     return re.sub(r"[^\w.+]+", "-", label)
 
 
@@ -234,6 +237,8 @@ def entry_of(name: str, track: Track, results: Sequence[Result], tuning: Mapping
     optim = str(first.config["optim"])
     if is_own(optim):
         optim = Path(optim).name
+        if not _is_method(optim):
+            raise InputError(f"--optim {first.config['optim']}: an entry holds its method, so name it as FILE.py:NAME")
     tuned = None
     if tuning is not None and name in tuning["losses"]:
         tuned = {"seed": tuning["seed"], "losses": _rounded(tuning["losses"][name])}
@@ -253,7 +258,11 @@ def _check_run(track: Track, result: Result) -> None:
     """Raise InputError for a run that is not over, or not of the track."""
     if not result.config:
         raise InputError(f"{result.folder}: its config.json cannot be read")
-    for name, value in track.flags.items():
+    expected = {name: track.flags.get(name, FLAGS[name].default) for name in SETTING} | dict(track.flags)
+    for name in ("tokenizer", "steps"):  # which follow from other flags, where the track leaves them out
+        if name not in track.flags:
+            del expected[name]
+    for name, value in expected.items():
         ours = result.config.get(name, FLAGS[name].default)
         if ours != value:
             flag = name.replace("_", "-")
@@ -272,7 +281,7 @@ def _own_flags(track: Track, result: Result) -> dict[str, Any]:
     flags = {}
     for name, flag in FLAGS.items():
         value = result.config.get(name)
-        is_of_others = flag.free or name in track.flags or name in ("optim", "seed")
+        is_of_others = flag.free or name in track.flags or name in SETTING or name in ("optim", "seed")
         if not is_of_others and value is not None and value != flag.default:
             flags[name] = value
     return flags
@@ -294,13 +303,17 @@ def _run_of(seed: int, result: Result) -> Run:
     """Return what a run came to."""
     summary = result.summary
     evaluations = {str(line["step"]): line["eval_loss"] for line in result.evaluations}
-    first = [round(line["loss"], _DIGITS) for line in result.lines[:UPDATES]]
+    first = [line["loss"] for line in result.lines[:UPDATES]]
+    if not all(map(_is_number, first)):
+        raise InputError(
+            f"{result.folder}: one of its first {UPDATES} updates has no finite loss; it cannot be repeated"
+        )
     return Run(
         seed=seed,
         loss=round(result.final_loss, _DIGITS),
         tokens=int(summary["eval_tokens"]),
         evaluations=_rounded(evaluations),
-        first_losses=first,
+        first_losses=[round(loss, _DIGITS) for loss in first],
         seconds=round(summary["wall_seconds"], 1),
         weights_bytes=int(summary["weights_bytes"]),
         optimizer_bytes=int(summary["optimizer_bytes"]),
@@ -316,13 +329,80 @@ def _rounded(losses: Mapping[str, float | None]) -> dict[str, Any]:
     return rounded
 
 
-def _check_flags(file: Path, flags: Mapping[str, Any], taken: Sequence[str]) -> None:
-    """Raise InputError unless all are flags of a run that change what it computes, and none is said elsewhere."""
-    for name in flags:
+def _check_flags(file: Path, flags: Any, taken: Sequence[str]) -> None:
+    """Raise InputError unless all are flags of a run that change what it computes, and none is said elsewhere.
+
+    Their values must be of the flag's kind: a value that is no word of its own could be taken for another flag.
+    """
+    if not isinstance(flags, dict):
+        raise InputError(f"{file}: flags are {flags!r}, and no object")
+    for name, value in flags.items():
         if name not in FLAGS or FLAGS[name].free:
             raise InputError(f"{file}: {name!r} is no flag that changes what a run computes")
         if name in taken:
             raise InputError(f"{file}: {name!r} is not said there")
+        parts = value if isinstance(value, list) and value else [value]
+        if not all(_is_word(part, is_switch=FLAGS[name].kind is bool) for part in parts):
+            raise InputError(f"{file}: {name!r} cannot be {value!r}")
+
+
+def _is_word(value: Any, *, is_switch: bool) -> bool:
+    """Return whether a value can stand behind its flag as one word, and for nothing else."""
+    if isinstance(value, bool) or is_switch:
+        return isinstance(value, bool) and is_switch
+    if isinstance(value, str):
+        return bool(value) and not value.startswith("-") and value.isprintable()
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value of JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_method(optim: str) -> bool:
+    """Return whether ``optim`` is the name of a shipped method, or FILE.py:NAME without a folder."""
+    if is_own(optim):
+        return re.fullmatch(r"\w[\w.-]*\.py:\w+", optim) is not None
+    return optim in METHODS
+
+
+def _checked_runs(file: Path, runs: Any, track: Track) -> list[Run]:
+    """Return an entry's runs; InputError unless each has what `Run` has, and all have different seeds of the track."""
+    if not isinstance(runs, list) or not runs:
+        raise InputError(f"{file}: no runs")
+    checked = []
+    for values in runs:
+        try:
+            run = Run(**values)
+            numbers = [run.loss, run.tokens, run.seconds, run.weights_bytes, run.optimizer_bytes, *run.first_losses]
+            is_sound = all(map(_is_number, numbers)) and run.seed in track.seeds
+        except TypeError as error:
+            raise InputError(f"{file}: a run is not as `leaderboard add` writes it ({error})") from error
+        wanted = min(UPDATES, track.flags.get("steps") or UPDATES)
+        if not is_sound or len(run.first_losses) != wanted:
+            raise InputError(
+                f"{file}: the run of seed {run.seed} needs finite numbers, the losses of its first {wanted} updates "
+                "and a seed of the track"
+            )
+        checked.append(run)
+    if len({run.seed for run in checked}) < len(checked):
+        raise InputError(f"{file}: two runs are of one seed")
+    return checked
+
+
+def _check_tuning(file: Path, tuning: Any) -> None:
+    """Raise InputError unless a tuning is absent, or has a seed and losses by factor, one of them at least finite."""
+    if tuning is None:
+        return
+    try:
+        losses = [loss for loss in tuning["losses"].values() if loss is not None]
+        factors = [float(factor) for factor in tuning["losses"]]
+        is_sound = all(map(_is_number, [tuning["seed"], *losses, *factors])) and len(losses) > 0
+    except (TypeError, KeyError, AttributeError, ValueError):
+        is_sound = False
+    if not is_sound:
+        raise InputError(f"{file}: its tuning is not as `leaderboard add` writes it")
 
 
 def _read_object(file: Path, otherwise: str) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from galore_pretrain.study.sweep import as_words
 TOLERANCE = 1e-3
 """The most by which a training loss of the first updates may differ, in nats."""
 ONE_SEED = 0.02
-"""The same of the last validation loss, where an entry has one seed, and so no spread of its own."""
+"""The same of the last validation loss where an entry has one seed, and so no spread of its own."""
+LARGEST_SPREAD = 0.05
+"""The same where it has several: at most so much, whatever spread its seeds have."""
 
 _POLL_SECONDS = 0.5
 
@@ -79,8 +81,9 @@ class Verification:
             losses = self._losses()
         if self._stop is not None:
             return 128 + self._stop
+        losses = self._losses()  # once more: the last ones may have come as the run ended
         if len(losses) < wanted:
-            raise InputError(f"the run ended after {len(losses)} updates (see {self.output / 'log.txt'})")
+            raise InputError(f"the run ended after {len(losses)} updates: {self._last_words()}")
         if not self._repeats_updates(losses[:wanted], recorded):
             return 1
         if self.is_short:
@@ -89,7 +92,7 @@ class Verification:
         if self._stop is not None:
             return 128 + self._stop
         if code:
-            raise InputError(f"the run ended with exit code {code} (see {self.output / 'log.txt'})")
+            raise InputError(f"the run ended with exit code {code}: {self._last_words()}")
         return int(not self._repeats_seed(recorded))
 
     def _repeats_updates(self, losses: list[float | None], recorded: Run) -> bool:
@@ -108,7 +111,9 @@ class Verification:
         summary = json.loads((self.output / "summary.json").read_text())
         loss = float(summary["eval_loss"])
         losses = list(self.entry.losses.values())
-        spread = max(losses) - min(losses) if len(losses) > 1 else ONE_SEED
+        spread = ONE_SEED
+        if len(losses) > 1:
+            spread = min(max(losses) - min(losses), LARGEST_SPREAD)
         difference = abs(loss - recorded.loss)
         repeats = difference <= spread
         word = "repeated" if repeats else "not repeated"
@@ -117,6 +122,11 @@ class Verification:
             f"a difference of {difference:.1e}, {spread:.1e} is allowed"
         )
         return repeats
+
+    def _last_words(self) -> str:
+        """Return the last line of the run's log."""
+        lines = (self.output / "log.txt").read_text(errors="replace").splitlines()
+        return lines[-1] if lines else "it said nothing"
 
     def _losses(self) -> list[float | None]:
         """Return the training losses that the run has written so far, of its first updates."""

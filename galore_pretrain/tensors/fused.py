@@ -7,6 +7,7 @@ and return what they would, without values. All tensors are contiguous, but for 
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from galore_pretrain.tensors.place import is_gpu
 
@@ -51,7 +53,8 @@ def _run_on_cuda() -> bool:
         return True
     reason = "a small update came out wrong"
     try:
-        is_right = small_updates_are_right(torch.device("cuda"))
+        with _disable_current_modes():  # a plan asks first, in which tensors are fake
+            is_right = small_updates_are_right(torch.device("cuda"))
     except Exception as error:  # whatever Triton, its compilers or the driver raise
         is_right = False
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -76,11 +79,44 @@ def small_updates_are_right(device: torch.device) -> bool:
     adam_is_right = torch.allclose(weight, 1 - 0.5 * direction, rtol=1e-4, atol=1e-4)
     moments_are_right = torch.allclose(m, 0.1 * grad, rtol=1e-4) and torch.allclose(v, 0.01 * grad * grad, rtol=1e-4)
 
-    rounded = torch.full((4096,), 1 + 2.0**-9, device=device).bfloat16()
+    # From 1 to 1 + 2⁻⁹ is a quarter of the way to the next bf16 number, 1 + 2⁻⁷.
+    rounded = torch.ones(4096, device=device).bfloat16()
     addend = torch.full((4096,), 2.0**-9, device=device).bfloat16()
-    add_all_([rounded], [addend], [7])  # from 1 to 1 + 2⁻⁹, a quarter of the way to the next bf16 number
-    mean = float(rounded.float().mean() - 1) * 2**7
-    return bool(product_is_right and adam_is_right and moments_are_right and 0.2 < mean < 0.3)
+    add_all_([rounded], [addend], [7])
+    shares = [_share_rounded_up(rounded)]
+    store_(rounded, torch.full((4096,), 1 + 2.0**-9, device=device), Noise(8), torch.tensor(True, device=device))
+    shares.append(_share_rounded_up(rounded))
+    store_(rounded, torch.zeros(4096, device=device), Noise(9), torch.tensor(False, device=device))
+    shares.append(_share_rounded_up(rounded))
+    rounding_is_right = all(0.2 < share < 0.3 for share in shares)
+    return bool(
+        product_is_right
+        and adam_is_right
+        and moments_are_right
+        and rounding_is_right
+        and _small_updates_of_8_bits_are_right(device)
+    )
+
+
+def _share_rounded_up(numbers: Tensor) -> float:
+    """Return the share of bf16 numbers that are 1 + 2⁻⁷, where all others are 1."""
+    return float(numbers.float().mean() - 1) * 2**7
+
+
+def _small_updates_of_8_bits_are_right(device: torch.device) -> bool:
+    """Make a first update with moments of 8 bits, whose code is 256 even steps, and hold it against its formula."""
+    signed = torch.linspace(-1, 1, 256, device=device)
+    unsigned = torch.linspace(0, 1, 256, device=device)
+    grad = torch.linspace(-1, 1, 600, device=device)
+    weight = torch.ones(600, device=device)
+    blocks = torch.zeros(3, device=device)
+    m = Moment8bit(torch.full((600,), 128, dtype=torch.uint8, device=device), blocks, signed)
+    v = Moment8bit(torch.zeros(600, dtype=torch.uint8, device=device), blocks.clone(), unsigned)
+    numbers = AdamNumbers(0.9, 0.99, factor=10.0, root=10.0, eps=1e-8, lr=0.5)
+    adam_8bit_(weight, grad, m, v, numbers, TO_NEAREST)
+    kept = m.code[m.values.long()] * m.scales.repeat_interleave(BLOCK)[:600]
+    update_is_right = torch.allclose(weight, 1 - 0.5 * grad / (grad.abs() + 1e-8), rtol=1e-4, atol=1e-4)
+    return bool(update_is_right and torch.allclose(kept, 0.1 * grad, atol=0.1 / 255))
 
 
 @dataclass(frozen=True)
@@ -183,7 +219,7 @@ def adam_8bit_(
     v: Moment8bit,
     numbers: AdamNumbers,
     noise: Noise,
-    valid: Tensor | None,
+    valid: Tensor | None = None,
 ) -> None:
     """Do what `adam_` does, with moments of 8 bits."""
     of_m, of_v = m.tensors(), v.tensors()
@@ -361,23 +397,24 @@ def _launch_adam(
     n = grad.numel()
     if not n:
         return
-    kernels.adam[(-(-n // _ELEMENTS),)](
-        weight,
-        grad,
-        m,
-        v,
-        direction,
-        _as_byte(valid),
-        n,
-        start,
-        max(seed, 0),
-        *_of_list(numbers).arguments(),
-        HAS_WEIGHT=weight is not None,
-        HAS_VALID=valid is not None,
-        STOCHASTIC=seed >= 0,
-        L2=bool(numbers[-1]),
-        SIZE=_ELEMENTS,
-    )
+    with _on(grad.device):
+        kernels.adam[(-(-n // _ELEMENTS),)](
+            weight,
+            grad,
+            m,
+            v,
+            direction,
+            _as_byte(valid),
+            n,
+            start,
+            max(seed, 0),
+            *_of_list(numbers).arguments(),
+            HAS_WEIGHT=weight is not None,
+            HAS_VALID=valid is not None,
+            STOCHASTIC=seed >= 0,
+            L2=bool(numbers[-1]),
+            SIZE=_ELEMENTS,
+        )
 
 
 def _launch_store(target: Tensor, value: Tensor, valid: Tensor | None, seed: int, start: int) -> None:
@@ -387,17 +424,18 @@ def _launch_store(target: Tensor, value: Tensor, valid: Tensor | None, seed: int
     n = target.numel()
     if not n:
         return
-    kernels.store[(-(-n // _ELEMENTS),)](
-        target,
-        value,
-        _as_byte(valid),
-        n,
-        start,
-        max(seed, 0),
-        HAS_VALID=valid is not None,
-        STOCHASTIC=seed >= 0,
-        SIZE=_ELEMENTS,
-    )
+    with _on(target.device):
+        kernels.store[(-(-n // _ELEMENTS),)](
+            target,
+            value,
+            _as_byte(valid),
+            n,
+            start,
+            max(seed, 0),
+            HAS_VALID=valid is not None,
+            STOCHASTIC=seed >= 0,
+            SIZE=_ELEMENTS,
+        )
 
 
 def _launch_adam_8bit(
@@ -416,22 +454,23 @@ def _launch_adam_8bit(
     n = grad.numel()
     if not n:
         return
-    kernels.adam_8bit[(-(-n // (BLOCK * _BLOCKS)),)](
-        weight,
-        grad,
-        *moments,
-        direction,
-        _as_byte(valid),
-        n,
-        start,
-        max(seed, 0),
-        *_of_list(numbers).arguments(),
-        HAS_WEIGHT=weight is not None,
-        HAS_VALID=valid is not None,
-        STOCHASTIC=seed >= 0,
-        L2=bool(numbers[-1]),
-        BLOCKS=_BLOCKS,
-    )
+    with _on(grad.device):
+        kernels.adam_8bit[(-(-n // (BLOCK * _BLOCKS)),)](
+            weight,
+            grad,
+            *moments,
+            direction,
+            _as_byte(valid),
+            n,
+            start,
+            max(seed, 0),
+            *_of_list(numbers).arguments(),
+            HAS_WEIGHT=weight is not None,
+            HAS_VALID=valid is not None,
+            STOCHASTIC=seed >= 0,
+            L2=bool(numbers[-1]),
+            BLOCKS=_BLOCKS,
+        )
 
 
 def _launch_subtract(
@@ -458,35 +497,37 @@ def _launch_subtract(
     if left is not None and right is not None:
         rank = left.shape[1]
         strides = (*left.stride(), *right.stride())
-    grid = (-(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS))
-    kernels.subtract[grid](
-        weight,
-        left,
-        right,
-        dense,
-        row,
-        column,
-        _as_byte(valid),
-        rows,
-        columns,
-        rank,
-        *strides,
-        start,
-        max(seed, 0),
-        *rates,
-        HAS_PRODUCT=left is not None,
-        HAS_DENSE=dense is not None,
-        HAS_ROW=row is not None,
-        HAS_COLUMN=column is not None,
-        HAS_VALID=valid is not None,
-        STOCHASTIC=seed >= 0,
-        DECAY_FIRST=decay_first,
-        IN_FP32=weight.device.type == "cpu",  # Triton's interpreter has no bf16 products
-        TILE_ROWS=_TILE_ROWS,
-        TILE_COLUMNS=_TILE_COLUMNS,
-        TILE_RANK=_TILE_RANK,
-        num_warps=_TILE_WARPS,
-    )
+    # A grid may be 2³¹ programs long in its first dimension, and 65,535 in the second.
+    grid = (-(-columns // _TILE_COLUMNS), -(-rows // _TILE_ROWS))
+    with _on(weight.device):
+        kernels.subtract[grid](
+            weight,
+            left,
+            right,
+            dense,
+            row,
+            column,
+            _as_byte(valid),
+            rows,
+            columns,
+            rank,
+            *strides,
+            start,
+            max(seed, 0),
+            *rates,
+            HAS_PRODUCT=left is not None,
+            HAS_DENSE=dense is not None,
+            HAS_ROW=row is not None,
+            HAS_COLUMN=column is not None,
+            HAS_VALID=valid is not None,
+            STOCHASTIC=seed >= 0,
+            DECAY_FIRST=decay_first,
+            IN_FP32=weight.device.type == "cpu",  # Triton's interpreter has no bf16 products
+            TILE_ROWS=_TILE_ROWS,
+            TILE_COLUMNS=_TILE_COLUMNS,
+            TILE_RANK=_TILE_RANK,
+            num_warps=_TILE_WARPS,
+        )
 
 
 # Where each tensor lies changes with every micro-batch, so the addresses go to the device by each call: some kilobytes,
@@ -503,19 +544,31 @@ def _launch_add_all(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequ
     words: list[int] = []
     first = 0
     for total, part, seed in pairs:
+        if total.numel() != part.numel():
+            raise ValueError(f"a part of shape {tuple(part.shape)} cannot be added to a sum of {tuple(total.shape)}")
         words += [total.data_ptr(), part.data_ptr(), first, total.numel(), max(seed, 0)]
         first += -(-total.numel() // _SUMMED)
     for _ in range(len(pairs), 1 << halvings):  # no program comes to these
         words += [0, 0, first, 0, 0]
     table = torch.tensor(words, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    kernels.add_all[(first,)](
-        table,
-        SUM=_element(pairs[0][0].dtype),
-        PART=_element(pairs[0][1].dtype),
-        STOCHASTIC=pairs[0][2] >= 0,
-        HALVINGS=halvings,
-        SIZE=_SUMMED,
-    )
+    with _on(device):
+        kernels.add_all[(first,)](
+            table,
+            SUM=_element(pairs[0][0].dtype),
+            PART=_element(pairs[0][1].dtype),
+            STOCHASTIC=pairs[0][2] >= 0,
+            HALVINGS=halvings,
+            SIZE=_SUMMED,
+        )
+
+
+# Triton launches on the current device, whatever device its tensors are on.
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Make ``device`` the current one in a context; of a CPU there is one."""
+    if device.type == "cuda":
+        guard: AbstractContextManager[None] = torch.cuda.device(device)
+        return guard
+    return nullcontext()
 
 
 def _as_byte(valid: Tensor | None) -> Tensor | None:

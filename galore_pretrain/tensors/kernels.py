@@ -1,6 +1,7 @@
 """Triton kernels of an update: each reads and writes its tensors once. `fused` makes operations of them.
 
-All arithmetic is in fp32. A bf16 result is rounded stochastically, with 16 random bits by Philox (Salmon et al. 2011)
+All arithmetic is in fp32. Seeds change with every update: Triton must not compile a kernel anew for what divides them,
+so they are not specialized. A bf16 result is rounded stochastically, with 16 random bits by Philox (Salmon et al. 2011)
 from a seed and the element's place: the same bits however a tensor is cut into programs, and on every device.
 """
 
@@ -48,7 +49,7 @@ def _advanced(g, m, v, beta1, rest1, beta2, rest2, factor, root, eps):
 
 # One program has SIZE elements of flat tensors. There is a weight, which takes the direction times the rate and its
 # decay, or else the direction is written out.
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "start"])
 def adam(
     weight,
     grad,
@@ -98,7 +99,7 @@ def adam(
         _store(direction + place, update, inside, of_weight, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "start"])
 def store(target, value, valid, n, start, seed, HAS_VALID: tl.constexpr, STOCHASTIC: tl.constexpr, SIZE: tl.constexpr):
     """Copy a flat tensor to another, rounded to its dtype."""
     if HAS_VALID:
@@ -142,7 +143,7 @@ def _write_8bit(moment, bytes_at, scales, code, place, inside, block, has_block)
 
 
 # One program has BLOCKS blocks of 256 elements, each of which has a scale a moment.
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "start"])
 def adam_8bit(
     weight,
     grad,
@@ -201,7 +202,7 @@ def adam_8bit(
 # W ← keep · W − (product_rate · L R + dense_rate · diag(row) · D · diag(column)) for W and D of rows × columns, L of
 # rows × r and R of r × columns; or the decay last: W ← keep · (W − …). One program has a tile of W. The product is
 # formed in its registers, so it never is in memory.
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "start"])
 def subtract(
     weight,
     left,
@@ -235,8 +236,8 @@ def subtract(
     TILE_RANK: tl.constexpr,
 ):
     """Subtract a direction from a weight in place: a low-rank product, a dense term with scales, or both."""
-    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tl.program_id(1).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    row = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = tl.program_id(0).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     if HAS_VALID:
         rows = tl.where(tl.load(valid) != 0, rows, 0)
     has_row = row < rows

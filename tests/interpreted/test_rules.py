@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from galore_pretrain.optim import GlobalStep, Layerwise, RuleOptimizer, build_optimizer
 from galore_pretrain.tensors import fused
@@ -54,8 +55,15 @@ def built(row: str, dtype: torch.dtype, **more: Any) -> tuple[nn.Module, RuleOpt
     return model, build_optimizer(model, row, **options)
 
 
-def train(model: nn.Module, optimizer: RuleOptimizer, updates: range, mode: Any = GlobalStep, parts: int = 1) -> None:
-    execution = mode(optimizer, 0.0)
+def train(
+    model: nn.Module,
+    optimizer: RuleOptimizer,
+    updates: range,
+    mode: Any = GlobalStep,
+    parts: int = 1,
+    clip: float = 0.0,
+) -> None:
+    execution = mode(optimizer, clip, projected=True)
     for update in updates:
         for part in range(parts):
             execution.begin(part, parts)
@@ -191,8 +199,48 @@ def test_several_micro_batches_are_summed_by_launches(
         assert float(apart.max()) < (2e-6 if dtype == torch.float32 else 0.03)
 
 
+@pytest.mark.parametrize("row", ["galore_adamw", "adamw"])
+def test_sums_are_whole_before_bases_are_found_in_them(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layerwise, clipped by the projected norm: a basis that is due is found in backward, in the sum of all parts."""
+    for file in ("execution", "slots"):
+        monkeypatch.setattr(f"galore_pretrain.optim.{file}.is_gpu", lambda device: True)
+    after, optimizer = built(row, torch.float32)
+    train(after, optimizer, range(5), parts=2, clip=1.0)
+    inside, optimizer = built(row, torch.float32)
+    train(inside, optimizer, range(5), Layerwise, parts=2, clip=1.0)
+    monkeypatch.undo()
+    composed, optimizer = built(row, torch.float32)
+    train(composed, optimizer, range(5), parts=2, clip=1.0)
+    for ours, theirs, expected in zip(weights(inside), weights(after), weights(composed), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-5)
+        assert torch.allclose(theirs, expected, atol=2e-5)
+
+
+def test_the_trial_of_kernels_sees_no_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is the first to ask whether kernels run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cpu = torch.device("cpu")
+    right = fused.small_updates_are_right
+    monkeypatch.setattr(fused, "small_updates_are_right", lambda device: right(cpu))
+    fused._run_on_cuda.cache_clear()
+    with FakeTensorMode():
+        assert fused.runs_on(torch.device("cuda"))
+    fused._run_on_cuda.cache_clear()
+
+
+def test_a_parameter_that_is_moved_has_the_kernels_of_its_place() -> None:
+    model, optimizer = built("adamw", torch.bfloat16)
+    slot = optimizer.slots[model.mlp_up.weight]  # type: ignore[union-attr, index]
+    assert slot.has_kernels
+    slot.move(torch.device("meta"))
+    assert not slot.has_kernels
+    train(model, optimizer, range(1))
+    assert slot.has_kernels
+
+
 def test_a_part_that_is_not_finite_makes_its_sum_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("galore_pretrain.optim.execution.is_gpu", lambda device: True)  # flags are found at the end
+    for file in ("execution", "slots"):  # flags are found at the end
+        monkeypatch.setattr(f"galore_pretrain.optim.{file}.is_gpu", lambda device: True)
     for bad in range(3):
         model, optimizer = built("adamw", torch.bfloat16)
         before = weights(model)
