@@ -170,6 +170,7 @@ def test_what_it_cannot_do_is_refused() -> None:
 def test_moments_in_blocks_are_refused_where_processes_share_a_matrix() -> None:
     """It is gathered for each update, and blocks of a part are none of the whole: said in words, with the way out."""
     part = Shard(0, 0, 64, (128, 64), 2, None)
-    slot = Slot(group=0, index=0, seed=0, rule=Muon(store=Blockwise8bit()), shard=part, is_shared=True, gathers=True)
+    rule, cpu = Muon(store=Blockwise8bit()), torch.device("cpu")
+    slot = Slot(group=0, index=0, seed=0, rule=rule, shard=part, is_shared=True, gathers=True, device=cpu)
     with pytest.raises(ValueError, match=r"Muon needs whole tensors .* keeps moments in blocks: .* use one process"):
         initial_state(slot, torch.zeros(64, 64))
