@@ -466,3 +466,12 @@ def test_what_one_process_finds_ends_all(what: str, differs: bool, told: str, ti
         next(line for line in ended.stderr.splitlines() if told in line)
     ]
     assert (tmp_path / "run" / "checkpoints" / "step_00000005").is_dir()
+
+
+def test_replicas_clip_by_the_norm_of_the_sum(tmp_path: Path) -> None:
+    """Where norms are found as on a GPU: before the sum over replicas, a gradient's own norm is of this one alone."""
+    told = json.loads(forked(2, "replicas", tmp_path))
+    for dtype in ("torch.float32", "torch.bfloat16"):
+        first, second = told[dtype]
+        assert first == second
+        assert first[0] == [16.0, 64.0, 144.0]  # 4 elements squared, each 1 + 3, times 1, 4 and 9
