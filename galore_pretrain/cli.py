@@ -298,7 +298,7 @@ def _report(runs: Sequence[Path], output: Path, *, as_json: bool = False) -> str
 
 @cli.group(context_settings={"help_option_names": ["-h", "--help"]})
 def leaderboard() -> None:
-    """Add a method to a leaderboard, verify an entry, write the table."""
+    """Methods side by side on a fixed track: add, verify, table."""
 
 
 @leaderboard.command("add")

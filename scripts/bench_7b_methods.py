@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from bench_7b import print_machine
+from bench_7b import RUN, print_machine
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.resolve import resolve
@@ -26,22 +26,13 @@ from galore_pretrain.train.build import execution_for, model_for, optimizer_for,
 from galore_pretrain.train.evaluate import evaluate
 from galore_pretrain.train.inputs import open_inputs
 
-SHARED: dict[str, Any] = {
-    "dtype": "bfloat16",
-    "layerwise": True,
-    "activation_checkpointing": True,
-    "batch_size": 1,
-    "total_batch_size": 1,
-    "max_length": 256,
-    "layout": "pack",
-    "grad_clip": 0.0,
-    "data": "sample",
-    "steps": 100,
-}
 METHODS: dict[str, dict[str, Any]] = {
     "scale": {"lr": 1e-4},  # the recipe's rate at its peak
-    "galore_adamw8bit": {"lr": 5e-4, "rank": 1024, "update_proj_gap": 50},  # a fifth of the bases is due at each update
+    "galore_adamw8bit": {name: RUN[name] for name in ("lr", "rank", "update_proj_gap")},
 }
+_OF_GALORE = METHODS["galore_adamw8bit"].keys()
+SHARED = {name: value for name, value in RUN.items() if name not in _OF_GALORE} | {"layout": "pack"}
+"""The flags of `bench_7b`'s run that both methods have."""
 
 
 def config_of(model: str, name: str) -> RunConfig:

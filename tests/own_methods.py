@@ -1,6 +1,7 @@
 """Methods as users would write them in a file that ``--optim`` names: a class of torch, a rule around GaLore, and rules
 that raise. They take nothing of the package but what docs/adding-a-method.md names."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,8 +16,10 @@ from galore_pretrain.optim.adam import Adam
 class Lion(torch.optim.Optimizer):
     """Lion (arXiv 2302.06675)."""
 
-    def __init__(self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99)) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas})
+    def __init__(
+        self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -26,6 +29,10 @@ class Lion(torch.optim.Optimizer):
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 p.add_((mean * first + p.grad * (1 - first)).sign(), alpha=-group["lr"])
                 mean.lerp_(p.grad, 1 - second)
+
+
+LION = f"from typing import Any\n\nimport torch\n\n\n{inspect.getsource(Lion)}"
+"""The same as a file of its own."""
 
 
 @dataclass(frozen=True)

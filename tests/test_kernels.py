@@ -26,15 +26,18 @@ def absent(*names: str) -> dict[str, None]:
     return dict.fromkeys(names)
 
 
+DENSE = {"BLOCKS": 2, **absent("m_scales", "m_code", "v_scales", "v_code")}
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize(
     ("name", "constants"),
     [
-        ("adam", {"HAS_WEIGHT": True, "L2": False, "SIZE": 512, **absent("direction")}),
-        ("adam", {"HAS_WEIGHT": False, "L2": False, "SIZE": 512, **absent("weight")}),
-        ("adam_8bit", {"HAS_WEIGHT": True, "L2": True, "BLOCKS": 2, **absent("direction")}),
-        ("adam_8bit", {"HAS_WEIGHT": False, "L2": False, "BLOCKS": 2, **absent("weight")}),
+        ("adam", {"HAS_WEIGHT": True, "EIGHT_BIT": False, "L2": False, **DENSE, **absent("direction")}),
+        ("adam", {"HAS_WEIGHT": False, "EIGHT_BIT": False, "L2": False, **DENSE, **absent("weight")}),
+        ("adam", {"HAS_WEIGHT": True, "EIGHT_BIT": True, "L2": True, "BLOCKS": 2, **absent("direction")}),
+        ("adam", {"HAS_WEIGHT": False, "EIGHT_BIT": True, "L2": False, "BLOCKS": 2, **absent("weight")}),
         (
             "subtract",
             {
@@ -76,6 +79,8 @@ def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: s
     signature = {}
     for argument in kernel.arg_names:
         signature[argument] = {**FLOATS, **COUNTS, **IN_FP32, **OTHERS}.get(argument, dtype)
+        if argument in ("m_at", "v_at") and constants.get("EIGHT_BIT"):
+            signature[argument] = "*u8"
         if argument in constants:
             signature[argument] = "constexpr"
     used = {argument: value for argument, value in constants.items() if argument in signature}

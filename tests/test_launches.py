@@ -34,7 +34,7 @@ def test_an_update_takes_few_launches(counting: Any, model: str, optim: str, mos
     if model == "llama_7b":
         values |= {"activation_checkpointing": True, "batch_size": 1, "total_batch_size": 1}
     _, update = counting.of_update(values)
-    assert update["subtract_"] + update["adam_"] + update["adam_8bit_"] > 0
+    assert update["adam_"] > 0
     assert update.total() <= most, update.most_common()
 
 

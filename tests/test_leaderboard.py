@@ -15,25 +15,10 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.study.leaderboard import Entry, Track
 from galore_pretrain.study.standings import page
 from galore_pretrain.study.sweep import as_words
+from own_methods import LION
 from runs import COMMAND_LINE, python
 
 REPOSITORY = Path(__file__).parent.parent
-
-LION = """
-import torch
-
-class Lion(torch.optim.Optimizer):
-    def __init__(self, params, lr=1e-3, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.add_(torch.sign(momentum.lerp(p.grad, 0.1)), alpha=-group["lr"])
-                momentum.lerp_(p.grad, 0.01)
-"""
 
 
 def leaderboard(*words: str | Path) -> Result:

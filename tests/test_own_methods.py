@@ -17,8 +17,11 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.optim import METHODS, build_optimizer, load_method, method
 from galore_pretrain.optim.build import rules_by_role
 from galore_pretrain.optim.methods import Companion
+from own_methods import LION
 
-FILE = '''
+FILE = (
+    LION
+    + '''
 """Methods of one's own."""
 
 from dataclasses import dataclass, field
@@ -33,20 +36,6 @@ from galore_pretrain.optim.methods import Companion, Method, Recipe
 
 with Path("executed").open("a") as note:
     note.write("once ")
-
-
-class Lion(torch.optim.Optimizer):
-    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            first, second = group["betas"]
-            for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                p.add_((mean * first + p.grad * (1 - first)).sign(), alpha=-group["lr"])
-                mean.lerp_(p.grad, 1 - second)
 
 
 @dataclass(frozen=True)
@@ -129,6 +118,7 @@ class Loose(UpdateRule):
 
 number = 3
 '''
+)
 SMALL = {
     "vocab_size": 1024, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 64, "hidden_act": "silu", "model_type": "llama",

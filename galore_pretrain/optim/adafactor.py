@@ -13,9 +13,8 @@ from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rule import BasisChange, Direction, Layout, Scope, UpdateRule
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.fused import BLOCK
 from galore_pretrain.tensors.shards import Shard
-
-_BLOCK = 256  # elements of a moment in 8 bits that share a scale
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class Adafactor(UpdateRule):
         width = grad.shape[1:].numel()
         rows = _rows(grad)
         if self.store.in_blocks(state, "exp_avg"):
-            together = _BLOCK // math.gcd(_BLOCK, width)
+            together = BLOCK // math.gcd(BLOCK, width)
             rows = max(1, rows // together) * together
         averages = state["exp_avg"]
         if not self.store.is_dense:

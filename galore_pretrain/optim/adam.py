@@ -268,24 +268,17 @@ class Adam(UpdateRule):
 def _update_by_kernel(rule: Adam, weight: Tensor, grad: Tensor, state: State, step: Step, decay: float) -> None:
     """Update a flat weight and both moments in one pass over memory."""
     numbers = replace(_numbers(rule, step.count), lr=step.lr, decay=decay, l2=rule.decay == "l2")
-    noise = step.noise("weight")
-    if rule.store.in_blocks(state, "exp_avg"):
-        m = rule.store.blocks(state, "exp_avg")
-        v = rule.store.blocks(state, "exp_avg_sq")
-        fused.adam_8bit_(weight, grad, m, v, numbers, noise, step.valid)
-    else:
-        fused.adam_(weight, grad, state["exp_avg"], state["exp_avg_sq"], numbers, noise, step.valid)
+    m = rule.store.for_kernel(state, "exp_avg")
+    v = rule.store.for_kernel(state, "exp_avg_sq")
+    fused.adam_(weight, grad, m, v, numbers, step.noise("weight"), step.valid)
 
 
 def _direction_by_kernel(rule: Adam, grad: Tensor, state: State, step: Step) -> Tensor:
     """Advance both moments in one pass over memory and return the direction, in the dtype of ``grad``."""
+    m = rule.store.for_kernel(state, "exp_avg")
+    v = rule.store.for_kernel(state, "exp_avg_sq")
     numbers = _numbers(rule, step.count)
-    grad = grad.contiguous()
-    if rule.store.in_blocks(state, "exp_avg"):
-        m = rule.store.blocks(state, "exp_avg")
-        v = rule.store.blocks(state, "exp_avg_sq")
-        return fused.adam_8bit_direction(grad, m, v, numbers, step.valid)
-    return fused.adam_direction(grad, state["exp_avg"], state["exp_avg_sq"], numbers, step.noise("exp_avg"), step.valid)
+    return fused.adam_direction(grad.contiguous(), m, v, numbers, step.noise("exp_avg"), step.valid)
 
 
 def _numbers(rule: Adam, count: int) -> fused.AdamNumbers:

@@ -8,7 +8,7 @@ import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.norms import measure_all, norms_of
 from galore_pretrain.optim.overlap import overlaps_of_refresh, subspace_overlap
 from galore_pretrain.optim.rule import NewBases, UpdateRule
 from galore_pretrain.optim.slots import Slot
+from galore_pretrain.optim.sums import Sums
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import add_rounded
-from galore_pretrain.tensors.fused import add_all_, can_add
 from galore_pretrain.tensors.place import is_gpu
 from galore_pretrain.tensors.rounding import derive_seed
-from galore_pretrain.tensors.shards import local, shard_of
+from galore_pretrain.tensors.shards import local
 from galore_pretrain.tensors.values import gradient_norm
 
 if TYPE_CHECKING:
     from galore_pretrain.optim.optimizer import RuleOptimizer
     from galore_pretrain.optim.sharing import Distributor
 
-_WAITING_BYTES = 1 << 26  # of gradients that are added by one launch
 _MOST_UNCOUNTED = 4096  # updates of a tensor, whose flags are kept one by one
 _PATIENCE = 100  # steps after which a warning tells of skips that nobody has read
 
@@ -135,9 +135,9 @@ class PendingGradient:
     those of the update. ``refresh_due`` says that new bases are still to be found in it. ``finite``, a scalar, says
     whether all of it was finite: on this process, and on all once it is ``synced``. On a GPU that is found when
     somebody asks, from ``own_norm``, the norm of the whole sum. ``norm`` is that of the full gradient at hand, where it
-    was measured. ``parts`` counts the gradients in the sum. ``summed`` says that its sum
-    over replicas was begun. ``first_half`` is a copy of what half of the micro-batches came to, where the noise of the
-    bases is to be measured. ``overlaps`` holds what was measured of a refresh, by the key of its metric.
+    was measured. ``parts`` counts the gradients in the sum. ``summed`` says that its sum over replicas was begun.
+    ``first_half`` is a copy of what half of the micro-batches came to, where the noise of the bases is to be measured.
+    ``overlaps`` holds what was measured of a refresh, by the key of its metric.
     """
 
     param: Tensor
@@ -239,46 +239,6 @@ class PendingGradient:
         self.first_half = None
         overlap = subspace_overlap(first[:2], second[:2])
         return torch.where(first.found & second.found, overlap, torch.nan)
-
-
-# One by one, the sums of a micro-batch's gradients would be a dozen launches each. So parts wait until there are some,
-# which one launch then adds. They take no more memory than that.
-class Sums:
-    """Adds parts of gradients to their sums on a GPU, many by one launch."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[PendingGradient, PendingGradient, int]] = []  # (sum, part, seed of its random bits)
-        self._bytes = 0
-
-    def takes(self, total: PendingGradient, part: PendingGradient) -> bool:
-        """Return whether a part can be added so: both as they came, in dtypes and layouts that the kernel knows."""
-        if total.compressed or part.compressed:
-            return False
-        return can_add(total.grad, part.grad)
-
-    def add(self, total: PendingGradient, part: PendingGradient, stream: str) -> None:
-        """Add ``part`` to ``total`` by the next launch; in bf16, rounded by the bits of ``stream``."""
-        is_rounded = total.step.bits is not None and total.grad.dtype == torch.bfloat16
-        seed = total.step.noise(stream).seed if is_rounded else -1
-        kind = (total.grad.device, total.grad.dtype, part.grad.dtype, is_rounded)
-        if self.waiting:
-            other, other_part, other_seed = self.waiting[-1]
-            if kind != (other.grad.device, other.grad.dtype, other_part.grad.dtype, other_seed >= 0):
-                self.flush()
-        self.waiting.append((total, part, seed))
-        self._bytes += part.grad.nbytes
-        total.known_finite = total.own_norm = None
-        if self._bytes >= _WAITING_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Add all parts that wait."""
-        if not self.waiting:
-            return
-        totals, parts, seeds = zip(*self.waiting, strict=True)
-        add_all_([total.grad for total in totals], [part.grad for part in parts], seeds)
-        self.waiting.clear()
-        self._bytes = 0
 
 
 class PendingGradients:
@@ -517,28 +477,6 @@ class PendingGradients:
             for p in params:
                 self.finalize(p)
 
-    def norms(self, params: Iterable[Tensor]) -> Tensor:
-        """Return the norm of each parameter's gradient, fp32 (number of parameters).
-
-        It is the norm that was measured, or else that of the pending sum, or else that of ``p.grad``. It is 0 where
-        there is no gradient, or one that is not finite, whose update is skipped.
-        """
-        self.sums.flush()
-        params = list(params)
-        found = [self.gradients.get(p) for p in params]
-        norms = [_norm(p, pending) for p, pending in zip(params, found, strict=True)]
-        norms = list(_of_finite(norms, found))
-        indices_of_parts: list[int] = []
-        for index, (p, pending) in enumerate(zip(params, found, strict=True)):
-            if self.distributor is not None and _is_of_shard(p, pending):
-                indices_of_parts.append(index)
-        if self.distributor is not None and indices_of_parts:
-            part_norms = [norms[index] for index in indices_of_parts]
-            whole_norms = self.distributor.norms(part_norms)
-            for index, norm in zip(indices_of_parts, whole_norms, strict=True):
-                norms[index] = norm
-        return torch.stack(norms)
-
     def discard(self, params: Iterable[Tensor] | None = None) -> None:
         """Drop the gradients of ``params``, accumulated or not; by default those of all, and the sums under way."""
         dropped = params
@@ -585,72 +523,6 @@ def are_zero(params: Iterable[Tensor], distributor: "Distributor | None") -> boo
     if distributor is not None:
         are_zero = distributor.agreed(are_zero)
     return bool(are_zero)
-
-
-# One by one, the norms of all gradients would be as many launches. Those that are shared out, and those that have
-# been accumulated, come by other ways.
-def _measure_all(optimizer: "RuleOptimizer", params: Iterable[Tensor]) -> None:
-    """Make the gradients of ``params`` pending on a GPU, with their norms found by one operation."""
-    found: list[PendingGradient] = []
-    for p in params:
-        slot = optimizer.slots[p]
-        if not slot.on_gpu or slot.is_shared:
-            continue
-        pending = optimizer.pending.pending_of(p)
-        if pending is not None and pending.known_finite is None and pending.own_norm is None:
-            found.append(pending)
-    if not found:
-        return
-    norms = torch._foreach_norm([pending.grad for pending in found], 2, torch.float32)
-    for pending, norm in zip(found, norms, strict=True):
-        pending.own_norm = norm
-
-
-# All flags are found at once. On a GPU a gradient that came with its norm has none of its own yet.
-def _of_finite(norms: Sequence[Tensor], gradients: Sequence[PendingGradient | None]) -> Sequence[Tensor]:
-    """Return fp32 ``norms`` with 0 for those of ``gradients`` that are not finite, and let each know whether it is."""
-    unknown: list[PendingGradient] = []
-    own_norms: list[Tensor] = []
-    for pending in gradients:
-        if pending is not None and pending.known_finite is None and pending.own_norm is not None:
-            unknown.append(pending)
-            own_norms.append(pending.own_norm)
-    if unknown:
-        for pending, flag in zip(unknown, (torch.stack(own_norms) < math.inf).unbind(), strict=True):
-            pending.finite = flag
-    stacked = torch.stack(list(norms))
-    valid = stacked < math.inf
-    known = [pending.finite for pending in gradients if pending is not None]
-    if len(known) == len(norms):
-        valid &= torch.stack(known)
-    elif known:
-        always = torch.ones((), dtype=torch.bool, device=stacked.device)
-        valid &= torch.stack([always if pending is None else pending.finite for pending in gradients])
-    return torch.where(valid, stacked, 0.0).unbind()
-
-
-def _norm(p: Tensor, pending: PendingGradient | None) -> Tensor:
-    """Return the norm of what this process has of the gradient of ``p``, fp32, a scalar."""
-    if pending is None:
-        if p.grad is None:
-            return torch.zeros((), device=p.device)
-        return gradient_norm(local(p.grad))
-    if pending.norm is not None:
-        return pending.norm
-    if pending.own_norm is not None and pending.parts == 1 and not pending.compressed:
-        return pending.own_norm
-    return gradient_norm(pending.grad)
-
-
-def _is_of_shard(p: Tensor, pending: PendingGradient | None) -> bool:
-    """Return whether `_norm` is the norm of a part of the gradient, and other processes have the other parts."""
-    if pending is None:
-        return shard_of(p) is not None
-    if pending.step.shard is None:
-        return False
-    if pending.compressed and pending.norm is None:  # a compressed gradient can be whole where the full one is not
-        return pending.offset_step.shard is not None
-    return True
 
 
 @dataclass(frozen=True)
@@ -768,9 +640,9 @@ class Execution(ABC):
         self._norm = None
         coefficient: Tensor | None = None
         if self._on_gpu:
-            _measure_all(self._optimizer, self._params)
+            measure_all(self._optimizer, self._params)
         if self._grad_clip > 0:
-            self._norm = self._pending.norms(self._params).norm()
+            self._norm = norms_of(self._params, self._pending).norm()
             # The 1e-6 is that of torch's clip_grad_norm_.
             coefficient = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
         if shares:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
-from galore_pretrain.tensors.fused import BLOCK, Moment8bit
+from galore_pretrain.tensors.fused import BLOCK, Moment
 from galore_pretrain.tensors.shards import Shard
 
 State = dict[str, Tensor]
@@ -69,8 +69,8 @@ class MomentStore(Protocol):
         """Return whether elements of the moment share a scale, so that its bytes cannot be cut anywhere."""
         ...
 
-    def blocks(self, state: State, name: str) -> Moment8bit:
-        """Return a moment that is kept `in_blocks` as kernels take it."""
+    def for_kernel(self, state: State, name: str) -> Moment:
+        """Return the moment as kernels of our own take it."""
         ...
 
     def fused_adam(
@@ -135,9 +135,9 @@ class Dense:
         """No elements share a scale."""
         return False
 
-    def blocks(self, state: State, name: str) -> Moment8bit:
-        """Raise TypeError: there are none."""
-        raise TypeError("a dense moment has no blocks")
+    def for_kernel(self, state: State, name: str) -> Moment:
+        """Return the values."""
+        return Moment(state[name])
 
     def fused_adam(
         self,
@@ -252,9 +252,11 @@ class Blockwise8bit:
         """Return whether the moment is large enough to be kept in blocks that share a scale."""
         return f"{name}_absmax" in state
 
-    def blocks(self, state: State, name: str) -> Moment8bit:
-        """Return the bytes, scales and code of a moment that is kept in blocks, as kernels take it."""
-        return Moment8bit(state[name], state[f"{name}_absmax"], _code(name, state[name]))
+    def for_kernel(self, state: State, name: str) -> Moment:
+        """Return the bytes, scales and code; of a small moment, its values."""
+        if not self.in_blocks(state, name):
+            return Moment(state[name])
+        return Moment(state[name], state[f"{name}_absmax"], _code(name, state[name]))
 
     def fused_adam(
         self,

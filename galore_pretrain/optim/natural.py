@@ -13,9 +13,9 @@ from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rule import BasisChange, Direction, Layout, OuterRule, Scope, UpdateRule, update_in_chunks
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.fused import BLOCK
 from galore_pretrain.tensors.shards import Shard
 
-_BLOCK = 256  # a slot of the history is padded to whole blocks of an 8-bit store
 _CHUNKS_PER_PIECE = 2  # of the history: a product wants more than a cache holds
 
 
@@ -166,8 +166,8 @@ class Natural(OuterRule):
 
     def _piece(self, device: torch.device) -> int:
         """Return how many elements of all columns are read at a time: whole blocks of a store."""
-        blocks = _CHUNKS_PER_PIECE * chunk_elements(device) // (self.history * _BLOCK)
-        return max(1, blocks) * _BLOCK
+        blocks = _CHUNKS_PER_PIECE * chunk_elements(device) // (self.history * BLOCK)
+        return max(1, blocks) * BLOCK
 
     # What else a store keeps (scales of blocks) lies in slots as the elements do, with fewer numbers each.
     def _columns(self, state: State, start: int, stop: int) -> Tensor:
@@ -194,5 +194,5 @@ class Natural(OuterRule):
 
 def _padded(elements: int) -> int:
     """Return the length of a slot for so many elements: whole blocks."""
-    blocks = -(-elements // _BLOCK)
-    return blocks * _BLOCK
+    blocks = -(-elements // BLOCK)
+    return blocks * BLOCK

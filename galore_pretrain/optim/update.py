@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
-from galore_pretrain.tensors.fused import TO_NEAREST, Noise, can_store, store_
+from galore_pretrain.tensors.fused import TO_NEAREST, Noise, knows, store_
 from galore_pretrain.tensors.rounding import RandomBits, round_stochastic
 from galore_pretrain.tensors.shards import Shard
 from galore_pretrain.tensors.values import known_true
@@ -102,7 +102,7 @@ class Step:
         """
         if value is target:  # arithmetic was done in place
             return
-        if self.kernels and can_store(target, value):
+        if self.kernels and knows(target, value):
             store_(target, value, self.noise(stream) if stream else TO_NEAREST, self.valid)
             return
         if self.bits is None or not stream or target.dtype != torch.bfloat16 or value.dtype != torch.float32:

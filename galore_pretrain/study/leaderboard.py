@@ -84,7 +84,7 @@ class Run:
     optimizer_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """A method on a track: how it was run, and what came of it.
 

@@ -283,7 +283,11 @@ def final_loss(runs: Sequence[Result]) -> Spread | None:
 
 def losses_by_seed(runs: Sequence[Result]) -> dict[int, float]:
     """Return the last validation losses of the runs that have come to their end, by their seeds."""
-    return {int(run.config["seed"]): run.final_loss for run in finished(runs) if "seed" in run.config}
+    losses = {}
+    for run in finished(runs):
+        if "seed" in run.config:
+            losses[int(run.config["seed"])] = run.final_loss
+    return losses
 
 
 def over_seeds(curves: Sequence[Mapping[int, tuple[float, float]]]) -> list[tuple[float, float, float, float]]:

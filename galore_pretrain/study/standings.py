@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.study.leaderboard import Entry, Track
@@ -45,25 +46,25 @@ def _section(track: Track) -> list[str]:
     if not entries:
         return [*parts, "No entries yet."]
     if complete:
-        parts.append(_table(track, complete, ranked=True).markdown())
+        parts.append(_table(track, complete, entries, ranked=True).markdown())
     if others:
         parts += [
             f"**Of fewer seeds than the track's {len(track.seeds)}**, at the rate of the recipe unless the last table "
             "says how it was tuned. They have no rank: one seed tells nothing of the spread.",
-            _table(track, others, ranked=False).markdown(),
+            _table(track, others, entries, ranked=False).markdown(),
         ]
-    tuned = [entry for entry in entries if entry.tuning is not None]
-    if tuned:
-        parts += ["### How they were tuned", _on_tuning(tuned), _tuning(tuned).markdown()]
+    tunings = {entry: entry.tuning for entry in entries if entry.tuning is not None}
+    if tunings:
+        parts += ["### How they were tuned", _on_tuning(tunings.values()), _tuning(tunings).markdown()]
     parts.append("### Commands")
     lines = [f"    {entry.command()}" for entry in entries]
     parts += ["Of the first seed of each; the others differ in `--seed`.", "\n".join(lines)]
     return parts
 
 
-def _table(track: Track, entries: Sequence[Entry], *, ranked: bool) -> Table:
-    """Return the table of the entries, with their ranks if they are all of the same seeds."""
-    by_name = {entry.name: entry for entry in track.entries()}
+def _table(track: Track, entries: Sequence[Entry], of_track: Sequence[Entry], *, ranked: bool) -> Table:
+    """Return the table of some entries ``of_track``, with their ranks if they are all of the same seeds."""
+    by_name = {entry.name: entry for entry in of_track}
     rank_of = ranks({entry.name: entry.losses for entry in entries}) if ranked else {}
     baselines = [by_name[name] for name in track.baselines if name in by_name]
     control = by_name.get(track.control or "")
@@ -118,9 +119,9 @@ def _bits_per_byte(track: Track, entry: Entry) -> str:
     return f"{nats / math.log(2) / track.validation_bytes:.4f}"
 
 
-def _on_tuning(entries: Sequence[Entry]) -> str:
+def _on_tuning(tunings: Iterable[Mapping[str, Any]]) -> str:
     """Return a sentence on what was tuned."""
-    seeds = sorted({int((entry.tuning or {})["seed"]) for entry in entries})
+    seeds = sorted({int(tuning["seed"]) for tuning in tunings})
     words = ", ".join(map(str, seeds))
     return (
         f"The factor on the matrices' learning rate (`--matrix-lr-scale`), on seed {words}, at the track's length. "
@@ -128,21 +129,21 @@ def _on_tuning(entries: Sequence[Entry]) -> str:
     )
 
 
-def _tuning(entries: Sequence[Entry]) -> Table:
+def _tuning(tunings: Mapping[Entry, Mapping[str, Any]]) -> Table:
     """Return the table of perplexities by factor, the best of each entry in bold."""
-    losses_of = {}
-    for entry in entries:
-        losses_of[entry.name] = {float(factor): loss for factor, loss in (entry.tuning or {})["losses"].items()}
+    losses_of: dict[Entry, dict[float, float | None]] = {}
+    for entry, tuning in tunings.items():
+        losses_of[entry] = {float(factor): loss for factor, loss in tuning["losses"].items()}
     factors = sorted({factor for losses in losses_of.values() for factor in losses})
     rows = []
-    for entry in entries:
-        losses = losses_of[entry.name]
+    for entry, losses in losses_of.items():
         best = min(loss for loss in losses.values() if loss is not None)
         row = [entry.name, f"{entry.flags['lr']:g}"]
         for factor in factors:
-            row.append(_cell(losses.get(factor), best) if factor in losses else "")
+            row.append(_cell(losses[factor], best) if factor in losses else "")
         rows.append(row)
-    return Table(["entry", "--lr", *(f"× {factor:g}" for factor in factors)], rows)
+    headings = [f"× {factor:g}" for factor in factors]
+    return Table(["entry", "--lr", *headings], rows)
 
 
 def _cell(loss: float | None, best: float) -> str:

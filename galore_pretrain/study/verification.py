@@ -27,6 +27,8 @@ _POLL_SECONDS = 0.5
 class Verification:
     """Repeats the run of an entry's first seed in ``output``, and tells by ``say`` what it finds.
 
+    The entry's file was checked (`Entry.check_method`), and may be executed.
+
     The losses of the first updates are compared as soon as they are there, so that what is different ends at once.
     ``is_short`` ends there in any case.
     """
@@ -40,7 +42,6 @@ class Verification:
 
     def run(self) -> int:
         """Make the run and compare; return 0 where it repeats the entry, 1 where not, 128 + N after signal N."""
-        self.entry.check_method()
         if (self.output / "metrics.jsonl").exists():
             raise InputError(f"--output {self.output} has a run already; give a new folder")
         self.output.mkdir(parents=True, exist_ok=True)

@@ -22,9 +22,9 @@ from galore_pretrain.tensors.place import is_gpu
 BLOCK = 256
 """Elements of an 8-bit moment that share a scale."""
 
-# How much a program takes. So small that no register is spilled on a card of compute capability 9.0, by ptxas.
-_ELEMENTS = 512  # of elementwise kernels
-_BLOCKS = 2  # of 8-bit moments
+# How much a program takes. So small that hardly a register is spilled for compute capability 9.0, by ptxas.
+_BLOCKS = 2  # of moments
+_ELEMENTS = 512  # of a copy
 _TILE_ROWS, _TILE_COLUMNS, _TILE_RANK, _TILE_WARPS = 64, 128, 32, 8  # of a product
 _SUMMED = 2048  # elements that are added
 
@@ -72,13 +72,6 @@ def small_updates_are_right(device: torch.device) -> bool:
     expected = 0.9 - 0.5 * (left.float() @ right.float())
     product_is_right = torch.allclose(weight, expected, rtol=1e-4, atol=1e-4)
 
-    grad = torch.linspace(-1, 1, 1300, device=device)
-    weight, m, v = torch.ones_like(grad), torch.zeros_like(grad), torch.zeros_like(grad)
-    adam_(weight, grad, m, v, AdamNumbers(0.9, 0.99, factor=10.0, root=10.0, eps=1e-8, lr=0.5), TO_NEAREST)
-    direction = grad / (grad.abs() + 1e-8)
-    adam_is_right = torch.allclose(weight, 1 - 0.5 * direction, rtol=1e-4, atol=1e-4)
-    moments_are_right = torch.allclose(m, 0.1 * grad, rtol=1e-4) and torch.allclose(v, 0.01 * grad * grad, rtol=1e-4)
-
     # From 1 to 1 + 2⁻⁹ is a quarter of the way to the next bf16 number, 1 + 2⁻⁷.
     rounded = torch.ones(4096, device=device).bfloat16()
     addend = torch.full((4096,), 2.0**-9, device=device).bfloat16()
@@ -89,13 +82,7 @@ def small_updates_are_right(device: torch.device) -> bool:
     store_(rounded, torch.zeros(4096, device=device), Noise(9), torch.tensor(False, device=device))
     shares.append(_share_rounded_up(rounded))
     rounding_is_right = all(0.2 < share < 0.3 for share in shares)
-    return bool(
-        product_is_right
-        and adam_is_right
-        and moments_are_right
-        and rounding_is_right
-        and _small_updates_of_8_bits_are_right(device)
-    )
+    return product_is_right and rounding_is_right and _first_updates_are_right(device)
 
 
 def _share_rounded_up(numbers: Tensor) -> float:
@@ -103,20 +90,27 @@ def _share_rounded_up(numbers: Tensor) -> float:
     return float(numbers.float().mean() - 1) * 2**7
 
 
-def _small_updates_of_8_bits_are_right(device: torch.device) -> bool:
-    """Make a first update with moments of 8 bits, whose code is 256 even steps, and hold it against its formula."""
+def _first_updates_are_right(device: torch.device) -> bool:
+    """Make a first update of Adam with dense moments and with 8 bits, whose code is here 256 even steps."""
+    grad = torch.linspace(-1, 1, 600, device=device)
+    numbers = AdamNumbers(0.9, 0.99, factor=10.0, root=10.0, eps=1e-8, lr=0.5)
+    expected = 1 - 0.5 * grad / (grad.abs() + 1e-8)
+    zeros = torch.zeros(600, device=device)
     signed = torch.linspace(-1, 1, 256, device=device)
     unsigned = torch.linspace(0, 1, 256, device=device)
-    grad = torch.linspace(-1, 1, 600, device=device)
-    weight = torch.ones(600, device=device)
-    blocks = torch.zeros(3, device=device)
-    m = Moment8bit(torch.full((600,), 128, dtype=torch.uint8, device=device), blocks, signed)
-    v = Moment8bit(torch.zeros(600, dtype=torch.uint8, device=device), blocks.clone(), unsigned)
-    numbers = AdamNumbers(0.9, 0.99, factor=10.0, root=10.0, eps=1e-8, lr=0.5)
-    adam_8bit_(weight, grad, m, v, numbers, TO_NEAREST)
-    kept = m.code[m.values.long()] * m.scales.repeat_interleave(BLOCK)[:600]
-    update_is_right = torch.allclose(weight, 1 - 0.5 * grad / (grad.abs() + 1e-8), rtol=1e-4, atol=1e-4)
-    return bool(update_is_right and torch.allclose(kept, 0.1 * grad, atol=0.1 / 255))
+    middle = torch.full((600,), 128, dtype=torch.uint8, device=device)
+    scales = torch.zeros(3, device=device)
+    dense = (Moment(zeros), Moment(zeros.clone()))
+    eight_bit = (Moment(middle, scales, signed), Moment(torch.zeros_like(middle), scales.clone(), unsigned))
+    answers = []
+    for m, v in (dense, eight_bit):
+        weight = torch.ones(600, device=device)
+        adam_(weight, grad, m, v, numbers, TO_NEAREST)
+        answers.append(torch.allclose(weight, expected, rtol=1e-4, atol=1e-4))
+    kept = signed[middle.long()] * scales.repeat_interleave(BLOCK)[:600]
+    answers.append(torch.allclose(zeros, 0.1 * grad, rtol=1e-4))
+    answers.append(torch.allclose(kept, 0.1 * grad, atol=0.1 / 255))
+    return all(answers)
 
 
 @dataclass(frozen=True)
@@ -135,14 +129,10 @@ class AdamNumbers:
     decay: float = 0.0
     l2: bool = False
 
-    def as_list(self) -> list[float]:
-        """Return all as floats: the schema of an operation knows lists of them."""
-        return [self.beta1, self.beta2, self.factor, self.root, self.eps, self.lr, self.decay, float(self.l2)]
-
-    def arguments(self) -> tuple[float, ...]:
-        """Return what the kernels take; 1 − β is computed here, in fp64."""
+    def arguments(self) -> list[float]:
+        """Return the numbers as the kernel takes them, but for ``l2``; 1 − β is computed here, in fp64."""
         betas = (self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2)
-        return (self.lr, *betas, self.factor, self.root, self.eps, self.decay)
+        return [*betas, self.factor, self.root, self.eps, self.lr, self.decay]
 
 
 @dataclass(frozen=True)
@@ -159,35 +149,64 @@ class Noise:
 TO_NEAREST = Noise()
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Holds a moment: its values, or in 8 bits a byte an element.
+
+    Then each block of 256 has one of the ``scales``, fp32, and ``code`` has the 256 ascending values of a byte.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+    code: Tensor | None = None
+
+    def written(self) -> list[Tensor]:
+        """Return the tensors that an update writes."""
+        return [self.values] if self.scales is None else [self.values, self.scales]
+
+
 def adam_(
     weight: Tensor,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
+    m: Moment,
+    v: Moment,
     numbers: AdamNumbers,
     noise: Noise,
     valid: Tensor | None = None,
 ) -> None:
-    """Update ``weight`` and both moments in place, all flat tensors of one length.
+    """Update ``weight`` and both moments in place, all flat tensors of one length. Both are dense, or both of 8 bits.
 
     Nothing changes where ``valid``, a boolean scalar on their device, is false.
     """
-    _ops().adam_(weight, grad, m, v, valid, numbers.as_list(), noise.seed, noise.start)
+    _ops().adam_(
+        weight,
+        grad,
+        m.written(),
+        v.written(),
+        m.code,
+        v.code,
+        valid,
+        numbers.arguments(),
+        numbers.l2,
+        noise.seed,
+        noise.start,
+    )
 
 
 def adam_direction(
-    grad: Tensor, m: Tensor, v: Tensor, numbers: AdamNumbers, noise: Noise, valid: Tensor | None
+    grad: Tensor, m: Moment, v: Moment, numbers: AdamNumbers, noise: Noise, valid: Tensor | None = None
 ) -> Tensor:
     """Advance both moments in place and return Adam's direction in the shape and dtype of ``grad``.
 
     It has no meaning where ``valid`` is false.
     """
-    direction: Tensor = _ops().adam_direction(grad, m, v, valid, numbers.as_list(), noise.seed, noise.start)
+    moments = (m.written(), v.written(), m.code, v.code)
+    direction: Tensor = _ops().adam_direction(grad, *moments, valid, numbers.arguments(), noise.seed, noise.start)
     return direction
 
 
-def can_store(target: Tensor, value: Tensor) -> bool:
-    """Return whether `store_` does what copying ``value`` to ``target`` would."""
+def knows(target: Tensor, value: Tensor) -> bool:
+    """Return whether `store_` and `add_all_` do of such tensors what copying or adding in place would."""
     dtypes = (torch.float32, torch.bfloat16)
     if target.dtype not in dtypes or value.dtype not in dtypes:
         return False
@@ -197,42 +216,6 @@ def can_store(target: Tensor, value: Tensor) -> bool:
 def store_(target: Tensor, value: Tensor, noise: Noise, valid: Tensor | None) -> None:
     """Copy ``value`` to ``target`` of the same shape, rounded to its dtype; not where ``valid`` is false."""
     _ops().store_(target, value, valid, noise.seed, noise.start)
-
-
-@dataclass(frozen=True)
-class Moment8bit:
-    """Holds a moment in 8 bits: a byte an element, a scale a block of 256, and the 256 ascending values of a byte."""
-
-    values: Tensor
-    scales: Tensor
-    code: Tensor
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the three in the order in which the operations take them."""
-        return self.values, self.scales, self.code
-
-
-def adam_8bit_(
-    weight: Tensor,
-    grad: Tensor,
-    m: Moment8bit,
-    v: Moment8bit,
-    numbers: AdamNumbers,
-    noise: Noise,
-    valid: Tensor | None = None,
-) -> None:
-    """Do what `adam_` does, with moments of 8 bits."""
-    of_m, of_v = m.tensors(), v.tensors()
-    _ops().adam_8bit_(weight, grad, *of_m, *of_v, valid, numbers.as_list(), noise.seed, noise.start)
-
-
-def adam_8bit_direction(
-    grad: Tensor, m: Moment8bit, v: Moment8bit, numbers: AdamNumbers, valid: Tensor | None
-) -> Tensor:
-    """Do what `adam_direction` does, with moments of 8 bits."""
-    of_m, of_v = m.tensors(), v.tensors()
-    direction: Tensor = _ops().adam_8bit_direction(grad, *of_m, *of_v, valid, numbers.as_list())
-    return direction
 
 
 @dataclass(frozen=True)
@@ -266,11 +249,6 @@ def subtract_(
     _ops().subtract_(weight, *parts, valid, rates, decay_first, noise.seed, noise.start)
 
 
-def can_add(total: Tensor, part: Tensor) -> bool:
-    """Return whether `add_all_` does what adding ``part`` to ``total`` in place would."""
-    return can_store(total, part)
-
-
 def add_all_(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
     """Add each of ``parts`` to its sum in place, by one launch; bf16 sums are rounded with the bits of their seeds.
 
@@ -288,56 +266,32 @@ def _ops() -> Any:
     def adam(
         weight: Tensor,
         grad: Tensor,
-        m: Tensor,
-        v: Tensor,
+        m: Sequence[Tensor],
+        v: Sequence[Tensor],
+        m_code: Tensor | None,
+        v_code: Tensor | None,
         valid: Tensor | None,
         numbers: Sequence[float],
+        l2: bool,
         seed: int,
         start: int,
     ) -> None:
-        _launch_adam(weight, grad, m, v, None, valid, numbers, seed, start)
+        _launch_adam(weight, grad, m, v, (m_code, v_code), None, valid, numbers, l2, seed, start)
 
     @define("galore_pretrain::adam_direction", mutates_args=("m", "v"))
     def direction_of_adam(
-        grad: Tensor, m: Tensor, v: Tensor, valid: Tensor | None, numbers: Sequence[float], seed: int, start: int
-    ) -> Tensor:
-        direction = torch.empty_like(grad)
-        _launch_adam(None, grad, m, v, direction, valid, numbers, seed, start)
-        return direction
-
-    @define("galore_pretrain::adam_8bit_", mutates_args=("weight", "m", "m_scales", "v", "v_scales"))
-    def adam_8bit(
-        weight: Tensor,
         grad: Tensor,
-        m: Tensor,
-        m_scales: Tensor,
-        m_code: Tensor,
-        v: Tensor,
-        v_scales: Tensor,
-        v_code: Tensor,
+        m: Sequence[Tensor],
+        v: Sequence[Tensor],
+        m_code: Tensor | None,
+        v_code: Tensor | None,
         valid: Tensor | None,
         numbers: Sequence[float],
         seed: int,
         start: int,
-    ) -> None:
-        moments = (m, m_scales, v, v_scales, m_code, v_code)
-        _launch_adam_8bit(weight, grad, moments, None, valid, numbers, seed, start)
-
-    @define("galore_pretrain::adam_8bit_direction", mutates_args=("m", "m_scales", "v", "v_scales"))
-    def direction_of_adam_8bit(
-        grad: Tensor,
-        m: Tensor,
-        m_scales: Tensor,
-        m_code: Tensor,
-        v: Tensor,
-        v_scales: Tensor,
-        v_code: Tensor,
-        valid: Tensor | None,
-        numbers: Sequence[float],
     ) -> Tensor:
         direction = torch.empty_like(grad)
-        moments = (m, m_scales, v, v_scales, m_code, v_code)
-        _launch_adam_8bit(None, grad, moments, direction, valid, numbers, -1, 0)
+        _launch_adam(None, grad, m, v, (m_code, v_code), direction, valid, numbers, False, seed, start)
         return direction
 
     @define("galore_pretrain::store_", mutates_args=("target",))
@@ -364,10 +318,9 @@ def _ops() -> Any:
     def add_all(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
         _launch_add_all(sums, parts, seeds)
 
-    for operation in (adam, adam_8bit, store, subtract, add_all):
+    for operation in (adam, store, subtract, add_all):
         operation.register_fake(_nothing)
-    for operation in (direction_of_adam, direction_of_adam_8bit):
-        operation.register_fake(_like_gradient)
+    direction_of_adam.register_fake(_like_gradient)
     return torch.ops.galore_pretrain
 
 
@@ -383,37 +336,48 @@ def _like_gradient(grad: Tensor, *arguments: Any) -> Tensor:
 def _launch_adam(
     weight: Tensor | None,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    codes: tuple[Tensor | None, Tensor | None],
     direction: Tensor | None,
     valid: Tensor | None,
     numbers: Sequence[float],
+    l2: bool,
     seed: int,
     start: int,
 ) -> None:
-    """Launch the kernel of dense moments."""
+    """Launch the kernel of Adam."""
     from galore_pretrain.tensors import kernels
 
     n = grad.numel()
     if not n:
         return
+    is_eight_bit = len(m) > 1
+    m_values, m_scales = m if is_eight_bit else (m[0], None)
+    v_values, v_scales = v if is_eight_bit else (v[0], None)
+    m_code, v_code = codes
     with _on(grad.device):
-        kernels.adam[(-(-n // _ELEMENTS),)](
+        kernels.adam[(-(-n // (BLOCK * _BLOCKS)),)](
             weight,
             grad,
-            m,
-            v,
+            m_values,
+            m_scales,
+            m_code,
+            v_values,
+            v_scales,
+            v_code,
             direction,
             _as_byte(valid),
             n,
             start,
             max(seed, 0),
-            *_of_list(numbers).arguments(),
+            *numbers,
             HAS_WEIGHT=weight is not None,
             HAS_VALID=valid is not None,
+            EIGHT_BIT=is_eight_bit,
             STOCHASTIC=seed >= 0,
-            L2=bool(numbers[-1]),
-            SIZE=_ELEMENTS,
+            L2=l2,
+            BLOCKS=_BLOCKS,
         )
 
 
@@ -435,41 +399,6 @@ def _launch_store(target: Tensor, value: Tensor, valid: Tensor | None, seed: int
             HAS_VALID=valid is not None,
             STOCHASTIC=seed >= 0,
             SIZE=_ELEMENTS,
-        )
-
-
-def _launch_adam_8bit(
-    weight: Tensor | None,
-    grad: Tensor,
-    moments: Sequence[Tensor],
-    direction: Tensor | None,
-    valid: Tensor | None,
-    numbers: Sequence[float],
-    seed: int,
-    start: int,
-) -> None:
-    """Launch the kernel of moments of 8 bits."""
-    from galore_pretrain.tensors import kernels
-
-    n = grad.numel()
-    if not n:
-        return
-    with _on(grad.device):
-        kernels.adam_8bit[(-(-n // (BLOCK * _BLOCKS)),)](
-            weight,
-            grad,
-            *moments,
-            direction,
-            _as_byte(valid),
-            n,
-            start,
-            max(seed, 0),
-            *_of_list(numbers).arguments(),
-            HAS_WEIGHT=weight is not None,
-            HAS_VALID=valid is not None,
-            STOCHASTIC=seed >= 0,
-            L2=bool(numbers[-1]),
-            BLOCKS=_BLOCKS,
         )
 
 
@@ -574,12 +503,6 @@ def _on(device: torch.device) -> AbstractContextManager[None]:
 def _as_byte(valid: Tensor | None) -> Tensor | None:
     """Return a boolean as the byte that it is: Triton's interpreter makes no mask of booleans that were loaded."""
     return None if valid is None else valid.view(torch.uint8)
-
-
-def _of_list(numbers: Sequence[float]) -> AdamNumbers:
-    """Return the numbers that `AdamNumbers.as_list` has made a list of."""
-    beta1, beta2, factor, root, eps, lr, decay, l2 = numbers
-    return AdamNumbers(beta1, beta2, factor, root, eps, lr, decay, bool(l2))
 
 
 def _element(dtype: torch.dtype) -> Any:

@@ -35,70 +35,6 @@ def _store(at, x, inside, noise, STOCHASTIC: tl.constexpr):
     tl.store(at, x.to(at.dtype.element_ty), mask=inside)
 
 
-# The update of Adam (arXiv 1412.6980, Algorithm 1), with what is left of its bias corrections in two numbers:
-#     direction = factor · m / (√v · root + ε)
-# The formula of torch has root = 1 / √(1 − β₂ᵗ) and factor = 1 / (1 − β₁ᵗ); see `Adam._composed` for transformers'.
-# 1 − β comes as a number of its own, since fp32 would make 1.3 · 10⁻⁵ too much of 1 − 0.999.
-@triton.jit
-def _advanced(g, m, v, beta1, rest1, beta2, rest2, factor, root, eps):
-    """Return the new moments and the direction."""
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * g * g
-    return m, v, factor * m / (tl.sqrt(v) * root + eps)
-
-
-# One program has SIZE elements of flat tensors. There is a weight, which takes the direction times the rate and its
-# decay, or else the direction is written out.
-@triton.jit(do_not_specialize=["seed", "start"])
-def adam(
-    weight,
-    grad,
-    m_at,
-    v_at,
-    direction,
-    valid,
-    n,
-    start,
-    seed,
-    lr,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    factor,
-    root,
-    eps,
-    decay,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    L2: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """Advance both moments by a gradient, and update the weight or write the direction."""
-    if HAS_VALID:
-        n = tl.where(tl.load(valid) != 0, n, 0)
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = place < n
-    g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(m_at + place, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(v_at + place, mask=inside, other=0.0).to(tl.float32)
-    if HAS_WEIGHT:
-        w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-        if L2:
-            g += decay * w
-        else:
-            w -= lr * decay * w
-    m, v, update = _advanced(g, m, v, beta1, rest1, beta2, rest2, factor, root, eps)
-    of_weight, of_m, of_v, _ = tl.randint4x(seed, start + place)
-    _store(m_at + place, m, inside, of_m, STOCHASTIC)
-    _store(v_at + place, v, inside, of_v, STOCHASTIC)
-    if HAS_WEIGHT:
-        _store(weight + place, w - lr * update, inside, of_weight, STOCHASTIC)
-    else:
-        _store(direction + place, update, inside, of_weight, False)
-
-
 @triton.jit(do_not_specialize=["seed", "start"])
 def store(target, value, valid, n, start, seed, HAS_VALID: tl.constexpr, STOCHASTIC: tl.constexpr, SIZE: tl.constexpr):
     """Copy a flat tensor to another, rounded to its dtype."""
@@ -124,41 +60,62 @@ def _nearest(x, code):
     return index
 
 
+# A moment of 8 bits is the value of each byte times the scale of its block; a dense one is what is there.
 @triton.jit
-def _read_8bit(bytes_at, scales, code, place, inside, block, has_block):
-    """Return a moment (blocks × 256) in fp32: the value of each byte times the scale of its block."""
-    index = tl.load(bytes_at + place, mask=inside, other=0).to(tl.int32)
-    scale = tl.load(scales + block, mask=has_block, other=0.0)
-    return tl.load(code + index) * scale[:, None]
+def _read(moment, scales, code, place, inside, block, has_block, EIGHT_BIT: tl.constexpr):
+    """Return a moment (blocks × 256) in fp32."""
+    if EIGHT_BIT:
+        index = tl.load(moment + place, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(scales + block, mask=has_block, other=0.0)
+        value = tl.load(code + index) * scale[:, None]
+    else:
+        value = tl.load(moment + place, mask=inside, other=0.0).to(tl.float32)
+    return value
 
 
+# In 8 bits, the largest magnitude of each block becomes its scale, and each value the nearest byte.
 @triton.jit
-def _write_8bit(moment, bytes_at, scales, code, place, inside, block, has_block):
-    """Write a moment (blocks × 256): the largest magnitude of each block as its scale, and the nearest bytes."""
-    scale = tl.max(tl.where(inside, tl.abs(moment), 0.0), axis=1)
-    divisor = tl.where(scale > 0, scale, 1.0)
-    index = _nearest(moment / divisor[:, None], code)
-    tl.store(bytes_at + place, index.to(tl.uint8), mask=inside)
-    tl.store(scales + block, scale, mask=has_block)
+def _write(
+    value,
+    moment,
+    scales,
+    code,
+    place,
+    inside,
+    block,
+    has_block,
+    noise,
+    EIGHT_BIT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Write a moment (blocks × 256), which `_read` reads."""
+    if EIGHT_BIT:
+        scale = tl.max(tl.where(inside, tl.abs(value), 0.0), axis=1)
+        divisor = tl.where(scale > 0, scale, 1.0)
+        index = _nearest(value / divisor[:, None], code)
+        tl.store(moment + place, index.to(tl.uint8), mask=inside)
+        tl.store(scales + block, scale, mask=has_block)
+    else:
+        _store(moment + place, value, inside, noise, STOCHASTIC)
 
 
-# One program has BLOCKS blocks of 256 elements, each of which has a scale a moment.
+# One program has BLOCKS blocks of 256 elements of flat tensors; in 8 bits, a block has a scale a moment. There is a
+# weight, which takes the direction times the rate and its decay, or else the direction is written out.
 @triton.jit(do_not_specialize=["seed", "start"])
-def adam_8bit(
+def adam(
     weight,
     grad,
-    m_bytes,
+    m_at,
     m_scales,
-    v_bytes,
+    m_code,
+    v_at,
     v_scales,
-    signed_code,
-    unsigned_code,
+    v_code,
     direction,
     valid,
     n,
     start,
     seed,
-    lr,
     beta1,
     rest1,
     beta2,
@@ -166,33 +123,40 @@ def adam_8bit(
     factor,
     root,
     eps,
+    lr,
     decay,
     HAS_WEIGHT: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     L2: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Advance both moments, of 8 bits, by a gradient, and update the weight or write the direction."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    """Advance both moments by a gradient, and update the weight or write the direction."""
     if HAS_VALID:
         n = tl.where(tl.load(valid) != 0, n, 0)
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     has_block = block * BLOCK < n
     place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = place < n
     g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-    m = _read_8bit(m_bytes, m_scales, signed_code, place, inside, block, has_block)
-    v = _read_8bit(v_bytes, v_scales, unsigned_code, place, inside, block, has_block)
+    m = _read(m_at, m_scales, m_code, place, inside, block, has_block, EIGHT_BIT)
+    v = _read(v_at, v_scales, v_code, place, inside, block, has_block, EIGHT_BIT)
     if HAS_WEIGHT:
         w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
         if L2:
             g += decay * w
         else:
             w -= lr * decay * w
-    m, v, update = _advanced(g, m, v, beta1, rest1, beta2, rest2, factor, root, eps)
-    _write_8bit(m, m_bytes, m_scales, signed_code, place, inside, block, has_block)
-    _write_8bit(v, v_bytes, v_scales, unsigned_code, place, inside, block, has_block)
-    of_weight, _, _, _ = tl.randint4x(seed, start + place)
+    # Algorithm 1 of Adam's paper (arXiv 1412.6980), with what is left of its bias corrections in two numbers. The
+    # formula of torch has root = 1 / √(1 − β₂ᵗ) and factor = 1 / (1 − β₁ᵗ); see `Adam._composed` for transformers'.
+    # 1 − β comes as a number of its own, since fp32 would make 1.3 · 10⁻⁵ too much of 1 − 0.999.
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    update = factor * m / (tl.sqrt(v) * root + eps)
+    of_weight, of_m, of_v, _ = tl.randint4x(seed, start + place)
+    _write(m, m_at, m_scales, m_code, place, inside, block, has_block, of_m, EIGHT_BIT, STOCHASTIC)
+    _write(v, v_at, v_scales, v_code, place, inside, block, has_block, of_v, EIGHT_BIT, STOCHASTIC)
     if HAS_WEIGHT:
         _store(weight + place, w - lr * update, inside, of_weight, STOCHASTIC)
     else:

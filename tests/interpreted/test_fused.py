@@ -12,12 +12,10 @@ from galore_pretrain.optim.moments import _code_values
 from galore_pretrain.tensors import fused
 from galore_pretrain.tensors.fused import (
     AdamNumbers,
-    Moment8bit,
+    Moment,
     Noise,
     Update,
     adam_,
-    adam_8bit_,
-    adam_8bit_direction,
     adam_direction,
     add_all_,
     runs_on,
@@ -69,14 +67,14 @@ def test_adam_to_nearest_is_that_of_fp64(dtype: torch.dtype, size: int, more: di
     v = drawn(size, dtype=dtype, seed=3).square()
     expected = adam_in_fp64(w, g, m, v, numbers(**more))
     got = [t.clone() for t in (w, m, v)]
-    adam_(got[0], g, got[1], got[2], numbers(**more), Noise(), None)
+    adam_(got[0], g, Moment(got[1]), Moment(got[2]), numbers(**more), Noise(), None)
     for value, exact in zip(got, expected[:3], strict=True):
         # Where terms cancel, fp32's own error is more than an ulp of what is left.
         apart = (value.double() - exact).abs()
         unit = 2.0 ** (-23 if dtype == torch.float32 else -8)
         assert bool((apart <= unit * exact.abs() + 1e-6 * (1 + expected[3].abs())).all())
     moments = [m.clone(), v.clone()]
-    direction = adam_direction(g, *moments, numbers(), Noise(), None)
+    direction = adam_direction(g, *map(Moment, moments), numbers(), Noise())
     _, _, square, exact = adam_in_fp64(w, g, m, v, numbers())
     assert direction.dtype == dtype
     terms = numbers().factor * (BETA1 * m.double().abs() + (1 - BETA1) * g.double().abs())
@@ -91,7 +89,7 @@ def test_bf16_results_are_neighbours_and_right_on_average() -> None:
     n = numbers(lr=0.003, decay=0.1)
     expected = adam_in_fp64(w, g, m, v, n)[:3]
     copies = [t.repeat(rounds) for t in (w, m, v)]
-    adam_(copies[0], g.repeat(rounds), copies[1], copies[2], n, Noise(17, 5), None)
+    adam_(copies[0], g.repeat(rounds), Moment(copies[1]), Moment(copies[2]), n, Noise(17, 5), None)
     for value, exact in zip(copies, expected, strict=True):
         assert bounded_by_neighbours(value, exact.repeat(rounds))
         samples = value.double().view(rounds, size)
@@ -102,7 +100,7 @@ def test_bf16_results_are_neighbours_and_right_on_average() -> None:
     ups = [(value.double() > exact.repeat(rounds)) for value, exact in zip(copies, expected, strict=True)]
     assert 0.2 < float((ups[0] ^ ups[1]).double().mean()) < 0.8
     again = [t.repeat(rounds) for t in (w, m, v)]
-    adam_(again[0], g.repeat(rounds), again[1], again[2], n, Noise(18, 5), None)
+    adam_(again[0], g.repeat(rounds), Moment(again[1]), Moment(again[2]), n, Noise(18, 5), None)
     assert not torch.equal(again[0], copies[0])
 
 
@@ -112,11 +110,11 @@ def test_random_bits_belong_to_places() -> None:
     v = m.float().square().bfloat16()
     n = numbers(lr=0.01)
     whole = [t.clone() for t in (w, m, v)]
-    adam_(whole[0], g, whole[1], whole[2], n, Noise(3, 11), None)
+    adam_(whole[0], g, Moment(whole[1]), Moment(whole[2]), n, Noise(3, 11), None)
     parts = [t.clone() for t in (w, m, v)]
     for start, stop in ((0, 333), (333, 1500)):
         cut = [t[start:stop] for t in parts]
-        adam_(cut[0], g[start:stop], cut[1], cut[2], n, Noise(3, 11 + start), None)
+        adam_(cut[0], g[start:stop], Moment(cut[1]), Moment(cut[2]), n, Noise(3, 11 + start), None)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
@@ -127,7 +125,7 @@ def test_what_is_not_valid_changes_nothing(valid: bool) -> None:
     v = m.float().square().bfloat16()
     g[7] = torch.nan
     got = [t.clone() for t in (w, m, v)]
-    adam_(got[0], g, got[1], got[2], numbers(lr=0.1), Noise(3), flag)
+    adam_(got[0], g, Moment(got[1]), Moment(got[2]), numbers(lr=0.1), Noise(3), flag)
     assert torch.equal(got[0], w) is not valid
     assert torch.equal(got[1], m) is not valid
     assert bool(got[0].isnan()[7]) is valid
@@ -137,9 +135,9 @@ def test_what_is_not_valid_changes_nothing(valid: bool) -> None:
     subtract_(target, Update(dense=drawn(20, 15), dense_rate=0.1), 0.0, True, Noise(3), flag)
     assert torch.equal(target, matrix) is not valid
     of_m, of_v = eight_bit(m.float(), signed=True), eight_bit(v.float(), signed=False)
-    before = [t.clone() for t in (*of_m.tensors(), *of_v.tensors())]
-    adam_8bit_(target.view(-1), drawn(300), of_m, of_v, numbers(lr=0.1), Noise(3), flag)
-    assert all(map(torch.equal, before, (*of_m.tensors(), *of_v.tensors()))) is not valid
+    before = [t.clone() for t in (*of_m.written(), *of_v.written())]
+    adam_(target.view(-1), drawn(300), of_m, of_v, numbers(lr=0.1), Noise(3), flag)
+    assert all(map(torch.equal, before, (*of_m.written(), *of_v.written()))) is not valid
 
 
 def test_infinities_and_nan_stay() -> None:
@@ -204,17 +202,17 @@ def test_an_update_is_subtracted(dtype: torch.dtype, decay_first: bool, terms: s
         assert torch.equal(part[30:], target[30:])
 
 
-def eight_bit(values: Tensor, *, signed: bool) -> Moment8bit:
+def eight_bit(values: Tensor, *, signed: bool) -> Moment:
     code = torch.tensor(_code_values(signed=signed))
     padded = torch.nn.functional.pad(values.float(), (0, -len(values) % 256)).view(-1, 256)
     scales = padded.abs().amax(1)
     divisor = torch.where(scales > 0, scales, 1.0)
     middles = (code[1:] + code[:-1]) / 2
     indices = torch.bucketize(padded / divisor[:, None], middles)
-    return Moment8bit(indices.view(-1)[: len(values)].to(torch.uint8), scales, code)
+    return Moment(indices.view(-1)[: len(values)].to(torch.uint8), scales, code)
 
 
-def read(moment: Moment8bit) -> Tensor:
+def read(moment: Moment) -> Tensor:
     scales = moment.scales.repeat_interleave(256)[: len(moment.values)]
     return moment.code[moment.values.long()] * scales
 
@@ -230,16 +228,16 @@ def test_moments_of_8_bits_are_the_nearest_codes(size: int) -> None:
     n = numbers(lr=0.01, decay=0.1)
     exact = adam_in_fp64(w, g, read(m), read(v), n)
     expected_m, expected_v = (eight_bit(x.float(), signed=s) for x, s in ((exact[1], True), (exact[2], False)))
-    got_m, got_v = (Moment8bit(x.values.clone(), x.scales.clone(), x.code) for x in (m, v))
+    got_m, got_v = (Moment(x.values.clone(), x.scales.clone(), x.code) for x in (m, v))
     target = w.clone()
-    adam_8bit_(target, g, got_m, got_v, n, Noise(), None)
+    adam_(target, g, got_m, got_v, n, Noise(), None)
     assert torch.allclose(target.double(), exact[0], rtol=0, atol=2e-6)
     for got, expected in ((got_m, expected_m), (got_v, expected_v)):
         assert torch.allclose(got.scales, expected.scales, rtol=1e-6)
         apart = (got.values.int() - expected.values.int()).abs()
         assert int(apart.max()) <= 1
         assert float((apart > 0).double().mean()) < 0.002  # a middle that fp32 rounds to the other side
-    direction = adam_8bit_direction(g, m, v, numbers(), None)
+    direction = adam_direction(g, m, v, numbers(), Noise())
     assert torch.allclose(direction.double(), exact[3], rtol=2e-5, atol=1e-6)
     assert torch.equal(m.values, got_m.values)
     assert torch.equal(v.scales, got_v.scales)
@@ -251,7 +249,7 @@ def test_the_codes_are_those_of_bitsandbytes() -> None:
     m, v = torch.zeros(size), torch.zeros(size)
     ours_m, ours_v = eight_bit(m, signed=True), eight_bit(v, signed=False)
     g = drawn(size)  # not so steep that its CPU's quantizer errs: docs/benchmarks/gpu.md
-    adam_8bit_direction(g, ours_m, ours_v, numbers(1), None)
+    adam_direction(g, ours_m, ours_v, numbers(1), Noise())
     for ours, exact in ((ours_m, 0.1 * g), (ours_v, 0.001 * g**2)):
         theirs, how = functional.quantize_blockwise(exact, code=ours.code, blocksize=256)
         assert torch.allclose(ours.scales, how.absmax, rtol=1e-5)
@@ -281,14 +279,14 @@ def test_many_sums_are_one_launch(dtype: torch.dtype, count: int) -> None:
 def test_a_plan_sees_each_as_one_operation() -> None:
     with FakeTensorMode():
         w, g, m, v = (torch.empty(2048, dtype=torch.bfloat16) for _ in range(4))
-        adam_(w, g, m, v, numbers(), Noise(3), torch.empty((), dtype=torch.bool))
-        assert adam_direction(g, m, v, numbers(), Noise(3), None).shape == g.shape
+        adam_(w, g, Moment(m), Moment(v), numbers(), Noise(3), torch.empty((), dtype=torch.bool))
+        assert adam_direction(g, Moment(m), Moment(v), numbers(), Noise(3)).shape == g.shape
         matrix = torch.empty(20, 10)
         subtract_(matrix, Update(torch.empty(20, 3), torch.empty(3, 10), 0.1), 0.0, True, Noise(), None)
         add_all_([w], [g], [1])
         byte, scale, code = torch.empty(2048, dtype=torch.uint8), torch.empty(8), torch.empty(256)
-        moment = Moment8bit(byte, scale, code)
-        assert adam_8bit_direction(g, moment, moment, numbers(), None).dtype == torch.bfloat16
+        moment = Moment(byte, scale, code)
+        assert adam_direction(g, moment, moment, numbers(), Noise()).dtype == torch.bfloat16
 
 
 def test_the_trial_that_decides_on_a_gpu_tells_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,5 +321,5 @@ def test_a_value_is_stored_rounded(dtype: torch.dtype) -> None:
         error = (many.double().mean(0) - value).abs()
         # A rounding up or down has a deviation of half a step at most, and there are 400: six standard errors.
         assert bool((error <= 6 * 0.5 / 20 * 2**-7 * value.abs()).all())
-    assert not fused.can_store(target.double(), value)
-    assert not fused.can_store(torch.zeros(700, 2, dtype=dtype)[:, 0], value)
+    assert not fused.knows(target.double(), value)
+    assert not fused.knows(torch.zeros(700, 2, dtype=dtype)[:, 0], value)

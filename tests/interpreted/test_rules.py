@@ -79,14 +79,20 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_fp32_updates_are_the_composed_ones(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    by_kernel, optimizer = built(row, torch.float32)
+def both_ways(row: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """The weights after four updates by kernels, each beside that of the composed rule."""
+    by_kernel, optimizer = built(row, dtype)
     train(by_kernel, optimizer, range(4))
     monkeypatch.setattr(fused, "runs_on", lambda device: False)
-    composed, optimizer = built(row, torch.float32)
+    composed, optimizer = built(row, dtype)
     train(composed, optimizer, range(4))
-    for ours, theirs in zip(weights(by_kernel), weights(composed), strict=True):
+    return list(zip(weights(by_kernel), weights(composed), strict=True))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_fp32_updates_are_the_composed_ones(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = both_ways(row, torch.float32, monkeypatch)
+    for ours, theirs in pairs:
         apart = (ours - theirs).abs()
         if "8bit" in row:  # bitsandbytes' CPU does not take the nearest byte for what is small in its block
             assert float(apart.mean()) < 1e-4
@@ -97,13 +103,9 @@ def test_fp32_updates_are_the_composed_ones(row: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("row", ["adamw8bit", "galore_adamw", "scale", "fira"])
 def test_bf16_updates_are_near_the_composed_ones(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    by_kernel, optimizer = built(row, torch.bfloat16)
-    train(by_kernel, optimizer, range(4))
-    monkeypatch.setattr(fused, "runs_on", lambda device: False)
-    composed, optimizer = built(row, torch.bfloat16)
-    train(composed, optimizer, range(4))
+    pairs = both_ways(row, torch.bfloat16, monkeypatch)
     means = []
-    for ours, theirs in zip(weights(by_kernel), weights(composed), strict=True):
+    for ours, theirs in pairs:
         apart = ours.float() - theirs.float()
         assert float(apart.abs().max()) < 0.02  # four updates of 0.01, each rounded by other bits
         means.append(float(apart.abs().mean()))
@@ -181,7 +183,7 @@ def test_an_update_is_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_micro_batches_are_summed_by_launches(
     row: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("galore_pretrain.optim.execution._WAITING_BYTES", 6000)  # so that it takes several
+    monkeypatch.setattr("galore_pretrain.optim.sums._WAITING_BYTES", 6000)  # so that it takes several
     after, optimizer = built(row, dtype)
     train(after, optimizer, range(3), parts=3)
     inside, optimizer = built(row, dtype)
