@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from galore_pretrain.tensors.draws import INCREMENT, MULTIPLIERS
+
 triton = pytest.importorskip("triton", reason="the extra `kernels` is not installed")
 
 INTERPRETED = Path(__file__).parent / "interpreted"
@@ -19,6 +21,7 @@ IN_FP32 = dict.fromkeys(
     ("m_scales", "v_scales", "signed_code", "unsigned_code", "row_scales", "column_scales"), "*fp32"
 )
 OTHERS = {"value": "*fp32", "seed": "i64", "valid": "*u8", "m_bytes": "*u8", "v_bytes": "*u8", "table": "*i64"}
+OTHERS |= {"labels": "*i64", "losses": "*fp32", "scale": "fp32", "mask": "*u8", "limit": "i32", "key": "i64"}
 TILE = {"TILE_ROWS": 64, "TILE_COLUMNS": 128, "TILE_RANK": 32}
 
 
@@ -63,6 +66,9 @@ DENSE = {"BLOCKS": 2, **absent("m_scales", "m_code", "v_scales", "v_code")}
         ),
         ("add_all", {"HALVINGS": 7, "SIZE": 2048}),
         ("store", {"SIZE": 512}),
+        ("cross_entropy", {"SIZE": 8192}),
+        ("dropout_mask", {"SIZE": 512}),
+        ("gaussian", {"INCREMENT": INCREMENT, "FIRST": MULTIPLIERS[0], "SECOND": MULTIPLIERS[1], "SIZE": 1024}),
     ],
 )
 def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: str, capability: int) -> None:
@@ -81,11 +87,13 @@ def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: s
         signature[argument] = {**FLOATS, **COUNTS, **IN_FP32, **OTHERS}.get(argument, dtype)
         if argument in ("m_at", "v_at") and constants.get("EIGHT_BIT"):
             signature[argument] = "*u8"
+        if name == "gaussian" and argument == "table":
+            signature[argument] = dtype
         if argument in constants:
             signature[argument] = "constexpr"
     used = {argument: value for argument, value in constants.items() if argument in signature}
     source = ASTSource(fn=kernel, signature=signature, constexprs=used)
-    options = {"num_warps": 8} if name == "subtract" else {}
+    options = {"num_warps": 8} if name in ("subtract", "cross_entropy") else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
 

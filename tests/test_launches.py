@@ -52,3 +52,15 @@ def test_summing_a_micro_batch_takes_few_launches(counting: Any) -> None:
     two, _ = counting.of_update(values, micro_batches=2)
     assert two["add_all_"] >= 1
     assert two.total() - 2 * one.total() <= 10, (two - one - one).most_common()
+
+
+def test_dropout_takes_one_launch_a_layer(counting: Any) -> None:
+    backward, _ = counting.of_update({"model": "llama_60m", "optim": "lora", "lora_dropout": 0.1})
+    assert backward["dropout_mask"] == 8 * 7  # matrices
+    assert not backward["random_"]
+
+
+def test_the_loss_of_a_head_takes_one_launch(counting: Any) -> None:
+    backward, _ = counting.of_update({"model": "llama_60m", "optim": "adamw"})
+    assert backward["cross_entropy_"] == 1  # of 8 × 256 tokens
+    assert not backward["_log_softmax"]

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.entropy import cross_entropy_
 from galore_pretrain.tensors.place import is_cpu
 from galore_pretrain.tensors.products import product
 
@@ -85,8 +87,9 @@ def _gradient_block(tokens: int, weight: Tensor) -> int:
     return width
 
 
-# Two levels of chunks. The logits of _HEAD_CHUNK tokens are one product, which wants many rows. Softmax and its
-# gradient go over them several times, so on a CPU they are done for as few rows as its cache holds.
+# Where kernels run, one makes the gradient of all logits at once. Else there are two levels of chunks. The logits of
+# _HEAD_CHUNK tokens are one product, which wants many rows. Softmax and its gradient go over them several times, so on
+# a CPU they are done for as few rows as its cache holds.
 #
 # With p = softmax(logits), the cross-entropy of label y is -log p[y] and its gradient by the logits is p - onehot(y).
 # Both come from log p: it is looked up at y, and then overwritten by exp(log p), from which 1 is taken at y. A label
@@ -98,6 +101,9 @@ def _logits_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, scale: floa
     gradient, tokens × vocabulary in the weight's dtype, takes the place of the logits.
     """
     tokens, vocabulary = len(hidden), len(weight)
+    if runs_on(hidden.device) and hidden.dtype in (torch.float32, torch.bfloat16):
+        gradient = hidden @ weight.T
+        return cross_entropy_(gradient, labels, scale).sum(), gradient
     total = hidden.new_zeros((), dtype=torch.float32)
     logits_or_gradient = hidden.new_empty(tokens, vocabulary)
     cache_rows = _HEAD_CHUNK

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from galore_pretrain.model.llama import draw
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.optim import is_projected
+from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.draws import dropout_mask
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import fill, is_shared, local, whole
 
@@ -136,7 +138,8 @@ class Dropout:
 
     # 16 random bits decide for each element whether it is dropped: as an int16 it is less than a limit, with the
     # probability (limit + 2¹⁵) / 2¹⁶. Four such numbers are cut from one random int64, which takes a fifth of the time
-    # of torch's bernoulli_ on a CPU. Each row of x has a stream of its own, by its number in the update.
+    # of torch's bernoulli_ on a CPU. Each row of x has a stream of its own, by its number in the update. A kernel makes
+    # the numbers of all rows from their elements' places in the update.
     #
     # A compiler has nothing to gain here, and would compile once for each layer.
     @uncompiled
@@ -146,6 +149,11 @@ class Dropout:
         The mask is bool, shaped as ``x``, and true where an element is dropped.
         """
         row_elements = x[0].numel()
+        dropped_values = min(round(self.probability * 65536), 65535)  # of the 2¹⁶: never all of them
+        probability = dropped_values / 65536
+        if runs_on(x.device):
+            seed = derive_seed(self.seed, self.name, self.position.update)
+            return dropout_mask(x.detach(), self.position.row * row_elements, seed, dropped_values), probability
         row_words = -(-row_elements // 4)
         words = torch.empty(len(x), row_words, dtype=torch.int64, device=x.device)
         generator = torch.Generator(x.device)
@@ -153,10 +161,9 @@ class Dropout:
             seed = derive_seed(self.seed, self.name, self.position.update, row_number)
             generator.manual_seed(seed)
             row.random_(-(1 << 63), None, generator=generator)
-        dropped_values = min(round(self.probability * 65536), 65535)  # of the 2¹⁶: never all of them
         limit = dropped_values - 32768
         numbers = words.view(torch.int16)[:, :row_elements]
-        return (numbers < limit).view(x.shape), dropped_values / 65536
+        return (numbers < limit).view(x.shape), probability
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.draws import INCREMENT, MULTIPLIERS, gaussian_
 from galore_pretrain.tensors.rounding import derive_seed
 
 _LEVELS = 1 << 16  # values that an entry can have, one for each number of 16 bits
@@ -15,16 +17,7 @@ _ENTRIES_PER_WORD = 4  # 16 of the 64 bits of a word each
 _NUMBERS_PER_WORD = 12  # of 4 bytes: a word, its shifted copy, four levels and four entries
 _WORDS_PER_ROW = 1 << 20  # more than any rank has, so that a word's number does not depend on the rank
 
-
-def _signed(word: int) -> int:
-    """Return the int64 with the bits of a 64-bit ``word``."""
-    return word - (word >> 63 << 64)
-
-
-# The constants of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-_INCREMENT = _signed(0x9E3779B97F4A7C15)
-_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
-_SHIFTS = (30, 27, 31)
+_SHIFTS = (30, 27, 31)  # of SplitMix64
 
 _tables: dict[torch.device, Tensor] = {}
 
@@ -33,7 +26,8 @@ _tables: dict[torch.device, Tensor] = {}
 # place does not and need not. Word w of row i has the number i · 2²⁰ + w, and is what SplitMix64 returns at that number
 # when it starts from the hash of seed and draw. It gives four neighbouring entries 16 bits each, which choose one of
 # 65,536 quantiles of the normal distribution. A device only adds, multiplies, shifts and looks up, all of it exact, so
-# that all devices agree to the bit. A block of rows is made at a time, for its words to stay in a cache.
+# that all devices agree to the bit. Where no kernel does all of it, a block of rows is made at a time, for its words to
+# stay in a cache.
 def gaussian(
     start: int,
     stop: int,
@@ -54,8 +48,11 @@ def gaussian(
     matrix = torch.empty(rows, rank, dtype=dtype, device=device)
     table = _quantiles(matrix) * (1 / math.sqrt(rank))
     table = table.to(dtype)
-    words_per_row = -(-rank // _ENTRIES_PER_WORD)
     key = derive_seed(seed, draw)
+    if runs_on(device):
+        gaussian_(matrix, table, start, key)
+        return matrix
+    words_per_row = -(-rank // _ENTRIES_PER_WORD)
     word_numbers = torch.arange(words_per_row, device=device)
     block_rows = max(1, chunk_elements(device) // (words_per_row * _NUMBERS_PER_WORD))
     for first, last in chunks(matrix, rows, block_rows):
@@ -73,8 +70,8 @@ def gaussian(
 # the bits that came in from the left are masked out.
 def _hashed(numbers: Tensor, key: int) -> Tensor:
     """Return SplitMix64's outputs at these int64 ``numbers``, started from ``key``; overwrites them."""
-    words = numbers.mul_(_INCREMENT).add_(key)
-    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
+    words = numbers.mul_(INCREMENT).add_(key)
+    for shift, multiplier in zip(_SHIFTS, (*MULTIPLIERS, 1), strict=True):
         shifted = words >> shift
         shifted.bitwise_and_((1 << 64 - shift) - 1)
         words.bitwise_xor_(shifted)

@@ -12,7 +12,7 @@ from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Decay, Layout, Scope, UpdateRule
 from galore_pretrain.optim.sharing import Distributor
 from galore_pretrain.optim.update import Step
-from galore_pretrain.tensors import fused
+from galore_pretrain.tensors import capability
 from galore_pretrain.tensors.place import is_gpu
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import Shard, is_shared, local, shard_of
@@ -62,7 +62,7 @@ class Slot:
         """Note that the parameter is on ``device`` now."""
         self.device = device
         self.on_gpu = is_gpu(device)
-        self.has_kernels = fused.runs_on(device)
+        self.has_kernels = capability.runs_on(device)
 
 
 # `param_groups` are everybody's: FSDP2 of accelerate exchanges the parameters in them, a training that thaws layer by

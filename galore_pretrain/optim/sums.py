@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from galore_pretrain.tensors.fused import add_all_, knows
+from galore_pretrain.tensors.capability import knows
+from galore_pretrain.tensors.fused import add_all_
 
 if TYPE_CHECKING:
     from galore_pretrain.optim.execution import PendingGradient

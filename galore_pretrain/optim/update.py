@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from galore_pretrain.tensors.capability import knows
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
-from galore_pretrain.tensors.fused import TO_NEAREST, Noise, knows, store_
+from galore_pretrain.tensors.fused import TO_NEAREST, Noise, store_
 from galore_pretrain.tensors.rounding import RandomBits, round_stochastic
 from galore_pretrain.tensors.shards import Shard
 from galore_pretrain.tensors.values import known_true

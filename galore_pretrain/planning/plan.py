@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import Execution
+from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.chunks import ChunkSample
-from galore_pretrain.tensors.fused import runs_on
 from galore_pretrain.tensors.ledger import Ledger
 from galore_pretrain.tensors.place import planned_for_gpu
 from galore_pretrain.tensors.shards import local

@@ -1,4 +1,4 @@
-"""Triton kernels of an update: each reads and writes its tensors once. `fused` makes operations of them.
+"""Triton kernels of an update and of a loss: each reads and writes its tensors once. `fused` makes operations of them.
 
 All arithmetic is in fp32. Seeds change with every update: Triton must not compile a kernel anew for what divides them,
 so they are not specialized. A bf16 result is rounded stochastically, with 16 random bits by Philox (Salmon et al. 2011)
@@ -273,3 +273,76 @@ def add_all(
     value += tl.load(part + place, mask=inside, other=0.0).to(tl.float32)
     noise, _, _, _ = tl.randint4x(seed, place)
     _store(total + place, value, inside, noise, STOCHASTIC)
+
+
+# With p = softmax(x), the cross-entropy of label y is log Σ exp(x) − x[y], and its gradient by x is p − onehot(y). One
+# program has a row, which it reads by pieces: from memory, for the sum, which is scaled to the largest value so far;
+# and, for the gradient, from the cache, where the row still is. A row in registers would be read once, but 32,000
+# logits do not fit there. The least finite number stands for the largest of none, so that a piece of −inf alone comes
+# to 0. What is not finite makes loss and gradient NaN, as it should.
+@triton.jit
+def cross_entropy(logits, labels, losses, columns, scale, SIZE: tl.constexpr):
+    """Write the cross-entropy of each row, and ``scale`` times its gradient over the logits; of labels below 0, 0."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    is_counted = (label >= 0).to(tl.float32)
+    logits += row * columns
+    label = tl.maximum(label, 0)
+    target = tl.load(logits + label).to(tl.float32)
+    top = tl.full((), -3.4e38, tl.float32)
+    total = tl.zeros((), tl.float32)
+    for first in range(0, columns, SIZE):
+        column = first + tl.arange(0, SIZE)
+        x = tl.load(logits + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher))
+        top = higher
+    log_sum = top + tl.log(total)
+    for first in range(0, columns, SIZE):
+        column = first + tl.arange(0, SIZE)
+        x = tl.load(logits + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+        gradient = (tl.exp(x - log_sum) - (column == label).to(tl.float32)) * (is_counted * scale)
+        _store(logits + column, gradient, column < columns, column, False)
+    tl.store(losses + row, (log_sum - target) * is_counted)
+
+
+# Philox makes four numbers from a counter. A program has 4 · SIZE elements, SIZE neighbours of each number, at places
+# that do not depend on where ``mask`` begins: element 0 of it has place ``start``.
+@triton.jit(do_not_specialize=["seed", "start"])
+def dropout_mask(mask, n, start, seed, limit, SIZE: tl.constexpr):
+    """Write 1 where the 16 random bits of an element are less than ``limit``, else 0."""
+    block = start // (4 * SIZE) + tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, SIZE)
+    bits = tl.randint4x(seed, block * SIZE + lane)
+    for quarter in tl.static_range(4):
+        place = (block * 4 + quarter) * SIZE + lane - start
+        is_dropped = (bits[quarter] & 0xFFFF).to(tl.int32) < limit
+        tl.store(mask + place, is_dropped.to(tl.uint8), mask=(place >= 0) & (place < n))
+
+
+# SplitMix64, as `optim.sketch` describes it: word w of row i has the number i · 2²⁰ + w, and 16 of its bits say which
+# value of the table an entry has. All of it is in int64, whose right shift copies the sign, which is masked out.
+@triton.jit(do_not_specialize=["start", "key"])
+def gaussian(
+    matrix,
+    table,
+    rows,
+    columns,
+    start,
+    key,
+    INCREMENT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Fill a matrix with values of the table that a hash of each entry's place chooses."""
+    entry = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = entry < rows * columns
+    row = start + entry // columns
+    column = entry % columns
+    word = (row * 1048576 + column // 4) * INCREMENT + key
+    word = (word ^ ((word >> 30) & 0x3FFFFFFFF)) * FIRST
+    word = (word ^ ((word >> 27) & 0x1FFFFFFFFF)) * SECOND
+    word = word ^ ((word >> 31) & 0x1FFFFFFFF)
+    level = ((word >> (16 * (column % 4))) & 0xFFFF) ^ 0x8000
+    tl.store(matrix + entry, tl.load(table + level, mask=inside), mask=inside)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from galore_pretrain.optim.moments import _code_values
-from galore_pretrain.tensors import fused
+from galore_pretrain.tensors import capability, fused
+from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.fused import (
     AdamNumbers,
     Moment,
@@ -18,7 +19,6 @@ from galore_pretrain.tensors.fused import (
     adam_,
     adam_direction,
     add_all_,
-    runs_on,
     subtract_,
 )
 
@@ -290,12 +290,12 @@ def test_a_plan_sees_each_as_one_operation() -> None:
 
 
 def test_the_trial_that_decides_on_a_gpu_tells_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused.small_updates_are_right(torch.device("cpu"))
-    monkeypatch.setattr(fused, "add_all_", lambda sums, parts, seeds: None)  # rounds nothing up
-    assert not fused.small_updates_are_right(torch.device("cpu"))
+    assert capability.small_updates_are_right(torch.device("cpu"))
+    monkeypatch.setattr(capability, "add_all_", lambda sums, parts, seeds: None)  # rounds nothing up
+    assert not capability.small_updates_are_right(torch.device("cpu"))
     monkeypatch.undo()
-    monkeypatch.setattr(fused, "subtract_", lambda *arguments, **options: None)
-    assert not fused.small_updates_are_right(torch.device("cpu"))
+    monkeypatch.setattr(capability, "subtract_", lambda *arguments, **options: None)
+    assert not capability.small_updates_are_right(torch.device("cpu"))
 
 
 def test_kernels_run_where_triton_does() -> None:
@@ -321,5 +321,5 @@ def test_a_value_is_stored_rounded(dtype: torch.dtype) -> None:
         error = (many.double().mean(0) - value).abs()
         # A rounding up or down has a deviation of half a step at most, and there are 400: six standard errors.
         assert bool((error <= 6 * 0.5 / 20 * 2**-7 * value.abs()).all())
-    assert not fused.knows(target.double(), value)
-    assert not fused.knows(torch.zeros(700, 2, dtype=dtype)[:, 0], value)
+    assert not capability.knows(target.double(), value)
+    assert not capability.knows(torch.zeros(700, 2, dtype=dtype)[:, 0], value)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from galore_pretrain.optim import GlobalStep, Layerwise, RuleOptimizer, build_optimizer
-from galore_pretrain.tensors import fused
+from galore_pretrain.tensors import capability
 
 ROWS = (
     "adamw",
@@ -83,7 +83,7 @@ def both_ways(row: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     """The weights after four updates by kernels, each beside that of the composed rule."""
     by_kernel, optimizer = built(row, dtype)
     train(by_kernel, optimizer, range(4))
-    monkeypatch.setattr(fused, "runs_on", lambda device: False)
+    monkeypatch.setattr(capability, "runs_on", lambda device: False)
     composed, optimizer = built(row, dtype)
     train(composed, optimizer, range(4))
     return list(zip(weights(by_kernel), weights(composed), strict=True))
@@ -193,7 +193,7 @@ def test_several_micro_batches_are_summed_by_launches(
         assert all(torch.allclose(a, b, atol=atol) for a, b in zip(weights(after), weights(inside), strict=True))
     else:
         assert all(map(torch.equal, weights(after), weights(inside)))
-    monkeypatch.setattr(fused, "runs_on", lambda device: False)
+    monkeypatch.setattr(capability, "runs_on", lambda device: False)
     composed, optimizer = built(row, dtype)
     train(composed, optimizer, range(3), parts=3)
     for ours, theirs in zip(weights(after), weights(composed), strict=True):
@@ -222,12 +222,12 @@ def test_the_trial_of_kernels_sees_no_fake_tensors(monkeypatch: pytest.MonkeyPat
     """A plan is the first to ask whether kernels run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cpu = torch.device("cpu")
-    right = fused.small_updates_are_right
-    monkeypatch.setattr(fused, "small_updates_are_right", lambda device: right(cpu))
-    fused._run_on_cuda.cache_clear()
+    right = capability.small_updates_are_right
+    monkeypatch.setattr(capability, "small_updates_are_right", lambda device: right(cpu))
+    capability._run_on_cuda.cache_clear()
     with FakeTensorMode():
-        assert fused.runs_on(torch.device("cuda"))
-    fused._run_on_cuda.cache_clear()
+        assert capability.runs_on(torch.device("cuda"))
+    capability._run_on_cuda.cache_clear()
 
 
 def test_a_parameter_that_is_moved_has_the_kernels_of_its_place() -> None:

@@ -1,0 +1,138 @@
+"""Which devices run the kernels: asked once, by a small update that has to come out right."""
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from galore_pretrain.tensors.draws import dropout_mask, gaussian_
+from galore_pretrain.tensors.entropy import cross_entropy_
+from galore_pretrain.tensors.fused import (
+    BLOCK,
+    TO_NEAREST,
+    AdamNumbers,
+    Moment,
+    Noise,
+    Update,
+    adam_,
+    add_all_,
+    store_,
+    subtract_,
+)
+from galore_pretrain.tensors.place import is_gpu
+
+log = logging.getLogger(__name__)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Return whether the kernels run on tensors of ``device``: a GPU, or a CPU under ``TRITON_INTERPRET=1``."""
+    if is_gpu(device):
+        return _run_on_cuda()
+    return device.type == "cpu" and _run_on_cpu()
+
+
+@cache
+def _run_on_cpu() -> bool:
+    """Return whether Triton's interpreter stands for a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+
+
+# To launch a kernel, Triton compiles it, and with a C compiler what calls it. A machine may have no such compiler, or a
+# GPU that is too old; and no GPU of a user's has been seen by those who wrote this. So a small update is tried once.
+@cache
+def _run_on_cuda() -> bool:
+    """Return whether the kernels run on this machine's GPUs; where it has none, and only plans for one, say yes."""
+    if not torch.cuda.is_available():
+        return True
+    reason = "a small update came out wrong"
+    try:
+        with _disable_current_modes():  # a plan asks first, in which tensors are fake
+            is_right = small_updates_are_right(torch.device("cuda"))
+    except Exception as error:  # whatever Triton, its compilers or the driver raise
+        is_right = False
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if not is_right:
+        log.warning("Triton's kernels do not run here (%s): updates take single operations, and more time", reason)
+    return is_right
+
+
+def knows(target: Tensor, value: Tensor) -> bool:
+    """Return whether `store_` and `add_all_` do of such tensors what copying or adding in place would."""
+    dtypes = (torch.float32, torch.bfloat16)
+    if target.dtype not in dtypes or value.dtype not in dtypes:
+        return False
+    return runs_on(target.device) and target.is_contiguous() and value.is_contiguous()
+
+
+def small_updates_are_right(device: torch.device) -> bool:
+    """Make a small update by the kernels, and return whether it comes out as by torch's own operations."""
+    left = torch.linspace(-1, 1, 4 * 40, device=device).view(4, 40).bfloat16()
+    right = torch.linspace(1, -2, 40 * 130, device=device).view(40, 130).bfloat16()
+    weight = torch.ones(4, 130, device=device)
+    subtract_(weight, Update(left, right, product_rate=0.5), decay=0.1, decay_first=True)
+    expected = 0.9 - 0.5 * (left.float() @ right.float())
+    product_is_right = torch.allclose(weight, expected, rtol=1e-4, atol=1e-4)
+
+    # From 1 to 1 + 2⁻⁹ is a quarter of the way to the next bf16 number, 1 + 2⁻⁷.
+    rounded = torch.ones(4096, device=device).bfloat16()
+    addend = torch.full((4096,), 2.0**-9, device=device).bfloat16()
+    add_all_([rounded], [addend], [7])
+    shares = [_share_rounded_up(rounded)]
+    store_(rounded, torch.full((4096,), 1 + 2.0**-9, device=device), Noise(8), torch.tensor(True, device=device))
+    shares.append(_share_rounded_up(rounded))
+    store_(rounded, torch.zeros(4096, device=device), Noise(9), torch.tensor(False, device=device))
+    shares.append(_share_rounded_up(rounded))
+    rounding_is_right = all(0.2 < share < 0.3 for share in shares)
+    return product_is_right and rounding_is_right and _first_updates_are_right(device) and _loss_is_right(device)
+
+
+def _share_rounded_up(numbers: Tensor) -> float:
+    """Return the share of bf16 numbers that are 1 + 2⁻⁷, where all others are 1."""
+    return float(numbers.float().mean() - 1) * 2**7
+
+
+def _first_updates_are_right(device: torch.device) -> bool:
+    """Make a first update of Adam with dense moments and with 8 bits, whose code is here 256 even steps."""
+    grad = torch.linspace(-1, 1, 600, device=device)
+    numbers = AdamNumbers(0.9, 0.99, factor=10.0, root=10.0, eps=1e-8, lr=0.5)
+    expected = 1 - 0.5 * grad / (grad.abs() + 1e-8)
+    zeros = torch.zeros(600, device=device)
+    signed = torch.linspace(-1, 1, 256, device=device)
+    unsigned = torch.linspace(0, 1, 256, device=device)
+    middle = torch.full((600,), 128, dtype=torch.uint8, device=device)
+    scales = torch.zeros(3, device=device)
+    dense = (Moment(zeros), Moment(zeros.clone()))
+    eight_bit = (Moment(middle, scales, signed), Moment(torch.zeros_like(middle), scales.clone(), unsigned))
+    answers = []
+    for m, v in (dense, eight_bit):
+        weight = torch.ones(600, device=device)
+        adam_(weight, grad, m, v, numbers, TO_NEAREST)
+        answers.append(torch.allclose(weight, expected, rtol=1e-4, atol=1e-4))
+    kept = signed[middle.long()] * scales.repeat_interleave(BLOCK)[:600]
+    answers.append(torch.allclose(zeros, 0.1 * grad, rtol=1e-4))
+    answers.append(torch.allclose(kept, 0.1 * grad, atol=0.1 / 255))
+    return all(answers)
+
+
+def _loss_is_right(device: torch.device) -> bool:
+    """Find a small loss with its gradient, and draw random numbers: a mask, and the median of a table."""
+    logits = torch.linspace(-2, 2, 3 * 50, device=device).view(3, 50)
+    labels = torch.tensor([7, -100, 49], device=device)
+    p = logits.softmax(-1)
+    expected = 0.5 * p
+    expected[0, 7] -= 0.5
+    expected[2, 49] -= 0.5
+    expected[1] = 0
+    expected_losses = -p.log()[[0, 1, 2], labels.clamp(min=0)]
+    expected_losses[1] = 0
+    losses = cross_entropy_(logits, labels, 0.5)
+    loss_is_right = torch.allclose(losses, expected_losses, atol=1e-5) and torch.allclose(logits, expected, atol=1e-6)
+    mask = dropout_mask(torch.empty(4096, device=device), 5, 1, 1 << 14)
+    drawn = torch.empty(64, 64, device=device)
+    gaussian_(drawn, torch.linspace(0, 1, 1 << 16, device=device), 0, 3)
+    shares = (float(mask.float().mean()) * 2, float(drawn.mean()))
+    return loss_is_right and all(0.47 < share < 0.53 for share in shares)
