@@ -15,6 +15,7 @@ from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.train.build import compile_layers, model_for, set_up_model
+from galore_pretrain.train.profile import Profile, union_length
 from runs import command, lines, run
 
 
@@ -92,3 +93,54 @@ def test_all_layers_run_as_the_code_of_one(tiny_config: str) -> None:
         mean_loss(model, rows, rows, rows.numel()).backward()
         graphs.append(counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] == graphs[2], graphs
+
+
+class Recorded:
+    """Stands for an event of CUDA: the device's clock ticks where it is recorded."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Recorded.now
+
+    def synchronize(self) -> None:
+        Recorded.now += 1000.0  # whoever waits sooner than at the end spoils what is measured
+
+    def elapsed_time(self, after: "Recorded") -> float:
+        return after.at - self.at
+
+
+def test_a_gpu_is_timed_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *arguments: pytest.fail("it waits"))
+    optimizer = torch.nn.Module()  # on which a profile only leaves its observer
+    watch = Profile(2, tmp_path, torch.device("cuda"), optimizer)  # type: ignore[arg-type]
+    report = None
+    for update in range(5):
+        with watch.span("forward"):
+            Recorded.now += 3.0
+        with watch.span("backward"):
+            Recorded.now += 5.0
+            with watch.span("optimizer"):
+                Recorded.now += 2.0
+            Recorded.now += 1.0
+        Recorded.now += 0.5
+        report = watch.update_done()
+        assert (report is None) == (update != 3)
+        if report:
+            break
+    assert report is not None
+    times = {part: float(ms) for part, ms in re.findall(r"^(\w+) .* device +([\d.]+) ms", report, re.MULTILINE)}
+    assert times["forward"] == 3.0
+    assert times["backward"] == 6.0
+    assert times["optimizer"] == 2.0
+    assert times["other"] == 0.5
+    assert "the device was idle for 100.0 % of the time" in report  # a CPU's profile has no event of a device
+
+
+def test_time_that_several_kernels_cover_counts_once() -> None:
+    assert union_length([]) == 0
+    assert union_length([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
