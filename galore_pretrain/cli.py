@@ -150,8 +150,10 @@ def plan(
         from galore_pretrain import dist
         from galore_pretrain.planning import budget, traffic  # torch and transformers
         from galore_pretrain.study import pictures
+        from galore_pretrain.train.build import check_accumulation
 
     first = configs[0]
+    check_accumulation(first)
     available = budget.budget_of(first)
     source = budget.source_of(first)
     speeds = traffic.Speeds(flops, link, network)
@@ -192,7 +194,7 @@ def _table(plan: "Plan", available: int, source: str) -> str:
     from galore_pretrain.planning.budget import memory_advice
 
     table = plan.table(available, source)
-    if plan.peak_bytes > available:
+    if not plan.fits(available):
         table += f"\nwhat helps: {memory_advice(plan.config)}"
     return table
 

@@ -45,7 +45,14 @@ from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
 from galore_pretrain.text.usable import TextShares
 from galore_pretrain.train import build
 from galore_pretrain.train.announce import announce
-from galore_pretrain.train.build import device_of, execution_for, factors_of, model_for, optimizer_for
+from galore_pretrain.train.build import (
+    check_accumulation,
+    device_of,
+    execution_for,
+    factors_of,
+    model_for,
+    optimizer_for,
+)
 from galore_pretrain.train.evaluate import Evaluator
 from galore_pretrain.train.inputs import Inputs, check_text, open_inputs
 from galore_pretrain.train.metrics import MetricLogger, open_loggers
@@ -116,6 +123,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     """Open and check everything that a run needs before its weights; None where the run is finished already."""
     output = directory.path
     device_of(config)  # refuses what this machine has not, for which only a plan can be made
+    check_accumulation(config)
     schedule = _schedule(config)
     resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
     config, saved = resumption.config, resumption.saved

@@ -404,6 +404,15 @@ ERRORS = [
     (["--model", "llama_61m"], "did you mean"),
     (["--model", "llama_60m", "--memory-budget", "24"], "write a unit, such as 24GiB"),
     (["--model", "llama_60m", "--batch-size", "7"], "the nearest --batch-size is 8"),
+    (["--model", "llama_60m", "--accumulate-on", "host", "--device", "cpu"], "lie in the host's memory already"),
+    (
+        ["plan", "--model", "llama_60m", "--accumulate-on", "host", "--device", "cuda", "--batch-size", "512"],
+        "an update of one micro-batch, which sums nothing",
+    ),
+    (
+        ["plan", "--model", "llama_60m", "--accumulate-on", "host", "--device", "cuda", "--gpus-per-node", "2"],
+        "2 processes find norms and bases together",
+    ),
     (["--model", "llama_60m", "--optim", "adamw", "--grad-clip", "1", "--clip-norm", "projected"], "keeps whole"),
     (["plan", "--model", "llama_60m", "--picture", "a.png"], "only --compare draws"),
     (["plan", "--paper", "--model", "llama_60m"], "whatever --model may say"),

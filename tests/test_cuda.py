@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.update import Step
 from galore_pretrain.planning import budget
 from galore_pretrain.rundir import export
+from galore_pretrain.tensors import transport
+from galore_pretrain.tensors.transport import AtOnce, SideStream, transport_of
 from galore_pretrain.text.tokenizer import load_tokenizer
 from galore_pretrain.train import build
 
@@ -141,3 +144,72 @@ def test_a_model_is_exported_in_shards(
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in tensors.items())
     again = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True))
+
+
+class CopyStream:
+    """Writes down what a stream is asked for."""
+
+    def __init__(self, name: str, events: list[str]) -> None:
+        self.name, self.events = name, events
+
+    def record_event(self) -> str:
+        self.events.append(f"{self.name} records")
+        return f"an event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.events.append(f"{self.name} waits for {event}")
+
+    def synchronize(self) -> None:
+        self.events.append(f"the host waits for {self.name}")
+
+
+@pytest.fixture
+def side_stream(monkeypatch: pytest.MonkeyPatch) -> tuple[SideStream, list[str], list[Any]]:
+    """A side stream of no card, what its streams are asked for, and what is asked of CUDA's runtime."""
+    events: list[str] = []
+    calls: list[Any] = []
+
+    def register(address: int, size: int, flags: int) -> int:
+        calls.append(("lock", address, size, flags))
+        return 2 if size > 1000 else 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda at: calls.append(("unlock", at)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: CopyStream("side", events))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: CopyStream("computing", events))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    return SideStream(torch.device("cuda:0")), events, calls
+
+
+def test_each_stream_waits_for_the_other(side_stream: Any) -> None:
+    stream, events, _ = side_stream
+    stream.await_used(stream.used())
+    stream.await_moved(stream.moved())
+    stream.synchronize()
+    assert events == [
+        "computing records",
+        "side waits for an event of computing",
+        "side records",
+        "computing waits for an event of side",
+        "the host waits for side",
+    ]
+
+
+def test_page_locked_memory_is_as_large_as_asked_and_given_back(side_stream: Any) -> None:
+    """Torch's own would be the next power of two; it is unlocked only when no copy uses it."""
+    stream, events, calls = side_stream
+    memory = stream.host_memory(700)
+    address = memory.data_ptr()
+    assert calls == [("lock", address, 700, 0)]
+    del memory
+    assert calls[1:] == [("unlock", address)]
+    assert events == ["the host waits for side"]
+    with pytest.raises(MemoryError, match="could not be page-locked: CUDA error 2"):
+        stream.host_memory(2000)
+
+
+def test_a_device_has_its_transport(side_stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(transport_of(torch.zeros(1)), AtOnce)
+    on_card: Any = SimpleNamespace(device=torch.device("cuda:0"))
+    assert isinstance(transport_of(on_card), SideStream)
+    monkeypatch.setattr(transport, "FakeTensor", SimpleNamespace)  # as in a plan on a machine with a card
+    assert isinstance(transport_of(on_card), AtOnce)

@@ -23,16 +23,24 @@ from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.optim.update import Step
 from galore_pretrain.planning.budget import (
-    OUTSIDE,
     budget_of,
     choose,
+    fitted,
     lower_bound,
     memory_advice,
     planned,
     source_of,
     upper_bound,
 )
-from galore_pretrain.planning.plan import Plan, heaviest_updates, make_heaviest_updates, measure, static_bytes
+from galore_pretrain.planning.plan import (
+    OUTSIDE,
+    Outline,
+    Plan,
+    heaviest_updates,
+    make_heaviest_updates,
+    measure,
+    static_bytes,
+)
 from galore_pretrain.study import paper
 from galore_pretrain.tensors.chunks import ChunkSample, chunks
 from galore_pretrain.tensors.ledger import KINDS, Ledger, allocated_peak
@@ -378,6 +386,94 @@ def test_a_plan_for_a_gpu_needs_none(small: str, monkeypatch: pytest.MonkeyPatch
     plan = planned(card, budget_of(card))
     assert plan.config.batch_size == 64  # a GPU takes large micro-batches
     assert "planned for this CPU" not in plan.table(budget_of(card), "")
+
+
+def on_host(model: str, **given: Any) -> RunConfig:
+    """A run whose sums lie on the host of a card of 24 GiB."""
+    values = {"device": "cuda", "memory_budget": 24 * GIB, "accumulate_on": "host", "batch_size": 1}
+    return config_for(model, given.pop("row", "adamw"), **values | given)
+
+
+@pytest.mark.parametrize("row", ["adamw", "galore_adamw"])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_plan_of_sums_on_the_host_is_of_two_buffers(
+    row: str, layerwise: bool, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's bytes are those of the sums that lie there, and a field of their own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    architecture = load_model_config(small)
+    options = {"refresh": "together"} if row == "galore_adamw" else {}
+    config = on_host(small, row=row, layerwise=layerwise, grad_clip=0.0, **options)
+    there, here = measure(config, architecture), measure(replace(config, accumulate_on="device"), architecture)
+    model = build_model(architecture, device="meta", dtype=torch.bfloat16)
+    sizes = [p.nbytes for p in model.parameters() if p.ndim > 1]
+    assert sum(sizes) <= there.host_bytes < sum(sizes) + 512 * len(sizes)
+    assert here.host_bytes == 0
+    vectors = sum(p.nbytes for p in model.parameters() if p.ndim == 1)
+    # At the peak, one gradient may exist that was not added yet.
+    assert 2 * max(sizes) <= there.parts["gradients"] <= 3 * max(sizes) + vectors
+    assert there.peak_bytes < here.peak_bytes
+    assert sum(there.parts.values()) == there.peak_bytes
+    answer = there.as_json(budget_of(config))
+    assert (answer["host_bytes"], answer["accumulate_on"]) == (there.host_bytes, "host")
+    assert "sums of full gradients, beside the peak" in there.table(budget_of(config), "")
+    lowest = lower_bound(config, architecture, static_bytes(config, architecture))
+    assert lowest <= there.peak_bytes
+
+
+def test_low_rank_sums_stay_on_the_device(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    architecture = load_model_config(small)
+    config = on_host(small, row="galore_adamw", layerwise=True, grad_clip=0.0, refresh="staggered")
+    there, here = measure(config, architecture), measure(replace(config, accumulate_on="device"), architecture)
+    assert there.parts["sums"] == here.parts["sums"] > 0
+    every = measure(replace(config, layerwise=False), architecture)
+    assert 0 < there.host_bytes < every.host_bytes
+
+
+def test_the_shortcuts_of_a_plan_know_sums_on_the_host(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    architecture = load_model_config(small)
+    for row, layerwise, clip in (("adamw", False, 1.0), ("galore_adamw8bit", True, 1.0), ("muon", True, 0.0)):
+        config = on_host(small, row=row, layerwise=layerwise, grad_clip=clip)
+        short, long = measure(config, architecture), measure(config, architecture, every_update=True)
+        assert 0 <= long.peak_bytes - short.peak_bytes < 100
+        assert short.host_bytes == long.host_bytes
+
+
+def test_sums_that_the_host_has_no_room_for_are_refused(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from galore_pretrain.planning import plan as planning
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = on_host(small, row="galore_adamw", layerwise=False, grad_clip=0.0)
+    architecture = load_model_config(small)
+    needed = measure(config, architecture).host_bytes
+    outline = Outline.of(config, architecture)
+    monkeypatch.setattr(planning, "host_budget", lambda: needed)
+    assert fitted(config, outline, runs_as_before=False).plan is not None
+    monkeypatch.setattr(planning, "host_budget", lambda: needed - 1)
+    for as_before in (False, True):
+        with pytest.raises(InputError, match=f"take {needed:,} bytes .* and {needed - 1:,} are to be had.*--layerwise"):
+            fitted(config, outline, runs_as_before=as_before)
+    plan = measure(config, architecture)
+    assert plan.peak_bytes <= budget_of(config)
+    assert plan.as_json(budget_of(config))["fits"] is False
+    assert "does not fit" in plan.table(budget_of(config), "")
+
+
+def test_sums_on_the_host_help_a_card(small: str) -> None:
+    config = on_host(small, accumulate_on="device")
+    assert "--accumulate-on host" in memory_advice(config)
+    assert "--accumulate-on" not in memory_advice(replace(config, accumulate_on="host"))
+    assert "--accumulate-on" not in memory_advice(replace(config, device="cpu"))
+    assert "--accumulate-on" not in memory_advice(replace(config, batch_size=4))
+
+
+def test_sums_on_the_host_need_a_card(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ["plan", "--model", small, "--rank", "4", "--accumulate-on", "host", "--memory-budget", "24GiB"]
+    with pytest.raises(InputError, match="no CUDA device, and a CPU's sums lie in its own memory"):
+        CliRunner().invoke(cli, arguments, standalone_mode=False, catch_exceptions=False)
 
 
 def test_determinism_is_set_and_taken_back(build_tiny: Any) -> None:

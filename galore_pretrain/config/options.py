@@ -238,6 +238,7 @@ EXECUTION = tuple(f.name for f in fields(ExecutionSettings))
 
 CLIP_NORMS = ("full", "projected")
 BAD_DATA = ("raise", "skip")
+SUMS = ("device", "host")
 SHARDS = ("full", "hybrid", "none")
 REDUCE = ("full", "projected")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -327,6 +328,13 @@ class RunConfig:
         free=True,
         above=10**9,
         shown="what the device can give",
+    )
+    accumulate_on: str = _flag(
+        "device",
+        "Where a GPU's sums of full gradients over micro-batches lie: there, or in the host's memory.",
+        SUMS,
+        BATCH,
+        free=True,
     )
     grad_clip: float = _flag(None, "Largest gradient norm; 0 is off.", float, BATCH, least=0)
     clip_norm: str | None = _flag(

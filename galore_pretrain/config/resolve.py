@@ -91,6 +91,8 @@ def resolve(
         values["clip_norm"] = known_norm(values, processes)
     origins |= dict.fromkeys(undecided, CHOSEN)
     _check(values, processes)
+    if values["accumulate_on"] == "host":
+        _check_host_sums(values, processes, size_is_asked="batch_size" not in undecided)
     return RunConfig(**values, processes=processes, undecided=undecided), origins
 
 
@@ -380,6 +382,25 @@ def _check_length(values: Mapping[str, Any]) -> None:
             f"--relora-warmup {warmup} exceeds --relora-every {every}: the learning rate would never recover from a "
             "merge"
         )
+
+
+# The micro-batch that a budget chooses may be the whole update, which has no sums: so much the better.
+def _check_host_sums(values: Mapping[str, Any], processes: Processes, *, size_is_asked: bool) -> None:
+    """Check that there are sums to lie on the host, and that they can."""
+    why = None
+    if values["device"] == "cpu":
+        why = "a CPU's sums lie in the host's memory already; leave it out"
+    elif processes.total > 1:
+        why = (
+            f"{processes.total} processes find norms and bases together, in sums that lie on their devices; leave it "
+            "out: those that share a model out (--shard full) share its sums out too"
+        )
+    elif size_is_asked and values["batch_size"] == values["total_batch_size"]:
+        why = (
+            f"--batch-size {values['batch_size']} makes an update of one micro-batch, which sums nothing; leave it out"
+        )
+    if why:
+        raise InputError(f"--accumulate-on host: {why}")
 
 
 def _check_reduce(values: Mapping[str, Any], processes: Processes) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.dropin import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, NaturalGaLoreAdamW
     from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome, Skips
     from galore_pretrain.optim.galore import GaLore, is_projected
+    from galore_pretrain.optim.host_sums import HostSums
     from galore_pretrain.optim.methods import (
         BASIS_NAMES,
         METHODS,
@@ -42,6 +43,7 @@ _NAMES = {  # file: what of it is named here
     "checkpointing": ("saved_state", "take_saved_state"),
     "dropin": ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "NaturalGaLoreAdamW"),
     "galore": ("GaLore", "is_projected"),
+    "host_sums": ("HostSums",),
     "methods": (
         "BASIS_NAMES",
         "METHODS",
@@ -82,6 +84,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "GlobalStep",
+    "HostSums",
     "Layerwise",
     "Layout",
     "Method",

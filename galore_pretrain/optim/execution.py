@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from galore_pretrain.optim.host_sums import HostSum, HostSums
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.norms import measure_all, norms_of
 from galore_pretrain.optim.overlap import overlaps_of_refresh, subspace_overlap
@@ -137,7 +138,8 @@ class PendingGradient:
     somebody asks, from ``own_norm``, the norm of the whole sum. ``norm`` is that of the full gradient at hand, where it
     was measured. ``parts`` counts the gradients in the sum. ``summed`` says that its sum over replicas was begun.
     ``first_half`` is a copy of what half of the micro-batches came to, where the noise of the bases is to be measured.
-    ``overlaps`` holds what was measured of a refresh, by the key of its metric.
+    ``overlaps`` holds what was measured of a refresh, by the key of its metric. ``host`` is the sum on the host, where
+    it lies there: then ``grad`` has values between `HostSums.bring` and `HostSums.put_back` alone.
     """
 
     param: Tensor
@@ -155,6 +157,7 @@ class PendingGradient:
     summed: bool = False
     first_half: Tensor | None = None
     overlaps: dict[str, Tensor] | None = None
+    host: HostSum | None = None
 
     @property
     def finite(self) -> Tensor:
@@ -173,6 +176,12 @@ class PendingGradient:
         """Find the norm of the sum, where nothing is known of it yet."""
         if self.known_finite is None and self.own_norm is None:
             self.own_norm = gradient_norm(self.grad)
+
+    def measure_sum(self) -> None:
+        """Find the norm of the full gradient, to which nothing more is added."""
+        self.norm = gradient_norm(self.grad)
+        if self.known_finite is None:
+            self.own_norm = self.norm
 
     @property
     def rule(self) -> UpdateRule:
@@ -247,13 +256,15 @@ class PendingGradients:
     Four things happen to a gradient: it is summed over micro-batches and over processes, searched for new bases if they
     are due, and compressed. It is compressed as early as no basis is due, else after its bases were found. `take` does
     what is still missing. Gradients are detached first of all, so that autograd records nothing, and need not be turned
-    off for each. ``gradients`` holds what was accumulated of each parameter.
+    off for each. ``gradients`` holds what was accumulated of each parameter. ``host_sums`` keeps sums of full gradients
+    on the host, where that was asked for: those of matrices, beside which vectors' are nothing.
     """
 
     def __init__(self, optimizer: "RuleOptimizer", distributor: "Distributor | None" = None) -> None:
         self.distributor = distributor
         self._optimizer = optimizer
         self.sums = Sums()
+        self.host_sums: HostSums | None = None
         self.gradients: dict[Tensor, PendingGradient] = {}
 
     def get(self, p: Tensor) -> PendingGradient | None:
@@ -307,7 +318,10 @@ class PendingGradients:
             if compress and not part.compressed:  # layerwise: the rest of the storage is to be freed meanwhile
                 _own_storage(part)
             self.gradients[p] = part
+            if self.host_sums is not None and lies_on_host(p) and not part.compressed:
+                self.host_sums.begin_sum(part)
             return
+        self._bring(total)
         total.parts += 1
         stream = f"sum {total.parts}"
         if total.slot.has_kernels and self.distributor is None and self.sums.takes(total, part):
@@ -404,6 +418,7 @@ class PendingGradients:
             pending = self._part(p, None)
         if self.distributor is not None:
             self.distributor.sync([pending])
+        self._bring(pending)
         self._finalize(pending)
         finite = pending.known_finite
         if finite is None:
@@ -417,10 +432,71 @@ class PendingGradients:
         """Find the bases that are due in a gradient, and compress it."""
         if self.sums.waiting:  # of which this gradient may be one
             self.sums.flush()
+        if pending.refresh_due or (pending.slot.projects and not pending.compressed):
+            self._bring(pending)
         if pending.refresh_due:
             _observe(self._optimizer, "refresh", pending.param, pending.refresh)
         if not pending.compressed:
             pending.compress()
+        if self.host_sums is not None and pending.compressed:
+            self.host_sums.leave(pending)
+
+    def _bring(self, pending: PendingGradient) -> None:
+        """Have the sum of a gradient on the device, if it lies on the host."""
+        if self.host_sums is not None and pending.host is not None:
+            self.host_sums.bring(pending)
+
+    def put_back(self, p: Tensor, *, measure: bool) -> None:
+        """Write the sum of ``p`` back to the host, where it lies there and was added to.
+
+        ``measure`` finds its norm before, as nothing more is to be added.
+        """
+        pending = self.gradients.get(p)
+        if self.host_sums is None or pending is None or pending.host is None:
+            return
+        if self.host_sums.is_here(pending):
+            pending.norm = None
+            if measure:
+                pending.measure_sum()
+            self.host_sums.put_back(pending)
+
+    def measure_on_host(self, params: Iterable[Tensor]) -> None:
+        """Find the norms of those sums on the host to which the last micro-batch had nothing to add."""
+        if self.host_sums is None:
+            return
+        for p in params:
+            pending = self.gradients.get(p)
+            if pending is not None and pending.host is not None and pending.norm is None:
+                self.host_sums.bring(pending)
+                pending.measure_sum()
+                self.host_sums.keep(pending)
+
+    def expect(self, params: Iterable[Tensor], *, compressed_alone: bool = False) -> None:
+        """Say in which order sums on the host will be needed; those that are compressed, or all."""
+        if self.host_sums is None:
+            return
+        sums: list[HostSum] = []
+        for p in params:
+            pending = self.gradients.get(p)
+            if pending is None or pending.host is None:
+                continue
+            if pending.slot.projects or not compressed_alone:
+                sums.append(pending.host)
+        self.host_sums.expect(sums)
+
+    def copied(self, pending: PendingGradient) -> Tensor:
+        """Return a copy of what was summed of a gradient so far."""
+        if self.host_sums is None or pending.host is None:
+            return pending.grad.clone()
+        self.host_sums.bring(pending)
+        copy = pending.grad.clone()
+        self.host_sums.keep(pending)
+        return copy
+
+    def release(self, pending: PendingGradient) -> None:
+        """Drop the sum of a gradient on the host, if it has one there: nobody reads it any more."""
+        if self.host_sums is not None:
+            self.host_sums.forget(pending)
 
     def pending_of(self, p: Tensor) -> PendingGradient | None:
         """Return what is pending for ``p``. Where nothing is, ``p.grad`` becomes pending, if there is one."""
@@ -484,8 +560,12 @@ class PendingGradients:
             dropped = [p for group in self._optimizer.param_groups for p in group["params"]]
         self.sums.flush()
         for p in dropped:
-            self.gradients.pop(p, None)
+            pending = self.gradients.pop(p, None)
+            if pending is not None:
+                self.release(pending)
             p.grad = None
+        if params is None and self.host_sums is not None:
+            self.host_sums.forget_all()
         if params is None and self.distributor is not None:
             self.distributor.discard()
 
@@ -504,6 +584,11 @@ def _observe(optimizer: "RuleOptimizer", name: str, p: Tensor | None, work: Call
         work()
     else:
         optimizer.observer.observe(name, p, work)
+
+
+def lies_on_host(p: Tensor) -> bool:
+    """Return whether a sum of full gradients of ``p`` lies on the host where sums do: vectors' are not worth it."""
+    return p.ndim > 1
 
 
 def _own_storage(part: PendingGradient) -> None:
@@ -546,12 +631,21 @@ class Execution(ABC):
 
     A caller calls `begin` before each backward pass of an update, and `complete` after the last. The norm of all
     gradients is clipped to ``grad_clip`` (0: off). ``projected`` takes the norm of compressed gradients where the rule
-    projects; nothing is left of the full ones once they are compressed.
+    projects; nothing is left of the full ones once they are compressed. ``host_sums`` keeps sums of full gradients over
+    several micro-batches on the host; without it they lie on the device.
     """
 
-    def __init__(self, optimizer: "RuleOptimizer", grad_clip: float = 0.0, *, projected: bool = False) -> None:
+    def __init__(
+        self,
+        optimizer: "RuleOptimizer",
+        grad_clip: float = 0.0,
+        *,
+        projected: bool = False,
+        host_sums: HostSums | None = None,
+    ) -> None:
         self._optimizer = optimizer
         self._pending = optimizer.pending
+        self._pending.host_sums = host_sums
         self._grad_clip = grad_clip
         self._projected = projected
         self._micro_batch = 0
@@ -612,7 +706,27 @@ class Execution(ABC):
                 if pending.refresh_due:
                     due.append(pending)
             if due:
-                _keep_first_half(due)
+                _keep_first_half(due, self._pending)
+        if self._pending.host_sums is not None:
+            self._begin_on_host(self._pending.host_sums)
+
+    def _begin_on_host(self, host_sums: HostSums) -> None:
+        """Have memory for the sums of an update on the host, or fetch the first that will be added to."""
+        if self._micro_batch > 0:
+            host_sums.expect_as_arrived()
+            return
+        sizes: list[int] = []
+        if self._pending.distributor is not None:
+            raise ValueError("sums on the host are those of one process: several send messages of sums on the device")
+        for p in self._params:
+            is_summed = self._micro_batches > 1 and p.requires_grad
+            if is_summed and lies_on_host(p) and self._keeps_full_sum(p):
+                sizes.append(p.nbytes)
+        host_sums.prepare(sizes)
+
+    @abstractmethod
+    def _keeps_full_sum(self, p: Tensor) -> bool:
+        """Return whether the gradients of ``p`` are summed as they are in this update, and not compressed."""
 
     @torch._disable_dynamo  # see `RuleOptimizer.step`
     @torch.no_grad()
@@ -633,6 +747,7 @@ class Execution(ABC):
         if self._pending.sums.waiting:
             self._pending.sums.flush()
         if self._grad_clip > 0 and self._compresses_first():
+            self._pending.expect(self._params, compressed_alone=True)
             self._pending.compress_all(self._params)
         shares = self._pending.distributor is not None
         if shares:
@@ -642,11 +757,13 @@ class Execution(ABC):
         if self._on_gpu:
             measure_all(self._optimizer, self._params)
         if self._grad_clip > 0:
+            self._pending.measure_on_host(self._params)
             self._norm = norms_of(self._params, self._pending).norm()
             # The 1e-6 is that of torch's clip_grad_norm_.
             coefficient = (self._grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
         if shares:
             self._pending.refresh(self._params)
+        self._pending.expect(self._params)
         try:
             for p in self._params:
                 if p.grad is not None or p in self._pending.gradients:
@@ -655,6 +772,15 @@ class Execution(ABC):
         except BaseException:
             self._pending.discard()  # else the next update would find what this one has left
             raise
+
+    def _put_back(self, p: Tensor) -> None:
+        """Let the sum of ``p`` go back to the host, if it lies there; a whole one with the norm that is clipped."""
+        if self._pending.host_sums is None:
+            return
+        is_last = self._micro_batch == self._micro_batches - 1
+        clips_compressed = self._projected and self._optimizer.slots[p].projects
+        measures = is_last and self._grad_clip > 0 and not clips_compressed
+        self._pending.put_back(p, measure=measures)
 
     @abstractmethod
     def _compresses_first(self) -> bool:
@@ -698,7 +824,7 @@ class Execution(ABC):
 # two more decompositions small, and one of the smallest, to keep that of the copy small. Equal ones are drawn by the
 # number of the update, which a resumed run knows too.
 @torch.no_grad()
-def _keep_first_half(due: Iterable[PendingGradient]) -> None:
+def _keep_first_half(due: Iterable[PendingGradient], gradients: PendingGradients) -> None:
     """Keep what half of the micro-batches came to for one of the matrices whose bases are ``due``, if any turns."""
     measurable: list[PendingGradient] = []
     for pending in due:
@@ -710,7 +836,7 @@ def _keep_first_half(due: Iterable[PendingGradient]) -> None:
     smallest = [pending for pending in measurable if pending.grad.numel() == least]
     number = derive_seed(smallest[0].step.count)
     drawn = smallest[number % len(smallest)]
-    drawn.first_half = drawn.grad.clone()
+    drawn.first_half = gradients.copied(drawn)
 
 
 def _remove(handles: list[Any]) -> None:
@@ -725,9 +851,13 @@ class GlobalStep(Execution):
     def _hook(self, p: Tensor) -> None:
         if self._micro_batches > 1:  # torch would add them up in the gradient's dtype, rounded to nearest
             self._accumulate(p, compress=False)
+            self._put_back(p)
 
     def _compresses_first(self) -> bool:
         return self._projected
+
+    def _keeps_full_sum(self, p: Tensor) -> bool:
+        return True
 
 
 class Layerwise(Execution):
@@ -753,18 +883,23 @@ class Layerwise(Execution):
             measures = clips and self._micro_batches == 1 and not self._projected
             self._accumulate(p, compress=True, measure=measures)
         if not is_last:
+            self._put_back(p)
             return
         if waits:
             self._pending.start_sum(p)
         elif clips:
             work = partial(self._pending.finalize, p)
             _observe(self._optimizer, "compress", p, work)
+            self._put_back(p)
         else:
             self._optimizer.update_param(p)
             p.grad = None
 
     def _compresses_first(self) -> bool:
         return self._pending.distributor is not None
+
+    def _keeps_full_sum(self, p: Tensor) -> bool:
+        return not self._optimizer.slots[p].projects or self._optimizer.is_due(p)
 
     def begin(self, micro_batch: int, micro_batches: int) -> None:
         """Say which backward pass is next. ValueError where the norm that is to be clipped will not be known."""

@@ -49,7 +49,9 @@ def measure_all(optimizer: "RuleOptimizer", params: Iterable[Tensor]) -> None:
         if not slot.on_gpu or slot.is_shared:
             continue
         pending = optimizer.pending.pending_of(p)
-        if pending is not None and pending.known_finite is None and pending.own_norm is None:
+        if pending is None or pending.host is not None:  # which is found while the sum is on the device
+            continue
+        if pending.known_finite is None and pending.own_norm is None:
             found.append(pending)
     if not found:
         return

@@ -211,6 +211,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._update(weight, pending.grad, pending.state, slot, step, decay)
         if not part.is_contiguous():
             part.copy_(weight)
+        self.pending.release(pending)
         if pending.step.valid is not None or pending.step.failures:
             self._skips.count(pending.step)
         if pending.overlaps is not None:

@@ -32,6 +32,10 @@ class Sums:
         """Add ``part`` to ``total`` by the next launch; in bf16, rounded by the bits of ``stream``."""
         is_rounded = total.step.bits is not None and total.grad.dtype == torch.bfloat16
         seed = total.step.noise(stream).seed if is_rounded else -1
+        if total.host is not None:  # it is on the device for now alone
+            add_all_([total.grad], [part.grad], [seed])
+            total.known_finite = total.own_norm = None
+            return
         kind = (total.grad.device, total.grad.dtype, part.grad.dtype, is_rounded)
         if self.waiting:
             other, other_part, other_seed = self.waiting[-1]

@@ -15,13 +15,11 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
-from galore_pretrain.planning.plan import Outline, Plan, Static, describe, is_on_gpu, measure
+from galore_pretrain.planning.plan import OUTSIDE, Outline, Plan, Static, describe, is_on_gpu, measure
 from galore_pretrain.train.build import device_of
 
 log = logging.getLogger(__name__)
 
-OUTSIDE = 10**9
-"""Bytes of a machine's memory that tensors do not get: the program's own, its text and what saving takes."""
 OUTSIDE_CARD = 1_600_000_000
 """Bytes of all that a card shows which tensors do not get: CUDA's context and loaded kernels (0.5 GiB), workspaces and
 fragments (0.3 GiB), and a desktop (0.5 GiB) with some room."""
@@ -124,6 +122,8 @@ def memory_advice(config: RunConfig, most: int = 9) -> str:
         ways.append("a smaller --batch-size")
     if config.layerwise and config.total_batch_size > rows:
         ways.append(f"--total-batch-size {rows} (one micro-batch an update keeps no sums)")
+    if is_on_gpu(config) and config.accumulate_on == "device" and _sums_can_lie_on_host(config):
+        ways.append("--accumulate-on host (slower)")
     if config.rank:
         ways.append("a smaller --rank")
     entry = method(config.optim)
@@ -131,6 +131,20 @@ def memory_advice(config: RunConfig, most: int = 9) -> str:
         ways.append("--moment-store 8bit")
     ways += ["a smaller --max-length", "a larger --memory-budget"]
     return ", ".join(ways[:most])
+
+
+def _sums_can_lie_on_host(config: RunConfig) -> bool:
+    """Return whether the updates of a run keep sums of full gradients that the host could take."""
+    return config.micro_batches > 1 and config.processes.total == 1
+
+
+def _host_advice(config: RunConfig) -> str:
+    """Return what would take less of the host's memory than the sums of ``config`` do."""
+    ways = []
+    if not config.layerwise and method(config.optim).projects:
+        ways.append("--layerwise, whose sums are low-rank ones but for a few")
+    ways.append("--accumulate-on device")
+    return ", ".join(ways)
 
 
 @dataclass(frozen=True)
@@ -157,13 +171,19 @@ def fitted(config: RunConfig, outline: Outline, mesh: Any = None, *, runs_as_bef
     budget = budget_of(config)
     if not runs_as_before:
         choice = choose(config, budget, mesh, outline)
-    elif config.memory_budget is not None:
+    elif config.memory_budget is not None or config.accumulate_on == "host":
         choice = Choice(config, measure(config, load_model_config(config.model), mesh, outline=outline))
     else:
         choice = Choice(config, None)
     plan = choice.plan
     if plan is None:
         return choice
+    if not plan.fits_host:
+        raise InputError(
+            f"--accumulate-on host: the sums take {plan.host_bytes:,} bytes of the host's memory "
+            f"({describe(plan.config)}), and {plan.host_budget:,} are to be had, {OUTSIDE:,} less than are free; "
+            f"what helps: {_host_advice(plan.config)}"
+        )
     if plan.peak_bytes > budget:
         peak = "peak" if runs_as_before else "smallest peak found"
         raise InputError(
@@ -192,7 +212,8 @@ def choose(config: RunConfig, budget: int, mesh: Any = None, outline: Outline | 
             f"--clip-norm {config.clip_norm}: no way to run these updates knows it with {config.processes.total} "
             "processes; leave out --layerwise, --batch-size and --reduce, or give as many processes as before"
         )
-    if upper_bound(candidates[0], architecture, static) <= budget:
+    keeps_on_host = candidates[0].accumulate_on == "host" and candidates[0].micro_batches > 1
+    if not keeps_on_host and upper_bound(candidates[0], architecture, static) <= budget:
         return Choice(candidates[0], None)
 
     plans: list[Plan] = []
@@ -200,13 +221,13 @@ def choose(config: RunConfig, budget: int, mesh: Any = None, outline: Outline | 
         if lower_bound(candidate, architecture, static) > budget:
             continue
         plan = measure(candidate, architecture, mesh, outline=outline)
-        if plan.peak_bytes <= budget:
+        if plan.fits(budget):
             return Choice(candidate, plan)
         plans.append(plan)
     if not plans:
         least = min(candidates, key=lambda candidate: lower_bound(candidate, architecture, static))
         plans.append(measure(least, architecture, mesh, outline=outline))
-    smallest = min(plans, key=lambda plan: plan.peak_bytes)
+    smallest = min(plans, key=lambda plan: (not plan.fits_host, plan.peak_bytes))
     return Choice(smallest.config, smallest)
 
 
@@ -291,6 +312,8 @@ def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) ->
     gradients = static.gradients
     if config.layerwise:
         gradients = static.sums if has_several or config.grad_clip else 0
+    if has_several and config.accumulate_on == "host":
+        gradients = 0
     throughout = static.weights + static.state
     if has_several:
         return int(throughout + gradients + activations)

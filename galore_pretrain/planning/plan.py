@@ -17,17 +17,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig
+from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import Execution
 from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.chunks import ChunkSample
-from galore_pretrain.tensors.ledger import Ledger
+from galore_pretrain.tensors.ledger import HOST, Ledger
 from galore_pretrain.tensors.place import planned_for_gpu
 from galore_pretrain.tensors.shards import local
+from galore_pretrain.tensors.transport import AtOnce
 from galore_pretrain.train.build import device_of, execution_for, model_for, optimizer_for, set_up_model
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
+
+
+OUTSIDE = 10**9
+"""Bytes of a machine's memory that tensors do not get: the program's own, its text and what saving takes."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,19 @@ class Plan:
     peak_bytes: int
     parts: dict[str, int]
     place: str
+    host_bytes: int = 0
+    """Of sums of gradients, in page-locked memory of the device's host; no part of the peak."""
+    host_budget: int | None = None
+    """Bytes that the host has for them; None where the card that is planned for is in another machine."""
+
+    @property
+    def fits_host(self) -> bool:
+        """Return whether the host has room for the sums that are to lie there, as far as that is known."""
+        return self.host_budget is None or self.host_bytes <= self.host_budget
+
+    def fits(self, budget: int) -> bool:
+        """Return whether the updates fit ``budget`` bytes of the device, and what the host has."""
+        return self.peak_bytes <= budget and self.fits_host
 
     def as_json(self, budget: int) -> dict[str, Any]:
         """Return the keys that programs may rely on, in bytes. The parts add up to the peak.
@@ -54,8 +73,9 @@ class Plan:
             "activations_bytes": parts["activations"],
             "temporary_bytes": parts["temporaries"],
             "parts": parts,
-            "fits": self.peak_bytes <= budget,
+            "fits": self.fits(budget),
             "budget_bytes": budget,
+            "host_bytes": self.host_bytes,
             "place": self.place,
             "model": config.model,
             "optim": config.optim,
@@ -65,6 +85,7 @@ class Plan:
             "activation_checkpointing": config.activation_checkpointing,
             "batch_size": config.batch_size,
             "total_batch_size": config.total_batch_size,
+            "accumulate_on": config.accumulate_on,
             "clip_norm": config.clip_norm,
         }
 
@@ -75,7 +96,12 @@ class Plan:
         for kind, size in self.parts.items():
             lines.append(f"{kind:<13}{size / 2**30:8.2f} GiB   {_MEANING[kind]}")
         lines.append(f"{'peak':<13}{self.peak_bytes / 2**30:8.2f} GiB   {self.place}")
-        verdict = "fits" if self.peak_bytes <= budget else "does not fit"
+        if self.host_bytes:
+            line = f"{'host':<13}{self.host_bytes / 2**30:8.2f} GiB   sums of full gradients, beside the peak"
+            if self.host_budget is not None:
+                line += f"; {self.host_budget / 2**30:.2f} are to be had"
+            lines.append(line)
+        verdict = "fits" if self.fits(budget) else "does not fit"
         lines.append(f"{verdict} into {budget / 2**30:.2f} GiB ({source}), with {describe(config)}")
         if not is_on_gpu(config):
             lines.append("planned for this CPU; --device cuda plans for a GPU, which has other temporaries")
@@ -112,6 +138,8 @@ def describe(config: RunConfig) -> str:
     words.append(f"micro-batches of {config.batch_size} × {config.max_length} tokens")
     if config.clip_norm:
         words.append(f"the {config.clip_norm} norm clipped")
+    if config.accumulate_on == "host" and config.micro_batches > 1:
+        words.append("sums of full gradients on the host")
     return ", ".join(words)
 
 
@@ -203,14 +231,46 @@ def measure(
             for basis in rule.bases(optimizer.tensors(p)):
                 if basis is not None:
                     ledger.assign(basis, "bases")
-        execution = execution_for(config, optimizer)
+        execution = execution_for(config, optimizer, transport=_PlannedTransport(ledger, optimizer))
         _add_hooks(ledger, model)
         optimizer.observer = _OptimizerObserver(ledger, optimizer, each=every_update)
         micro_batches = min(config.micro_batches, 2)
         make_heaviest_updates(config, model, optimizer, execution, micro_batches)
         more = _held_by_compiled_layers(config, model)
     parts = ledger.at_peak | {"gradients": ledger.at_peak["gradients"] + more}
-    return Plan(config, ledger.peak + more, parts, ledger.point_of_peak)
+    return Plan(
+        config,
+        ledger.peak + more,
+        parts,
+        ledger.point_of_peak,
+        host_bytes=ledger.host_peak,
+        host_budget=host_budget(),
+    )
+
+
+def host_budget() -> int | None:
+    """Return the bytes of the host's memory that sums may take; None where this machine has no card to be its host."""
+    if not torch.cuda.is_available():
+        return None
+    return available_bytes(torch.device("cpu")) - OUTSIDE
+
+
+class _PlannedTransport(AtOnce):
+    """Tells the ledger what the memory of host and device is for between which sums are moved."""
+
+    def __init__(self, ledger: Ledger, optimizer: "RuleOptimizer") -> None:
+        super().__init__(next(iter(optimizer.slots)).device)
+        self._ledger = ledger
+
+    def host_memory(self, size: int) -> Tensor:
+        """Return ``size`` bytes of the host's memory."""
+        with self._ledger.kind(HOST):
+            return super().host_memory(size)
+
+    def device_memory(self, size: int) -> Tensor:
+        """Return ``size`` bytes of the device's memory."""
+        with self._ledger.kind("gradients"):
+            return super().device_memory(size)
 
 
 def _held_by_compiled_layers(config: RunConfig, model: LlamaForCausalLM) -> int:

@@ -17,6 +17,8 @@ from galore_pretrain.tensors.silence import silenced
 
 KINDS = ("weights", "moments", "bases", "gradients", "sums", "activations", "temporaries")
 """What memory is held for. ``sums``: low-rank sums of gradients that wait for their update."""
+HOST = "host"
+"""The kind of what lies in the memory of a device's host. It is counted apart."""
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
@@ -70,7 +72,8 @@ class Ledger(TorchDispatchMode):
     its parts by kind, and ``point_of_peak`` what ``point`` said then. A new tensor is of the kind that `kind` set
     last. With none set, it is an activation where autograd records and a temporary elsewhere; `assign` corrects it
     later. With ``resizes``, storages may also grow and shrink without an operation, as those of weights that FSDP2
-    gathers. Only then are all sizes read again, which takes a tenth of a plan's time.
+    gathers. Only then are all sizes read again, which takes a tenth of a plan's time. ``host_peak`` is the largest sum
+    of what is of the kind `HOST`, which is in no other sum.
     """
 
     def __init__(self, *, resizes: bool = False) -> None:
@@ -80,6 +83,8 @@ class Ledger(TorchDispatchMode):
         self.at_peak = dict.fromkeys(KINDS, 0)
         self.point = ""
         self.point_of_peak = ""
+        self.host_peak = 0
+        self._host_now = 0
         self._resizes = resizes
         self._kind: str | None = None
         self._entries: dict[int, _Entry] = {}  # by the id of their storage
@@ -113,8 +118,8 @@ class Ledger(TorchDispatchMode):
         """Say that ``tensor``, which was counted as another kind, is of ``kind``."""
         entry = self._find(_storage(tensor))
         if entry is not None:
-            self._bytes_of[entry.kind] -= entry.size
-            self._bytes_of[kind] += entry.size
+            self._count(entry.kind, -entry.size)
+            self._count(kind, entry.size)
             entry.kind = kind
 
     def episode(self, work: Callable[[], None]) -> dict[str, int]:
@@ -142,14 +147,21 @@ class Ledger(TorchDispatchMode):
 
         def leave(_: object) -> None:
             entry = self._entries.pop(key)
-            self.now -= entry.size
-            self._bytes_of[entry.kind] -= entry.size
+            self._count(entry.kind, -entry.size)
 
         size = storage.nbytes()
         self._entries[key] = _Entry(weakref.ref(storage, leave), size, kind)
+        self._count(kind, size)
+        self._update_maximum()
+
+    def _count(self, kind: str, size: int) -> None:
+        """Count ``size`` bytes more of a kind."""
+        if kind == HOST:
+            self._host_now += size
+            self.host_peak = max(self.host_peak, self._host_now)
+            return
         self.now += size
         self._bytes_of[kind] += size
-        self._update_maximum()
 
     def _find(self, storage: torch.UntypedStorage) -> _Entry | None:
         # Python may give the id of a storage that is gone to another one.
@@ -173,8 +185,7 @@ class Ledger(TorchDispatchMode):
                 self._resize(entry, storage.nbytes())
 
     def _resize(self, entry: _Entry, size: int) -> None:
-        self.now += size - entry.size
-        self._bytes_of[entry.kind] += size - entry.size
+        self._count(entry.kind, size - entry.size)
         entry.size = size
 
     def _update_maximum(self, more: Mapping[str, int] | None = None) -> None:
@@ -198,8 +209,9 @@ class Ledger(TorchDispatchMode):
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    """Return the storages of the tensors among nested ``values``."""
-    return [_storage(value) for value in tree_leaves(values) if isinstance(value, Tensor)]
+    """Return the storages of the tensors among nested ``values``, but for those on ``meta``, which take no memory."""
+    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return [_storage(tensor) for tensor in tensors if tensor.device.type != "meta"]
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

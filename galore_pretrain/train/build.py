@@ -18,6 +18,7 @@ from galore_pretrain.optim import (
     OPTIONS,
     Execution,
     GlobalStep,
+    HostSums,
     Layerwise,
     Method,
     RuleOptimizer,
@@ -26,6 +27,7 @@ from galore_pretrain.optim import (
     method,
     sides,
 )
+from galore_pretrain.tensors.transport import Transport, transport_of
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -53,6 +55,16 @@ def device_named(name: str) -> torch.device:
             # make a second context of some 0.4 GiB on cuda:0.
             torch.cuda.set_device(device)
     return device
+
+
+def check_accumulation(config: RunConfig) -> None:
+    """Raise InputError where sums are to lie on the host and are there already: on a CPU."""
+    is_on_cpu = config.device == "auto" and not torch.cuda.is_available()
+    if config.accumulate_on == "host" and is_on_cpu:
+        raise InputError(
+            "--accumulate-on host: this machine has no CUDA device, and a CPU's sums lie in its own memory already; "
+            "leave it out, or plan for a card with --device cuda"
+        )
 
 
 def factors_of(config: RunConfig) -> Factors | None:
@@ -178,12 +190,20 @@ def _own_options(config: RunConfig, updater: Method) -> dict[str, Any]:
     return settings
 
 
-def execution_for(config: RunConfig, optimizer: RuleOptimizer) -> Execution:
-    """Build what runs the updates of ``optimizer``: during the backward pass if layerwise, or else all after it."""
+def execution_for(config: RunConfig, optimizer: RuleOptimizer, *, transport: Transport | None = None) -> Execution:
+    """Build what runs the updates of ``optimizer``: during the backward pass if layerwise, or else all after it.
+
+    ``transport`` moves sums of gradients that lie on the host; by default what the device has for that.
+    """
     execution: type[Layerwise | GlobalStep] = GlobalStep
     if config.layerwise:
         execution = Layerwise
-    return execution(optimizer, config.grad_clip, projected=config.clip_norm == "projected")
+    host_sums: HostSums | None = None
+    if config.accumulate_on == "host":
+        first = next(iter(optimizer.slots))
+        host_sums = HostSums(transport or transport_of(first))
+    projected = config.clip_norm == "projected"
+    return execution(optimizer, config.grad_clip, projected=projected, host_sums=host_sums)
 
 
 def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from galore_pretrain.optim import GlobalStep, Layerwise, RuleOptimizer, build_optimizer
+from galore_pretrain.optim import GlobalStep, HostSums, Layerwise, RuleOptimizer, build_optimizer
 from galore_pretrain.tensors import capability
+from galore_pretrain.tensors.transport import AtOnce
 
 ROWS = (
     "adamw",
@@ -259,3 +260,23 @@ def test_a_part_that_is_not_finite_makes_its_sum_so(monkeypatch: pytest.MonkeyPa
         assert execution.outcome().skipped == 1
         for index, (p, old) in enumerate(zip(weights(model), before, strict=True)):
             assert torch.equal(p, old) is (index == 1)
+
+
+@pytest.mark.parametrize("mode", [GlobalStep, Layerwise])
+@pytest.mark.parametrize("row", ["adamw", "galore_adamw"])
+def test_sums_on_the_host_are_those_of_one_launch_for_many(row: str, mode: Any) -> None:
+    """A sum on the host is added to by a launch of its own: bits belong to elements, and not to launches."""
+    results = []
+    for host_sums in (None, HostSums(AtOnce(torch.device("cpu")))):
+        model, optimizer = built(row, torch.bfloat16)
+        params = list(model.parameters())
+        execution = mode(optimizer, 1.0, projected=row == "galore_adamw", host_sums=host_sums)
+        for number in range(2):
+            for i in range(2):
+                execution.begin(i, 2)
+                torch.autograd.backward(params, gradients(model, 2 * number + i))
+                lies_there = [p for p in params if optimizer.pending.gradients[p].host is not None]
+                assert bool(lies_there) == (host_sums is not None)
+            execution.complete()
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
