@@ -28,7 +28,12 @@ from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
+    from galore_pretrain.planning.cards import Card
     from galore_pretrain.planning.plan import Plan
+    from galore_pretrain.planning.traffic import Speeds
+
+
+_THIS_CARD = "this machine's"
 
 
 class _Root(click.Group):
@@ -107,6 +112,14 @@ def _goes_on(config: RunConfig) -> bool:
 @click.option("--flops", type=RATE, help="FLOP/s of a GPU at best, such as 400T: then a bound on tokens/s is printed.")
 @click.option("--link", type=RATE, help="Bytes/s between the GPUs of a host, each way, of each: 450G.")
 @click.option("--network", type=RATE, help="Bytes/s in and out of a host, all its cards together: 400G.")
+@click.option(
+    "--time",
+    "card_name",
+    is_flag=False,
+    flag_value=_THIS_CARD,
+    metavar="[CARD]",
+    help="Predict seconds an update and days for the run on a card, such as 4090.  [this machine's]",
+)
 @click.pass_context
 def plan(
     ctx: click.Context,
@@ -121,18 +134,21 @@ def plan(
     flops: float | None,
     link: float | None,
     network: float | None,
+    card_name: str | None,
     **values: Any,
 ) -> int:
     """Say what memory a run would take, without running it.
 
     The flags are those of the run. Of several processes, the memory of each is told. Of them, or with --flops, also
-    what an update computes and sends, and what bounds its speed.
+    what an update computes and sends, and what bounds its speed. With --time CARD the plan is of a GPU with that card's
+    memory, and tells how long updates and the run would take there, as a range, from a table and not measured.
     """
     if paper:
         return _print_paper(ctx, as_json)
     processes = Processes(nodes * gpus_per_node, gpus_per_node)
-    if link or network:
-        _check_rates(processes, flops)
+    _check_rates(processes, flops, link, network, card_name)
+    if card_name is not None:
+        values["device"] = _device_of_cards(values["device"])
     if picture and not compare:
         raise InputError(
             f"--picture {picture}: only --compare draws; give it rows, such as --compare adamw,galore_adamw"
@@ -147,46 +163,91 @@ def plan(
     configs = [resolved(ctx, flags_of_row, processes)[0] for flags_of_row in flags_of_rows]
 
     with _importing():
-        from galore_pretrain import dist
-        from galore_pretrain.planning import budget, traffic  # torch and transformers
+        from galore_pretrain.planning import budget, cards, traffic  # torch and transformers
         from galore_pretrain.study import pictures
         from galore_pretrain.train.build import check_accumulation
 
     first = configs[0]
     check_accumulation(first)
-    available = budget.budget_of(first)
-    source = budget.source_of(first)
+    card = another = None
+    if card_name == _THIS_CARD:
+        card = cards.card_here(first.device)
+    elif card_name is not None:
+        card = another = cards.card_named(card_name)
+    available = budget.budget_of(first, another)
+    source = budget.source_of(first, another)
     speeds = traffic.Speeds(flops, link, network)
-    plans = []
-    answers, tables = {}, []
-    for row, config in zip(rows, configs, strict=True):
-        with dist.imagined(config) as mesh:
-            row_plan = budget.planned(config, available, mesh)
-            update = traffic.count(row_plan.config, mesh) if mesh is not None or flops else None
-        plans.append(row_plan)
-        answers[row] = row_plan.as_json(available) | ({"update": update.as_json(speeds)} if update else {})
-        tables.append(_table(row_plan, available, source) + (f"\n{update.table(speeds)}" if update else ""))
+    planned = [_plan_row(config, available, source, speeds, card) for config in configs]
 
     if as_json:
-        click.echo(json.dumps(answers if compare else answers[rows[0]], indent=2))
+        answers = {row: of_row.answer for row, of_row in zip(rows, planned, strict=True)}
+        click.echo(json.dumps(answers if compare else planned[0].answer, indent=2))
     else:
-        click.echo("\n\n".join(tables))
+        click.echo("\n\n".join(of_row.table for of_row in planned))
     if picture or (compare and not as_json):
         name = Path(first.model).stem
         picture = picture or Path(f"memory-{name}.png")
         title = f"{name} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
         with _writing(f"--picture {picture}", "file"):
-            pictures.draw_memory(picture, title, budget.bars(rows, plans), available)
+            pictures.draw_memory(picture, title, budget.bars(rows, [of_row.plan for of_row in planned]), available)
         click.echo(f"drawn: {picture}", err=as_json)
     return 0
 
 
-def _check_rates(processes: Processes, flops: float | None) -> None:
-    """Raise InputError where the rates of --link and --network bound nothing."""
-    if processes.total == 1:
+@dataclass(frozen=True)
+class _Planned:
+    """Holds the plan of a row, and all that is predicted of it: for programs, and as a table."""
+
+    plan: "Plan"
+    answer: dict[str, Any]
+    table: str
+
+
+def _plan_row(config: RunConfig, available: int, source: str, speeds: "Speeds", card: "Card | None") -> _Planned:
+    """Plan a run: its memory, what several processes or --flops ask for, and its time on ``card`` if there is one."""
+    from galore_pretrain import dist
+    from galore_pretrain.planning import budget, duration, traffic
+
+    with dist.imagined(config) as mesh:
+        plan = budget.planned(config, available, mesh)
+        answer = plan.as_json(available)
+        tables = [_table(plan, available, source)]
+        messages: dict[str, float] = {}
+        if mesh is not None or speeds.flops:
+            update = traffic.count(plan.config, mesh)
+            answer["update"] = update.as_json(speeds)
+            tables.append(update.table(speeds))
+            messages = update.seconds_at_least(speeds._replace(flops=None))
+        if card is not None:
+            time = duration.predict(plan.config, card, messages, mesh)
+            answer["time"] = time.as_json()
+            tables.append(time.table())
+    return _Planned(plan, answer, "\n".join(tables))
+
+
+def _check_rates(
+    processes: Processes, flops: float | None, link: float | None, network: float | None, card_name: str | None
+) -> None:
+    """Raise InputError where --link and --network bound nothing, and where --time would not know what they bound."""
+    if (link or network) and processes.total == 1:
         raise InputError("--link and --network: one process sends nothing; give --gpus-per-node or --nodes")
-    if not flops:
-        raise InputError("--link and --network: bound nothing by themselves; give --flops")
+    if (link or network) and not flops and card_name is None:
+        raise InputError("--link and --network: bound nothing by themselves; give --flops or --time")
+    if card_name is None:
+        return
+    if processes.here > 1 and not link:
+        raise InputError("--time: the table has no links between the cards of a host; give --link, such as 450G")
+    if processes.total > processes.here and not network:
+        raise InputError("--time: the table has no network between hosts; give --network, such as 400G")
+
+
+def _device_of_cards(device: str | None) -> str:
+    """Return the --device of a plan with --time: a GPU, unless another device is named, which is refused."""
+    if device in (None, "auto"):
+        return "cuda"
+    if not device.startswith("cuda"):
+        raise InputError(f"--time: its table is of GPUs, and --device is {device}; leave --device out")
+    return device
 
 
 def _table(plan: "Plan", available: int, source: str) -> str:

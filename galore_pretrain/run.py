@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from galore_pretrain.config.options import RunConfig
@@ -24,7 +25,9 @@ from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.planning.budget import fitted, memory_advice
+from galore_pretrain.planning.cards import known_card
 from galore_pretrain.planning.plan import Outline, Plan, measure
+from galore_pretrain.planning.work import peak_tokens_per_second
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import RunDirectory, log_config
 from galore_pretrain.rundir.environment import describe_environment
@@ -221,6 +224,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         world=world,
         position=position,
         watch=watch,
+        peak_tokens_per_second=_peak_tokens_per_second(prepared, device),
     )
     return Assembled(trainer, batches, saver, totals)
 
@@ -313,6 +317,16 @@ def _planned_peak(prepared: Prepared) -> int | None:
     except Exception as error:
         log.warning("its memory could not be planned: %s", error)
         return None
+
+
+def _peak_tokens_per_second(prepared: Prepared, device: torch.device) -> float | None:
+    """Return the tokens/s at which the model FLOP utilization is 1; None on a CPU, and on a card that no table has."""
+    if device.type != "cuda":
+        return None
+    card = known_card(torch.cuda.get_device_name(device))
+    if card is None:
+        return None
+    return peak_tokens_per_second(card, prepared.config, prepared.inputs.model)
 
 
 def _schedule(config: RunConfig) -> Schedule:
