@@ -81,9 +81,12 @@ def _padded(size: int) -> int:
     return max(24, -(-size // 8) * 8)
 
 
+# Compiled code has no use for chunks: its loops over elements are joined to one.
 def _chunks_of_rows(matrix: Tensor) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of the chunks of rows in which a matrix is worked on."""
     rows, columns = matrix.shape
+    if torch.compiler.is_compiling():
+        return iter([(0, rows)])
     block_rows = max(1, chunk_elements(matrix.device) // columns)
     return chunks(matrix, rows, block_rows)
 
