@@ -28,6 +28,7 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import is_projected
 from galore_pretrain.planning.plan import measure
 from galore_pretrain.planning.traffic import count
+from galore_pretrain.tensors.chunks import ChunkSample
 from galore_pretrain.tensors.place import planned_for_gpu
 from galore_pretrain.train.build import model_for, set_up_model
 from runs import lines, run
@@ -199,29 +200,32 @@ class CudasRule(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 2048])
 @pytest.mark.parametrize("name", shipped_models())
-def test_every_product_of_every_shipped_config_is_one_that_cuda_takes(name: str, tokens: int) -> None:
+def test_every_product_of_every_shipped_config_is_one_that_cuda_takes(name: str) -> None:
     """5461 (llama_1b) and 1708 (llama_100m) are padded to 5464 and 1712, and one token to 24."""
     architecture = load_model_config(name)
     architecture.num_hidden_layers = 1
     model = model_for(config_for(name), architecture, "meta")
     layers = [layer for name, layer in model.named_modules() if is_projected(name, layer)]
+    hidden, inner = architecture.hidden_size, -(-architecture.intermediate_size // 8) * 8
     assert len(layers) == 7
-    with planned_for_gpu(), FakeTensorMode(allow_non_fake_inputs=True), CudasRule() as rule:
+    # Fake tensors on the CPU stand for a GPU's.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.chunk_sample = ChunkSample()  # type: ignore[attr-defined]
+    with planned_for_gpu(), mode:
         for layer in layers:
-            assert isinstance(layer, Int8Linear)
             layer.to_empty(device="cpu")
-            x = torch.zeros(1, tokens, layer.in_features, dtype=torch.float32, requires_grad=True)
-            layer(x).sum().backward()
-            assert x.grad is not None
-            assert layer.weight.grad is not None
-            assert x.grad.shape == x.shape
-            assert layer.weight.grad.shape == layer.weight.shape
-    assert len(rule.products) == 21
-    padded = {size for product in rule.products for size in product}
-    inner = -(-architecture.intermediate_size // 8) * 8
-    assert padded == {architecture.hidden_size, inner, max(24, -(-tokens // 8) * 8)}
+        for tokens, padded_tokens in ((1, 24), (17, 24), (2048, 2048)):
+            with CudasRule() as rule:
+                for layer in layers:
+                    x = torch.zeros(1, tokens, layer.in_features, requires_grad=True)
+                    layer(x).sum().backward()
+                    assert x.grad is not None
+                    assert layer.weight.grad is not None
+                    assert x.grad.shape == x.shape
+                    assert layer.weight.grad.shape == layer.weight.shape
+            assert len(rule.products) == 21
+            assert {size for product in rule.products for size in product} == {hidden, inner, padded_tokens}
 
 
 @exact
@@ -268,7 +272,7 @@ def test_checkpointing_changes_nothing(tiny_config: str) -> None:
 
 
 @exact
-def test_a_bias_is_added(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
+def test_a_bias_is_added() -> None:
     dense = nn.Linear(24, 40)
     layer = Int8Linear(dense)
     x = random(2, 5, 24)
@@ -285,14 +289,17 @@ def test_only_attention_and_mlp_are_replaced(build_tiny: Callable[..., LlamaForC
 
 
 def test_an_inexact_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN's on a CPU without VNNI, whose sums of pairs are in 16 bits."""
+    """oneDNN's on a CPU without VNNI: a first factor made positive, and pairs of terms that 16 bits should hold."""
 
     def saturating(a: Tensor, b: Tensor) -> Tensor:
-        pairs = (a.int()[:, :, None] * b.int()[None]).unflatten(1, (-1, 2)).sum(2)
-        return pairs.clamp(-(2**15), 2**15 - 1).sum(1, dtype=torch.int32)
+        terms = (a.int() + 128)[:, :, None] * b.int()[None]
+        pairs = terms.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(1) - 128 * b.int().sum(0)).int()
 
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: saturating(a, b) - 1)
-    with pytest.raises(InputError, match="multiplies 8-bit integers inexactly.*use --matmul dense"):
+    small = torch.randint(-60, 60, (8, 8)).to(torch.int8)
+    assert torch.equal(saturating(small, small.T), small.int() @ small.T.int())
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    with pytest.raises(InputError, match=r"multiplies 8-bit integers inexactly.*use --matmul dense"):
         check_int8(torch.device("cpu"))
 
     def missing(a: Tensor, b: Tensor) -> Tensor:

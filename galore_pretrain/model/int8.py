@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim import is_projected
@@ -110,7 +109,7 @@ def multiplied(left: Codes, right: Codes, dtype: torch.dtype) -> Tensor:
 #
 # and each factor takes part in two of them, along different dimensions, with different codes. x and W are kept for the
 # backward pass in their own dtype, as a dense product keeps them: so nothing more is held than with it, and W may be
-# one that FSDP2 frees and gathers again.
+# one that FSDP2 frees and gathers again. Compilers look into the function, whose layers would else be compiled in bits.
 @torch.compiler.allow_in_graph
 class _Int8Product(torch.autograd.Function):
     """Computes x Wᵀ and both its gradients by products of 8-bit integers, rounded to the nearest."""
@@ -160,10 +159,10 @@ class Int8Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return y (… × out) of ``input`` (… × in)."""
         if not self.training:
-            return F.linear(input, self.weight, self.bias)
+            return super().forward(input)
         tokens = input.flatten(0, -2)
-        product: Tensor = _Int8Product.apply(tokens, self.weight)  # type: ignore[no-untyped-call]
-        y = product.unflatten(0, input.shape[:-1])
+        product = _Int8Product.apply(tokens, self.weight)  # type: ignore[no-untyped-call]
+        y: Tensor = product.unflatten(0, input.shape[:-1])
         if self.bias is not None:
             y = y + self.bias
         return y
