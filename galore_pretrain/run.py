@@ -23,6 +23,7 @@ from galore_pretrain.config.resolve import AS_BEFORE
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
+from galore_pretrain.model.int8 import check_int8
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.planning.budget import fitted, memory_advice
 from galore_pretrain.planning.cards import known_card
@@ -125,8 +126,10 @@ def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable
 def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirectory, world: World) -> Prepared | None:
     """Open and check everything that a run needs before its weights; None where the run is finished already."""
     output = directory.path
-    device_of(config)  # refuses what this machine has not, for which only a plan can be made
+    device = device_of(config)  # refuses what this machine has not, for which only a plan can be made
     check_accumulation(config)
+    if config.matmul == "int8":
+        check_int8(device)
     schedule = _schedule(config)
     resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
     config, saved = resumption.config, resumption.saved

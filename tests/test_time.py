@@ -327,3 +327,14 @@ def test_a_run_knows_its_cards_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run._peak_tokens_per_second(prepared, torch.device("cuda:0")) == pytest.approx(989e12 / _60M_FLOPS)
     assert run._peak_tokens_per_second(prepared, torch.device("cuda:1")) is None
     assert run._peak_tokens_per_second(prepared, torch.device("cpu")) is None
+
+
+def test_products_of_integers_are_counted_as_such() -> None:
+    """A card multiplies 8-bit integers faster, by its own peak; what quantizing reads and writes comes on top."""
+    dense, int8 = (count_work(config_for("llama_9m", "adamw", matmul=matmul)) for matmul in ("dense", "int8"))
+    assert torch.int8 not in dense[FORWARD].flops
+    moved = int8[FORWARD].flops[torch.int8]
+    assert moved > 0
+    assert sum(int8[FORWARD].flops.values()) == pytest.approx(sum(dense[FORWARD].flops.values()), rel=0.01)
+    assert int8[FORWARD].other_bytes > dense[FORWARD].other_bytes
+    assert all(card.peak(torch.int8) >= 2 * card.peak(torch.bfloat16) for card in CARDS)

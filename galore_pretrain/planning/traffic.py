@@ -303,9 +303,12 @@ def tensors_of(args: Any) -> list[Tensor]:
 def _with_formula(packet: Any) -> Any:
     """Return the operation with a formula for FLOPs that computes the same as ``packet``.
 
-    Neither the attention of CPUs nor what works in place has one. A GPU's attention, of the same arguments, has.
+    Neither the attention of CPUs nor products of 8-bit integers nor what works in place has one. A GPU's attention and
+    the dense product, of the same arguments, have.
     """
     name = packet.__name__.rstrip("_")
     if name.startswith(_ATTENTION_ON_CPU):
         name = name.replace("_for_cpu", "")
+    if name == "_int_mm":
+        name = "mm"
     return getattr(torch.ops.aten, name, packet)

@@ -197,7 +197,8 @@ class WorkCounter(TorchDispatchMode):
         moved = _moved_bytes(func, args, kwargs, result)
         flops = product_flops(packet, args, kwargs, result)
         if flops:
-            dtype = next(tensor.dtype for tensor in tensors_of(args) if tensor.is_floating_point())
+            floats = [tensor.dtype for tensor in tensors_of(args) if tensor.is_floating_point()]
+            dtype = floats[0] if floats else torch.int8
             self._count(dtype, flops * repeats)
             self._count(_PRODUCT_BYTES, moved * repeats)
         else:
