@@ -58,8 +58,9 @@ _SIXTY_FOURTH = 1 / 64
 #
 # give what is here. All others, int8 and fp32, are of the data sheets of A100, L4, L40S, H100, H200 and HGX B200,
 # without sparsity. What CUDA shows is from messages of torch's allocator: 3090 GaoLii/DSP issue 10, 4090
-# ali-vilab/VGen issue 104, 4080 qingze-bai/VSmTrans issue 3, L40 QwenLM/Qwen3-VL issue 2097, H200 docs/benchmarks/gpu.md; of the others from
-# logs in public repositories, of which the least is taken. ECC and drivers change it by 0.2 GiB.
+# ali-vilab/VGen issue 104, 4080 qingze-bai/VSmTrans issue 3, L40 QwenLM/Qwen3-VL issue 2097, H200
+# docs/benchmarks/gpu.md; of the others from logs in public repositories, of which the least is taken. ECC and drivers
+# change it by 0.2 GiB.
 CARDS = (
     Card("3060", 102, 25.5, 12.7, _SIXTY_FOURTH, 360, 11.76, ("NVIDIA GeForce RTX 3060",)),
     Card("3090", 284, 71, 35.6, _SIXTY_FOURTH, 936, 23.69, ("NVIDIA GeForce RTX 3090",)),
