@@ -18,6 +18,7 @@ _LAST_BITS = 10
 _LEAST_BOUND = 1e-5
 _EIGHT_BIT_BOUND = 5e-2  # of a direction; on an H200, 8.2e-5
 _CODES_BOUND = 1e-2  # of bytes that may be another code than the next one; on an H200, 1e-6
+_LEAST_SECONDS = 40.0  # for a row; Triton's interpreter takes that much
 _MOMENTS = 2**20
 _MOMENTS_ON_CPU = 2**14
 _STREAMED = 5
@@ -34,7 +35,8 @@ def kernels(part: Part) -> None:
     is_right = small_updates_are_right(part.device)
     part.check("a small update by each kernel", is_right, "as by torch's operations", is_right)
     for entry in rows(part):
-        _against_composed(part, entry)
+        if part.has_time_for(entry.name, _LEAST_SECONDS):
+            _against_composed(part, entry)
 
 
 def _against_composed(part: Part, entry: Method) -> None:

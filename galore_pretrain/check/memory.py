@@ -73,9 +73,7 @@ def memory(part: Part) -> None:
             case = _Case(model, optim, layerwise, rows, rows * micro_batches)
             if lacks_8bit(optim):
                 part.skip(str(case), "bitsandbytes is not installed")
-            elif part.seconds_left() < _LEAST_SECONDS:
-                part.skip(str(case), "no time was left")
-            else:
+            elif part.has_time_for(str(case), _LEAST_SECONDS):
                 _against_plan(part, case)
 
 

@@ -26,6 +26,7 @@ _LAST_BITS = 10  # times what a last bit of the gradients does; measured on an H
 _LEAST_BOUND = 1e-5
 _ROUNDED_BOUND = 2e-4  # of fp32 against fp64: weights of 1 are rounded at every update
 _STANDARD_ERRORS = 6.0
+_LEAST_SECONDS = 20.0  # for a row
 _VALUES = 64  # that are rounded
 _REPEATS = 4096  # times each
 
@@ -37,11 +38,12 @@ def numerics(part: Part) -> None:
     for entry in entries:
         bias(part, entry)
     against_formulas(part)
-    if part.is_on_gpu:
-        for entry in entries:
+    for entry in entries:
+        if part.is_on_gpu and part.has_time_for(f"{entry.name} against the CPU", _LEAST_SECONDS):
             against_cpu(part, entry)
     for entry in entries:
-        same_in_every_way(part, entry)
+        if part.has_time_for(f"{entry.name} made in other ways", _LEAST_SECONDS):
+            same_in_every_way(part, entry)
 
 
 # Sixty-four values are rounded thousands of times each. The first update of AdamW in fp32, from the same numbers, says

@@ -104,6 +104,13 @@ class Part:
         """Return how many seconds the part has left."""
         return self._end - time.monotonic()
 
+    def has_time_for(self, name: str, seconds: float) -> bool:
+        """Return whether so many seconds are left; where they are not, say that ``name`` is skipped."""
+        if self.seconds_left() >= seconds:
+            return True
+        self.skip(name, "no time was left")
+        return False
+
     def machine(self, description: Mapping[str, Any]) -> None:
         """Say on which machine the part runs, and by which versions."""
         self._keep({"machine": dict(description)})

@@ -30,13 +30,13 @@ class Entry:
 # A limit is some three times what a part took: on an H200, or on a CPU of two cores that others use too.
 _ENTRIES = (
     Entry("environment", "the machine and its versions", "machine:environment", 60),
-    Entry("numerics", "updates of every row, and rounding", "numerics:numerics", 240),
-    Entry("kernels", "kernels against single operations", "kernels:kernels", 150),
+    Entry("numerics", "updates of every row, and rounding", "numerics:numerics", 300),
+    Entry("kernels", "kernels against single operations", "kernels:kernels", 180),
     Entry("eight_bit", "moments in 8 bits, and side streams", "kernels:eight_bit", 80),
     Entry("seven", "updates of llama_7b with a 24 GB card's memory", "memory:seven", 300, needs_gpu=True),
     Entry("memory", "the plan against torch's allocator", "memory:memory", 240),
     Entry("speed", "tokens/s beside a loop by hand", "speed:speed", 240),
-    Entry("resume", "a run in two parts against a whole one", "runs:resume", 180),
+    Entry("resume", "a run in two parts against a whole one", "runs:resume", 300),
     Entry("refresh", "new bases: orthonormal, and how long they take", "kernels:refresh", 90),
     Entry("export", "what saving and exporting take of the host", "runs:export", 110),
     Entry("reader", "whether text comes as fast as it is trained on", "runs:reader", 90),

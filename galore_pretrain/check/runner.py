@@ -112,7 +112,7 @@ class Runner:
         words = [entry.name, dumps(asdict(settings)), str(file), str(limit)]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "galore_pretrain.check", *words],
+                _command(words),
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -155,6 +155,11 @@ class Runner:
         if process is not None:
             with suppress(ProcessLookupError, PermissionError):  # nobody of the group is left
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    """Return the command that makes a part."""
+    return [sys.executable, "-m", "galore_pretrain.check", *words]
 
 
 def _environment() -> dict[str, str]:

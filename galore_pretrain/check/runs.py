@@ -47,10 +47,8 @@ def resume(part: Part) -> None:
         optims.append("galore_adamw")
     model = _model_for(part, text.tokenizer)
     for optim in optims:
-        if part.seconds_left() < _LEAST_SECONDS:
-            part.skip(optim, "no time was left")
-            continue
-        _compare_runs(part, model, optim)
+        if part.has_time_for(optim, _LEAST_SECONDS):
+            _compare_runs(part, model, optim)
 
 
 def _compare_runs(part: Part, model: Path, optim: str) -> None:

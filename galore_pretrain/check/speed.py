@@ -76,11 +76,9 @@ def speed(part: Part) -> None:
         if number == 0:
             methods += [("galore_adamw", True), ("galore_adamw8bit", False), ("adamw", False)]
         for optim, layerwise in methods:
-            if part.seconds_left() < _LEAST_SECONDS:
-                part.skip(f"{size} {optim}", "no time was left")
-            elif lacks_8bit(optim):
+            if lacks_8bit(optim):
                 part.skip(f"{size} {optim}", "bitsandbytes is not installed")
-            else:
+            elif part.has_time_for(f"{size} {optim}", _LEAST_SECONDS):
                 _time_method(part, size, optim, layerwise)
         _time_by_hand(part, size)
         if number == 0:
