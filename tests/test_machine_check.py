@@ -226,7 +226,9 @@ def test_updates_of_7b_are_made_under_a_cap(part: Part, small_models: None, monk
     card = Card(monkeypatch, total=80, allocated=22)
     memory.seven(part)
     assert card.fractions == [pytest.approx((23.64 - 0.5) / 80)]
-    assert [(check.measured, check.ok) for check in part.found.checks] == [(22, True)] * 2
+    assert [(check.measured, check.ok) for check in part.found.checks] == [(True, True)]
+    for rows in (4, 8):
+        assert part.found.numbers[f"7B, {rows} rows at a time, clipped: GiB allocated"] == 22
     assert part.found.numbers["7B, 8 rows at a time, clipped: launches of an update"] == 7
 
 
@@ -238,7 +240,8 @@ def test_7b_that_does_not_fit_is_found(part: Part, small_models: None, monkeypat
 
     monkeypatch.setattr(memory, "build", build)
     memory.seven(part)
-    assert [(check.measured, check.ok) for check in part.found.checks] == [("CUDA out of memory. Tried", False)] * 2
+    assert [(check.measured, check.ok) for check in part.found.checks] == [("CUDA out of memory. Tried", False)]
+    assert part.found.numbers == {"7B, 8 rows at a time, clipped: fits into 23.14 GiB": "CUDA out of memory. Tried"}
 
 
 def test_a_small_card_is_not_asked_for_7b(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +261,24 @@ def test_plans_for_a_card_are_compared_with_its_allocator(
     memory._against_plan(part, case)
     (check,) = part.found.checks
     assert check.ok is is_right
+
+
+def test_updates_that_a_card_has_no_room_for_are_found_where_the_plan_promises_it(
+    part: Part, small_models: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = memory._Case("llama_60m", "adamw", layerwise=False, rows=8, total=8)
+    Card(monkeypatch, total=1e-4, allocated=0)
+    memory._against_plan(part, case)
+    assert part.found.checks == []
+    assert "GiB of the card are free" in part.found.skipped[str(case)]
+    Card(monkeypatch, total=80, allocated=1)
+
+    def build(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(memory, "build", build)
+    memory._against_plan(part, case)
+    assert failed(part.found)[0] == f"{case}: updates that are planned to fit"
 
 
 def test_speed_on_a_card_tells_launches_and_idle_time(

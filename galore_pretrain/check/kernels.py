@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.check.part import Part
-from galore_pretrain.check.prescribed import Small, apart, rows, sensitivity
+from galore_pretrain.check.prescribed import Small, apart, bound_for, rows
 from galore_pretrain.check.updates import has_8bit, timed
 from galore_pretrain.optim import Adam, Blockwise8bit, Method, Step, random_basis, randomized_basis
 from galore_pretrain.tensors.fused import runs_on, small_updates_are_right
 
 _UPDATES = 4
-_LAST_BITS = 10
-_LEAST_BOUND = 1e-5
 _EIGHT_BIT_BOUND = 5e-2  # of a direction; on an H200, 8.2e-5
 _CODES_BOUND = 1e-2  # of bytes that may be another code than the next one; on an H200, 1e-6
 _LEAST_SECONDS = 40.0  # for a row; Triton's interpreter takes that much
@@ -48,9 +46,7 @@ def _against_composed(part: Part, entry: Method) -> None:
         # On a CPU, the single operations are bitsandbytes' coarser quantizer. By value, `eight_bit` checks them.
         part.number(name, apart(by_kernels, composed))
         return
-    on_cpu = Small.build(entry, torch.device("cpu"), torch.float32).without_kernels().update(_UPDATES)
-    bound = max(_LEAST_BOUND, _LAST_BITS * sensitivity(entry, _UPDATES, on_cpu))
-    part.check_below(name, apart(by_kernels, composed), bound)
+    part.check_below(name, apart(by_kernels, composed), bound_for(part, entry, _UPDATES))
 
 
 class _Composed(Blockwise8bit):

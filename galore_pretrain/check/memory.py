@@ -10,6 +10,7 @@ from galore_pretrain.check.updates import (
     Built,
     build,
     config_of,
+    first_line,
     forget,
     has_8bit,
     lacks_8bit,
@@ -30,6 +31,8 @@ _SHOWN = 23.64 * _GIB
 _CONTEXT = 0.5 * _GIB
 """What its context takes of that."""
 _LENGTH = 256
+_PROMISED = 4
+"""Rows at a time that are to fit. Twice as many fitted an H200 with 0.06 GiB left, so that they are tried, and told."""
 _LEAST_SECONDS = 25.0
 
 
@@ -63,9 +66,10 @@ class _Case:
 
 def memory(part: Part) -> None:
     """Check the peak of a plan against that of real updates, for small models on a CPU and to 1B on a GPU."""
-    methods = [("galore_adamw", False, 1), ("galore_adamw8bit", True, 2), ("adamw", False, 2)]
+    methods = [("galore_adamw", False, 1), ("galore_adamw8bit", True, 2)]
     models, rows = ["llama_9m"], 2
     if part.is_on_gpu:
+        methods.append(("adamw", False, 2))
         models, rows = ["llama_60m", "llama_130m", "llama_1b"], 8
         _load_libraries(part.device)
     for model in models:
@@ -92,28 +96,29 @@ def _against_plan(part: Part, case: _Case) -> None:
     part.number(f"{case}: GiB planned", round(planned / _GIB, 3))
     part.number(f"{case}: seconds for the plan", round(time.monotonic() - began, 1))
     forget(part.device)
-    if part.is_on_gpu:
-        measured = _measured_on_gpu(part, case, config)
-    else:
+    if not part.is_on_gpu:
         measured = allocated_peak(lambda: _make_updates(config, part.device))
-    if measured is None:
-        return
+    else:
+        free, _ = torch.cuda.mem_get_info(part.device)
+        if planned > free:
+            part.skip(str(case), f"{free / _GIB:.2f} GiB of the card are free")
+            return
+        measured = _measured_on_gpu(part, case, config)
     part.number(f"{case}: GiB allocated", round(measured / _GIB, 3))
     off = 100 * (planned / measured - 1)
     name = f"{case}: the plan against what was allocated, %"
     part.check(name, round(off, 2), f"-{_PLAN_BOUND:g} to {_PLAN_BOUND:g}", abs(off) <= _PLAN_BOUND)
 
 
-def _measured_on_gpu(part: Part, case: _Case, config: RunConfig) -> int | None:
-    """Return the bytes that CUDA's allocator had given out at most; None where there were not enough."""
+def _measured_on_gpu(part: Part, case: _Case, config: RunConfig) -> int:
+    """Return the bytes that CUDA's allocator had given out at most; where there were not enough, all there were."""
     before = torch.cuda.memory_allocated(part.device)
     reserved_before = torch.cuda.memory_reserved(part.device)
     try:
         _make_updates(config, part.device)
         wait_for(part.device)
     except torch.OutOfMemoryError as error:
-        part.skip(str(case), f"the card has no room: {_first_line(error)}")
-        return None
+        part.check(f"{case}: updates that are planned to fit", first_line(error), "fit", False)
     allocated = torch.cuda.max_memory_allocated(part.device) - before
     reserved = torch.cuda.max_memory_reserved(part.device) - reserved_before
     part.number(f"{case}: MiB reserved beyond that", round((reserved - allocated) / 2**20))
@@ -136,7 +141,7 @@ def seven(part: Part) -> None:
         part.skip("updates of llama_7b", f"the card shows {total / _GIB:.2f} GiB, and {cap / _GIB:.2f} are tried")
         return
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), part.device)
-    for rows in (8, 4):
+    for rows in (_PROMISED, 2 * _PROMISED):
         _update_seven(part, rows, cap)
         forget(part.device)
         if part.seconds_left() < 60:
@@ -158,16 +163,22 @@ def _update_seven(part: Part, rows: int, cap: float) -> None:
         grad_clip=1.0,
         device=str(part.device),
     )
+    told = f"{label}: fits into {cap / _GIB:.2f} GiB"
     try:
         built = build(config, part.device)
         tokens = random_rows(rows, _LENGTH, part.device)
         for number in (1, 2):
             _tell_seconds(part, f"{label}: update {number}", built, tokens)
     except torch.OutOfMemoryError as error:
-        part.check(f"{label}: allocated", _first_line(error), f"fits into {cap / _GIB:.2f} GiB", False)
+        if rows == _PROMISED:
+            part.check(told, first_line(error), "it does", False)
+        else:
+            part.number(told, first_line(error))
         return
     peak = torch.cuda.max_memory_allocated(part.device)
-    part.check(f"{label}: GiB allocated", round(peak / _GIB, 2), f"fits into {cap / _GIB:.2f} GiB", peak <= cap)
+    if rows == _PROMISED:
+        part.check(told, peak <= cap, "it does", peak <= cap)
+    part.number(f"{label}: GiB allocated", round(peak / _GIB, 2))
     part.number(f"{label}: GiB reserved", round(torch.cuda.max_memory_reserved(part.device) / _GIB, 2))
     free, total = torch.cuda.mem_get_info(part.device)
     outside = total - free - torch.cuda.memory_reserved(part.device)
@@ -194,8 +205,3 @@ def _tell_seconds(part: Part, label: str, built: Built, tokens: torch.Tensor) ->
     wait_for(part.device)
     part.number(f"{label}: seconds", round(time.perf_counter() - began, 2))
     part.number(f"{label}: seconds of the first forward and backward", round(first_pass, 2))
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of what an error says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

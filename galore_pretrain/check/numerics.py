@@ -14,16 +14,14 @@ from galore_pretrain.check.prescribed import (
     RANK,
     Small,
     apart,
+    bound_for,
     gradients,
     rows,
-    sensitivity,
 )
 from galore_pretrain.optim import METHODS, Method, RuleOptimizer, build_rules, check_methods, sides
 
 _CHECKS = ("layerwise", "accumulation", "skipping", "resume")
 _UPDATES = 5
-_LAST_BITS = 10  # times what a last bit of the gradients does; measured on an H200: up to 1.4
-_LEAST_BOUND = 1e-5
 _ROUNDED_BOUND = 2e-4  # of fp32 against fp64: weights of 1 are rounded at every update
 _STANDARD_ERRORS = 6.0
 _LEAST_SECONDS = 20.0  # for a row
@@ -118,9 +116,8 @@ def against_formulas(part: Part) -> None:
         entry = METHODS[name]
         expected = reference(Small.build(entry, torch.device("cpu"), torch.float32))
         moved = Small.build(entry, part.device, torch.float32).update(_UPDATES)
-        on_cpu = Small.build(entry, torch.device("cpu"), torch.float32).update(_UPDATES)
-        bound = max(_ROUNDED_BOUND, _LAST_BITS * sensitivity(entry, _UPDATES, on_cpu))
         compared = {key: moved[key] for key in expected}
+        bound = bound_for(part, entry, _UPDATES, _ROUNDED_BOUND)
         part.check_below(f"{name}: fp32 updates against the formula in fp64", apart(compared, expected), bound)
 
 
@@ -182,8 +179,8 @@ def _leading_vectors(gradient: Tensor, rank: int, from_left: bool) -> Tensor:
     return torch.as_tensor(vectors * vectors.gather(0, largest).sign())
 
 
-# A basis magnifies last bits: by how much, the CPU says alone. Bases that are drawn are others on each device. And
-# bitsandbytes' quantizer on a CPU is coarser than a GPU's (docs/benchmarks/gpu.md).
+# Bases that are drawn are others on each device. And bitsandbytes' quantizer on a CPU is coarser than a GPU's
+# (docs/benchmarks/gpu.md).
 def against_cpu(part: Part, entry: Method) -> None:
     """Check a row's updates in fp32 on a GPU against those on the CPU."""
     name = f"{entry.name}: fp32 updates of the GPU against the CPU's"
@@ -196,8 +193,7 @@ def against_cpu(part: Part, entry: Method) -> None:
     if entry.moments_8bit:
         part.number(f"{name}, whose quantizer is coarser", apart(on_gpu, on_cpu))
         return
-    bound = max(_LEAST_BOUND, _LAST_BITS * sensitivity(entry, _UPDATES, on_cpu))
-    part.check_below(name, apart(on_gpu, on_cpu), bound)
+    part.check_below(name, apart(on_gpu, on_cpu), bound_for(part, entry, _UPDATES))
 
 
 def same_in_every_way(part: Part, entry: Method) -> None:

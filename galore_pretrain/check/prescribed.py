@@ -19,6 +19,9 @@ RANK = 32
 PERIOD = 3
 """Updates that a basis is kept for."""
 _LAST_BIT = 2.0**-23
+_LEAST_BOUND = 1e-5
+_LAST_BITS = 10
+_LAST_BITS_ON_GPU = 30
 _SCALE = 1e-3
 _DIRECTIONS = 48  # of a gradient's spectrum
 _DECLINE = 0.9  # from one to the next
@@ -116,10 +119,18 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(distances)
 
 
-def sensitivity(entry: Method, count: int, reference: dict[str, Tensor]) -> float:
-    """Return how far ``count`` updates come from ``reference`` where gradients are a last bit or two off, on a CPU."""
-    found: list[float] = []
+# A basis magnifies last bits, by how much depends on the row. Another device has other last bits in every product and
+# decomposition, so that more of them differ: an H200 came 11 times as far from the CPU (docs/benchmarks/gpu.md).
+def bound_for(part: Part, entry: Method, count: int, least: float = _LEAST_BOUND) -> float:
+    """Return how far ``count`` updates of a row in fp32 may be off: times what a last bit of gradients does on a CPU.
+
+    It is ``least`` at the least.
+    """
+    cpu = torch.device("cpu")
+    exact = Small.build(entry, cpu, torch.float32).without_kernels().update(count)
+    times = _LAST_BITS_ON_GPU if part.is_on_gpu else _LAST_BITS
+    found = [least]
     for noise in (1, 2):
-        moved = Small.build(entry, torch.device("cpu"), torch.float32).update(count, noise)
-        found.append(apart(moved, reference))
+        moved = Small.build(entry, cpu, torch.float32).without_kernels().update(count, noise)
+        found.append(times * apart(moved, exact))
     return max(found)

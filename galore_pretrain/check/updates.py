@@ -85,6 +85,11 @@ def random_rows(rows: int, length: int, device: torch.device) -> Tensor:
     return torch.randint(0, 1024, (rows, length), device=device)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all that it was given."""
     if device.type == "cuda":
