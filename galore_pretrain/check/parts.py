@@ -36,7 +36,7 @@ _ENTRIES = (
     Entry("seven", "updates of llama_7b with a 24 GB card's memory", "memory:seven", 300, needs_gpu=True),
     Entry("memory", "the plan against torch's allocator", "memory:memory", 300),
     Entry("speed", "tokens/s beside a loop by hand", "speed:speed", 240),
-    Entry("resume", "a run in two parts against a whole one", "runs:resume", 300),
+    Entry("resume", "a run in two parts against a whole one", "runs:resume", 400),
     Entry("refresh", "new bases: orthonormal, and how long they take", "kernels:refresh", 90),
     Entry("export", "what saving and exporting take of the host", "runs:export", 110),
     Entry("reader", "whether text comes as fast as it is trained on", "runs:reader", 90),
