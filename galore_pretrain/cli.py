@@ -18,10 +18,11 @@ from click.core import ParameterSource
 from safetensors import SafetensorError
 
 from galore_pretrain import __version__
+from galore_pretrain.check.parts import PARTS
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
 from galore_pretrain.config.options import Processes, RunConfig, optim_settings, parse_place, texts_of
 from galore_pretrain.config.resolve import left_out, load_named
-from galore_pretrain.errors import InputError, RunError, TrainingFailedError
+from galore_pretrain.errors import InputError, RunError, TrainingFailedError, did_you_mean
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, load_line, own_length
 from galore_pretrain.text.hub import check_hub, hub_text
 from galore_pretrain.text.sources import open_source
@@ -580,6 +581,38 @@ def check_method(
         click.echo(json.dumps({"method": method, "checks": checks}, indent=2))
     has_failed = any(finding.status == "failed" for finding in findings)
     return int(has_failed)
+
+
+@cli.command()
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="At most.")
+@click.option("--only", metavar="PART,…", help=f"Make these parts alone, of {', '.join(PARTS)}.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=Path("check"), show_default=True, help="Folder.")
+@click.option("--data", default="sample", show_default=True, help="Text of your own: a file, a folder or a glob.")
+@click.option("--tokenizer", help="Its tokenizer: a file, a folder or an id of the hub that was loaded before.")
+def check(minutes: float, only: str | None, device: str, output: Path, data: str, tokenizer: str | None) -> int:
+    """Check this machine by value: updates, kernels, memory plans, resuming, speed.
+
+    Each part is a process with a limit. The folder gets check.md, whose head can be pasted into an issue, and
+    check.json. Exit code 1: a check failed. What cannot be checked here, or no time is left for, is said.
+    """
+    names = list(PARTS)
+    if only is not None:
+        names = [name.strip() for name in only.split(",")]
+    for name in names:
+        if name not in PARTS:
+            raise InputError(
+                f"--only {name}: no such part; {did_you_mean(name, list(PARTS))}the parts are {', '.join(PARTS)}"
+            )
+    with _importing():
+        from galore_pretrain.check.runner import Runner, settings_for
+
+    settings = settings_for(device, data, tokenizer)
+    with _writing(f"--output {output}", "folder"):
+        output.mkdir(parents=True, exist_ok=True)
+    code = Runner(settings, minutes, output, click.echo).run(names)
+    click.echo(f"written: {output / 'check.md'}, {output / 'check.json'}")
+    return code
 
 
 def _let_cuda_grow_segments() -> None:
