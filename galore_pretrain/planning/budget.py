@@ -103,9 +103,9 @@ def left_on_card(plan: Plan, budget: int, card: Card | None = None) -> str:
     left = (budget - plan.peak_bytes) / _GIB
     unplanned = (total - plan.peak_bytes - _CONTEXT - _WORKSPACES) / _GIB
     return (
-        f"{'left':<13}{left:8.2f} GiB   of the budget. On the card's {total / _GIB:.2f}, beside CUDA's context and kernels "
-        f"({_CONTEXT / _GIB:.1f}), workspaces and fragments ({_WORKSPACES / _GIB:.1f}), {unplanned:.2f} are left: a "
-        "desktop takes 0.3 to 0.5"
+        f"{'left':<13}{left:8.2f} GiB   of the budget. On the card's {total / _GIB:.2f}, beside CUDA's context and "
+        f"kernels ({_CONTEXT / _GIB:.1f}), workspaces and fragments ({_WORKSPACES / _GIB:.1f}), {unplanned:.2f} are "
+        "left: a desktop takes 0.3 to 0.5"
     )
 
 
