@@ -27,7 +27,7 @@ from galore_pretrain.optim.rule import Direction, Scope, UpdateRule, check_scope
 from galore_pretrain.optim.sharing import Distributor, update_gathered
 from galore_pretrain.optim.slots import Slot, Slots, States, initial_state
 from galore_pretrain.optim.update import Step
-from galore_pretrain.optim.weights import DenseWeights, WeightStore
+from galore_pretrain.optim.weights import DenseWeights, WeightStore, subtract_codes
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.rounding import NoiseTables, RandomBits
 from galore_pretrain.tensors.shards import local
@@ -196,6 +196,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.state[p]["step"] = pending.step.count
         if coefficient is not None:
             pending.grad.mul_(coefficient)
+        if isinstance(p, CodedParameter):
+            self._update_codes(p.coded, pending, slot)
+            self._count(pending)
+            return
         part = local(p) if slot.is_shared else p.detach()
         weight = part.contiguous()  # itself, if it is
         if weight.ndim == 0:
@@ -212,10 +216,44 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not part.is_contiguous():
             part.copy_(weight)
         self.pending.release(pending)
+        self._count(pending)
+
+    def _count(self, pending: PendingGradient) -> None:
+        """Count what an update left out, and take what its refresh measured."""
         if pending.step.valid is not None or pending.step.failures:
             self._skips.count(pending.step)
         if pending.overlaps is not None:
             self.overlaps.add(pending.overlaps)
+
+    # A rule of single elements sees the rows of a block, any other one the whole gradient. Blocks are cut where 8-bit
+    # moments are.
+    def _update_codes(self, coded: Coded, pending: PendingGradient, slot: Slot) -> None:
+        """Update a matrix of codes, a block of rows at a time where the rule lets that be."""
+        decay = float(self.param_groups[slot.group]["weight_decay"])
+        step = pending.step
+        if slot.scope is not Scope.ELEMENTS:
+            self._update_coded(coded, pending.grad, pending.state, slot, step, decay)
+            return
+        columns = coded.codes.shape[1]
+        grad = pending.grad.reshape(-1)
+        for first, block in coded.blocks(BLOCK):
+            start = first * columns
+            stop = start + block.codes.numel()
+            state = slot.rule.narrow(pending.state, start, stop)
+            self._update_coded(block, grad[start:stop], state, slot, step.at(start), decay)
+
+    def _update_coded(self, coded: Coded, grad: Tensor, state: State, slot: Slot, step: Step, decay: float) -> None:
+        """Update a matrix of codes, or the rows of one that are handed over, by the rule's direction."""
+        if decay and slot.decay == "l2":
+            weight = coded.read().view(grad.shape) if not slot.projects else coded.read()
+            grad = torch.add(grad.float(), slot.rule.compress(weight, state, step), alpha=decay)
+        direction = slot.rule.update(grad, state, step)
+        if direction.left.ndim == 1:
+            direction = replace(direction, left=direction.left.view(coded.codes.shape))
+        decoupled = 0.0
+        if slot.decay != "l2":
+            decoupled = step.lr * decay
+        subtract_codes(coded, direction, decoupled, slot.decay == "before", step)
 
     def _update_elements(self, weight: Tensor, pending: PendingGradient, slot: Slot, decay: float) -> None:
         """Update a flattened tensor by chunks, so that temporaries stay small."""
@@ -290,7 +328,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def random_bits(self, p: Tensor, count: int) -> RandomBits | None:
         """Return the streams of ``p`` at update ``count``, the same whatever the order of updates; None for nearest."""
-        if self.rounding == "nearest" or p.dtype != torch.bfloat16 or p.device.type == "meta":
+        if p.device.type == "meta":
+            return None
+        is_rounded = self.rounding != "nearest" and p.dtype == torch.bfloat16
+        if not (is_rounded or isinstance(p, CodedParameter)):
             return None
         return self._noise.bits(self.slots[p].index, count, p.device)
 

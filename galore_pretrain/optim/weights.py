@@ -9,6 +9,7 @@ from torch import Tensor
 from galore_pretrain.optim.rule import Direction
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors import fused
+from galore_pretrain.tensors.coded import Coded
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.products import has_fast_bf16
 
@@ -185,6 +186,36 @@ def _subtract_sum(weight: Tensor, direction: Direction, decay: float, decay_firs
         if decay and not decay_first:
             block.mul_(1 - decay)
         step.at(start * row_elements).store(target, block, stream="weight")
+
+
+# In steps, the direction is divided by the scales of the block. It is formed in fp32 a block of rows at a time, as for a
+# dense weight.
+def subtract_codes(coded: Coded, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
+    """Change a matrix of codes to itself - lr · direction - decay · itself, rounded stochastically.
+
+    ``decay`` has lr in it already, and is taken before the direction if ``decay_first``. ``step`` counts elements from
+    where ``coded`` begins, and has random bits.
+    """
+    rate = 1.0 if direction.scaled else step.lr
+    terms = [_in_fp32(term) for term in direction.terms()]
+    columns = coded.codes.shape[1]
+    assert step.bits is not None
+    for start, block in coded.blocks():
+        rows = len(block.codes)
+
+        def change(steps: Tensor, start: int = start, block: Coded = block) -> Tensor:
+            if decay and decay_first:
+                steps.mul_(1 - decay)
+            update = torch.zeros_like(steps)
+            for term in terms:
+                term.part(start, start + len(steps)).add_to(update, -term.factor * rate)
+            steps.add_(block.in_steps(update))
+            if decay and not decay_first:
+                steps.mul_(1 - decay)
+            return steps
+
+        bits = step.bits.take("weight", step.start + start * columns, rows * columns)
+        block.change(change, bits.view(rows, columns), step.valid)
 
 
 def _in_fp32(term: Direction) -> Direction:
