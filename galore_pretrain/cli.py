@@ -18,17 +18,23 @@ from click.core import ParameterSource
 from safetensors import SafetensorError
 
 from galore_pretrain import __version__
+from galore_pretrain.check.parts import PARTS
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
 from galore_pretrain.config.options import Processes, RunConfig, optim_settings, parse_place, texts_of
 from galore_pretrain.config.resolve import left_out, load_named
-from galore_pretrain.errors import InputError, RunError, TrainingFailedError
+from galore_pretrain.errors import InputError, RunError, TrainingFailedError, did_you_mean
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, load_line, own_length
 from galore_pretrain.text.hub import check_hub, hub_text
 from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
+    from galore_pretrain.planning.cards import Card
     from galore_pretrain.planning.plan import Plan
+    from galore_pretrain.planning.traffic import Speeds
+
+
+_THIS_CARD = "this machine's"
 
 
 class _Root(click.Group):
@@ -107,6 +113,14 @@ def _goes_on(config: RunConfig) -> bool:
 @click.option("--flops", type=RATE, help="FLOP/s of a GPU at best, such as 400T: then a bound on tokens/s is printed.")
 @click.option("--link", type=RATE, help="Bytes/s between the GPUs of a host, each way, of each: 450G.")
 @click.option("--network", type=RATE, help="Bytes/s in and out of a host, all its cards together: 400G.")
+@click.option(
+    "--time",
+    "card_name",
+    is_flag=False,
+    flag_value=_THIS_CARD,
+    metavar="[CARD]",
+    help="Predict seconds an update and days for the run on a card, such as 4090.  [this machine's]",
+)
 @click.pass_context
 def plan(
     ctx: click.Context,
@@ -121,18 +135,21 @@ def plan(
     flops: float | None,
     link: float | None,
     network: float | None,
+    card_name: str | None,
     **values: Any,
 ) -> int:
     """Say what memory a run would take, without running it.
 
     The flags are those of the run. Of several processes, the memory of each is told. Of them, or with --flops, also
-    what an update computes and sends, and what bounds its speed.
+    what an update computes and sends, and what bounds its speed. With --time CARD the plan is of a GPU with that card's
+    memory, and tells how long updates and the run would take there, as a range, from a table and not measured.
     """
     if paper:
         return _print_paper(ctx, as_json)
     processes = Processes(nodes * gpus_per_node, gpus_per_node)
-    if link or network:
-        _check_rates(processes, flops)
+    _check_rates(processes, flops, link, network, card_name)
+    if card_name is not None:
+        values["device"] = _device_of_cards(values["device"])
     if picture and not compare:
         raise InputError(
             f"--picture {picture}: only --compare draws; give it rows, such as --compare adamw,galore_adamw"
@@ -147,46 +164,91 @@ def plan(
     configs = [resolved(ctx, flags_of_row, processes)[0] for flags_of_row in flags_of_rows]
 
     with _importing():
-        from galore_pretrain import dist
-        from galore_pretrain.planning import budget, traffic  # torch and transformers
+        from galore_pretrain.planning import budget, cards, traffic  # torch and transformers
         from galore_pretrain.study import pictures
         from galore_pretrain.train.build import check_accumulation
 
     first = configs[0]
     check_accumulation(first)
-    available = budget.budget_of(first)
-    source = budget.source_of(first)
+    card = another = None
+    if card_name == _THIS_CARD:
+        card = cards.card_here(first.device)
+    elif card_name is not None:
+        card = another = cards.card_named(card_name)
+    available = budget.budget_of(first, another)
+    source = budget.source_of(first, another)
     speeds = traffic.Speeds(flops, link, network)
-    plans = []
-    answers, tables = {}, []
-    for row, config in zip(rows, configs, strict=True):
-        with dist.imagined(config) as mesh:
-            row_plan = budget.planned(config, available, mesh)
-            update = traffic.count(row_plan.config, mesh) if mesh is not None or flops else None
-        plans.append(row_plan)
-        answers[row] = row_plan.as_json(available) | ({"update": update.as_json(speeds)} if update else {})
-        tables.append(_table(row_plan, available, source) + (f"\n{update.table(speeds)}" if update else ""))
+    planned = [_plan_row(config, available, source, speeds, card) for config in configs]
 
     if as_json:
-        click.echo(json.dumps(answers if compare else answers[rows[0]], indent=2))
+        answers = {row: of_row.answer for row, of_row in zip(rows, planned, strict=True)}
+        click.echo(json.dumps(answers if compare else planned[0].answer, indent=2))
     else:
-        click.echo("\n\n".join(tables))
+        click.echo("\n\n".join(of_row.table for of_row in planned))
     if picture or (compare and not as_json):
         name = Path(first.model).stem
         picture = picture or Path(f"memory-{name}.png")
         title = f"{name} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
         with _writing(f"--picture {picture}", "file"):
-            pictures.draw_memory(picture, title, budget.bars(rows, plans), available)
+            pictures.draw_memory(picture, title, budget.bars(rows, [of_row.plan for of_row in planned]), available)
         click.echo(f"drawn: {picture}", err=as_json)
     return 0
 
 
-def _check_rates(processes: Processes, flops: float | None) -> None:
-    """Raise InputError where the rates of --link and --network bound nothing."""
-    if processes.total == 1:
+@dataclass(frozen=True)
+class _Planned:
+    """Holds the plan of a row, and all that is predicted of it: for programs, and as a table."""
+
+    plan: "Plan"
+    answer: dict[str, Any]
+    table: str
+
+
+def _plan_row(config: RunConfig, available: int, source: str, speeds: "Speeds", card: "Card | None") -> _Planned:
+    """Plan a run: its memory, what several processes or --flops ask for, and its time on ``card`` if there is one."""
+    from galore_pretrain import dist
+    from galore_pretrain.planning import budget, duration, traffic
+
+    with dist.imagined(config) as mesh:
+        plan = budget.planned(config, available, mesh)
+        answer = plan.as_json(available)
+        tables = [_table(plan, available, source)]
+        messages: dict[str, float] = {}
+        if mesh is not None or speeds.flops:
+            update = traffic.count(plan.config, mesh)
+            answer["update"] = update.as_json(speeds)
+            tables.append(update.table(speeds))
+            messages = update.seconds_at_least(speeds._replace(flops=None))
+        if card is not None:
+            time = duration.predict(plan.config, card, messages, mesh)
+            answer["time"] = time.as_json()
+            tables.append(time.table())
+    return _Planned(plan, answer, "\n".join(tables))
+
+
+def _check_rates(
+    processes: Processes, flops: float | None, link: float | None, network: float | None, card_name: str | None
+) -> None:
+    """Raise InputError where --link and --network bound nothing, and where --time would not know what they bound."""
+    if (link or network) and processes.total == 1:
         raise InputError("--link and --network: one process sends nothing; give --gpus-per-node or --nodes")
-    if not flops:
-        raise InputError("--link and --network: bound nothing by themselves; give --flops")
+    if (link or network) and not flops and card_name is None:
+        raise InputError("--link and --network: bound nothing by themselves; give --flops or --time")
+    if card_name is None:
+        return
+    if processes.here > 1 and not link:
+        raise InputError("--time: the table has no links between the cards of a host; give --link, such as 450G")
+    if processes.total > processes.here and not network:
+        raise InputError("--time: the table has no network between hosts; give --network, such as 400G")
+
+
+def _device_of_cards(device: str | None) -> str:
+    """Return the --device of a plan with --time: a GPU, unless another device is named, which is refused."""
+    if device in (None, "auto"):
+        return "cuda"
+    if not device.startswith("cuda"):
+        raise InputError(f"--time: its table is of GPUs, and --device is {device}; leave --device out")
+    return device
 
 
 def _table(plan: "Plan", available: int, source: str) -> str:
@@ -519,6 +581,38 @@ def check_method(
         click.echo(json.dumps({"method": method, "checks": checks}, indent=2))
     has_failed = any(finding.status == "failed" for finding in findings)
     return int(has_failed)
+
+
+@cli.command()
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="At most.")
+@click.option("--only", metavar="PART,…", help=f"Make these parts alone, of {', '.join(PARTS)}.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=Path("check"), show_default=True, help="Folder.")
+@click.option("--data", default="sample", show_default=True, help="Text of your own: a file, a folder or a glob.")
+@click.option("--tokenizer", help="Its tokenizer: a file, a folder or an id of the hub that was loaded before.")
+def check(minutes: float, only: str | None, device: str, output: Path, data: str, tokenizer: str | None) -> int:
+    """Check this machine by value: updates, kernels, memory plans, resuming, speed.
+
+    Each part is a process with a limit. The folder gets check.md, whose head can be pasted into an issue, and
+    check.json. Exit code 1: a check failed. What cannot be checked here, or no time is left for, is said.
+    """
+    names = list(PARTS)
+    if only is not None:
+        names = [name.strip() for name in only.split(",")]
+    for name in names:
+        if name not in PARTS:
+            raise InputError(
+                f"--only {name}: no such part; {did_you_mean(name, list(PARTS))}the parts are {', '.join(PARTS)}"
+            )
+    with _importing():
+        from galore_pretrain.check.runner import Runner, settings_for
+
+    settings = settings_for(device, data, tokenizer)
+    with _writing(f"--output {output}", "folder"):
+        output.mkdir(parents=True, exist_ok=True)
+    code = Runner(settings, minutes, output, click.echo).run(names)
+    click.echo(f"written: {output / 'check.md'}, {output / 'check.json'}")
+    return code
 
 
 def _let_cuda_grow_segments() -> None:

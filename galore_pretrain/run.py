@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from galore_pretrain.config.options import RunConfig
@@ -22,9 +23,12 @@ from galore_pretrain.config.resolve import AS_BEFORE
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
+from galore_pretrain.model.int8 import check_int8
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.planning.budget import fitted, memory_advice
+from galore_pretrain.planning.cards import known_card
 from galore_pretrain.planning.plan import Outline, Plan, measure
+from galore_pretrain.planning.work import peak_tokens_per_second
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import RunDirectory, log_config
 from galore_pretrain.rundir.environment import describe_environment
@@ -122,8 +126,10 @@ def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable
 def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirectory, world: World) -> Prepared | None:
     """Open and check everything that a run needs before its weights; None where the run is finished already."""
     output = directory.path
-    device_of(config)  # refuses what this machine has not, for which only a plan can be made
+    device = device_of(config)  # refuses what this machine has not, for which only a plan can be made
     check_accumulation(config)
+    if config.matmul == "int8":
+        check_int8(device)
     schedule = _schedule(config)
     resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
     config, saved = resumption.config, resumption.saved
@@ -221,6 +227,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         world=world,
         position=position,
         watch=watch,
+        peak_tokens_per_second=_peak_tokens_per_second(prepared, device),
     )
     return Assembled(trainer, batches, saver, totals)
 
@@ -313,6 +320,16 @@ def _planned_peak(prepared: Prepared) -> int | None:
     except Exception as error:
         log.warning("its memory could not be planned: %s", error)
         return None
+
+
+def _peak_tokens_per_second(prepared: Prepared, device: torch.device) -> float | None:
+    """Return the tokens/s at which the model FLOP utilization is 1; None on a CPU, and on a card that no table has."""
+    if device.type != "cuda":
+        return None
+    card = known_card(torch.cuda.get_device_name(device))
+    if card is None:
+        return None
+    return peak_tokens_per_second(card, prepared.config, prepared.inputs.model)
 
 
 def _schedule(config: RunConfig) -> Schedule:

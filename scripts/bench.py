@@ -207,6 +207,10 @@ STEP: dict[str, Callable[[argparse.Namespace], Any]] = {
     "galore_adamw8bit, checkpointed": lambda o: ours(
         o, "--layerwise", "--activation-checkpointing", optim="galore_adamw8bit"
     ),
+    "bfloat16, dense": lambda o: ours(o, "--no-layerwise"),
+    "bfloat16, int8": lambda o: ours(o, "--no-layerwise", "--matmul", "int8"),
+    "float32, dense": lambda o: ours(o, "--no-layerwise", "--dtype", "float32"),
+    "float32, int8": lambda o: ours(o, "--no-layerwise", "--dtype", "float32", "--matmul", "int8"),
 }
 # The candidates of which memory alone is asked.
 LEAN = (
@@ -214,6 +218,9 @@ LEAN = (
     "galore_adamw, checkpointed",
     "galore_adamw8bit, checkpointed",
 )
+# Those that products of 8-bit integers are asked of.
+DTYPES = ("bfloat16", "float32")
+MATMULS = tuple(f"{dtype}, {matmul}" for dtype in DTYPES for matmul in ("dense", "int8"))
 
 
 def in_fresh_process(name: str, options: argparse.Namespace, *, memory: bool = False) -> Any:
@@ -287,7 +294,7 @@ def slowest_over_median(runs: list[Any]) -> float:
 
 def step(options: argparse.Namespace, table: "Table") -> None:
     """Measure the training step, whole runs of each candidate in turn."""
-    names = [name for name in STEP if name not in LEAN]
+    names = [name for name in STEP if name not in LEAN + MATMULS]
     runs = defaultdict(list)
     for _ in range(options.rounds):
         for name in names:
@@ -325,6 +332,59 @@ def memory(options: argparse.Namespace, table: "Table") -> None:
     for name in ("galore_adamw", *LEAN):
         peak = in_fresh_process(name, options, memory=True)["peak"]
         table.line(f"memory, MiB, {name}, against {PEER}", peer / 2**20, peak / 2**20, "<= 0.4")
+
+
+# -- products of 8-bit integers ---------------------------------------------------------------------------------------
+
+
+def int8(options: argparse.Namespace, table: "Table") -> None:
+    """Measure products of 8-bit integers beside dense ones: alone, and in a step with ``--matmul int8``."""
+    import torch
+
+    from galore_pretrain.tensors.products import has_fast_bf16
+
+    rates = product_rates(options.rounds)
+    for dtype in DTYPES:
+        table.line(f"products of int8 alone, GOP/s, against {dtype}", rates[dtype], rates["int8"], "")
+    runs = defaultdict(list)
+    for _ in range(options.rounds):
+        for name in MATMULS:
+            runs[name].append(in_fresh_process(name, options))
+    wanted = "" if has_fast_bf16(torch.device("cpu")) else ">= 1.5"
+    for dtype in DTYPES:
+        dense = steady_speed(runs[f"{dtype}, dense"])
+        quantized = steady_speed(runs[f"{dtype}, int8"])
+        table.line(f"step in {dtype}, tokens/s, --matmul int8 against dense", dense, quantized, wanted)
+    losses = [f"{name} {mean_loss_of(runs[name]):.3f}" for name in MATMULS]
+    table.note(f"Mean loss of updates {WARM_UP + 1} to {WARM_UP + UPDATES}: {', '.join(losses)}.")
+
+
+def product_rates(rounds: int) -> dict[str, float]:
+    """Return the 10⁹ operations a second of each dtype's products: of a layer's matrices by all tokens of an update."""
+    import torch
+
+    from galore_pretrain.model.llama_config import load_model_config
+
+    shape = load_model_config(MODEL)
+    width, inner = shape.hidden_size, shape.intermediate_size
+    factors: dict[str, list[Any]] = {"int8": [], "float32": [], "bfloat16": []}
+    operations = 0
+    for rows, columns in ((width, width), (inner, width), (width, inner)):
+        operations += 2 * TOKENS * rows * columns
+        left = torch.randint(-127, 128, (TOKENS, columns)).float()
+        right = torch.randint(-127, 128, (rows, columns)).float()
+        for dtype, pairs in factors.items():
+            kind = getattr(torch, dtype)
+            pairs.append((left.to(kind), right.to(kind).T))
+    multiply = {"int8": torch._int_mm, "float32": torch.mm, "bfloat16": torch.mm}
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(1 + 5 * rounds):
+        for dtype, pairs in factors.items():
+            started = time.perf_counter()
+            for pair in pairs:
+                multiply[dtype](*pair)
+            times[dtype].append(time.perf_counter() - started)
+    return {dtype: operations / median(values[1:]) / 1e9 for dtype, values in times.items()}
 
 
 # -- the optimizer alone ----------------------------------------------------------------------------------------------
@@ -584,7 +644,15 @@ class Table:
         self.notes.append(text)
 
 
-PARTS = {"step": step, "memory": memory, "optimizer": optimizer, "text": text, "start": start, "seven": seven}
+PARTS = {
+    "step": step,
+    "memory": memory,
+    "int8": int8,
+    "optimizer": optimizer,
+    "text": text,
+    "start": start,
+    "seven": seven,
+}
 
 
 def print_machine(options: argparse.Namespace) -> None:

@@ -16,13 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.planning.plan import faked, make_update
+from galore_pretrain.planning.work import LAUNCH_NOTHING
 from galore_pretrain.train.build import execution_for
-
-_LAUNCH_NOTHING = {
-    "alias", "as_strided", "detach", "device", "diagonal", "empty", "empty_like", "empty_strided", "expand",
-    "lift_fresh", "new_empty", "permute", "select", "slice", "split", "squeeze", "squeeze_", "t", "transpose", "unbind",
-    "unsqueeze", "view", "_unsafe_view",
-}  # fmt: skip
 
 
 class Counted(TorchDispatchMode):
@@ -36,7 +31,7 @@ class Counted(TorchDispatchMode):
         """Count one operation and do it."""
         del types
         name = func.overloadpacket.__name__
-        if name not in _LAUNCH_NOTHING:
+        if name not in LAUNCH_NOTHING:
             self.names[name] += 1
         return func(*args, **(kwargs or {}))
 

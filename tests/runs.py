@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-MEASURED = {"tokens_per_second", "peak_memory_bytes", "process_peak_bytes"}
+MEASURED = {"tokens_per_second", "mfu", "peak_memory_bytes", "process_peak_bytes"}
 """Keys of metrics.jsonl that a clock, or the process's memory, put there."""
 Done = subprocess.CompletedProcess[str]
 COMMAND_LINE = "from galore_pretrain import cli; cli.main()"

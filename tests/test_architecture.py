@@ -29,8 +29,9 @@ ROOMS: dict[str, str] = {  # a room, and what it may import
     "planning": "config dist errors meters model optim tensors train",
     "study": "config errors model optim planning signals",
     "run": "config dist errors meters model optim planning rundir signals tensors text train",
+    "check": "config errors meters model optim planning rundir signals tensors text train",
     "pytest_plug": "",
-    "cli": "config dist errors optim planning run rundir study text train",
+    "cli": "check config dist errors optim planning run rundir study text train",
     "__main__": "cli",
     "__init__": "model",
 }
@@ -92,7 +93,17 @@ def test_heavy_libraries_have_one_place_and_are_lazy() -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    rooms = ("cli", "config", "errors", "optim.methods", "text.hub", "text.sources", "text.tokenizer", "study.sweep")
+    rooms = (
+        "cli",
+        "check.parts",
+        "config",
+        "errors",
+        "optim.methods",
+        "text.hub",
+        "text.sources",
+        "text.tokenizer",
+        "study.sweep",
+    )
     rooms += ("study.results", "study.paper", "__init__")
     for name in [file for file in FILES if file.startswith(rooms)]:
         assert not {"torch", "transformers"} & {i.split(".")[0] for i in imports(FILES[name], top_level=True)}, name

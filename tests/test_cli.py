@@ -30,7 +30,7 @@ from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.directory import RunDirectory
 from runs import COMMAND_LINE, MEASURED, command, lines, python, run
 
-KEYS = {"step", "loss", "lr", "tokens_seen"} | MEASURED
+KEYS = {"step", "loss", "lr", "tokens_seen"} | (MEASURED - {"mfu"})
 EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_tokens"}
 SUMMARY_KEYS = {
     "steps",

@@ -475,3 +475,19 @@ def test_replicas_clip_by_the_norm_of_the_sum(tmp_path: Path) -> None:
         first, second = told[dtype]
         assert first == second
         assert first[0] == [16.0, 64.0, 144.0]  # 4 elements squared, each 1 + 3, times 1, 4 and 9
+
+
+@pytest.mark.slow
+def test_products_by_int8_are_those_of_one_process(tiny_config: str, tmp_path: Path) -> None:
+    """Each process quantizes what it gathers. Scales along the tokens are those of a micro-batch, of which each process
+    has others: so the curves agree to the rounding of 8 bits."""
+    words = ("--optim", "galore_adamw", "--matmul", "int8")
+    alone = tmp_path / "one"
+    ways = [("--layerwise", "--shard", "full"), ("--no-layerwise", "--shard", "none")]
+    shared = {tmp_path / "-".join(way): way for way in ways}
+    run_all(1, {alone: flags(tiny_config, alone, *words)}, tmp_path)
+    run_all(2, {path: flags(tiny_config, path, *words, *way) for path, way in shared.items()}, tmp_path)
+    found = [compare(alone, path, 5e-3) for path in shared]
+    assert not [told for told in found if told]
+    first = [lines(path)[0]["loss"] for path in (alone, *shared)]
+    assert max(first) - min(first) < 1e-5  # of the forward pass alone, whose scales are each token's own

@@ -139,7 +139,9 @@ def test_what_transformers_has_no_like_of_is_told_before_training(
     monkeypatch.setattr("galore_pretrain.run.assemble", stop)
     with pytest.raises(InputError, match="training would begin here"):
         invoke(*words)
-    assert "AutoTokenizer will not take the exported folder" in caplog.text
+    # By transformers 5.23 and by 5.0.
+    wanted = ("AutoTokenizer will not take the exported folder", "AutoTokenizer will give")
+    assert any(text in caplog.text for text in wanted)
 
 
 def test_old_names_are_translated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,18 @@ def test_the_plan_is_what_the_allocator_says(
     assert 0 <= planned.parts["weights"] - static.weights < tables_of_rotations
 
 
+@pytest.mark.parametrize(("checkpointing", "size", "dtype"), [(False, 4, "float32"), (True, 2, "bfloat16")])
+def test_products_by_int8_are_planned_with_their_codes(checkpointing: bool, size: int, dtype: str, small: str) -> None:
+    config = config_for(small, "galore_adamw", layerwise=True, matmul="int8", grad_clip=0.0, dtype=dtype)
+    config = replace(config, activation_checkpointing=checkpointing, batch_size=size)
+    architecture = load_model_config(small)
+    planned, static = measure(config, architecture), static_bytes(config, architecture)
+    assert planned.peak_bytes == pytest.approx(real_peak(config), rel=0.03)
+    assert lower_bound(config, architecture, static) <= planned.peak_bytes <= upper_bound(config, architecture, static)
+    dense = measure(replace(config, matmul="dense"), architecture)
+    assert planned.parts["activations"] == pytest.approx(dense.parts["activations"], rel=0.02)
+
+
 @pytest.mark.parametrize("row", ["adamw", "galore_adamw8bit", "galore_adafactor", "natural_galore"])
 @pytest.mark.parametrize(("layerwise", "size", "clip"), [(True, 1, 1.0), (False, 2, 0.0), (True, 4, 0.0)])
 def test_the_shortcuts_change_nothing(row: str, layerwise: bool, size: int, clip: float, small: str) -> None:

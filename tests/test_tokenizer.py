@@ -209,7 +209,9 @@ def test_a_model_that_transformers_has_no_like_of_is_told(
     try_export(architecture(), tokenizer, [])
     why, consequence = caplog.messages
     assert "transformers has no like of" in why
-    assert "AutoTokenizer will not take the exported folder" in consequence
+    # By transformers 5.23 and by 5.0.
+    wanted = ("AutoTokenizer will not take the exported folder", "AutoTokenizer will give")
+    assert any(text in consequence for text in wanted)
     tokenizer.save(tmp_path, 77, 1024)
     assert not (tmp_path / "tokenizer.json").exists()
 

@@ -241,6 +241,7 @@ BAD_DATA = ("raise", "skip")
 SUMS = ("device", "host")
 SHARDS = ("full", "hybrid", "none")
 REDUCE = ("full", "projected")
+MATMULS = ("dense", "int8")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 METHOD = "Method"
@@ -397,6 +398,13 @@ class RunConfig:
     eval_tokens: int = _flag(10_000_000, "Validation tokens an evaluation.", parse_count, LENGTH, shown="10M")
 
     dtype: str = _flag("bfloat16", "Of weights, gradients and moments.", ("bfloat16", "float32"), MACHINE)
+    matmul: str = _flag(
+        "dense",
+        "Training's products of attention and MLP: dense, or of 8-bit integers, forward and backward. On a GPU their "
+        "speed is not measured.",
+        MATMULS,
+        MACHINE,
+    )
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N.", str, MACHINE, free=True)
     shard: str = _flag(
         "full",
@@ -491,7 +499,8 @@ class RunConfig:
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
         changed = {}
-        before = {"text_key": FLAGS["text_key"].default} | dict(saved)  # which runs before 0.2 had no flag for
+        # What runs before there were these flags did.
+        before = {name: FLAGS[name].default for name in ("text_key", "matmul")} | dict(saved)
         for name, value in self.values().items():
             if name not in before or self._is_free(name):
                 continue

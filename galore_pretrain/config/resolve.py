@@ -289,6 +289,8 @@ def left_out(optim: str) -> dict[str, None]:
     flags = dict.fromkeys(without_meaning(optim))
     if not method(optim).projects:
         flags["reduce"] = None
+    if method(optim).factors_updated_by:
+        flags["matmul"] = None
     return flags
 
 
@@ -310,6 +312,11 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
         _check_reduce(values, processes)
     if values["clip_norm"] == "full" and known_norm(values, processes) == "projected":
         _refuse_full_norm(values, processes.total)
+    if values["matmul"] != "dense" and method(values["optim"]).factors_updated_by:
+        raise InputError(
+            f"--matmul {values['matmul']}: {values['optim']} multiplies by thin factors, to quantize whose other "
+            "factor takes about as long as their product; leave it out"
+        )
     _check_length(values)
     if (values["lora_dropout"] or 0) >= 1:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")

@@ -46,15 +46,14 @@ def _token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) ->
     """Do the work of `token_losses`."""
     outputs = model.model(input_ids=input_ids, use_cache=False)
     hidden = outputs.last_hidden_state.flatten(0, 1)
-    hidden_chunks = hidden.split(_HEAD_CHUNK)
-    label_chunks = labels.flatten().split(_HEAD_CHUNK)
-    losses = []
-    for hidden_chunk, targets in zip(hidden_chunks, label_chunks, strict=True):
+    targets = labels.flatten()
+    losses: Tensor = hidden.new_empty(len(hidden), dtype=torch.float32)
+    for start, stop in chunks(hidden, len(hidden), _HEAD_CHUNK):
         # No name for the logits in the model's dtype, so that they are freed once their fp32 copy is made.
-        logits = (hidden_chunk @ model.lm_head.weight.T).float()
-        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        logits = (hidden[start:stop] @ model.lm_head.weight.T).float()
+        losses[start:stop] = F.cross_entropy(logits, targets[start:stop], reduction="none")
         del logits  # before those of the next chunk are made
-    return torch.cat(losses).view(labels.shape)
+    return losses.view(labels.shape)
 
 
 loss_methods = (_mean_loss, _token_losses)
@@ -154,8 +153,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight: Tensor | None = None
         tokens = len(hidden)
         size = _gradient_block(tokens, weight)
-        for begin in range(0, tokens, size):
-            end = begin + size
+        for begin, end in chunks(hidden, tokens, size):
             block = hidden[begin:end]
             losses, grad_logits = _logits_gradient(block, weight, labels[begin:end], scale)
             total += losses

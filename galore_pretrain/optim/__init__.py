@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from galore_pretrain.optim.adam import Adam
     from galore_pretrain.optim.build import REGISTRY, build_optimizer, build_rules, rules_by_role
     from galore_pretrain.optim.check import Finding, check_methods
     from galore_pretrain.optim.checkpointing import saved_state, take_saved_state
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
         method,
         resolve_name,
     )
+    from galore_pretrain.optim.moments import Blockwise8bit
     from galore_pretrain.optim.optimizer import Observer, RuleOptimizer
     from galore_pretrain.optim.own import load_method
-    from galore_pretrain.optim.projector import sides
+    from galore_pretrain.optim.projector import random_basis, randomized_basis, sides
     from galore_pretrain.optim.rule import Direction, Layout, Scope, UpdateRule, describe
     from galore_pretrain.optim.update import Step
 
 _NAMES = {  # file: what of it is named here
+    "adam": ("Adam",),
     "build": ("REGISTRY", "build_optimizer", "build_rules", "rules_by_role"),
     "check": ("Finding", "check_methods"),
     "checkpointing": ("saved_state", "take_saved_state"),
@@ -59,9 +62,10 @@ _NAMES = {  # file: what of it is named here
         "resolve_name",
     ),
     "execution": ("Execution", "GlobalStep", "Layerwise", "Outcome", "Skips"),
+    "moments": ("Blockwise8bit",),
     "optimizer": ("Observer", "RuleOptimizer"),
     "own": ("load_method",),
-    "projector": ("sides",),
+    "projector": ("random_basis", "randomized_basis", "sides"),
     "rule": ("Direction", "Layout", "Scope", "UpdateRule", "describe"),
     "update": ("Step",),
 }
@@ -76,6 +80,8 @@ __all__ = [
     "PROJ_TYPES",
     "REFRESHES",
     "REGISTRY",
+    "Adam",
+    "Blockwise8bit",
     "Direction",
     "Execution",
     "Finding",
@@ -104,6 +110,8 @@ __all__ = [
     "is_projected",
     "load_method",
     "method",
+    "random_basis",
+    "randomized_basis",
     "resolve_name",
     "rules_by_role",
     "saved_state",

@@ -73,20 +73,23 @@ def check_methods(
     *,
     numerics: str = "sound",
     options: Mapping[str, Any] | None = None,
+    checks: Sequence[str] | None = None,
+    device: str = "cpu",
 ) -> Iterator[Finding]:
-    """Return what each check finds of each method, as it is found.
+    """Return what each of ``checks``, by default of all, finds of each method, as it is found.
 
-    ValueError, before anything is checked, where a run would refuse a method or an option.
+    The checks of plans and of several processes are a CPU's; all others can be made on another ``device``. ValueError,
+    before anything is checked, where a run would refuse a method or an option.
     """
-    subjects = [load_subject(name, numerics, options) for name in names]
-    return _findings(subjects)
+    subjects = [load_subject(name, numerics, options, device) for name in names]
+    return _findings(subjects, checks or list(CHECKS))
 
 
-def _findings(subjects: Sequence[Subject]) -> Iterator[Finding]:
-    """Yield what each check finds of each of ``subjects``."""
+def _findings(subjects: Sequence[Subject], checks: Sequence[str]) -> Iterator[Finding]:
+    """Yield what each of ``checks`` finds of each of ``subjects``."""
     pair = Pair(subjects)
     for subject in subjects:
-        for check in CHECKS:
+        for check in checks:
             yield run_check(check, subject, pair)
 
 

@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict, Unpack
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
 from galore_pretrain.optim.build import build_rules, rounding_of
@@ -174,6 +175,7 @@ class _DropIn(RuleOptimizer):
         return self._is_alone and any(other.projects for other in _alive)
 
 
+@torch._disable_dynamo  # compiled code may not write to the optimizer's attributes
 def _warn_once(optimizer: Any, args: Any, kwargs: Any) -> None:
     """Warn before the first step of an optimizer that projects nothing; a hook of torch's ``step``."""
     del args, kwargs

@@ -96,11 +96,12 @@ def gradients(number: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Subject:
-    """Names a method that is checked, by which numerics, and with which ``options`` of `build_optimizer`."""
+    """Names a method that is checked, by which numerics, with which ``options`` of `build_optimizer`, and where."""
 
     name: str
     numerics: str = "sound"
     options: tuple[tuple[str, Any], ...] = ()
+    device: str = "cpu"
 
     def without_refreshes(self) -> "Subject":
         """Return the same method with bases that are not renewed in a few updates, but for the first."""
@@ -116,12 +117,15 @@ class Subject:
         decay: float = DECAY,
         seed: int = 0,
         torch_seed: int = 0,
-        place: Placing = as_it_is,
+        place: Placing | None = None,
     ) -> "Trial":
-        """Return a new model and the method's optimizer of it, with its state.
+        """Return a new model and the method's optimizer of it, with its state, on the subject's device.
 
         Everything begins with the same state of torch's own generator, unless ``torch_seed`` says otherwise.
+        ``place`` says where tensors are instead.
         """
+        if place is None:
+            place = self._on_device
         model = TrialModel(dtype, place)
         torch.manual_seed(torch_seed)
         optimizer = build_optimizer(
@@ -136,8 +140,14 @@ class Subject:
         optimizer.allocate()
         return Trial(optimizer, dict(model.named_parameters()), place)
 
+    def _on_device(self, name: str, value: Tensor) -> Tensor:
+        """Return ``value`` on the subject's device: one process holds all of it."""
+        return value.to(self.device)
 
-def load_subject(name: str, numerics: str = "sound", options: Mapping[str, Any] | None = None) -> Subject:
+
+def load_subject(
+    name: str, numerics: str = "sound", options: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> Subject:
     """Return what is checked of the method ``name``, which is loaded where it is from outside the package.
 
     Where ``options`` do not say otherwise, ranks are 8 and bases are renewed every 3 updates. ValueError where a run
@@ -152,7 +162,7 @@ def load_subject(name: str, numerics: str = "sound", options: Mapping[str, Any] 
     for flag, small in _SMALL_OPTIONS.items():
         if flag in method(row).options:
             values.setdefault(OPTIONS[flag].argument, small)
-    subject = Subject(row, numerics, tuple(values.items()))
+    subject = Subject(row, numerics, tuple(values.items()), device)
     subject.build(torch.float32)
     return subject
 

@@ -1,1 +1,1 @@
-"""Memory and traffic of a run before it is made."""
+"""Memory, traffic and time of a run before it is made."""

@@ -15,6 +15,7 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
+from galore_pretrain.planning.cards import Card
 from galore_pretrain.planning.plan import OUTSIDE, Outline, Plan, Static, describe, is_on_gpu, measure
 from galore_pretrain.train.build import device_of
 
@@ -38,13 +39,14 @@ _SHOWN = {
 """Bytes that CUDA shows of cards by what they are sold with; users' reports of RTX 4090, 4080, 3060 and 3080."""
 
 
-def budget_of(config: RunConfig) -> int:
+def budget_of(config: RunConfig, card: Card | None = None) -> int:
     """Return the bytes that tensors may take: of ``--memory-budget``, or of what the device has free now.
 
-    A GPU gives no more than it shows and has free, whatever ``--memory-budget`` says.
+    A GPU gives no more than it shows and has free, whatever ``--memory-budget`` says. ``card`` is one of the table that
+    is planned for instead of this machine's; all of its memory is free.
     """
     if is_on_gpu(config):
-        free, total = _card(config)
+        free, total = _free_and_total(config, card)
         asked = total if config.memory_budget is None else config.memory_budget
         return min(min(asked, total) - OUTSIDE_CARD, free - OUTSIDE_FREE)
     device = device_of(config)
@@ -53,8 +55,10 @@ def budget_of(config: RunConfig) -> int:
     return available_bytes(device) // config.processes.here - OUTSIDE
 
 
-def _card(config: RunConfig) -> tuple[int, int]:
+def _free_and_total(config: RunConfig, card: Card | None) -> tuple[int, int]:
     """Return the bytes that a card has free, and all that it shows; InputError where nothing says which card it is."""
+    if card is not None:
+        return card.memory_bytes, card.memory_bytes
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(device_of(config))
     if config.memory_budget is None:
@@ -66,14 +70,17 @@ def _card(config: RunConfig) -> tuple[int, int]:
     return total, total
 
 
-def source_of(config: RunConfig) -> str:
+def source_of(config: RunConfig, card: Card | None = None) -> str:
     """Return where `budget_of` comes from, in words."""
     parts = []
     if config.memory_budget is not None:
         parts.append(f"--memory-budget {config.memory_budget / 2**30:.2f} GiB")
     if is_on_gpu(config):
-        free, total = _card(config)
-        if torch.cuda.is_available():
+        free, total = _free_and_total(config, card)
+        if card is not None:
+            parts.append(f"{card.devices[0]} shows {total / 2**30:.2f} GiB")
+            parts.append(f"less {OUTSIDE_CARD / 2**30:.2f} for what is no tensor")
+        elif torch.cuda.is_available():
             parts.append(f"{device_of(config)} shows {total / 2**30:.2f} GiB and has {free / 2**30:.2f} free")
             parts.append(f"less {OUTSIDE_CARD / 2**30:.2f} and {OUTSIDE_FREE / 2**30:.2f} for what is no tensor")
         else:

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.head import mean_loss
+from galore_pretrain.model.int8 import Int8Linear
 from galore_pretrain.optim import Execution
 from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.chunks import ChunkSample
@@ -375,9 +376,16 @@ def _add_hooks(ledger: Ledger, model: LlamaForCausalLM) -> None:
 
         return hook
 
+    # Inside of a function of our own autograd records nothing, but layers behind it keep what it returns.
+    def keeps_result(module: Int8Linear, inputs: object, result: Tensor) -> None:
+        ledger.assign(result, "activations")
+
     for i, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(says(f"forward of layer {i}"))
     model.model.norm.register_forward_hook(says("head and loss"))
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear):
+            layer.register_forward_hook(keeps_result)
     for name, p in model.named_parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(assigns_gradient(name))

@@ -2,8 +2,9 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from galore_pretrain.train.build import execution_for, model_for, optimizer_for
 
 Counts = dict[Any, float]
 FLOPS = "flops"
+_SUBTRACT = "galore_pretrain.subtract_"
+"""A GPU's kernel that subtracts a low-rank product, which torch has no formula for: see `tensors.fused.subtract_`."""
 _ATTENTION_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -110,19 +113,35 @@ def _where(between: bool) -> str:
 
 
 # The real update is made on fake tensors, and a `Counter` sees its operations. Making all layers and micro-batches of a
-# large model would take minutes, so four small updates are made: of L = 1 and 2 layers, with M = 1 and 2 micro-batches.
-# Each further layer, and each further micro-batch, adds what the second one does. So a count is bilinear in L and M:
+# large model would take minutes, so small updates are made: of L = 1 and 2 layers, with M = 2 and 3 micro-batches. Each
+# further layer, and each further micro-batch, adds what the last one does. So a count is bilinear in L and M:
 #
-#     count(L, M) = once + (L - 1) · per_layer + (M - 1) · per_part + (L - 1) (M - 1) · per_layer_and_part
+#     count(L, M) = once + (L - 1) · per_layer + (M - 2) · per_part + (L - 1) (M - 2) · per_layer_and_part
 #
-# and the four updates give its four terms exactly. No basis is due in them: a refresh's messages, of which T updates
-# share one, are added by `_refresh`.
+# and the four updates give its four terms exactly. Where an update has one micro-batch or two, it is made with these
+# alone. No basis is due in them: a refresh's messages, of which T updates share one, are added by `_refresh_counts`.
 def count(config: RunConfig, mesh: Any = None) -> Traffic:
     """Count the products and the messages of an update, and a refresh's share of messages.
 
     A refresh's products are not counted: decompositions have no formula, and every T updates they are few.
     """
     architecture = load_model_config(config.model)
+    total = extrapolated(config, architecture, partial(_update_counts, mesh=mesh))
+    for key, value in _refresh_counts(config, architecture, mesh).items():
+        total[key] += value
+    flops = total.pop(FLOPS)
+    sent = {key: size for key, size in total.items() if size}
+    return Traffic(config, flops, sent)
+
+
+def extrapolated(
+    config: RunConfig, architecture: LlamaConfig, count_small: Callable[[RunConfig, LlamaConfig, int], Counts]
+) -> Counts:
+    """Return the counts of an update of the whole model in which no basis is due, from those of small ones.
+
+    ``count_small`` is given a config whose bases are all renewed in the same updates, the architecture with one layer
+    or two, and the number of micro-batches.
+    """
     config_of_small = config
     if config.update_proj_gap:
         # Bases that are renewed in turn could be due in any update.
@@ -131,28 +150,26 @@ def count(config: RunConfig, mesh: Any = None) -> Traffic:
     def counted(layers: int, micro_batches: int) -> Counts:
         smaller = copy.deepcopy(architecture)
         smaller.num_hidden_layers = layers
-        return _update_counts(config_of_small, smaller, mesh, micro_batches)
+        return count_small(config_of_small, smaller, micro_batches)
 
-    count_11 = counted(1, 1)
-    count_21 = counted(2, 1)
-    if config.micro_batches > 1:
-        count_12 = counted(1, 2)
-        count_22 = counted(2, 2)
-    else:
-        count_12 = count_11
-        count_22 = count_21
+    # The first micro-batch begins the sums, so it is like no other; and an update of one has none.
+    first = min(config.micro_batches, 2)
+    count_1 = counted(1, first)
+    count_2 = counted(2, first)
+    more_1, more_2 = count_1, count_2
+    if config.micro_batches > first:
+        more_1 = counted(1, first + 1)
+        more_2 = counted(2, first + 1)
     layers = architecture.num_hidden_layers - 1
-    parts = config.micro_batches - 1
-    total = _refresh_counts(config, architecture, mesh)
-    for key in count_11 | count_21 | count_12 | count_22:
-        once = count_11[key]
-        per_layer = count_21[key] - once
-        per_part = count_12[key] - once
-        per_layer_and_part = count_22[key] - count_21[key] - count_12[key] + once
-        total[key] += once + layers * per_layer + parts * per_part + layers * parts * per_layer_and_part
-    flops = total.pop(FLOPS)
-    sent = {key: size for key, size in total.items() if size}
-    return Traffic(config, flops, sent)
+    parts = config.micro_batches - first
+    total: Counts = defaultdict(float)
+    for key in count_1 | count_2 | more_1 | more_2:
+        once = count_1[key]
+        per_layer = count_2[key] - once
+        per_part = more_1[key] - once
+        per_layer_and_part = more_2[key] - count_2[key] - more_1[key] + once
+        total[key] = once + layers * per_layer + parts * per_part + layers * parts * per_layer_and_part
+    return total
 
 
 # A new basis is found by one process of one replica. That process gathers the gradient from all shards, and broadcasts
@@ -189,7 +206,7 @@ def _refresh_counts(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> 
     return counts
 
 
-def _update_counts(config: RunConfig, architecture: LlamaConfig, mesh: Any, micro_batches: int) -> Counts:
+def _update_counts(config: RunConfig, architecture: LlamaConfig, micro_batches: int, mesh: Any) -> Counts:
     """Count one update of so many micro-batches in which no basis is due."""
     if config.update_proj_gap:
         # The second update is counted. With T of 1 or 2 a basis could be due there.
@@ -228,9 +245,7 @@ class Counter(TorchDispatchMode):
         if func.namespace == "c10d":
             self._count_message(packet.__name__, args)
             return result
-        formula = flop_registry.get(_with_formula(packet))
-        if formula is not None:
-            self.counts[FLOPS] += formula(*args, **kwargs, out_val=result) * self._sample.repeats
+        self.counts[FLOPS] += product_flops(packet, args, kwargs, result) * self._sample.repeats
         return result
 
     def _count_message(self, name: str, args: Any) -> None:
@@ -241,7 +256,7 @@ class Counter(TorchDispatchMode):
         host = distributed.get_rank() // self._processes_here
         size = len(ranks)
         here = sum(rank // self._processes_here == host for rank in ranks)
-        tensors = _tensors(args)
+        tensors = tensors_of(args)
         if name == "gather_":
             # Only the process that gathers has a list of outputs, args[0]. It receives a tensor of each other process.
             receives = bool(args[0] and args[0][0])
@@ -265,11 +280,22 @@ class Counter(TorchDispatchMode):
             self.counts[collective, False] += sent
 
 
-def _tensors(args: Any) -> list[Tensor]:
-    """Return the tensors of a message: arguments, or in lists that are arguments."""
+def product_flops(packet: Any, args: Any, kwargs: Any, result: Any) -> float:
+    """Return the FLOPs of an operation by torch's own formula; 0 of one that multiplies no matrices."""
+    if str(packet) == _SUBTRACT:
+        weight, left, *_ = args
+        return 0.0 if left is None else 2.0 * weight.numel() * left.shape[1]
+    formula = flop_registry.get(_with_formula(packet))
+    if formula is None:
+        return 0
+    return float(formula(*args, **kwargs, out_val=result))
+
+
+def tensors_of(args: Any) -> list[Tensor]:
+    """Return the tensors of an operation: arguments, or in lists that are arguments."""
     tensors = []
     for arg in args:
-        values = arg if isinstance(arg, list) else [arg]
+        values = arg if isinstance(arg, (list, tuple)) else [arg]
         tensors += [value for value in values if isinstance(value, Tensor)]
     return tensors
 
@@ -277,9 +303,12 @@ def _tensors(args: Any) -> list[Tensor]:
 def _with_formula(packet: Any) -> Any:
     """Return the operation with a formula for FLOPs that computes the same as ``packet``.
 
-    Neither the attention of CPUs nor what works in place has one. A GPU's attention, of the same arguments, has.
+    Neither the attention of CPUs nor products of 8-bit integers nor what works in place has one. A GPU's attention and
+    the dense product, of the same arguments, have.
     """
     name = packet.__name__.rstrip("_")
     if name.startswith(_ATTENTION_ON_CPU):
         name = name.replace("_for_cpu", "")
+    if name == "_int_mm":
+        name = "mm"
     return getattr(torch.ops.aten, name, packet)

@@ -44,6 +44,7 @@ def _versions() -> dict[str, str | None]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # which says for what it was built, too
     return versions
 
 

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from galore_pretrain.config.options import RunConfig, factors_by_module, optim_settings
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.head import loss_methods
+from galore_pretrain.model.int8 import multiply_by_int8
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.lowrank import Factors
 from galore_pretrain.model.position import TrainingPosition
@@ -103,6 +104,8 @@ def model_for(
     def change(model: LlamaForCausalLM) -> None:
         if factors:
             factors.apply(model, position)
+        if config.matmul == "int8":
+            multiply_by_int8(model)
         if mesh is not None:
             share_out(model, config, mesh)
 

@@ -115,6 +115,7 @@ class Trainer:
     averages the loss as the published code does. An update whose loss exceeds ``max_loss`` is skipped; ``keep_rows`` is
     called with the number, the rows and the loss of each skipped update. The processes of ``world`` share the rows of
     an update. The trainer writes into ``position``, which the model was built with, which rows a forward pass is of.
+    ``peak_tokens_per_second`` of all processes is where the model FLOP utilization is 1; None where it is not known.
     """
 
     model: Any
@@ -137,6 +138,7 @@ class Trainer:
     world: World = ALONE
     position: TrainingPosition = field(default_factory=TrainingPosition)
     watch: Watch = field(default_factory=NoWatch)
+    peak_tokens_per_second: float | None = None
     stop_signal: int | None = field(default=None, init=False)
     _is_interruptible: bool = field(default=False, init=False)
 
@@ -351,7 +353,10 @@ class Trainer:
         if self.state.skipped >= MAX_SKIPPED:
             raise _too_many_skipped(self.state.step, self.max_loss, self.checkpoints.saved_step)
         seconds = time.perf_counter() - started
-        metrics["tokens_per_second"] = (self.state.tokens_seen - tokens_before) / seconds
+        rate = (self.state.tokens_seen - tokens_before) / seconds
+        metrics["tokens_per_second"] = rate
+        if self.peak_tokens_per_second is not None:
+            metrics["mfu"] = rate / self.peak_tokens_per_second
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
         metrics["process_peak_bytes"] = process_peak_bytes()
         return metrics

@@ -1,0 +1,30 @@
+"""The check of a machine, where kernels run: what it says of right ones and of wrong ones."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from galore_pretrain.check import kernels
+from galore_pretrain.check.part import Part, Settings
+from galore_pretrain.optim import METHODS, adam
+from galore_pretrain.tensors import fused
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_a_kernel_that_is_a_hundredth_off_is_found(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = adam._numbers
+
+    def numbers(*arguments: Any) -> fused.AdamNumbers:
+        found = right(*arguments)
+        return replace(found, factor=factor * found.factor)
+
+    monkeypatch.setattr(adam, "_numbers", numbers)
+    monkeypatch.setattr(kernels, "_UPDATES", 1)
+    monkeypatch.setattr(kernels, "rows", lambda _: [METHODS["adamw"]])
+    part = Part(Settings("cpu", "sample", "sample", str(tmp_path)), tmp_path / "found.jsonl", 600)
+    kernels.kernels(part)
+    assert [check.ok for check in part.found.checks] == [True, factor == 1]
