@@ -7,6 +7,7 @@ same method from inside backward. Hence one state, one learning rate and one che
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,8 @@ from galore_pretrain.optim.slots import Slot, Slots, States, initial_state
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import DenseWeights, WeightStore, subtract_codes
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.coded import Coded, CodedParameter
+from galore_pretrain.tensors.fused import BLOCK
 from galore_pretrain.tensors.rounding import NoiseTables, RandomBits
 from galore_pretrain.tensors.shards import local
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from galore_pretrain.optim.rule import Direction
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors import fused
-from galore_pretrain.tensors.coded import Coded
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.coded import Coded
 from galore_pretrain.tensors.products import has_fast_bf16
 
 _PRODUCT = 1 << 21
