@@ -212,7 +212,7 @@ def _plan_row(config: RunConfig, available: int, source: str, speeds: "Speeds", 
     with dist.imagined(config) as mesh:
         plan = budget.planned(config, available, mesh)
         answer = plan.as_json(available)
-        tables = [_table(plan, available, source)]
+        tables = [_table(plan, available, source, card)]
         messages: dict[str, float] = {}
         if mesh is not None or speeds.flops:
             update = traffic.count(plan.config, mesh)
@@ -251,13 +251,16 @@ def _device_of_cards(device: str | None) -> str:
     return device
 
 
-def _table(plan: "Plan", available: int, source: str) -> str:
+def _table(plan: "Plan", available: int, source: str, card: "Card | None") -> str:
     """Return the table of what a run would take, and what helps where that is more than the ``available`` bytes."""
-    from galore_pretrain.planning.budget import memory_advice
+    from galore_pretrain.planning.budget import left_on_card, memory_advice
+    from galore_pretrain.planning.plan import is_on_gpu
 
     table = plan.table(available, source)
     if not plan.fits(available):
         table += f"\nwhat helps: {memory_advice(plan.config)}"
+    elif is_on_gpu(plan.config):
+        table += f"\n{left_on_card(plan, available, card)}"
     return table
 
 

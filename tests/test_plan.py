@@ -26,6 +26,7 @@ from galore_pretrain.planning.budget import (
     budget_of,
     choose,
     fitted,
+    left_on_card,
     lower_bound,
     memory_advice,
     planned,
@@ -395,6 +396,11 @@ def test_a_plan_for_a_gpu_needs_none(small: str, monkeypatch: pytest.MonkeyPatch
     card = replace(config, memory_budget=24 * 2**30)
     assert 22.1 < budget_of(card) / 2**30 < 22.2  # 23.64 less context, kernels, fragments and a desktop
     assert "of which such a card shows 23.64" in source_of(card)
+    # By README's plan: 22.02 GiB of tensors.
+    plan = Plan(card, int(22.02 * 2**30), {}, "head and loss")
+    left = left_on_card(plan, budget_of(card))
+    assert "0.13 GiB   of the budget. On the card's 23.64, " in left
+    assert "0.82 are left: a desktop takes 0.3 to 0.5" in left
     plan = planned(card, budget_of(card))
     assert plan.config.batch_size == 64  # a GPU takes large micro-batches
     assert "planned for this CPU" not in plan.table(budget_of(card), "")

@@ -21,9 +21,11 @@ from galore_pretrain.train.build import device_of
 
 log = logging.getLogger(__name__)
 
+_CONTEXT = 2**29  # CUDA's context and loaded kernels: 0.46 to 0.49 GiB in reports of 4090s, 0.5 on an H200
+_WORKSPACES = 3 * 2**30 // 10  # of cuBLAS and attention, and what the allocator leaves between tensors
 OUTSIDE_CARD = 1_600_000_000
-"""Bytes of all that a card shows which tensors do not get: CUDA's context and loaded kernels (0.5 GiB), workspaces and
-fragments (0.3 GiB), and a desktop (0.5 GiB) with some room."""
+"""Bytes of all that a card shows which tensors do not get: CUDA's context and loaded kernels, workspaces and fragments,
+and a desktop (0.3 to 0.5 GiB) with some room."""
 OUTSIDE_FREE = 700_000_000
 """Bytes of what is free on a card once CUDA's context exists which tensors do not get: kernels that are loaded later
 (0.25 GiB), workspaces and fragments (0.3 GiB)."""
@@ -93,6 +95,18 @@ def source_of(config: RunConfig, card: Card | None = None) -> str:
     here = config.processes.here
     share = f"1/{here} of " if here > 1 else ""
     return f"{share}what this machine has free now, {less}"
+
+
+def left_on_card(plan: Plan, budget: int, card: Card | None = None) -> str:
+    """Return what a plan leaves of a card, in words: beside its tensors, and beside what CUDA takes."""
+    _, total = _free_and_total(plan.config, card)
+    left = (budget - plan.peak_bytes) / _GIB
+    unplanned = (total - plan.peak_bytes - _CONTEXT - _WORKSPACES) / _GIB
+    return (
+        f"{'left':<13}{left:8.2f} GiB   of the budget. On the card's {total / _GIB:.2f}, beside CUDA's context and "
+        f"kernels ({_CONTEXT / _GIB:.1f}), workspaces and fragments ({_WORKSPACES / _GIB:.1f}), {unplanned:.2f} are "
+        "left: a desktop takes 0.3 to 0.5"
+    )
 
 
 def in_short(config: RunConfig) -> list[str]:
