@@ -30,7 +30,7 @@ from galore_pretrain.optim.slots import Slot, Slots, States, initial_state
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import DenseWeights, WeightStore, subtract_codes
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
-from galore_pretrain.tensors.coded import Coded, CodedParameter
+from galore_pretrain.tensors.coded import Coded, codes_of
 from galore_pretrain.tensors.fused import BLOCK
 from galore_pretrain.tensors.rounding import NoiseTables, RandomBits
 from galore_pretrain.tensors.shards import local
@@ -199,8 +199,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.state[p]["step"] = pending.step.count
         if coefficient is not None:
             pending.grad.mul_(coefficient)
-        if isinstance(p, CodedParameter):
-            self._update_codes(p.coded, pending, slot)
+        coded = codes_of(p)
+        if coded is not None:
+            self._update_codes(coded, pending, slot)
+            self.pending.release(pending)
             self._count(pending)
             return
         part = local(p) if slot.is_shared else p.detach()
@@ -334,7 +336,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if p.device.type == "meta":
             return None
         is_rounded = self.rounding != "nearest" and p.dtype == torch.bfloat16
-        if not (is_rounded or isinstance(p, CodedParameter)):
+        if not is_rounded and codes_of(p) is None:
             return None
         return self._noise.bits(self.slots[p].index, count, p.device)
 

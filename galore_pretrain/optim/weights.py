@@ -188,8 +188,8 @@ def _subtract_sum(weight: Tensor, direction: Direction, decay: float, decay_firs
         step.at(start * row_elements).store(target, block, stream="weight")
 
 
-# In steps, the direction is divided by the scales of the block. It is formed in fp32 a block of rows at a time, as for a
-# dense weight.
+# In steps, the direction is divided by the scales of the block. It is formed in fp32 a block of rows at a time, as for
+# a dense weight.
 def subtract_codes(coded: Coded, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
     """Change a matrix of codes to itself - lr · direction - decay · itself, rounded stochastically.
 

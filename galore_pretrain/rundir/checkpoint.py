@@ -42,7 +42,7 @@ from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError
 from galore_pretrain.meters import ran_out
 from galore_pretrain.optim import saved_state, take_saved_state
-from galore_pretrain.tensors.coded import CodedParameter
+from galore_pretrain.tensors.coded import codes_of
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
@@ -97,9 +97,10 @@ def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for name, value in model.named_parameters():
-        if isinstance(value, CodedParameter):
-            tensors[f"model.{name}.codes"] = value.coded.codes
-            tensors[f"model.{name}.scales"] = value.coded.scales
+        coded = codes_of(value)
+        if coded is not None:
+            tensors[f"model.{name}.codes"] = coded.codes
+            tensors[f"model.{name}.scales"] = coded.scales
         else:
             tensors[f"model.{name}"] = value.detach()
     return tensors

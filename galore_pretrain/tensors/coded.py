@@ -7,7 +7,7 @@ or by all of it. Codes are symmetric around 0, so a group of one sign loses noth
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -99,13 +99,13 @@ class Coded:
             steps = values / block._spread(scales.float())
             block.codes.copy_(steps.round_().clamp_(-LARGEST, LARGEST))
 
-    # All arithmetic is in steps, where an element is its code: what an update leaves alone stays the same number, and so
-    # the same code. A scale changes only where its largest element would leave the codes, or would waste more than half
-    # of them; then all elements of the group are rounded anew. A group of zeros keeps its scale.
+    # All arithmetic is in steps, where an element is its code: what an update leaves alone stays the same number, and
+    # so the same code. A scale changes only where its largest element would leave the codes, or would waste more than
+    # half of them; then all elements of the group are rounded anew. A group of zeros keeps its scale.
     #
     # Rounding is stochastic: the floor of a number plus a uniform one in [0, 1) is the number in the mean. fp32 holds
-    # numbers up to 128 to 2⁻¹⁷, which is the half of 16 bits' last one: sums with (bits + ½) / 2¹⁶ are exact, and one of
-    # a whole number stays below the next.
+    # numbers up to 128 to 2⁻¹⁷, which is the half of 16 bits' last one: sums with (bits + ½) / 2¹⁶ are exact, and one
+    # of a whole number stays below the next.
     def change(self, change: Callable[[Tensor], Tensor], bits: Tensor, valid: Tensor | None = None) -> None:
         """Replace the matrix by what ``change`` makes of it, rounded with ``bits``, m × n, int32 in [0, 2¹⁶).
 
@@ -145,9 +145,23 @@ class CodedParameter(nn.Parameter):
         parameter.coded = coded
         return parameter
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return what stands for a copy of the codes: a copy of the parameter by itself would have values."""
+        coded = Coded(self.coded.codes.clone(), self.coded.scales.clone(), self.coded.group)
+        copy = type(self).of(coded, self.dtype)
+        memo[id(self)] = copy
+        return copy
+
+
+def codes_of(parameter: Tensor) -> Coded | None:
+    """Return what a parameter stands for, if it is a `CodedParameter`; in a plan, that is a fake tensor."""
+    coded: Coded | None = getattr(parameter, "coded", None)
+    return coded
+
 
 def held_bytes(parameter: Tensor) -> int:
     """Return the bytes that hold a parameter's values."""
-    if isinstance(parameter, CodedParameter):
-        return parameter.coded.nbytes
+    coded = codes_of(parameter)
+    if coded is not None:
+        return coded.nbytes
     return parameter.nbytes
