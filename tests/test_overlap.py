@@ -216,7 +216,7 @@ def test_the_measure_changes_no_bit(row: str, dtype: torch.dtype, monkeypatch: p
     results = []
     for is_measured in (True, False):
         if not is_measured:
-            monkeypatch.setattr(execution, "_keep_first_half", lambda due: None)
+            monkeypatch.setattr(execution, "_keep_first_half", lambda due, gradients: None)
             monkeypatch.setattr(execution, "overlaps_of_refresh", lambda overlap, noise: None)
         rule, _ = build_rules(row, "sound", **meant_for(row, rank=4, update_proj_gap=2))
         torch.manual_seed(0)
