@@ -22,9 +22,9 @@ from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import METHODS, Execution, GlobalStep, Layerwise, RuleOptimizer, build_optimizer
+from galore_pretrain.optim.codes import subtract_codes
 from galore_pretrain.optim.rule import Direction
 from galore_pretrain.optim.update import Step
-from galore_pretrain.optim.weights import subtract_codes
 from galore_pretrain.planning.plan import measure
 from galore_pretrain.tensors.coded import LARGEST, Coded, CodedParameter, held_bytes
 from prescribed import meant_for, random_bits

@@ -7,13 +7,13 @@ same method from inside backward. Hence one state, one learning rate and one che
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from galore_pretrain.optim.checkpointing import share_out, take_state_dict
+from galore_pretrain.optim.codes import update_codes
 from galore_pretrain.optim.execution import (
     PendingGradient,
     PendingGradients,
@@ -28,10 +28,9 @@ from galore_pretrain.optim.rule import Direction, Scope, UpdateRule, check_scope
 from galore_pretrain.optim.sharing import Distributor, update_gathered
 from galore_pretrain.optim.slots import Slot, Slots, States, initial_state
 from galore_pretrain.optim.update import Step
-from galore_pretrain.optim.weights import DenseWeights, WeightStore, subtract_codes
+from galore_pretrain.optim.weights import DenseWeights, WeightStore
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
-from galore_pretrain.tensors.coded import Coded, codes_of
-from galore_pretrain.tensors.fused import BLOCK
+from galore_pretrain.tensors.coded import codes_of
 from galore_pretrain.tensors.rounding import NoiseTables, RandomBits
 from galore_pretrain.tensors.shards import local
 
@@ -201,7 +200,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             pending.grad.mul_(coefficient)
         coded = codes_of(p)
         if coded is not None:
-            self._update_codes(coded, pending, slot)
+            update_codes(coded, pending, float(self.param_groups[slot.group]["weight_decay"]))
             self.pending.release(pending)
             self._count(pending)
             return
@@ -229,36 +228,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._skips.count(pending.step)
         if pending.overlaps is not None:
             self.overlaps.add(pending.overlaps)
-
-    # A rule of single elements sees the rows of a block, any other one the whole gradient. Blocks are cut where 8-bit
-    # moments are.
-    def _update_codes(self, coded: Coded, pending: PendingGradient, slot: Slot) -> None:
-        """Update a matrix of codes, a block of rows at a time where the rule lets that be."""
-        decay = float(self.param_groups[slot.group]["weight_decay"])
-        step = pending.step
-        if slot.scope is not Scope.ELEMENTS:
-            self._update_coded(coded, pending.grad, pending.state, slot, step, decay)
-            return
-        columns = coded.codes.shape[1]
-        grad = pending.grad.reshape(-1)
-        for first, block in coded.blocks(BLOCK):
-            start = first * columns
-            stop = start + block.codes.numel()
-            state = slot.rule.narrow(pending.state, start, stop)
-            self._update_coded(block, grad[start:stop], state, slot, step.at(start), decay)
-
-    def _update_coded(self, coded: Coded, grad: Tensor, state: State, slot: Slot, step: Step, decay: float) -> None:
-        """Update a matrix of codes, or the rows of one that are handed over, by the rule's direction."""
-        if decay and slot.decay == "l2":
-            weight = coded.read().view(grad.shape) if not slot.projects else coded.read()
-            grad = torch.add(grad.float(), slot.rule.compress(weight, state, step), alpha=decay)
-        direction = slot.rule.update(grad, state, step)
-        if direction.left.ndim == 1:
-            direction = replace(direction, left=direction.left.view(coded.codes.shape))
-        decoupled = 0.0
-        if slot.decay != "l2":
-            decoupled = step.lr * decay
-        subtract_codes(coded, direction, decoupled, slot.decay == "before", step)
 
     def _update_elements(self, weight: Tensor, pending: PendingGradient, slot: Slot, decay: float) -> None:
         """Update a flattened tensor by chunks, so that temporaries stay small."""

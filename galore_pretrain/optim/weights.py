@@ -10,7 +10,6 @@ from galore_pretrain.optim.rule import Direction
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors import fused
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
-from galore_pretrain.tensors.coded import Coded
 from galore_pretrain.tensors.products import has_fast_bf16
 
 _PRODUCT = 1 << 21
@@ -141,7 +140,7 @@ def _subtract_in_blocks(weight: Tensor, direction: Direction, decay: float, deca
     is_low_rank = direction.right is not None
     is_rounded = weight.dtype == torch.bfloat16 and step.bits is not None
     if is_low_rank and is_rounded and not has_fast_bf16(weight.device):
-        direction = _in_fp32(direction)
+        direction = in_fp32(direction)
     has_scales = direction.row is not None or direction.column is not None
     term_dtype = torch.float32 if has_scales else direction.left.dtype
     is_plain = weight.dtype == torch.float32 or (step.bits is None and term_dtype == weight.dtype)
@@ -173,7 +172,7 @@ def _subtract_in_blocks(weight: Tensor, direction: Direction, decay: float, deca
 def _subtract_sum(weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
     """Subtract a direction of several terms from ``weight`` in place."""
     rate = 1.0 if direction.scaled else step.lr
-    terms = [_in_fp32(term) for term in direction.terms()]
+    terms = [in_fp32(term) for term in direction.terms()]
     row_elements = weight.shape[1:].numel()
     rows = max(1, chunk_elements(weight.device) // row_elements)
     for start, stop in chunks(weight, weight.shape[0], rows):
@@ -188,37 +187,7 @@ def _subtract_sum(weight: Tensor, direction: Direction, decay: float, decay_firs
         step.at(start * row_elements).store(target, block, stream="weight")
 
 
-# In steps, the direction is divided by the scales of the block. It is formed in fp32 a block of rows at a time, as for
-# a dense weight.
-def subtract_codes(coded: Coded, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
-    """Change a matrix of codes to itself - lr · direction - decay · itself, rounded stochastically.
-
-    ``decay`` has lr in it already, and is taken before the direction if ``decay_first``. ``step`` counts elements from
-    where ``coded`` begins, and has random bits.
-    """
-    rate = 1.0 if direction.scaled else step.lr
-    terms = [_in_fp32(term) for term in direction.terms()]
-    columns = coded.codes.shape[1]
-    assert step.bits is not None
-    for start, block in coded.blocks():
-        rows = len(block.codes)
-
-        def change(steps: Tensor, start: int = start, block: Coded = block) -> Tensor:
-            if decay and decay_first:
-                steps.mul_(1 - decay)
-            update = torch.zeros_like(steps)
-            for term in terms:
-                term.part(start, start + len(steps)).add_to(update, -term.factor * rate)
-            steps.add_(block.in_steps(update))
-            if decay and not decay_first:
-                steps.mul_(1 - decay)
-            return steps
-
-        bits = step.bits.take("weight", step.start + start * columns, rows * columns)
-        block.change(change, bits.view(rows, columns), step.valid)
-
-
-def _in_fp32(term: Direction) -> Direction:
+def in_fp32(term: Direction) -> Direction:
     """Return a term whose factors of a low-rank product are fp32."""
     if term.right is None:
         return term
