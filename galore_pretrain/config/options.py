@@ -128,6 +128,13 @@ def parse_factors(text: str) -> str:
     return text
 
 
+def parse_group(text: str) -> str:
+    """Check ``row`` or a number of neighbours: what shares a scale of weights in 8 bits."""
+    if text != "row" and not (text.isdigit() and int(text) >= 16):
+        raise ValueError(f"{text!r} is neither row nor a number of at least 16")
+    return text
+
+
 def parse_setting(text: str) -> str:
     """Return ``key=value`` as it is, if it is one; ValueError if not."""
     setting_of(text)
@@ -242,6 +249,7 @@ SUMS = ("device", "host")
 SHARDS = ("full", "hybrid", "none")
 REDUCE = ("full", "projected")
 MATMULS = ("dense", "int8")
+WEIGHTS = ("dense", "int8")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 METHOD = "Method"
@@ -398,6 +406,18 @@ class RunConfig:
     eval_tokens: int = _flag(10_000_000, "Validation tokens an evaluation.", parse_count, LENGTH, shown="10M")
 
     dtype: str = _flag("bfloat16", "Of weights, gradients and moments.", ("bfloat16", "float32"), MACHINE)
+    weights: str = _flag(
+        "dense",
+        "How matrices of attention and MLP are held: in --dtype, or as 8-bit integers with scales.",
+        WEIGHTS,
+        MACHINE,
+    )
+    weight_group: str = _flag(
+        "row",
+        "--weights int8: what shares a scale, a row of a matrix or so many neighbours in it.",
+        parse_group,
+        MACHINE,
+    )
     matmul: str = _flag(
         "dense",
         "Training's products of attention and MLP: dense, or of 8-bit integers, forward and backward. On a GPU their "
@@ -500,7 +520,7 @@ class RunConfig:
         """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
         changed = {}
         # What runs before there were these flags did.
-        before = {name: FLAGS[name].default for name in ("text_key", "matmul")} | dict(saved)
+        before = {name: FLAGS[name].default for name in ("text_key", "matmul", "weights", "weight_group")} | dict(saved)
         for name, value in self.values().items():
             if name not in before or self._is_free(name):
                 continue

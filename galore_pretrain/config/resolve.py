@@ -291,6 +291,8 @@ def left_out(optim: str) -> dict[str, None]:
         flags["reduce"] = None
     if method(optim).factors_updated_by:
         flags["matmul"] = None
+        flags["weights"] = None
+        flags["weight_group"] = None
     return flags
 
 
@@ -312,11 +314,7 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
         _check_reduce(values, processes)
     if values["clip_norm"] == "full" and known_norm(values, processes) == "projected":
         _refuse_full_norm(values, processes.total)
-    if values["matmul"] != "dense" and method(values["optim"]).factors_updated_by:
-        raise InputError(
-            f"--matmul {values['matmul']}: {values['optim']} multiplies by thin factors, to quantize whose other "
-            "factor takes about as long as their product; leave it out"
-        )
+    _check_matrices(values, processes)
     _check_length(values)
     if (values["lora_dropout"] or 0) >= 1:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
@@ -408,6 +406,32 @@ def _check_host_sums(values: Mapping[str, Any], processes: Processes, *, size_is
         )
     if why:
         raise InputError(f"--accumulate-on host: {why}")
+
+
+def _check_matrices(values: Mapping[str, Any], processes: Processes) -> None:
+    """Check that matrices can be multiplied and held as 8-bit integers, where they are to be."""
+    if values["matmul"] != "dense" and method(values["optim"]).factors_updated_by:
+        raise InputError(
+            f"--matmul {values['matmul']}: {values['optim']} multiplies by thin factors, to quantize whose other "
+            "factor takes about as long as their product; leave it out"
+        )
+    if values["weights"] == "dense":
+        if values["weight_group"] != "row":
+            raise InputError(f"--weight-group {values['weight_group']}: says how --weights int8 is held; give that too")
+        return
+    why = None
+    if method(values["optim"]).factors_updated_by:
+        why = f"{values['optim']} trains thin factors, and what they are added to is not held so"
+    elif values["numerics"] == "reference":
+        why = "--numerics reference rounds to nearest, by which most changes of a code would be lost"
+    elif values["matmul"] != "dense":
+        why = f"--matmul {values['matmul']} quantizes dense weights"
+    elif values["compile"]:
+        why = "torch's compiler does not know of codes that change in place"
+    elif processes.total > 1:
+        why = f"{processes.total} processes would have to share codes and scales out"
+    if why:
+        raise InputError(f"--weights {values['weights']}: {why}; leave one out")
 
 
 def _check_reduce(values: Mapping[str, Any], processes: Processes) -> None:

@@ -8,6 +8,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from galore_pretrain.tensors.coded import codes_of
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import fill, local, shard_of
 
@@ -65,6 +66,12 @@ def without_masks(model: LlamaForCausalLM) -> LlamaForCausalLM:
 @torch.no_grad()
 def draw(name: str, parameter: Tensor, std: float, seed: int) -> None:
     """Fill a parameter with fresh weights: a matrix with normal ones of mean 0 and deviation ``std``."""
+    coded = codes_of(parameter)
+    if coded is not None:
+        dense = torch.empty(parameter.shape, dtype=parameter.dtype)
+        draw(name, dense, std, seed)
+        coded.write(dense.to(parameter.device))
+        return
     if shard_of(parameter) is not None:
         whole = torch.empty(parameter.shape, dtype=parameter.dtype)
         draw(name, whole, std, seed)

@@ -26,6 +26,7 @@ from galore_pretrain.optim.slots import Slot
 from galore_pretrain.optim.sums import Sums
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import add_rounded
+from galore_pretrain.tensors.coded import codes_of
 from galore_pretrain.tensors.place import is_gpu
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import local
@@ -378,7 +379,7 @@ class PendingGradients:
         count = int(optimizer.state[p]["step"]) + 1  # a number, but others save tensors
         lr = optimizer.param_groups[slot.group]["lr"]
         bits = None
-        if p.dtype == torch.bfloat16:
+        if p.dtype == torch.bfloat16 or codes_of(p) is not None:
             bits = optimizer.random_bits(p, count)
         step = Step(
             count=count,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.checkpointing import share_out, take_state_dict
+from galore_pretrain.optim.codes import update_codes
 from galore_pretrain.optim.execution import (
     PendingGradient,
     PendingGradients,
@@ -29,6 +30,7 @@ from galore_pretrain.optim.slots import Slot, Slots, States, initial_state
 from galore_pretrain.optim.update import Step
 from galore_pretrain.optim.weights import DenseWeights, WeightStore
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.coded import codes_of
 from galore_pretrain.tensors.rounding import NoiseTables, RandomBits
 from galore_pretrain.tensors.shards import local
 
@@ -196,6 +198,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.state[p]["step"] = pending.step.count
         if coefficient is not None:
             pending.grad.mul_(coefficient)
+        coded = codes_of(p)
+        if coded is not None:
+            update_codes(coded, pending, float(self.param_groups[slot.group]["weight_decay"]))
+            self.pending.release(pending)
+            self._count(pending)
+            return
         part = local(p) if slot.is_shared else p.detach()
         weight = part.contiguous()  # itself, if it is
         if weight.ndim == 0:
@@ -212,6 +220,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not part.is_contiguous():
             part.copy_(weight)
         self.pending.release(pending)
+        self._count(pending)
+
+    def _count(self, pending: PendingGradient) -> None:
+        """Count what an update left out, and take what its refresh measured."""
         if pending.step.valid is not None or pending.step.failures:
             self._skips.count(pending.step)
         if pending.overlaps is not None:
@@ -290,7 +302,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def random_bits(self, p: Tensor, count: int) -> RandomBits | None:
         """Return the streams of ``p`` at update ``count``, the same whatever the order of updates; None for nearest."""
-        if self.rounding == "nearest" or p.dtype != torch.bfloat16 or p.device.type == "meta":
+        if p.device.type == "meta":
+            return None
+        is_rounded = self.rounding != "nearest" and p.dtype == torch.bfloat16
+        if not is_rounded and codes_of(p) is None:
             return None
         return self._noise.bits(self.slots[p].index, count, p.device)
 

@@ -140,7 +140,7 @@ def _subtract_in_blocks(weight: Tensor, direction: Direction, decay: float, deca
     is_low_rank = direction.right is not None
     is_rounded = weight.dtype == torch.bfloat16 and step.bits is not None
     if is_low_rank and is_rounded and not has_fast_bf16(weight.device):
-        direction = _in_fp32(direction)
+        direction = in_fp32(direction)
     has_scales = direction.row is not None or direction.column is not None
     term_dtype = torch.float32 if has_scales else direction.left.dtype
     is_plain = weight.dtype == torch.float32 or (step.bits is None and term_dtype == weight.dtype)
@@ -172,7 +172,7 @@ def _subtract_in_blocks(weight: Tensor, direction: Direction, decay: float, deca
 def _subtract_sum(weight: Tensor, direction: Direction, decay: float, decay_first: bool, step: Step) -> None:
     """Subtract a direction of several terms from ``weight`` in place."""
     rate = 1.0 if direction.scaled else step.lr
-    terms = [_in_fp32(term) for term in direction.terms()]
+    terms = [in_fp32(term) for term in direction.terms()]
     row_elements = weight.shape[1:].numel()
     rows = max(1, chunk_elements(weight.device) // row_elements)
     for start, stop in chunks(weight, weight.shape[0], rows):
@@ -187,7 +187,7 @@ def _subtract_sum(weight: Tensor, direction: Direction, decay: float, decay_firs
         step.at(start * row_elements).store(target, block, stream="weight")
 
 
-def _in_fp32(term: Direction) -> Direction:
+def in_fp32(term: Direction) -> Direction:
     """Return a term whose factors of a low-rank product are fp32."""
     if term.right is None:
         return term

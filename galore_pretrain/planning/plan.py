@@ -18,11 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.meters import available_bytes
+from galore_pretrain.model.coded import CodedLinear
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.int8 import Int8Linear
 from galore_pretrain.optim import Execution
 from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.chunks import ChunkSample
+from galore_pretrain.tensors.coded import held_bytes
 from galore_pretrain.tensors.ledger import HOST, Ledger
 from galore_pretrain.tensors.place import planned_for_gpu
 from galore_pretrain.tensors.shards import local
@@ -95,7 +97,10 @@ class Plan:
         config = self.config
         lines = [self._title()]
         for kind, size in self.parts.items():
-            lines.append(f"{kind:<13}{size / 2**30:8.2f} GiB   {_MEANING[kind]}")
+            meaning = _MEANING[kind]
+            if kind == "weights" and config.weights == "int8":
+                meaning = "matrices in 8 bits, the rest in the run's dtype"
+            lines.append(f"{kind:<13}{size / 2**30:8.2f} GiB   {meaning}")
         lines.append(f"{'peak':<13}{self.peak_bytes / 2**30:8.2f} GiB   {self.place}")
         if self.host_bytes:
             line = f"{'host':<13}{self.host_bytes / 2**30:8.2f} GiB   sums of full gradients, beside the peak"
@@ -177,7 +182,7 @@ class Outline:
         """Return the bytes that are held before anything is computed."""
         optimizer = self.optimizer
         return Static(
-            weights=sum(local(p).nbytes for p in self.model.parameters()),
+            weights=sum(held_bytes(local(p)) for p in self.model.parameters()),
             gradients=sum(local(p).nbytes for p in optimizer.state),
             state=optimizer.state_bytes(),
             sums=sum(optimizer.slots.sum_bytes(p) for p in optimizer.state),
@@ -377,14 +382,14 @@ def _add_hooks(ledger: Ledger, model: LlamaForCausalLM) -> None:
         return hook
 
     # Inside of a function of our own autograd records nothing, but layers behind it keep what it returns.
-    def keeps_result(module: Int8Linear, inputs: object, result: Tensor) -> None:
+    def keeps_result(module: torch.nn.Linear, inputs: object, result: Tensor) -> None:
         ledger.assign(result, "activations")
 
     for i, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(says(f"forward of layer {i}"))
     model.model.norm.register_forward_hook(says("head and loss"))
     for layer in model.modules():
-        if isinstance(layer, Int8Linear):
+        if isinstance(layer, (Int8Linear, CodedLinear)):
             layer.register_forward_hook(keeps_result)
     for name, p in model.named_parameters():
         if p.requires_grad:

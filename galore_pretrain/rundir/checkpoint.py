@@ -42,6 +42,7 @@ from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError
 from galore_pretrain.meters import ran_out
 from galore_pretrain.optim import saved_state, take_saved_state
+from galore_pretrain.tensors.coded import codes_of
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
@@ -94,7 +95,15 @@ def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
     Buffers are left out: those of the models here are computed from the config.
     """
-    return {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.named_parameters():
+        coded = codes_of(value)
+        if coded is not None:
+            tensors[f"model.{name}.codes"] = coded.codes
+            tensors[f"model.{name}.scales"] = coded.scales
+        else:
+            tensors[f"model.{name}"] = value.detach()
+    return tensors
 
 
 def take_loaded(optimizer: "RuleOptimizer", tensors: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Write a run's model as a plain Hugging Face folder."""
 
+import copy
 import json
 import logging
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -18,6 +21,7 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.model.lowrank import dense_state
 from galore_pretrain.rundir.checkpoint import sync
 from galore_pretrain.rundir.directory import write_json
+from galore_pretrain.tensors.coded import Coded, codes_of
 from galore_pretrain.text.hub import first_line
 from galore_pretrain.text.tokenizer import PROBES, Tokenizer
 
@@ -46,8 +50,16 @@ def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenize
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     transformers.utils.logging.disable_progress_bar()
-    # A shard's tensors are copied to the host together, and let go before the next shard's.
-    model.save_pretrained(aside, state_dict=state, max_shard_size=_SHARD_SIZE)
+    codes: dict[str, Coded] = {}
+    for name, p in model.named_parameters():
+        coded = codes_of(p)
+        if coded is not None:
+            codes[name] = coded
+    if codes:
+        _write_read(aside, model, state, codes)
+    else:
+        # A shard's tensors are copied to the host together, and let go before the next shard's.
+        model.save_pretrained(aside, state_dict=state, max_shard_size=_SHARD_SIZE)
     _save_tokenizer(aside, model.config, tokenizer)
     for name in ("config.json", "generation_config.json"):
         _amend(aside / name, {"use_cache": True})  # training has no use for a cache, generation has
@@ -59,6 +71,30 @@ def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenize
         sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
+
+
+# transformers wants all weights at once, and codes take half the memory of what they stand for.
+def _write_read(folder: Path, model: Any, state: Mapping[str, Tensor], codes: Mapping[str, Coded]) -> None:
+    """Write a model's config and weights as transformers does, what ``codes`` stand for a shard at a time."""
+    architecture = copy.deepcopy(model.config)
+    architecture.architectures = [type(model).__name__]
+    architecture.dtype = str(model.dtype).removeprefix("torch.")
+    architecture.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tied = set()
+    if architecture.tie_word_embeddings:
+        tied.add("lm_head.weight")
+    kept = {name: value for name, value in state.items() if name not in tied}
+    split = split_torch_state_dict_into_shards(kept, max_shard_size=_SHARD_SIZE)
+    for file, names in split.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            value = codes[name].read(kept[name].dtype) if name in codes else kept[name]
+            shard[name] = value.cpu().contiguous()
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _amend(file: Path, changes: Mapping[str, Any]) -> None:

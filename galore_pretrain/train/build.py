@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig, factors_by_module, optim_settings
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.coded import code_matrices
 from galore_pretrain.model.head import loss_methods
 from galore_pretrain.model.int8 import multiply_by_int8
 from galore_pretrain.model.llama import build_model
@@ -106,6 +107,8 @@ def model_for(
             factors.apply(model, position)
         if config.matmul == "int8":
             multiply_by_int8(model)
+        if config.weights == "int8":
+            code_matrices(model, None if config.weight_group == "row" else int(config.weight_group))
         if mesh is not None:
             share_out(model, config, mesh)
 
