@@ -4,7 +4,7 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,13 +96,26 @@ def test_a_rule_that_raises_in_one_process_alone_keeps_no_other_from_its_check()
     assert second.status == "ok"
 
 
+@pytest.fixture
+def leave_checks() -> Iterator[Callable[..., None]]:
+    """Leave some of the checks. All come back in their order: put back one by one, they would come last."""
+    kept = dict(CHECKS)
+
+    def leave(*names: str) -> None:
+        for name in kept.keys() - set(names):
+            del CHECKS[name]
+
+    yield leave
+    CHECKS.clear()
+    CHECKS.update(kept)
+
+
 def asked(*words: str) -> Result:
     return CliRunner().invoke(cli.cli, ["check-method", *words], standalone_mode=False)
 
 
-def test_the_command_prints_a_line_a_check_and_fails_where_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CHECKS.keys() - {"gradients", "state"}:
-        monkeypatch.delitem(CHECKS, name)
+def test_the_command_prints_a_line_a_check_and_fails_where_one_does(leave_checks: Callable[..., None]) -> None:
+    leave_checks("gradients", "state")
     assert "processes" not in CHECKS
     result = asked("galore_adamw", "--rank", "4")
     assert result.return_value == 0
@@ -118,10 +131,9 @@ def test_the_command_prints_a_line_a_check_and_fails_where_one_does(monkeypatch:
     assert [told[name]["status"] for name in told] == ["ok", "failed"]
 
 
-def test_json_is_all_that_is_printed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_is_all_that_is_printed(leave_checks: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
     """MKL complains on standard output of what is not finite, where a basis is found by SVD."""
-    for name in CHECKS.keys() - {"skipping", "plan"}:
-        monkeypatch.delitem(CHECKS, name)
+    leave_checks("plan", "skipping")
     words = ["check-method", "galore_adamw", "--numerics", "reference", "--json"]
     assert cli.cli.main(args=words, standalone_mode=False) == 0
     printed = capfd.readouterr()
@@ -146,9 +158,8 @@ def test_what_a_run_would_refuse_is_refused(words: list[str], why: str) -> None:
     assert why in str(result.exception)
 
 
-def test_what_cannot_be_checked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CHECKS.keys() - {"plan"}:
-        monkeypatch.delitem(CHECKS, name)
+def test_what_cannot_be_checked_is_told(leave_checks: Callable[..., None]) -> None:
+    leave_checks("plan")
     (finding,) = check_methods(["torch.optim:NAdam"])
     assert finding.line() == "plan         not checked what NAdam allocates is the class's own"
 
