@@ -21,6 +21,7 @@ IN_FP32 = dict.fromkeys(
     ("m_scales", "v_scales", "signed_code", "unsigned_code", "row_scales", "column_scales"), "*fp32"
 )
 OTHERS = {"value": "*fp32", "seed": "i64", "valid": "*u8", "m_bytes": "*u8", "v_bytes": "*u8", "table": "*i64"}
+OTHERS |= {"codes": "*i8", "scales": "*bf16", "new_scales": "*bf16", "largest": "*i32", "group": "i32", "groups": "i32"}
 OTHERS |= {"labels": "*i64", "losses": "*fp32", "scale": "fp32", "mask": "*u8", "limit": "i32", "key": "i64"}
 TILE = {"TILE_ROWS": 64, "TILE_COLUMNS": 128, "TILE_RANK": 32}
 
@@ -64,6 +65,21 @@ DENSE = {"BLOCKS": 2, **absent("m_scales", "m_code", "v_scales", "v_code")}
                 **absent("left", "right", "column_scales"),
             },
         ),
+        *[
+            (
+                "subtract_codes",
+                {
+                    "WRITES": writes,
+                    "HAS_PRODUCT": True,
+                    "HAS_DENSE": False,
+                    "HAS_ROW": False,
+                    "HAS_COLUMN": False,
+                    **TILE,
+                    **absent("dense", "row_scales", "column_scales"),
+                },
+            )
+            for writes in (False, True)
+        ],
         ("add_all", {"HALVINGS": 7, "SIZE": 2048}),
         ("store", {"SIZE": 512}),
         ("cross_entropy", {"SIZE": 8192}),
@@ -93,7 +109,7 @@ def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: s
             signature[argument] = "constexpr"
     used = {argument: value for argument, value in constants.items() if argument in signature}
     source = ASTSource(fn=kernel, signature=signature, constexprs=used)
-    options = {"num_warps": 8} if name in ("subtract", "cross_entropy") else {}
+    options = {"num_warps": 8} if name in ("subtract", "subtract_codes", "cross_entropy") else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
 

@@ -9,13 +9,18 @@ from torch import Tensor
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Direction, Scope
 from galore_pretrain.optim.update import Step
-from galore_pretrain.optim.weights import in_fp32
+from galore_pretrain.optim.weights import in_fp32, update_for_kernel
 from galore_pretrain.tensors.coded import Coded
-from galore_pretrain.tensors.fused import BLOCK
+from galore_pretrain.tensors.fused import BLOCK, CODED_TILE, subtract_codes_
 
 if TYPE_CHECKING:
     from galore_pretrain.optim.execution import PendingGradient
     from galore_pretrain.optim.slots import Slot
+
+
+def _fits_kernel(coded: Coded) -> bool:
+    """Return whether a kernel's tile has columns of one group alone."""
+    return coded.scales.shape[1] == 1 or coded.group % CODED_TILE == 0
 
 
 # A rule of single elements sees the rows of a block, any other one the whole gradient. Blocks are cut where 8-bit
@@ -23,7 +28,8 @@ if TYPE_CHECKING:
 def update_codes(coded: Coded, pending: "PendingGradient", decay: float) -> None:
     """Update a matrix of codes and the state of its rule by a gradient in its final form."""
     slot, step = pending.slot, pending.step
-    if slot.scope is not Scope.ELEMENTS:
+    sees_all = slot.scope is not Scope.ELEMENTS
+    if sees_all or (step.kernels and _fits_kernel(coded)):
         _update(coded, pending.grad, pending.state, slot, step, decay)
         return
     columns = coded.codes.shape[1]
@@ -59,10 +65,16 @@ def subtract_codes(coded: Coded, direction: Direction, decay: float, decay_first
     ``decay`` has lr in it already, and is taken before the direction if ``decay_first``. ``step`` counts elements from
     where ``coded`` begins, and has random bits.
     """
+    assert step.bits is not None
+    if step.kernels and _fits_kernel(coded):
+        update = update_for_kernel(direction, step)
+        if update is not None:
+            noise = step.noise("weight")
+            subtract_codes_(coded.codes, coded.scales, coded.group, update, decay, decay_first, noise, step.valid)
+            return
     rate = 1.0 if direction.scaled else step.lr
     terms = [in_fp32(term) for term in direction.terms()]
     columns = coded.codes.shape[1]
-    assert step.bits is not None
     for start, block in coded.blocks():
         rows = len(block.codes)
 

@@ -61,7 +61,7 @@ class DenseWeights:
         if not weight.numel():  # this process has no part of it, and rows of no length cannot be counted
             return
         if step.kernels:
-            update = _for_kernel(direction, step)
+            update = update_for_kernel(direction, step)
             if update is not None:
                 _subtract_by_kernel(weight, update, decay, decay_first, step)
                 return
@@ -88,7 +88,7 @@ class DenseWeights:
 
 # The kernel knows a low-rank product without scales, a dense term with them, and the sum of both: GaLore's direction,
 # APOLLO's and Fira's.
-def _for_kernel(direction: Direction, step: Step) -> fused.Update | None:
+def update_for_kernel(direction: Direction, step: Step) -> fused.Update | None:
     """Return a direction as the kernel takes it; None where it has other terms than that."""
     rate = 1.0 if direction.scaled else step.lr
     update = fused.Update()

@@ -22,6 +22,7 @@ from galore_pretrain.tensors.fused import (
     add_all_,
     store_,
     subtract_,
+    subtract_codes_,
 )
 from galore_pretrain.tensors.place import is_gpu
 
@@ -87,7 +88,8 @@ def small_updates_are_right(device: torch.device) -> bool:
     store_(rounded, torch.zeros(4096, device=device), Noise(9), torch.tensor(False, device=device))
     shares.append(_share_rounded_up(rounded))
     rounding_is_right = all(0.2 < share < 0.3 for share in shares)
-    return product_is_right and rounding_is_right and _first_updates_are_right(device) and _loss_is_right(device)
+    updates_are_right = product_is_right and _first_updates_are_right(device) and _codes_are_right(device)
+    return updates_are_right and rounding_is_right and _loss_is_right(device)
 
 
 def _share_rounded_up(numbers: Tensor) -> float:
@@ -116,6 +118,20 @@ def _first_updates_are_right(device: torch.device) -> bool:
     answers.append(torch.allclose(zeros, 0.1 * grad, rtol=1e-4))
     answers.append(torch.allclose(kept, 0.1 * grad, atol=0.1 / 255))
     return all(answers)
+
+
+def _codes_are_right(device: torch.device) -> bool:
+    """Subtract an update from codes: one row keeps its scale, one has to take another, one is left as it is."""
+    codes = torch.tensor([[100, -50], [100, -50], [100, -50]], dtype=torch.int8, device=device)
+    scales = torch.full((3, 1), 0.5, dtype=torch.bfloat16, device=device)
+    left = torch.tensor([[1.0], [-46.0], [0.0]], device=device)
+    update = Update(left, torch.tensor([[1.0, 0.0]], device=device), product_rate=1.0)
+    subtract_codes_(codes, scales, 2, update, 0.0, True, Noise(5), None)
+    values = codes.float() * scales.float()
+    expected = torch.tensor([[49.0, -25.0], [96.0, -25.0], [50.0, -25.0]], device=device)
+    is_near = (values - expected).abs() <= scales.float()
+    keeps_scale = torch.tensor([[True], [False], [True]], device=device)
+    return bool(is_near.all()) and bool(((scales == 0.5) == keeps_scale).all())
 
 
 def _loss_is_right(device: torch.device) -> bool:

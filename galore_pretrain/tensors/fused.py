@@ -20,6 +20,8 @@ BLOCK = 256
 _BLOCKS = 2  # of moments
 _ELEMENTS = 512  # of a copy
 _TILE_ROWS, _TILE_COLUMNS, _TILE_RANK, _TILE_WARPS = 64, 128, 32, 8  # of a product
+CODED_TILE = _TILE_COLUMNS
+"""Columns of a tile of codes, which a group of them is a multiple of."""
 _SUMMED = 2048  # elements that are added
 
 
@@ -151,6 +153,25 @@ def subtract_(
     _ops().subtract_(weight, *parts, valid, rates, decay_first, noise.seed, noise.start)
 
 
+def subtract_codes_(
+    codes: Tensor,
+    scales: Tensor,
+    group: int,
+    update: Update,
+    decay: float,
+    decay_first: bool,
+    noise: Noise,
+    valid: Tensor | None = None,
+) -> None:
+    """Subtract an update from a matrix of ``codes`` (m × n, int8) in place, as `tensors.coded.Coded.change` does.
+
+    ``scales`` (bf16) are m × groups, each of ``group`` neighbours in a row: all of it, or a multiple of `CODED_TILE`.
+    """
+    rates = [update.product_rate, update.dense_rate, 1 - decay]
+    parts = (update.left, update.right, update.dense, update.row, update.column)
+    _ops().subtract_codes_(codes, scales, group, *parts, valid, rates, decay_first, noise.seed, noise.start)
+
+
 def add_all_(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
     """Add each of ``parts`` to its sum in place, by one launch; bf16 sums are rounded with the bits of their seeds.
 
@@ -216,11 +237,30 @@ def _ops() -> Any:
     ) -> None:
         _launch_subtract(weight, left, right, dense, row, column, valid, rates, decay_first, seed, start)
 
+    @define("galore_pretrain::subtract_codes_", mutates_args=("codes", "scales"))
+    def subtract_codes(
+        codes: Tensor,
+        scales: Tensor,
+        group: int,
+        left: Tensor | None,
+        right: Tensor | None,
+        dense: Tensor | None,
+        row: Tensor | None,
+        column: Tensor | None,
+        valid: Tensor | None,
+        rates: Sequence[float],
+        decay_first: bool,
+        seed: int,
+        start: int,
+    ) -> None:
+        parts = (left, right, dense, row, column)
+        _launch_subtract_codes(codes, scales, group, parts, valid, rates, decay_first, seed, start)
+
     @define("galore_pretrain::add_all_", mutates_args=("sums",))
     def add_all(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
         _launch_add_all(sums, parts, seeds)
 
-    for operation in (adam, store, subtract, add_all):
+    for operation in (adam, store, subtract, subtract_codes, add_all):
         operation.register_fake(_nothing)
     direction_of_adam.register_fake(_like_gradient)
     return torch.ops.galore_pretrain
@@ -359,6 +399,72 @@ def _launch_subtract(
             TILE_RANK=_TILE_RANK,
             num_warps=_TILE_WARPS,
         )
+
+
+# Both passes are one operation to a plan. New scales are written aside, since the old ones are read by all programs of
+# a row; where the update is not valid, none are written, and the copy holds the old ones.
+def _launch_subtract_codes(
+    codes: Tensor,
+    scales: Tensor,
+    group: int,
+    parts: tuple[Tensor | None, ...],
+    valid: Tensor | None,
+    rates: Sequence[float],
+    decay_first: bool,
+    seed: int,
+    start: int,
+) -> None:
+    """Launch both passes of the kernel that changes codes."""
+    from galore_pretrain.tensors import kernels
+
+    rows, columns = codes.shape
+    if not codes.numel():
+        return
+    left, right, dense, row, column = parts
+    rank = 0
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    if left is not None and right is not None:
+        rank = left.shape[1]
+        strides = (*left.stride(), *right.stride())
+    largest = torch.zeros(scales.shape, dtype=torch.int32, device=scales.device)
+    new_scales = scales.clone()
+    grid = (-(-columns // CODED_TILE), -(-rows // _TILE_ROWS))
+    for writes in (False, True):
+        with on(codes.device):
+            kernels.subtract_codes[grid](
+                codes,
+                scales,
+                new_scales,
+                largest,
+                left,
+                right,
+                dense,
+                row,
+                column,
+                _as_byte(valid),
+                rows,
+                columns,
+                group,
+                scales.shape[1],
+                rank,
+                *strides,
+                start,
+                seed,
+                *rates,
+                WRITES=writes,
+                HAS_PRODUCT=left is not None,
+                HAS_DENSE=dense is not None,
+                HAS_ROW=row is not None,
+                HAS_COLUMN=column is not None,
+                HAS_VALID=valid is not None,
+                DECAY_FIRST=decay_first,
+                IN_FP32=codes.device.type == "cpu",
+                TILE_ROWS=_TILE_ROWS,
+                TILE_COLUMNS=CODED_TILE,
+                TILE_RANK=_TILE_RANK,
+                num_warps=_TILE_WARPS,
+            )
+    scales.copy_(new_scales)
 
 
 # Where each tensor lies changes with every micro-batch, so the addresses go to the device by each call: some kilobytes,

@@ -163,9 +163,71 @@ def adam(
         _store(direction + place, update, inside, of_weight, False)
 
 
-# W ← keep · W − (product_rate · L R + dense_rate · diag(row) · D · diag(column)) for W and D of rows × columns, L of
-# rows × r and R of r × columns; or the decay last: W ← keep · (W − …). One program has a tile of W. The product is
-# formed in its registers, so it never is in memory.
+# A tile of product_rate · L R + dense_rate · diag(row) · D · diag(column), for L of rows × r, R of r × columns and D of
+# rows × columns. The product is formed in the registers of a program, so it never is in memory.
+@triton.jit
+def _update_tile(
+    left,
+    right,
+    dense,
+    row_scales,
+    column_scales,
+    row,
+    column,
+    rows,
+    columns,
+    rank,
+    left_row,
+    left_column,
+    right_row,
+    right_column,
+    product_rate,
+    dense_rate,
+    HAS_PRODUCT: tl.constexpr,
+    HAS_DENSE: tl.constexpr,
+    HAS_ROW: tl.constexpr,
+    HAS_COLUMN: tl.constexpr,
+    IN_FP32: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    TILE_RANK: tl.constexpr,
+):
+    """Return what an update subtracts from the elements of these rows and columns, in fp32."""
+    has_row = row < rows
+    has_column = column < columns
+    inside = has_row[:, None] & has_column[None, :]
+    place = row[:, None] * columns + column[None, :]
+    update = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
+    if HAS_PRODUCT:
+        for first in range(0, rank, TILE_RANK):
+            inner = first + tl.arange(0, TILE_RANK)
+            has_inner = inner < rank
+            l = tl.load(
+                left + row[:, None] * left_row + inner[None, :] * left_column,
+                mask=has_row[:, None] & has_inner[None, :],
+                other=0.0,
+            )
+            r = tl.load(
+                right + inner[:, None] * right_row + column[None, :] * right_column,
+                mask=has_inner[:, None] & has_column[None, :],
+                other=0.0,
+            )
+            if IN_FP32:
+                l = l.to(tl.float32)
+                r = r.to(tl.float32)
+            update = tl.dot(l, r, update, input_precision="ieee")
+        update *= product_rate
+    if HAS_DENSE:
+        term = tl.load(dense + place, mask=inside, other=0.0).to(tl.float32)
+        if HAS_ROW:
+            term *= tl.load(row_scales + row, mask=has_row, other=0.0)[:, None]
+        if HAS_COLUMN:
+            term *= tl.load(column_scales + column, mask=has_column, other=0.0)[None, :]
+        update += dense_rate * term
+    return update
+
+
+# W ← keep · W − U for an update U; or the decay last: W ← keep · (W − U). One program has a tile of W.
 @triton.jit(do_not_specialize=["seed", "start"])
 def subtract(
     weight,
@@ -208,33 +270,32 @@ def subtract(
     has_column = column < columns
     inside = has_row[:, None] & has_column[None, :]
     place = row[:, None] * columns + column[None, :]
-    update = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
-    if HAS_PRODUCT:
-        for first in range(0, rank, TILE_RANK):
-            inner = first + tl.arange(0, TILE_RANK)
-            has_inner = inner < rank
-            l = tl.load(
-                left + row[:, None] * left_row + inner[None, :] * left_column,
-                mask=has_row[:, None] & has_inner[None, :],
-                other=0.0,
-            )
-            r = tl.load(
-                right + inner[:, None] * right_row + column[None, :] * right_column,
-                mask=has_inner[:, None] & has_column[None, :],
-                other=0.0,
-            )
-            if IN_FP32:
-                l = l.to(tl.float32)
-                r = r.to(tl.float32)
-            update = tl.dot(l, r, update, input_precision="ieee")
-        update *= product_rate
-    if HAS_DENSE:
-        term = tl.load(dense + place, mask=inside, other=0.0).to(tl.float32)
-        if HAS_ROW:
-            term *= tl.load(row_scales + row, mask=has_row, other=0.0)[:, None]
-        if HAS_COLUMN:
-            term *= tl.load(column_scales + column, mask=has_column, other=0.0)[None, :]
-        update += dense_rate * term
+    update = _update_tile(
+        left,
+        right,
+        dense,
+        row_scales,
+        column_scales,
+        row,
+        column,
+        rows,
+        columns,
+        rank,
+        left_row,
+        left_column,
+        right_row,
+        right_column,
+        product_rate,
+        dense_rate,
+        HAS_PRODUCT,
+        HAS_DENSE,
+        HAS_ROW,
+        HAS_COLUMN,
+        IN_FP32,
+        TILE_ROWS,
+        TILE_COLUMNS,
+        TILE_RANK,
+    )
     w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     if DECAY_FIRST:
         w = keep * w - update
@@ -242,6 +303,108 @@ def subtract(
         w = keep * (w - update)
     noise, _, _, _ = tl.randint4x(seed, start + place)
     _store(weight + place, w, inside, noise, STOCHASTIC)
+
+
+# The same of a weight of codes: code · scale, with ``groups`` scales a row, each of ``group`` neighbours, a multiple of
+# a tile's columns. It works in steps of the scales, as `tensors.coded` describes it, and makes two passes. The first
+# finds the ``largest`` step of each group over its tiles; the order of floats that are not negative is that of their
+# bits, and NaN is the largest. The second forms the update again, knows whether the scale stays, and writes codes and
+# new scales.
+@triton.jit(do_not_specialize=["seed", "start"])
+def subtract_codes(
+    codes,
+    scales,
+    new_scales,
+    largest,
+    left,
+    right,
+    dense,
+    row_scales,
+    column_scales,
+    valid,
+    rows,
+    columns,
+    group,
+    groups,
+    rank,
+    left_row,
+    left_column,
+    right_row,
+    right_column,
+    start,
+    seed,
+    product_rate,
+    dense_rate,
+    keep,
+    WRITES: tl.constexpr,
+    HAS_PRODUCT: tl.constexpr,
+    HAS_DENSE: tl.constexpr,
+    HAS_ROW: tl.constexpr,
+    HAS_COLUMN: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    DECAY_FIRST: tl.constexpr,
+    IN_FP32: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    TILE_RANK: tl.constexpr,
+):
+    """Subtract an update from codes: find the largest step of each group, or write codes and scales."""
+    first_column = tl.program_id(0).to(tl.int64) * TILE_COLUMNS
+    row = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = first_column + tl.arange(0, TILE_COLUMNS)
+    if HAS_VALID:
+        rows = tl.where(tl.load(valid) != 0, rows, 0)
+    has_row = row < rows
+    inside = has_row[:, None] & (column < columns)[None, :]
+    place = row[:, None] * columns + column[None, :]
+    update = _update_tile(
+        left,
+        right,
+        dense,
+        row_scales,
+        column_scales,
+        row,
+        column,
+        rows,
+        columns,
+        rank,
+        left_row,
+        left_column,
+        right_row,
+        right_column,
+        product_rate,
+        dense_rate,
+        HAS_PRODUCT,
+        HAS_DENSE,
+        HAS_ROW,
+        HAS_COLUMN,
+        IN_FP32,
+        TILE_ROWS,
+        TILE_COLUMNS,
+        TILE_RANK,
+    )
+    of_group = row * groups + first_column // group
+    scale = tl.load(scales + of_group, mask=has_row, other=1.0).to(tl.float32)
+    steps = tl.load(codes + place, mask=inside, other=0).to(tl.float32)
+    update = update / scale[:, None]
+    if DECAY_FIRST:
+        steps = keep * steps - update
+    else:
+        steps = keep * (steps - update)
+    if WRITES:
+        most = tl.load(largest + of_group, mask=has_row, other=0).to(tl.float32, bitcast=True)
+        fits = ((most <= 127) & (most >= 64)) | (most == 0)
+        scaled = tl.where(fits, scale, _rounded(scale * most / 96, 0, False))
+        steps *= (scale / scaled)[:, None]
+        noise, _, _, _ = tl.randint4x(seed, start + place)
+        uniform = ((noise & 0xFFFF).to(tl.float32) + 0.5) * 0.0000152587890625
+        code = tl.minimum(tl.maximum(tl.floor(steps + uniform), -127.0), 127.0)
+        tl.store(codes + place, code.to(tl.int8), mask=inside)
+        rows = tl.where(first_column % group == 0, rows, 0)  # the first tile of a group writes its scales
+        tl.store(new_scales + of_group, scaled.to(new_scales.dtype.element_ty), mask=row < rows)
+    else:
+        most = tl.max(tl.where(inside, tl.abs(steps), 0.0), axis=1)
+        tl.atomic_max(largest + of_group, most.to(tl.int32, bitcast=True), mask=has_row)
 
 
 # Many tensors are summed by one launch. ``table`` has five numbers a tensor: the addresses of sum and part, the first

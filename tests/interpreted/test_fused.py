@@ -294,8 +294,10 @@ def test_the_trial_that_decides_on_a_gpu_tells_right_from_wrong(monkeypatch: pyt
     monkeypatch.setattr(capability, "add_all_", lambda sums, parts, seeds: None)  # rounds nothing up
     assert not capability.small_updates_are_right(torch.device("cpu"))
     monkeypatch.undo()
-    monkeypatch.setattr(capability, "subtract_", lambda *arguments, **options: None)
-    assert not capability.small_updates_are_right(torch.device("cpu"))
+    for operation in ("subtract_", "subtract_codes_"):
+        monkeypatch.setattr(capability, operation, lambda *arguments, **options: None)
+        assert not capability.small_updates_are_right(torch.device("cpu"))
+        monkeypatch.undo()
 
 
 def test_kernels_run_where_triton_does() -> None:
