@@ -144,8 +144,8 @@ def extrapolated(
     """
     config_of_small = config
     if config.update_proj_gap:
-        # Bases that are renewed in turn could be due in any update.
-        config_of_small = replace(config, refresh="together")
+        # Bases that are renewed in turn could be due in any update; with T of 1 or 2, in the second, which is counted.
+        config_of_small = replace(config, refresh="together", update_proj_gap=max(3, config.update_proj_gap))
 
     def counted(layers: int, micro_batches: int) -> Counts:
         smaller = copy.deepcopy(architecture)
@@ -208,9 +208,6 @@ def _refresh_counts(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> 
 
 def _update_counts(config: RunConfig, architecture: LlamaConfig, micro_batches: int, mesh: Any) -> Counts:
     """Count one update of so many micro-batches in which no basis is due."""
-    if config.update_proj_gap:
-        # The second update is counted. With T of 1 or 2 a basis could be due there.
-        config = replace(config, update_proj_gap=max(3, config.update_proj_gap))
     sample = ChunkSample()
     with faked(config, architecture, mesh, sample=sample) as (model, optimizer):
         execution = execution_for(config, optimizer)

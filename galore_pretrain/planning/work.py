@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -103,9 +103,6 @@ def count_work(config: RunConfig, mesh: Any = None) -> dict[str, Work]:
 
 def _counts(config: RunConfig, architecture: LlamaConfig, micro_batches: int, mesh: Any) -> Counts:
     """Count an update of so many micro-batches, a refresh of all bases, and a micro-batch of an evaluation."""
-    if config.update_proj_gap:
-        # With T of 1 or 2 a basis could be due in the second update.
-        config = replace(config, update_proj_gap=max(3, config.update_proj_gap))
     sample = ChunkSample()
     with faked(config, architecture, mesh, sample=sample) as (model, optimizer):
         execution = execution_for(config, optimizer)

@@ -83,17 +83,6 @@ def _launch_gaussian(matrix: Tensor, table: Tensor, start: int, key: int) -> Non
     rows, columns = matrix.shape
     if not matrix.numel():
         return
-    first, second = MULTIPLIERS
+    programs = -(-matrix.numel() // _ENTRIES)
     with on(matrix.device):
-        kernels.gaussian[(-(-matrix.numel() // _ENTRIES),)](
-            matrix,
-            table,
-            rows,
-            columns,
-            start,
-            key,
-            INCREMENT=INCREMENT,
-            FIRST=first,
-            SECOND=second,
-            SIZE=_ENTRIES,
-        )
+        kernels.gaussian[(programs,)](matrix, table, rows, columns, start, key, SIZE=_ENTRIES)

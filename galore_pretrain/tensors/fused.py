@@ -235,7 +235,7 @@ def _ops() -> Any:
         seed: int,
         start: int,
     ) -> None:
-        _launch_subtract(weight, left, right, dense, row, column, valid, rates, decay_first, seed, start)
+        _launch_subtract(weight, (left, right, dense, row, column), valid, rates, decay_first, seed, start)
 
     @define("galore_pretrain::subtract_codes_", mutates_args=("codes", "scales"))
     def subtract_codes(
@@ -344,13 +344,12 @@ def _launch_store(target: Tensor, value: Tensor, valid: Tensor | None, seed: int
         )
 
 
+_Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of an `Update`
+
+
 def _launch_subtract(
     weight: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    dense: Tensor | None,
-    row: Tensor | None,
-    column: Tensor | None,
+    parts: _Parts,
     valid: Tensor | None,
     rates: Sequence[float],
     decay_first: bool,
@@ -358,21 +357,69 @@ def _launch_subtract(
     start: int,
 ) -> None:
     """Launch the kernel that changes a weight."""
+    if weight.numel():
+        _launch_of_update(weight, parts, valid, rates, decay_first, seed, start)
+
+
+# Both passes are one operation to a plan. New scales are written aside, since the old ones are read by all programs of
+# a row; where the update is not valid, none are written, and the copy holds the old ones.
+def _launch_subtract_codes(
+    codes: Tensor,
+    scales: Tensor,
+    group: int,
+    parts: _Parts,
+    valid: Tensor | None,
+    rates: Sequence[float],
+    decay_first: bool,
+    seed: int,
+    start: int,
+) -> None:
+    """Launch both passes of the kernel that changes codes."""
+    if not codes.numel():
+        return
+    largest = torch.zeros(scales.shape, dtype=torch.int32, device=scales.device)
+    new_scales = scales.clone()
+    of_codes = (scales, new_scales, largest, group)
+    for writes in (False, True):
+        _launch_of_update(codes, parts, valid, rates, decay_first, seed, start, of_codes, writes=writes)
+    scales.copy_(new_scales)
+
+
+def _launch_of_update(
+    weight: Tensor,
+    parts: _Parts,
+    valid: Tensor | None,
+    rates: Sequence[float],
+    decay_first: bool,
+    seed: int,
+    start: int,
+    of_codes: tuple[Tensor | None, Tensor | None, Tensor | None, int] = (None, None, None, 1),
+    *,
+    writes: bool = True,
+) -> None:
+    """Launch a pass of `kernels.subtract` over a weight.
+
+    Of codes, ``of_codes`` are the scales, the new ones, the largest steps, and how many neighbours a group has.
+    """
     from galore_pretrain.tensors import kernels
 
     rows, columns = weight.shape
-    if not weight.numel():
-        return
+    left, right, dense, row, column = parts
     rank = 0
     strides: tuple[int, ...] = (0, 0, 0, 0)
     if left is not None and right is not None:
         rank = left.shape[1]
         strides = (*left.stride(), *right.stride())
+    scales, new_scales, largest, group = of_codes
+    groups = 1 if scales is None else scales.shape[1]
     # A grid may be 2³¹ programs long in its first dimension, and 65,535 in the second.
     grid = (-(-columns // _TILE_COLUMNS), -(-rows // _TILE_ROWS))
     with on(weight.device):
         kernels.subtract[grid](
             weight,
+            scales,
+            new_scales,
+            largest,
             left,
             right,
             dense,
@@ -381,11 +428,15 @@ def _launch_subtract(
             _as_byte(valid),
             rows,
             columns,
+            group,
+            groups,
             rank,
             *strides,
             start,
             max(seed, 0),
             *rates,
+            CODED=scales is not None,
+            WRITES=writes,
             HAS_PRODUCT=left is not None,
             HAS_DENSE=dense is not None,
             HAS_ROW=row is not None,
@@ -401,79 +452,16 @@ def _launch_subtract(
         )
 
 
-# Both passes are one operation to a plan. New scales are written aside, since the old ones are read by all programs of
-# a row; where the update is not valid, none are written, and the copy holds the old ones.
-def _launch_subtract_codes(
-    codes: Tensor,
-    scales: Tensor,
-    group: int,
-    parts: tuple[Tensor | None, ...],
-    valid: Tensor | None,
-    rates: Sequence[float],
-    decay_first: bool,
-    seed: int,
-    start: int,
-) -> None:
-    """Launch both passes of the kernel that changes codes."""
-    from galore_pretrain.tensors import kernels
-
-    rows, columns = codes.shape
-    if not codes.numel():
-        return
-    left, right, dense, row, column = parts
-    rank = 0
-    strides: tuple[int, ...] = (0, 0, 0, 0)
-    if left is not None and right is not None:
-        rank = left.shape[1]
-        strides = (*left.stride(), *right.stride())
-    largest = torch.zeros(scales.shape, dtype=torch.int32, device=scales.device)
-    new_scales = scales.clone()
-    grid = (-(-columns // CODED_TILE), -(-rows // _TILE_ROWS))
-    for writes in (False, True):
-        with on(codes.device):
-            kernels.subtract_codes[grid](
-                codes,
-                scales,
-                new_scales,
-                largest,
-                left,
-                right,
-                dense,
-                row,
-                column,
-                _as_byte(valid),
-                rows,
-                columns,
-                group,
-                scales.shape[1],
-                rank,
-                *strides,
-                start,
-                seed,
-                *rates,
-                WRITES=writes,
-                HAS_PRODUCT=left is not None,
-                HAS_DENSE=dense is not None,
-                HAS_ROW=row is not None,
-                HAS_COLUMN=column is not None,
-                HAS_VALID=valid is not None,
-                DECAY_FIRST=decay_first,
-                IN_FP32=codes.device.type == "cpu",
-                TILE_ROWS=_TILE_ROWS,
-                TILE_COLUMNS=CODED_TILE,
-                TILE_RANK=_TILE_RANK,
-                num_warps=_TILE_WARPS,
-            )
-    scales.copy_(new_scales)
-
-
 # Where each tensor lies changes with every micro-batch, so the addresses go to the device by each call: some kilobytes,
 # from page-locked memory where that is not the CPU's own, so that nobody waits.
 def _launch_add_all(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
     """Launch the kernel that adds parts to sums."""
     from galore_pretrain.tensors import kernels
 
-    pairs = [(total, part, seed) for total, part, seed in zip(sums, parts, seeds, strict=True) if total.numel()]
+    pairs: list[tuple[Tensor, Tensor, int]] = []
+    for pair in zip(sums, parts, seeds, strict=True):
+        if pair[0].numel():
+            pairs.append(pair)
     if not pairs:
         return
     device = pairs[0][0].device

@@ -8,7 +8,12 @@ from a seed and the element's place: the same bits however a tensor is cut into 
 import triton
 import triton.language as tl
 
+from galore_pretrain.tensors.draws import INCREMENT, MULTIPLIERS
+
 BLOCK = tl.constexpr(256)  # elements that share a scale of 8-bit moments
+_INCREMENT = tl.constexpr(INCREMENT)
+_FIRST = tl.constexpr(MULTIPLIERS[0])
+_SECOND = tl.constexpr(MULTIPLIERS[1])
 
 
 # bf16 is the upper half of fp32. A number of 16 bits that is added to the lower half carries into the upper one: a
@@ -163,36 +168,87 @@ def adam(
         _store(direction + place, update, inside, of_weight, False)
 
 
-# A tile of product_rate · L R + dense_rate · diag(row) · D · diag(column), for L of rows × r, R of r × columns and D of
-# rows × columns. The product is formed in the registers of a program, so it never is in memory.
 @triton.jit
-def _update_tile(
+def _scaled(
+    x, row_scales, row, has_row, column_scales, column, has_column, HAS_ROW: tl.constexpr, HAS_COLUMN: tl.constexpr
+):
+    """Return a tile times the scales of its rows and columns, those that there are."""
+    if HAS_ROW:
+        x *= tl.load(row_scales + row, mask=has_row, other=0.0)[:, None]
+    if HAS_COLUMN:
+        x *= tl.load(column_scales + column, mask=has_column, other=0.0)[None, :]
+    return x
+
+
+# A scale changes where the largest step of its group leaves the codes, or wastes more than half of them.
+@triton.jit
+def _store_codes(at, steps, inside, scale, most, noise):
+    """Store steps of a scale a row as codes, rounded stochastically, and return the scales that they have then."""
+    fits = ((most <= 127) & (most >= 64)) | (most == 0)
+    new_scale = tl.where(fits, scale, _rounded(scale * most / 96, 0, False))
+    uniform = ((noise & 0xFFFF).to(tl.float32) + 0.5) * 0.0000152587890625  # 2⁻¹⁶
+    code = tl.floor(steps * (scale / new_scale)[:, None] + uniform)
+    code = tl.minimum(tl.maximum(code, -127.0), 127.0)
+    tl.store(at, code.to(tl.int8), mask=inside)
+    return new_scale
+
+
+# W ← keep · W − U, or the decay last: W ← keep · (W − U), for an update of rows × columns
+#
+#     U = product_rate · L R + dense_rate · diag(row) · D · diag(column)        L of rows × r, R of r × columns
+#
+# One program has a tile of W. The product is formed in its registers, so it never is in memory.
+#
+# A weight of codes has ``groups`` scales a row, each of ``group`` neighbours, a multiple of a tile's columns. It works
+# in steps of the scales, as `tensors.coded` describes it, and makes two passes. The first finds the ``largest`` step of
+# each group over its tiles; the order of floats that are not negative is that of their bits. The second forms the
+# update again, knows whether the scale stays, and writes codes and new scales.
+@triton.jit(do_not_specialize=["seed", "start"])
+def subtract(
+    weight,
+    scales,
+    new_scales,
+    largest,
     left,
     right,
     dense,
     row_scales,
     column_scales,
-    row,
-    column,
+    valid,
     rows,
     columns,
+    group,
+    groups,
     rank,
     left_row,
     left_column,
     right_row,
     right_column,
+    start,
+    seed,
     product_rate,
     dense_rate,
+    keep,
+    CODED: tl.constexpr,
+    WRITES: tl.constexpr,
     HAS_PRODUCT: tl.constexpr,
     HAS_DENSE: tl.constexpr,
     HAS_ROW: tl.constexpr,
     HAS_COLUMN: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    DECAY_FIRST: tl.constexpr,
     IN_FP32: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     TILE_RANK: tl.constexpr,
 ):
-    """Return what an update subtracts from the elements of these rows and columns, in fp32."""
+    """Subtract a direction from a weight in place, or only find the largest step of each group of codes after it."""
+    first_column = tl.program_id(0).to(tl.int64) * TILE_COLUMNS
+    row = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = first_column + tl.arange(0, TILE_COLUMNS)
+    if HAS_VALID:
+        rows = tl.where(tl.load(valid) != 0, rows, 0)
     has_row = row < rows
     has_column = column < columns
     inside = has_row[:, None] & has_column[None, :]
@@ -219,192 +275,29 @@ def _update_tile(
         update *= product_rate
     if HAS_DENSE:
         term = tl.load(dense + place, mask=inside, other=0.0).to(tl.float32)
-        if HAS_ROW:
-            term *= tl.load(row_scales + row, mask=has_row, other=0.0)[:, None]
-        if HAS_COLUMN:
-            term *= tl.load(column_scales + column, mask=has_column, other=0.0)[None, :]
+        term = _scaled(term, row_scales, row, has_row, column_scales, column, has_column, HAS_ROW, HAS_COLUMN)
         update += dense_rate * term
-    return update
-
-
-# W ← keep · W − U for an update U; or the decay last: W ← keep · (W − U). One program has a tile of W.
-@triton.jit(do_not_specialize=["seed", "start"])
-def subtract(
-    weight,
-    left,
-    right,
-    dense,
-    row_scales,
-    column_scales,
-    valid,
-    rows,
-    columns,
-    rank,
-    left_row,
-    left_column,
-    right_row,
-    right_column,
-    start,
-    seed,
-    product_rate,
-    dense_rate,
-    keep,
-    HAS_PRODUCT: tl.constexpr,
-    HAS_DENSE: tl.constexpr,
-    HAS_ROW: tl.constexpr,
-    HAS_COLUMN: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    DECAY_FIRST: tl.constexpr,
-    IN_FP32: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    TILE_RANK: tl.constexpr,
-):
-    """Subtract a direction from a weight in place: a low-rank product, a dense term with scales, or both."""
-    row = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tl.program_id(0).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    if HAS_VALID:
-        rows = tl.where(tl.load(valid) != 0, rows, 0)
-    has_row = row < rows
-    has_column = column < columns
-    inside = has_row[:, None] & has_column[None, :]
-    place = row[:, None] * columns + column[None, :]
-    update = _update_tile(
-        left,
-        right,
-        dense,
-        row_scales,
-        column_scales,
-        row,
-        column,
-        rows,
-        columns,
-        rank,
-        left_row,
-        left_column,
-        right_row,
-        right_column,
-        product_rate,
-        dense_rate,
-        HAS_PRODUCT,
-        HAS_DENSE,
-        HAS_ROW,
-        HAS_COLUMN,
-        IN_FP32,
-        TILE_ROWS,
-        TILE_COLUMNS,
-        TILE_RANK,
-    )
-    w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + place, mask=inside, other=0).to(tl.float32)
+    if CODED:
+        of_group = row * groups + first_column // group
+        scale = tl.load(scales + of_group, mask=has_row, other=1.0).to(tl.float32)
+        update = update / scale[:, None]
     if DECAY_FIRST:
         w = keep * w - update
     else:
         w = keep * (w - update)
-    noise, _, _, _ = tl.randint4x(seed, start + place)
-    _store(weight + place, w, inside, noise, STOCHASTIC)
-
-
-# The same of a weight of codes: code · scale, with ``groups`` scales a row, each of ``group`` neighbours, a multiple of
-# a tile's columns. It works in steps of the scales, as `tensors.coded` describes it, and makes two passes. The first
-# finds the ``largest`` step of each group over its tiles; the order of floats that are not negative is that of their
-# bits, and NaN is the largest. The second forms the update again, knows whether the scale stays, and writes codes and
-# new scales.
-@triton.jit(do_not_specialize=["seed", "start"])
-def subtract_codes(
-    codes,
-    scales,
-    new_scales,
-    largest,
-    left,
-    right,
-    dense,
-    row_scales,
-    column_scales,
-    valid,
-    rows,
-    columns,
-    group,
-    groups,
-    rank,
-    left_row,
-    left_column,
-    right_row,
-    right_column,
-    start,
-    seed,
-    product_rate,
-    dense_rate,
-    keep,
-    WRITES: tl.constexpr,
-    HAS_PRODUCT: tl.constexpr,
-    HAS_DENSE: tl.constexpr,
-    HAS_ROW: tl.constexpr,
-    HAS_COLUMN: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    DECAY_FIRST: tl.constexpr,
-    IN_FP32: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    TILE_RANK: tl.constexpr,
-):
-    """Subtract an update from codes: find the largest step of each group, or write codes and scales."""
-    first_column = tl.program_id(0).to(tl.int64) * TILE_COLUMNS
-    row = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = first_column + tl.arange(0, TILE_COLUMNS)
-    if HAS_VALID:
-        rows = tl.where(tl.load(valid) != 0, rows, 0)
-    has_row = row < rows
-    inside = has_row[:, None] & (column < columns)[None, :]
-    place = row[:, None] * columns + column[None, :]
-    update = _update_tile(
-        left,
-        right,
-        dense,
-        row_scales,
-        column_scales,
-        row,
-        column,
-        rows,
-        columns,
-        rank,
-        left_row,
-        left_column,
-        right_row,
-        right_column,
-        product_rate,
-        dense_rate,
-        HAS_PRODUCT,
-        HAS_DENSE,
-        HAS_ROW,
-        HAS_COLUMN,
-        IN_FP32,
-        TILE_ROWS,
-        TILE_COLUMNS,
-        TILE_RANK,
-    )
-    of_group = row * groups + first_column // group
-    scale = tl.load(scales + of_group, mask=has_row, other=1.0).to(tl.float32)
-    steps = tl.load(codes + place, mask=inside, other=0).to(tl.float32)
-    update = update / scale[:, None]
-    if DECAY_FIRST:
-        steps = keep * steps - update
-    else:
-        steps = keep * (steps - update)
-    if WRITES:
-        most = tl.load(largest + of_group, mask=has_row, other=0).to(tl.float32, bitcast=True)
-        fits = ((most <= 127) & (most >= 64)) | (most == 0)
-        scaled = tl.where(fits, scale, _rounded(scale * most / 96, 0, False))
-        steps *= (scale / scaled)[:, None]
-        noise, _, _, _ = tl.randint4x(seed, start + place)
-        uniform = ((noise & 0xFFFF).to(tl.float32) + 0.5) * 0.0000152587890625
-        code = tl.minimum(tl.maximum(tl.floor(steps + uniform), -127.0), 127.0)
-        tl.store(codes + place, code.to(tl.int8), mask=inside)
-        rows = tl.where(first_column % group == 0, rows, 0)  # the first tile of a group writes its scales
-        tl.store(new_scales + of_group, scaled.to(new_scales.dtype.element_ty), mask=row < rows)
-    else:
-        most = tl.max(tl.where(inside, tl.abs(steps), 0.0), axis=1)
+    if not WRITES:
+        most = tl.max(tl.where(inside, tl.abs(w), 0.0), axis=1)
         tl.atomic_max(largest + of_group, most.to(tl.int32, bitcast=True), mask=has_row)
+        return
+    noise, _, _, _ = tl.randint4x(seed, start + place)
+    if CODED:
+        most = tl.load(largest + of_group, mask=has_row, other=0).to(tl.float32, bitcast=True)
+        new_scale = _store_codes(weight + place, w, inside, scale, most, noise)
+        rows = tl.where(first_column % group == 0, rows, 0)  # the first tile of a group writes its scales
+        tl.store(new_scales + of_group, new_scale.to(new_scales.dtype.element_ty), mask=row < rows)
+    else:
+        _store(weight + place, w, inside, noise, STOCHASTIC)
 
 
 # Many tensors are summed by one launch. ``table`` has five numbers a tensor: the addresses of sum and part, the first
@@ -493,9 +386,6 @@ def gaussian(
     columns,
     start,
     key,
-    INCREMENT: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """Fill a matrix with values of the table that a hash of each entry's place chooses."""
@@ -503,9 +393,9 @@ def gaussian(
     inside = entry < rows * columns
     row = start + entry // columns
     column = entry % columns
-    word = (row * 1048576 + column // 4) * INCREMENT + key
-    word = (word ^ ((word >> 30) & 0x3FFFFFFFF)) * FIRST
-    word = (word ^ ((word >> 27) & 0x1FFFFFFFFF)) * SECOND
+    word = (row * 1048576 + column // 4) * _INCREMENT + key
+    word = (word ^ ((word >> 30) & 0x3FFFFFFFF)) * _FIRST
+    word = (word ^ ((word >> 27) & 0x1FFFFFFFFF)) * _SECOND
     word = word ^ ((word >> 31) & 0x1FFFFFFFF)
     level = ((word >> (16 * (column % 4))) & 0xFFFF) ^ 0x8000
     tl.store(matrix + entry, tl.load(table + level, mask=inside), mask=inside)
