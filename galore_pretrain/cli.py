@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
 
 
 _THIS_CARD = "this machine's"
+
+# torchrun ends all processes as soon as one has failed. One that says nothing therefore waits for the one that prints
+# the error, in seconds, or that one might be ended before it has. It is itself ended by torchrun as soon as that is so.
+_REPORT_WAIT = 20.0
+
+_INTERRUPTED = 130
+"""The exit code of a program that Ctrl-C has ended."""
 
 
 class _Root(click.Group):
@@ -719,7 +727,7 @@ def main() -> None:
     except TrainingFailedError as error:
         code = _fail(error, str(error), 1, debug)
     except (click.Abort, KeyboardInterrupt):
-        code = _fail(click.ClickException("interrupted"), "interrupted", 130, debug=False)
+        code = _fail(click.ClickException("interrupted"), "interrupted", _INTERRUPTED, debug=False)
     except Exception as error:
         if debug:
             raise
@@ -753,9 +761,12 @@ def _tagged(line: str) -> str:
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         logging.getLogger("galore_pretrain").exception("with --debug:")
+    if not _is_reported_here(error):
+        if code != _INTERRUPTED:
+            time.sleep(_REPORT_WAIT)
+        return code
     with contextlib.suppress(OSError, ValueError):
-        if _is_reported_here(error):
-            click.echo(_tagged(f"Error: {message}"), err=True)
+        click.echo(_tagged(f"Error: {message}"), err=True)
     return code
 
 

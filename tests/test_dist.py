@@ -303,6 +303,16 @@ cli.main()
 """
 
 
+LATE = """
+import os, sys, time
+from galore_pretrain import cli
+if os.environ["RANK"] == "0":
+    time.sleep(3)
+sys.argv = ["galore-pretrain", *sys.argv[1:]]
+cli.main()
+"""
+
+
 @pytest.mark.slow
 def test_a_process_is_killed_and_torchrun_starts_all_again(tiny_config: str, tmp_path: Path) -> None:
     """They go on from the newest checkpoint, to the curve of a run that nothing disturbed."""
@@ -370,7 +380,7 @@ def test_a_process_that_hangs_ends_all(tiny_config: str, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_signal_stops_all_after_the_same_update(tiny_config: str, tmp_path: Path) -> None:
-    """Though one process alone gets it; what one says, all do."""
+    """Though one process alone gets it; what one says, all do. A refusal is printed once, however late."""
     script = tmp_path / "losing.py"
     script.write_text(LOSING.format(FIRST, "os.kill(os.getpid(), signal.SIGTERM)"))
     arguments = command(tiny_config, tmp_path / "run", "--total-batch-size", "8")[3:]
@@ -378,7 +388,9 @@ def test_a_signal_stops_all_after_the_same_update(tiny_config: str, tmp_path: Pa
     assert stopped.returncode == 1  # torchrun's own
     assert "stopped after update 7; the same command" in stopped.stderr
     assert (tmp_path / "run" / "checkpoints" / "step_00000007").is_dir()
-    refused = torchrun(2, "-m", "galore_pretrain", *arguments, "--total-batch-size", "7")
+    late = tmp_path / "late.py"
+    late.write_text(LATE)
+    refused = torchrun(2, str(late), *arguments, "--total-batch-size", "7")
     assert "Error: --total-batch-size 7 is not a multiple of the 2 processes; give 8" in refused.stderr
     assert refused.stderr.count("Error: --") == 1, refused.stderr
     chinese = tmp_path / "chinese.jsonl"
