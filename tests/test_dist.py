@@ -31,7 +31,7 @@ from runs import COMMAND_LINE, command, lines, start
 
 FULL = bool(os.environ.get("FULL"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-TOLERANCES = {row: 1e-3 for row in METHODS if "8bit" in row} | {"natural_galore8bit": 1e-2}
+TOLERANCES = {row: 1e-3 for row in METHODS if METHODS[row].moments_8bit} | {"natural_galore8bit": 1e-2}
 """Of rows whose state is in blocks of 256, which begin anew in each part. Natural GaLore's system of equations
 magnifies what its history is off by. (On the same gradients, shards.py asks for the same bits where blocks align.)"""
 WAYS = [(m, "--shard", s) for m, s in itertools.product(("--layerwise", "--no-layerwise"), ("full", "hybrid", "none"))]
@@ -112,6 +112,8 @@ def case(model: str, output: Path, row: str, *more: str) -> list[str]:
     words = flags(model, output, "--optim", row, *more)
     for name in of_row(row):
         del words[(i := words.index(name)) : i + 2]
+    if row in METHODS and any("weights" in recipe.values for recipe in METHODS[row].recipes):
+        words += ["--weights", "dense"]  # codes are one process's
     return words + (["--relora-every", "6"] if "relora" in row else [])
 
 

@@ -20,6 +20,7 @@ IN_FP32 = dict.fromkeys(
 )
 OTHERS = {"value": "*fp32", "seed": "i64", "valid": "*u8", "m_bytes": "*u8", "v_bytes": "*u8", "table": "*i64"}
 OTHERS |= {"scales": "*bf16", "new_scales": "*bf16", "largest": "*i32", "group": "i32", "groups": "i32"}
+OTHERS |= {"codes": "*u8", "zeros": "*u8"}
 OTHERS |= {"labels": "*i64", "losses": "*fp32", "scale": "fp32", "mask": "*u8", "limit": "i32", "key": "i64"}
 TILE = {"TILE_ROWS": 64, "TILE_COLUMNS": 128, "TILE_RANK": 32}
 
@@ -84,6 +85,8 @@ DENSE = {"BLOCKS": 2, **absent("m_scales", "m_code", "v_scales", "v_code")}
         ("cross_entropy", {"SIZE": 8192}),
         ("dropout_mask", {"SIZE": 512}),
         ("gaussian", {"SIZE": 1024}),
+        ("unpack", {"BITS": 4, "GROUP": 256, "SIZE": 1024}),
+        ("unpack", {"BITS": 8, "GROUP": 256, "SIZE": 1024}),
     ],
 )
 def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: str, capability: int) -> None:
@@ -106,7 +109,7 @@ def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: s
             signature[argument] = "*u8"
         if argument == "weight" and constants.get("CODED"):
             signature[argument] = "*i8"
-        if name == "gaussian" and argument == "table":
+        if (name, argument) in (("gaussian", "table"), ("unpack", "scales")):
             signature[argument] = dtype
         if argument in constants:
             signature[argument] = "constexpr"

@@ -395,7 +395,7 @@ def test_a_plan_for_a_gpu_needs_none(small: str, monkeypatch: pytest.MonkeyPatch
         budget_of(config)
     card = replace(config, memory_budget=24 * 2**30)
     assert 22.1 < budget_of(card) / 2**30 < 22.2  # 23.64 less context, kernels, fragments and a desktop
-    assert "of which such a card shows 23.64" in source_of(card)
+    assert source_of(card).startswith("a card of 24 GB shows 23.64 GiB")
     # By README's plan: 22.02 GiB of tensors.
     plan = Plan(card, int(22.02 * 2**30), {}, "head and loss")
     left = left_on_card(plan, budget_of(card))

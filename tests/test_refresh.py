@@ -171,7 +171,7 @@ def test_products_of_a_history_that_a_skipped_refresh_left_are_those_of_its_grad
 @pytest.mark.parametrize("moments", ["keep", "project", "reset"])
 @pytest.mark.parametrize("row", [row for row in ROWS if "galore" in row])
 def test_every_row_takes_every_way_of_carrying_moments(row: str, moments: str) -> None:
-    rule, _ = build_rules(row, "sound", rank=40, update_proj_gap=4, moments=moments)
+    rule, _ = build_rules(row, "sound", rank=40, update_proj_gap=4, moments=moments, refresh="staggered")
     for shape, proj_type in product([(96, 128), (128, 96)], ("std", "full")):
         params = parameters([shape])
         train(RuleOptimizer([{"params": params, "rule": replace(rule, proj_type=proj_type)}]), params, 13)

@@ -20,6 +20,7 @@ from typing import Any
 from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.optim import (
     BASIS_NAMES,
+    BASIS_STORES,
     METHODS,
     MOMENT_STORES,
     MOMENTS,
@@ -286,7 +287,12 @@ class RunConfig:
     galore_scale: float | None = _flag(None, "GaLore: factor α on projected updates.", float, METHOD, above=0)
     proj_type: str | None = _flag(None, "GaLore: side that is projected.", PROJ_TYPES, METHOD, shown="std")
     basis: str | None = _flag(None, "GaLore: how a basis is found.", BASIS_NAMES, METHOD, shown="randomized")
-    refresh: str | None = _flag(None, "GaLore: renew bases at once or in turn.", REFRESHES, METHOD, shown="staggered")
+    bases: str | None = _flag(
+        None, "GaLore: keep bases in --dtype, or in 8 or 4 bits an element.", BASIS_STORES, METHOD, shown="dense"
+    )
+    refresh: str | None = _flag(
+        None, "GaLore: renew bases at once, in turn, or as far as they move.", REFRESHES, METHOD, shown="staggered"
+    )
     moments: str | None = _flag(None, "GaLore: moments when a basis is renewed.", MOMENTS, METHOD, shown="keep")
     natural_history: int | None = _flag(None, "Natural GaLore: past gradients s.", int, METHOD, least=1, shown="20")
     natural_damping: float | None = _flag(None, "Natural GaLore: damping λ.", float, METHOD, above=0, shown="0.001")
@@ -407,16 +413,18 @@ class RunConfig:
 
     dtype: str = _flag("bfloat16", "Of weights, gradients and moments.", ("bfloat16", "float32"), MACHINE)
     weights: str = _flag(
-        "dense",
+        None,
         "How matrices of attention and MLP are held: in --dtype, or as 8-bit integers with scales.",
         WEIGHTS,
         MACHINE,
+        shown="dense",
     )
     weight_group: str = _flag(
-        "row",
+        None,
         "--weights int8: what shares a scale, a row of a matrix or so many neighbours in it.",
         parse_group,
         MACHINE,
+        shown="row",
     )
     matmul: str = _flag(
         "dense",
@@ -520,7 +528,11 @@ class RunConfig:
         """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
         changed = {}
         # What runs before there were these flags did.
-        before = {name: FLAGS[name].default for name in ("text_key", "matmul", "weights", "weight_group")} | dict(saved)
+        before = {name: FLAGS[name].default for name in ("text_key", "matmul")}
+        before |= {"weights": "dense", "weight_group": "row"}
+        if self.bases is not None:
+            before["bases"] = "dense"
+        before |= saved
         for name, value in self.values().items():
             if name not in before or self._is_free(name):
                 continue

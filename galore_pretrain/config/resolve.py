@@ -73,7 +73,8 @@ def resolve(
         values["max_tokens"], origins["max_tokens"] = printed_tokens(model)
     for name, (value, source) in recipe(model, values["optim"]).items():
         length_is_known = name == "steps" and values["max_tokens"]
-        if name not in left_alone and not length_is_known:
+        has_no_group = name == "weight_group" and values["weights"] == "dense"
+        if name not in left_alone and not length_is_known and not has_no_group:
             fill(name, value, f"recipe: {source}")
     if values["steps"] and values["max_tokens"]:
         raise InputError(
@@ -144,8 +145,11 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
     name = f"{Path(values['model']).stem}-{optim}-{time.strftime('%Y%m%d-%H%M%S')}"
     tokenizer = {"c4": "t5", "sample": "sample"}.get(" + ".join(texts_of(values["data"])))
     return {
+        "weights": ("dense", "default"),
+        "weight_group": ("row", "default"),
         "proj_type": ("std", "default"),
         "basis": basis,
+        "bases": ("dense", "default"),
         "refresh": refresh,
         "moments": ("keep", "default"),
         "betas": (betas, f"recipe: {_TRANSPORTED}"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from galore_pretrain.optim.host_sums import HostSums
     from galore_pretrain.optim.methods import (
         BASIS_NAMES,
+        BASIS_STORES,
         METHODS,
         MOMENT_STORES,
         MOMENTS,
@@ -49,6 +50,7 @@ _NAMES = {  # file: what of it is named here
     "host_sums": ("HostSums",),
     "methods": (
         "BASIS_NAMES",
+        "BASIS_STORES",
         "METHODS",
         "MOMENT_STORES",
         "MOMENTS",
@@ -72,6 +74,7 @@ _NAMES = {  # file: what of it is named here
 _HOMES = {name: file for file, names in _NAMES.items() for name in names}
 __all__ = [
     "BASIS_NAMES",
+    "BASIS_STORES",
     "METHODS",
     "MOMENTS",
     "MOMENT_STORES",

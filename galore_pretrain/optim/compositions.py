@@ -113,6 +113,14 @@ apollo_mini = Composition(
         channelwise=False,
     ),
 )
+# Their authors hold weights as 8-bit integers besides (`--weights int8`, in the recipes). Rounding is not as theirs:
+# what they publish clips groups of one sign, and holds bases of 4 bits in bytes.
+_q_galore = GaLore(Adam(betas=(0.9, 0.95), store=_8BIT), basis_store="int4", refresh="lazy")
+_q_apollo = Apollo(Adam(store=_8BIT))
+_q_apollo_mini = Apollo(Adam(store=_8BIT), rank=1, scale=128.0, channelwise=False)
+q_galore = Composition(sound=_q_galore, reference=_q_galore)
+q_apollo = Composition(sound=_q_apollo, reference=_q_apollo)
+q_apollo_mini = Composition(sound=_q_apollo_mini, reference=_q_apollo_mini)
 fira = Composition(
     sound=Fira(Adam()),
     reference=Fira(authors_adamw.reference, basis="svd_unsigned", refresh="together"),

@@ -200,7 +200,9 @@ class PendingGradient:
 
     @property
     def turns_bases(self) -> bool:
-        """Return whether the refresh that is due replaces bases of an earlier one, and not the random first ones."""
+        """Return whether the bases that are due replace those of an earlier refresh, and not the random first ones."""
+        if self.rule.probes(self.step):
+            return False
         left, right = self.rule.bases(self.state)
         first = self.rule.next_refresh(Step(count=1, phase=self.step.phase))
         has_bases = left is not None or right is not None
@@ -229,10 +231,13 @@ class PendingGradient:
         """
         step = self.step.where_valid(self.finite)
         if self.turns_bases:
-            overlap = subspace_overlap(self.rule.bases(self.state), new[:2])
+            overlap = new.overlap
+            if overlap is None:
+                overlap = subspace_overlap(self.rule.bases(self.state), new[:2])
             overlap = torch.where(self.finite & new.found, overlap, torch.nan)
             self.overlaps = overlaps_of_refresh(overlap, noise)
         self.rule.set_bases(new, self.state, step)
+        self.slot.keep_schedule(self.state)
         self.refresh_due = False
         self.compress()
 
@@ -258,7 +263,8 @@ class PendingGradients:
     are due, and compressed. It is compressed as early as no basis is due, else after its bases were found. `take` does
     what is still missing. Gradients are detached first of all, so that autograd records nothing, and need not be turned
     off for each. ``gradients`` holds what was accumulated of each parameter. ``host_sums`` keeps sums of full gradients
-    on the host, where that was asked for: those of matrices, beside which vectors' are nothing.
+    on the host, where that was asked for: those of matrices, beside which vectors' are nothing. ``refreshes_saved``
+    counts the bases that lazy refreshes did not find, less those that they found besides, since it was read.
     """
 
     def __init__(self, optimizer: "RuleOptimizer", distributor: "Distributor | None" = None) -> None:
@@ -267,6 +273,7 @@ class PendingGradients:
         self.sums = Sums()
         self.host_sums: HostSums | None = None
         self.gradients: dict[Tensor, PendingGradient] = {}
+        self.refreshes_saved = 0
 
     def get(self, p: Tensor) -> PendingGradient | None:
         """Return what was accumulated for ``p``, or None."""
@@ -392,7 +399,8 @@ class PendingGradients:
         )
         if not slot.gathers:  # else the rule starts with the whole state, in `update_gathered`
             slot.rule.start(state, step)
-        next_refresh = slot.rule.next_refresh(step)
+        refresh_due = slot.finds_bases(state, step)
+        self._count_saved(slot.rule, state, step, refresh_due)
         return PendingGradient(
             param=p,
             slot=slot,
@@ -400,8 +408,17 @@ class PendingGradients:
             step=step,
             known_finite=finite,
             state=state,
-            refresh_due=next_refresh == count,
+            refresh_due=refresh_due,
         )
+
+    def _count_saved(self, rule: UpdateRule, state: State, step: Step, finds_bases: bool) -> None:
+        """Count a refresh that the rule's schedule leaves out, and against it a basis that is only compared."""
+        if rule.schedule(state) is None:
+            return
+        if finds_bases and rule.probes(step):
+            self.refreshes_saved -= 1
+        elif not finds_bases and rule.next_refresh(step) == step.count:
+            self.refreshes_saved += 1
 
     # On a CPU the answer can be looked at: a gradient that is finite needs no further care. A GPU would have to be
     # waited for, so the step carries the answer along as ``valid``, and looks at it on the device whenever it stores.
@@ -617,13 +634,14 @@ class Outcome:
 
     ``grad_norm`` is the norm that was clipped, of the full gradients or of the compressed ones, or None where none was.
     ``skipped`` counts the tensors that were left alone because their gradient was not finite, ``failed_refreshes`` the
-    bases that could not be renewed. ``overlaps`` says how far refreshes turned the bases, by the key of the metric; it
-    is empty where none did.
+    bases that could not be renewed, ``refreshes_saved`` those that lazy refreshes did not find. ``overlaps`` says how
+    far refreshes turned the bases, by the key of the metric; it is empty where none did.
     """
 
     grad_norm: float | None = None
     skipped: int = 0
     failed_refreshes: int = 0
+    refreshes_saved: int = 0
     overlaps: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -796,7 +814,9 @@ class Execution(ABC):
         overlaps: dict[str, float] = {}
         if self._optimizer.overlaps.overlaps:
             overlaps = self._optimizer.overlaps.take()
-        return Outcome(grad_norm, skips.skipped, skips.failed_refreshes, overlaps)
+        saved = self._pending.refreshes_saved
+        self._pending.refreshes_saved = 0
+        return Outcome(grad_norm, skips.skipped, skips.failed_refreshes, saved, overlaps)
 
     def discard(self) -> None:
         """Drop the gradients of an update that is not to be made."""
@@ -804,6 +824,7 @@ class Execution(ABC):
         # Else the next update would report what this one left.
         self._optimizer.read_skips()
         self._optimizer.overlaps.take()
+        self._pending.refreshes_saved = 0
 
     def _accumulate(self, p: Tensor, *, compress: bool, measure: bool = False) -> None:
         """Accumulate ``p.grad``, by way of the observer if there is one."""

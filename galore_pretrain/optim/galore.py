@@ -9,8 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from galore_pretrain.optim.methods import BASIS_NAMES, MOMENTS, REFRESHES
+from galore_pretrain.optim.bases import basis_shape, empty_basis, entries_of_basis, read_basis, write_basis
+from galore_pretrain.optim.lazy import Schedule, after_probe, after_refresh, empty_schedule, random_overlap
+from galore_pretrain.optim.methods import BASIS_NAMES, BASIS_STORES, MOMENTS, REFRESHES
 from galore_pretrain.optim.moments import State
+from galore_pretrain.optim.overlap import subspace_overlap
 from galore_pretrain.optim.projector import (
     BASES,
     Basis,
@@ -19,6 +22,7 @@ from galore_pretrain.optim.projector import (
     basis_at,
     clipped_rank,
     is_drawn,
+    is_turned,
     project,
     project_fast,
     random_basis,
@@ -48,6 +52,9 @@ _SIDES: dict[str, Side] = {
 }
 
 
+_BASIS_ENTRIES = tuple(entry for name in _SIDES for entry in entries_of_basis(name))
+
+
 @dataclass(frozen=True)
 class GaLore(OuterRule):
     """Project the gradient, update in the subspace with ``inner``, project back × ``scale`` (the paper's α).
@@ -55,9 +62,14 @@ class GaLore(OuterRule):
     The basis is renewed from the current gradient every ``update_proj_gap`` (T) updates. ``refresh="together"`` renews
     all matrices at updates 1, T + 1, 2T + 1, … (the paper's). ``"staggered"`` starts from a seeded orthonormal basis
     and spreads the first refreshes over the first T/10 updates, so that no single update stalls; each matrix is then
-    renewed every T. At a refresh, ``moments`` are carried over as they are (``keep``, the paper's), expressed in the
+    renewed every T. ``"lazy"`` does that too, but leaves refreshes out where the subspace stays (`optim.lazy`). At a
+    refresh, ``moments`` are carried over as they are (``keep``, the paper's), expressed in the
     new basis (``project``) or begun anew (``reset``, also where the refresh that was due fails). A decomposition that
     fails, and a gradient of zeros, leave the old basis for another T updates.
+
+    ``basis_store`` says how a basis is kept: in the parameter's dtype (``dense``), or in 8 or 4 bits an element with
+    groups of 256 (``int8``, ``int4``), from which it is read for each product. Rounded so, ‖PᵀP − I‖ is not 0, and each
+    vector of 4 bits is about a hundredth too long.
 
     ``published`` forms the m × n update in the gradient's dtype, as the published code does, where the factors of
     rank r would do; ``upcast`` works on an fp32 copy of the gradient, as its Adafactor does.
@@ -69,27 +81,47 @@ class GaLore(OuterRule):
     scale: float = 0.25
     proj_type: str = "std"
     basis: str | Basis = "randomized"
+    basis_store: str = "dense"
     refresh: str = "staggered"
     moments: str = "keep"
     published: bool = False
     upcast: bool = False
     layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType(
-        {
-            "left_basis": Layout.EVERYWHERE,
-            "right_basis": Layout.EVERYWHERE,
-        }
+        dict.fromkeys((*_BASIS_ENTRIES, "schedule"), Layout.EVERYWHERE)
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.basis, str) and self.basis not in BASES:
             raise ValueError(f"basis {self.basis!r} is unknown; choose from {', '.join(BASIS_NAMES)}")
+        _check_choice("basis_store", self.basis_store, BASIS_STORES)
+        if self.basis_store != "dense" and is_turned(self.basis):
+            raise ValueError(
+                f"basis_store {self.basis_store!r} rounds a basis to steps that are far larger than the turns of a "
+                "tracked one, which would stay where it is: use dense, or another basis"
+            )
+        if self.basis_store != "dense" and self.published:
+            raise ValueError(f"basis_store {self.basis_store!r} is not the published code's: use dense")
         _check_choice("refresh", self.refresh, REFRESHES)
         _check_choice("moments", self.moments, MOMENTS)
+        if self.refresh == "lazy":
+            self._check_lazy()
         check_count("rank", self.rank)
         check_count("update_proj_gap", self.update_proj_gap)
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"scale {self.scale} must be finite and not negative")
         sides(1, 1, self.proj_type)  # refuses an unknown one
+
+    def _check_lazy(self) -> None:
+        """Raise ValueError for what cannot be combined with lazy refreshes."""
+        why = None
+        if is_drawn(self.basis) or is_turned(self.basis):
+            why = f"basis {self.basis!r} is no answer to where a gradient's subspace is"
+        elif self.moments == "reset":
+            why = "moments 'reset' begin their bias corrections anew with each basis, and nobody knows in advance when"
+        elif self.update_proj_gap < 2:
+            why = "update_proj_gap 1 leaves no update between two refreshes, by which the noise could be measured"
+        if why:
+            raise ValueError(f"refresh 'lazy': {why}; use staggered")
 
     @property
     def scope(self) -> Scope:
@@ -127,25 +159,35 @@ class GaLore(OuterRule):
         low_m, low_n = like.shape
         state: State = {}
         if left:
-            state["left_basis"] = _empty_basis(like, m, r, self.published)
+            state |= self._empty_basis("left_basis", like, m, r)
             low_m = r
         if right:
-            state["right_basis"] = _empty_basis(like, r, n, self.published)
+            state |= self._empty_basis("right_basis", like, r, n)
             low_n = r
+        if self.refresh == "lazy":
+            state["schedule"] = empty_schedule(like)
         low = like.new_empty(low_m, low_n)
         low_shard = None if shard is None else shard.low_rank(left, right, r)
         check_low_rank_scope(self.inner, low_shard)
         return state | self.inner.init(low, low_shard)
+
+    # A published basis lies column by column, as LAPACK leaves it: on some processors a product has other last bits if
+    # its factor lies otherwise.
+    def _empty_basis(self, name: str, like: Tensor, rows: int, columns: int) -> State:
+        """Return the entries of a basis of zeros of that shape."""
+        if self.published:
+            return {name: like.new_zeros(columns, rows).T}
+        return empty_basis(name, like, rows, columns, self.basis_store)
 
     def start(self, state: State, step: Step) -> None:
         """Give the matrix a random orthonormal basis before its first update. The basis depends on the seed alone."""
         if step.count > 1:
             return
         for name, side in _SIDES.items():
-            basis = state.get(name)
-            if basis is not None:
-                rows, columns = basis.shape
-                basis.copy_(random_basis((rows, columns), side, step.seed, basis.device))
+            shape = basis_shape(state, name)
+            if shape is not None:
+                basis = random_basis(shape, side, step.seed, state[name].device)
+                write_basis(state, name, basis, step)
 
     # R = PᵀG, GQᵀ or PᵀGQᵀ for G (m × n), P (m × r) and Q (r × n). Where processes share out a side that is projected,
     # each has a term of R only, and all terms are summed. A side that is not projected stays shared out in R.
@@ -234,6 +276,32 @@ class GaLore(OuterRule):
             return step.count - since
         return step.count + -since % self.update_proj_gap
 
+    def schedule(self, state: State) -> Tensor | None:
+        """Return the numbers of the matrix's `Schedule`, where refreshes are lazy."""
+        return state.get("schedule")
+
+    def finds_bases(self, step: Step, schedule: Sequence[float] | None = None) -> bool:
+        """A lazy refresh leaves out what the schedule says, and has probes besides."""
+        is_refresh = self.next_refresh(step) == step.count
+        is_probe = self.probes(step)
+        if self.refresh != "lazy" or schedule is None:
+            return is_refresh or is_probe
+        period = self._period(step)
+        chosen = Schedule.of(schedule)
+        return (is_refresh and chosen.refreshes(period)) or (is_probe and chosen.probes(period))
+
+    # Refreshes lie in the first tenth of a period and probes in the second. So no update has more to do for them.
+    def probes(self, step: Step) -> bool:
+        """Say whether an update is a tenth of a period after one that may renew the basis, and refreshes are lazy."""
+        if self.refresh != "lazy":
+            return False
+        since = _since_first_refresh(self.refresh, self.update_proj_gap, step)
+        return since >= 0 and since % self.update_proj_gap == _spread(self.update_proj_gap)
+
+    def _period(self, step: Step) -> int:
+        """Return how many periods of T updates ago the first refresh of the matrix was due."""
+        return _since_first_refresh(self.refresh, self.update_proj_gap, step) // self.update_proj_gap
+
     @property
     def draws_bases(self) -> bool:
         """Random bases have nothing of the gradient in them."""
@@ -247,14 +315,18 @@ class GaLore(OuterRule):
         since = _since_first_refresh(self.refresh, self.update_proj_gap, step)
         number = since // self.update_proj_gap + 1
         find = basis_at(self.basis, number, step.seed)
-        return _find_bases(find, grad, left, right)
+        new = _find_bases(find, grad, left, right)
+        if self.refresh == "lazy":
+            new = new._replace(overlap=subspace_overlap((left, right), (new.left, new.right)))
+        return new
 
     def empty_bases(self, state: State) -> NewBases:
         """Return what `find_bases` returns, for another process's bases to be written into."""
-        left, right = self.bases(state)
         device = next(iter(state.values())).device
-        found = torch.ones((), device=device)
-        return NewBases(_empty_in_fp32(left), _empty_in_fp32(right), found)
+        left = _empty_in_fp32(basis_shape(state, "left_basis"), device)
+        right = _empty_in_fp32(basis_shape(state, "right_basis"), device)
+        one = torch.ones((), device=device)
+        return NewBases(left, right, one, one.clone() if self.refresh == "lazy" else None)
 
     # Nobody waits to see `new.found` or `step.valid`: all that is written depends on them, on the device. A failed
     # refresh changes neither basis nor moments, but for ``reset``, whose moments begin anew whenever a refresh is due.
@@ -263,6 +335,11 @@ class GaLore(OuterRule):
     def set_bases(self, new: NewBases, state: State, step: Step) -> None:
         """Take new bases and tell the inner rule; what failed is noted in ``step.failures``."""
         left, right = self.bases(state)
+        schedule = self.schedule(state)
+        if schedule is not None:
+            self._reschedule(schedule, new, state, step)
+            if self.probes(step):
+                return
         has_moments = step.count > 1
         if has_moments and self.moments == "reset":
             for value in _inner_state(self, state).values():
@@ -277,19 +354,31 @@ class GaLore(OuterRule):
             low_step = low_step.where_valid(new.found)
             self.inner.change_basis(_inner_state(self, state), change, low_step)
         step = step.where_valid(new.found)
-        if left is not None and new.left is not None:
-            step.store(left, new.left)
-        if right is not None and new.right is not None:
-            step.store(right, new.right)
+        for name, basis in (("left_basis", new.left), ("right_basis", new.right)):
+            if basis is not None:
+                write_basis(state, name, basis, step)
+
+    def _reschedule(self, schedule: Tensor, new: NewBases, state: State, step: Step) -> None:
+        """Take into the schedule how much the new bases, if there are such, overlap with those in use."""
+        assert new.overlap is not None
+        if self.probes(step):
+            following = after_probe(schedule, new.overlap)
+        else:
+            shapes = [basis_shape(state, name) for name in _SIDES]
+            following = after_refresh(schedule, self._period(step), new.overlap, random_overlap(shapes))
+        step.where_valid(new.found).store(schedule, following)
 
     def bases(self, state: State) -> _Bases:
         """Return the (left, right) basis in use, whole; either may be absent, not both."""
-        return state.get("left_basis"), state.get("right_basis")
+        return read_basis(state, "left_basis"), read_basis(state, "right_basis")
+
+    def held_bases(self, state: State) -> list[Tensor]:
+        """Return the tensors that hold the bases."""
+        return [value for name, value in state.items() if name in _BASIS_ENTRIES]
 
     def _bases_at_hand(self, state: State, step: Step) -> _Bases:
         """Return the rows of the left basis and the columns of the right one that meet the part at hand of a matrix."""
-        left = state.get("left_basis")
-        right = state.get("right_basis")
+        left, right = self.bases(state)
         shard = step.shard
         if shard is None:
             return left, right
@@ -324,24 +413,15 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
 
 
-# A published basis lies column by column, as LAPACK leaves it: on some processors a product has other last bits if its
-# factor lies otherwise.
-def _empty_basis(like: Tensor, rows: int, columns: int, published: bool) -> Tensor:
-    """Return a basis of zeros of that shape, in the dtype of ``like``."""
-    if published:
-        return like.new_zeros(columns, rows).T
-    return like.new_zeros(rows, columns)
-
-
 def _low_shard(state: State, shard: Shard) -> Shard | None:
     """Return which part of the low-rank gradient a part of a matrix gives; None where every process has all of it."""
-    left = state.get("left_basis")
-    right = state.get("right_basis")
+    left = basis_shape(state, "left_basis")
+    right = basis_shape(state, "right_basis")
     ranks = []
     if left is not None:
-        ranks.append(left.shape[1])
+        ranks.append(left[1])
     if right is not None:
-        ranks.append(right.shape[0])
+        ranks.append(right[0])
     rank = min(ranks)
     return shard.low_rank(left is not None, right is not None, rank)
 
@@ -359,10 +439,14 @@ def _inner_state(rule: GaLore, state: State) -> State:
 def _since_first_refresh(refresh: str, gap: int, step: Step) -> int:
     """Return how many updates ago the first refresh of a matrix was due, negative before it."""
     first = 1
-    if refresh == "staggered":
-        spread = max(1, gap // 10)
-        first += int(step.phase * spread)
+    if refresh != "together":
+        first += int(step.phase * _spread(gap))
     return step.count - first
+
+
+def _spread(gap: int) -> int:
+    """Return over how many updates the first refreshes of all matrices are spread."""
+    return max(1, gap // 10)
 
 
 def _age(rule: GaLore, step: Step) -> int:
@@ -422,15 +506,15 @@ def _overlap(left: Tensor | None, right: Tensor | None, new: NewBases) -> BasisC
     return BasisChange(True, left_overlap, right_overlap)
 
 
+def _empty_in_fp32(shape: tuple[int, int] | None, device: torch.device) -> Tensor | None:
+    """Return an uninitialized fp32 basis of that shape, if there is one."""
+    if shape is None:
+        return None
+    return torch.empty(shape, device=device)
+
+
 def _in_fp32(basis: Tensor | None) -> Tensor | None:
     """Return a basis, if there is one, in fp32."""
     if basis is None:
         return None
     return basis.float()
-
-
-def _empty_in_fp32(basis: Tensor | None) -> Tensor | None:
-    """Return an uninitialized fp32 tensor shaped as a basis, if there is one."""
-    if basis is None:
-        return None
-    return torch.empty_like(basis, dtype=torch.float32)

@@ -12,7 +12,8 @@ from typing import Any
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 BASIS_NAMES = ("svd", "randomized", "tracked", "random")
-REFRESHES = ("together", "staggered")
+BASIS_STORES = ("dense", "int8", "int4")
+REFRESHES = ("together", "staggered", "lazy")
 MOMENTS = ("keep", "project", "reset")
 NUMERICS = ("sound", "reference")
 MOMENT_STORES = ("dense", "8bit")
@@ -45,6 +46,7 @@ OPTIONS: dict[str, Option] = {
     "galore_scale": Option("only methods with a subspace, and foam, have one", "scale", ("scale",)),
     "proj_type": Option(_PROJECTS, "proj_type", ("proj_type",)),
     "basis": Option(_PROJECTS, "basis", ("basis",)),
+    "bases": Option("only methods that keep a basis have one to keep", "basis_store", ("basis_store",)),
     "refresh": Option(_PROJECTS, "refresh", ("refresh",)),
     "moments": Option(_PROJECTS, "moments", ("moments",)),
     "natural_history": Option(_NATURAL, "natural_history", ("history",)),
@@ -63,7 +65,8 @@ first of ``betas``: SGD's momentum, Adafactor's first moment."""
 
 # Which options a method has follows from what it is composed of.
 _OF_ADAM = ("betas", "eps", "moment_store")
-_OF_GALORE = ("rank", "rank_by_module", "update_proj_gap", "galore_scale", "proj_type", "basis", "refresh", "moments")
+_OF_SUBSPACE = ("rank", "rank_by_module", "update_proj_gap", "galore_scale", "proj_type")
+_OF_GALORE = (*_OF_SUBSPACE, "basis", "bases", "refresh", "moments")
 _OF_NATURAL = ("natural_history", "natural_damping")
 _OF_LORA = ("rank", "lora_alpha", "lora_dropout")
 _OF_RELORA = (*_OF_LORA, "relora_every", "relora_warmup")
@@ -83,6 +86,18 @@ _SCALE = "SCALE scripts (arXiv 2506.16659)"
 _APOLLO = "APOLLO scripts (arXiv 2412.05270)"
 _FIRA = "Fira scripts (arXiv 2410.01673)"
 _MUON = "Muon in Conda's scripts (arXiv 2509.24218)"
+_Q_GALORE = "Q-GaLore scripts (arXiv 2407.08296)"
+_RECIPES_OF_APOLLO = (
+    Recipe({"lr": 0.01, "galore_scale": 1.0}, _APOLLO),
+    Recipe({"rank": 192}, _APOLLO, model="llama_130m"),
+    Recipe({"galore_scale": 0.5}, f"{_APOLLO}, the paper's scale", model="llama_1b"),
+    Recipe({"rank": 256}, _APOLLO, model="llama_7b"),
+)
+_RECIPES_OF_APOLLO_MINI = (
+    Recipe({"lr": 0.01, "galore_scale": 128.0}, _APOLLO),
+    Recipe({"galore_scale": 192.0}, _APOLLO, model="llama_130m"),
+)
+_Q_APOLLO = Recipe({"weights": "int8", "weight_group": "128"}, f"{_APOLLO}, Q-APOLLO")
 _AT_7B = Recipe(
     {"lr": 0.005, "update_proj_gap": 500, "grad_clip": 1.0},
     "GaLore scripts/benchmark_c4/llama_7b.sh",
@@ -283,12 +298,7 @@ _ENTRIES = (
         aliases=("apollo_adamw",),
         has_low_rank=True,
         options=("rank", "rank_by_module", "update_proj_gap", "galore_scale", *_OF_ADAM),
-        recipes=(
-            Recipe({"lr": 0.01, "galore_scale": 1.0}, _APOLLO),
-            Recipe({"rank": 192}, _APOLLO, model="llama_130m"),
-            Recipe({"galore_scale": 0.5}, f"{_APOLLO}, the paper's scale", model="llama_1b"),
-            Recipe({"rank": 256}, _APOLLO, model="llama_7b"),
-        ),
+        recipes=_RECIPES_OF_APOLLO,
     ),
     Method(
         name="apollo_mini",
@@ -297,10 +307,44 @@ _ENTRIES = (
         companion="galore_pretrain.optim.compositions:authors_adamw",
         has_low_rank=True,
         options=("update_proj_gap", "galore_scale", *_OF_ADAM),
+        recipes=_RECIPES_OF_APOLLO_MINI,
+    ),
+    Method(
+        name="q_galore",
+        description="galore_adamw8bit with weights of 8 bits, bases of 4, and refreshes as far as they turn",
+        home="galore_pretrain.optim.compositions:q_galore",
+        companion="adamw8bit",
+        aliases=("q_galore_adamw8bit",),
+        options=(*_OF_GALORE, *_OF_ADAM),
+        projects=True,
+        moments_8bit=True,
         recipes=(
-            Recipe({"lr": 0.01, "galore_scale": 128.0}, _APOLLO),
-            Recipe({"galore_scale": 192.0}, _APOLLO, model="llama_130m"),
+            Recipe({"lr": 0.01, "galore_scale": 0.25, "betas": (0.9, 0.95)}, _Q_GALORE),
+            Recipe({"weights": "int8", "weight_group": "256", "bases": "int4", "refresh": "lazy"}, _Q_GALORE),
+            Recipe({"lr": 0.015}, _Q_GALORE, model="llama_60m"),
+            Recipe({"lr": 0.015}, _Q_GALORE, model="llama_130m"),
+            Recipe({"lr": 0.004, "update_proj_gap": 500}, _Q_GALORE, model="llama_7b"),
         ),
+    ),
+    Method(
+        name="q_apollo",
+        description="apollo with weights and moments of 8 bits",
+        home="galore_pretrain.optim.compositions:q_apollo",
+        companion="adamw8bit",
+        has_low_rank=True,
+        options=("rank", "rank_by_module", "update_proj_gap", "galore_scale", *_OF_ADAM),
+        moments_8bit=True,
+        recipes=(*_RECIPES_OF_APOLLO, _Q_APOLLO),
+    ),
+    Method(
+        name="q_apollo_mini",
+        description="apollo_mini with weights and moments of 8 bits",
+        home="galore_pretrain.optim.compositions:q_apollo_mini",
+        companion="adamw8bit",
+        has_low_rank=True,
+        options=("update_proj_gap", "galore_scale", *_OF_ADAM),
+        moments_8bit=True,
+        recipes=(*_RECIPES_OF_APOLLO_MINI, _Q_APOLLO),
     ),
     Method(
         name="fira",
@@ -327,7 +371,7 @@ _ENTRIES = (
         companion="galore_pretrain.optim.compositions:authors_adamw",
         aliases=("subtrack_plus_plus", "subtrack++"),
         has_low_rank=True,
-        options=("rank", "rank_by_module", "update_proj_gap", "galore_scale", "proj_type", "refresh", *_OF_ADAM),
+        options=(*_OF_SUBSPACE, "refresh", *_OF_ADAM),
         recipes=(
             Recipe({"lr": 0.01, "galore_scale": 0.25}, "MoARa's Table 3, all methods at one rate"),
             Recipe({"lr": 0.005, "grad_clip": 1.0, "update_proj_gap": 500}, "MoARa, SubTrack++", model="llama_7b"),

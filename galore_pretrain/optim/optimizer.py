@@ -285,8 +285,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def is_due(self, p: Tensor) -> bool:
         """Return whether the next update of ``p`` finds a new basis."""
+        slot = self.slots[p]
         count = self.state[p]["step"] + 1 if p in self.state else 1
-        return self.next_due(p, count) == count
+        return slot.finds_bases(self.slots.state(p), Step(count, phase=slot.phase))
 
     def tensors(self, p: Tensor) -> State:
         """Return the tensors of the state of ``p``, on its device; new ones where it has none or was cleared."""

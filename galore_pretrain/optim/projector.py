@@ -353,6 +353,13 @@ def basis_at(basis: str | Basis, number: int, seed: int) -> BasisFn:
     return basis
 
 
+def is_turned(basis: str | Basis) -> bool:
+    """Return whether a basis is a turn of the one before."""
+    if isinstance(basis, str):
+        basis = BASES[basis]
+    return isinstance(basis, Tracked)
+
+
 def is_drawn(basis: str | Basis) -> bool:
     """Return whether a basis is drawn, whatever the gradient."""
     if isinstance(basis, str):

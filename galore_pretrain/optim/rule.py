@@ -6,7 +6,7 @@ projection. The optimizer never asks which class a rule is: it calls the methods
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from types import MappingProxyType
@@ -184,12 +184,14 @@ class BasisChange:
 class NewBases(NamedTuple):
     """Holds the bases that were found in a gradient, fp32: ``left`` is m × r, ``right`` is r × n, either may be absent.
 
-    ``found``, a scalar, says whether they are better than those in use.
+    ``found``, a scalar, says whether they are better than those in use. ``overlap``, an fp32 scalar, is that of both
+    subspaces, for a rule to which it matters: processes would not all measure the same to the last bit.
     """
 
     left: Tensor | None
     right: Tensor | None
     found: Tensor
+    overlap: Tensor | None = None
 
 
 class UpdateRule(ABC):
@@ -265,7 +267,8 @@ class UpdateRule(ABC):
         A rule that runs another one inside itself can call this.
         """
         self.start(state, step)
-        if self.next_refresh(step) == step.count:
+        schedule = self.schedule(state)
+        if self.finds_bases(step, None if schedule is None else schedule.tolist()):
             self.set_bases(self.find_bases(grad, state, step), state, step)
         compressed = self.compress(grad, state, step)
         return self.update(compressed, state, step.placed())
@@ -273,6 +276,24 @@ class UpdateRule(ABC):
     def next_refresh(self, step: Step) -> int | None:
         """Return the number of the first update, from this one on, that begins with new bases; None if none does."""
         return None
+
+    def schedule(self, state: State) -> Tensor | None:
+        """Return the tensor of the state that decides, beside the count, which updates find bases; None if none does.
+
+        It is of some numbers, and all processes have it.
+        """
+        return None
+
+    def finds_bases(self, step: Step, schedule: Sequence[float] | None = None) -> bool:
+        """Say whether an update finds bases. ``schedule`` has the numbers of `schedule`; None if they are not known.
+
+        Then the answer is true for any update that might.
+        """
+        return self.next_refresh(step) == step.count
+
+    def probes(self, step: Step) -> bool:
+        """Say whether the bases that an update finds are only compared with those in use, and not taken."""
+        return False
 
     @property
     def draws_bases(self) -> bool:
@@ -282,6 +303,10 @@ class UpdateRule(ABC):
     def bases(self, state: State) -> tuple[Tensor | None, Tensor | None]:
         """Return the bases in use: left (m × r) and right (r × n) of the whole matrix; either may be None."""
         return None, None
+
+    def held_bases(self, state: State) -> list[Tensor]:
+        """Return the tensors of the state that hold the bases."""
+        return [basis for basis in self.bases(state) if basis is not None]
 
     def find_bases(self, grad: Tensor, state: State, step: Step) -> NewBases:
         """Find the new bases of an update in its whole gradient. A rule whose `next_refresh` names one must have this.

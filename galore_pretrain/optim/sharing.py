@@ -179,16 +179,20 @@ class Distributor:
         """Return the bases of ``owner`` on every process. On the others, ``bases`` are written over."""
         from torch import distributed
 
-        left, right, found = bases
+        left, right, found, overlap = bases
         if left is not None:
             left = left.float().contiguous()
             distributed.broadcast(left, src=owner)
         if right is not None:
             right = right.float().contiguous()
             distributed.broadcast(right, src=owner)
-        found = found.float()
-        distributed.broadcast(found, src=owner)
-        return NewBases(left, right, found > 0)
+        numbers = found.float()
+        if overlap is not None:
+            numbers = torch.stack((numbers, overlap))
+        distributed.broadcast(numbers, src=owner)
+        if overlap is not None:
+            numbers, overlap = numbers.unbind()
+        return NewBases(left, right, numbers > 0, overlap)
 
     def gather(self, part: Tensor, shard: Shard) -> Tensor:
         """Return, on every process, the whole tensor of which each has a ``part``."""

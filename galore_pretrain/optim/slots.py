@@ -16,6 +16,7 @@ from galore_pretrain.tensors import capability
 from galore_pretrain.tensors.place import is_gpu
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import Shard, is_shared, local, shard_of
+from galore_pretrain.tensors.values import HostCopy, has_values
 
 if TYPE_CHECKING:
     from galore_pretrain.optim.optimizer import RuleOptimizer
@@ -48,6 +49,7 @@ class Slot:
     projects: bool = field(init=False)
     scope: Scope = field(init=False)
     decay: Decay = field(init=False)
+    _schedule: HostCopy | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         # Multiples of the golden ratio's fraction, modulo 1, are spread evenly however many there are. So no update
@@ -57,6 +59,24 @@ class Slot:
         self.scope = self.rule.scope
         self.decay = self.rule.decay
         self.move(self.device)
+
+    def finds_bases(self, state: State, step: Step) -> bool:
+        """Return whether an update finds bases. Waits for a GPU only where a state was just loaded."""
+        if not self.rule.finds_bases(step):
+            return False
+        schedule = self.rule.schedule(state)
+        if schedule is None or not has_values(schedule):
+            return True
+        if self._schedule is not None and self._schedule.is_of(schedule):
+            return self.rule.finds_bases(step, self._schedule.tolist())
+        return self.rule.finds_bases(step, schedule.tolist())
+
+    # Most of a period lies between this and the next question.
+    def keep_schedule(self, state: State) -> None:
+        """Have the numbers of the rule's schedule on the host by the time that they are asked for."""
+        schedule = self.rule.schedule(state)
+        if schedule is not None and self.on_gpu and has_values(schedule):
+            self._schedule = HostCopy(schedule)
 
     def move(self, device: torch.device) -> None:
         """Note that the parameter is on ``device`` now."""

@@ -33,12 +33,12 @@ OUTSIDE_FREE = 700_000_000
 
 _GIB = 2**30
 _SHOWN = {
-    24 * _GIB: int(23.64 * _GIB),  # RTX 4090: ali-vilab/VGen issue 104
-    16 * _GIB: int(15.70 * _GIB),
-    12 * _GIB: int(11.76 * _GIB),
-    10 * _GIB: int(9.78 * _GIB),
+    24: 23.64,  # RTX 4090: ali-vilab/VGen issue 104
+    16: 15.70,
+    12: 11.76,
+    10: 9.78,
 }
-"""Bytes that CUDA shows of cards by what they are sold with; users' reports of RTX 4090, 4080, 3060 and 3080."""
+"""GiB that CUDA shows of cards by what they are sold with; users' reports of RTX 4090, 4080, 3060 and 3080."""
 
 
 def budget_of(config: RunConfig, card: Card | None = None) -> int:
@@ -49,7 +49,9 @@ def budget_of(config: RunConfig, card: Card | None = None) -> int:
     """
     if is_on_gpu(config):
         free, total = _free_and_total(config, card)
-        asked = total if config.memory_budget is None else config.memory_budget
+        asked = total
+        if config.memory_budget is not None and _sold_with(config.memory_budget) is None:
+            asked = config.memory_budget
         return min(min(asked, total) - OUTSIDE_CARD, free - OUTSIDE_FREE)
     device = device_of(config)
     if config.memory_budget is not None:
@@ -68,14 +70,29 @@ def _free_and_total(config: RunConfig, card: Card | None) -> tuple[int, int]:
             f"--device {config.device}: this machine has no CUDA devices; to plan for one, say what the card has, such "
             "as --memory-budget 24GiB"
         )
-    total = _SHOWN.get(config.memory_budget, config.memory_budget)
+    sold = _sold_with(config.memory_budget)
+    total = config.memory_budget
+    if sold is not None:
+        total = int(_SHOWN[sold] * _GIB)
     return total, total
+
+
+# A card is sold with 12 GB, and users write that as 12GB or as 12GiB. Of a card that is here, a budget is a bound.
+def _sold_with(size: int | None) -> int | None:
+    """Return the gigabytes of the card that a budget of ``size`` bytes names; None where it names none."""
+    if torch.cuda.is_available():
+        return None
+    for sold in _SHOWN:
+        if size in (sold * _GIB, sold * 10**9):
+            return sold
+    return None
 
 
 def source_of(config: RunConfig, card: Card | None = None) -> str:
     """Return where `budget_of` comes from, in words."""
     parts = []
-    if config.memory_budget is not None:
+    sold = _sold_with(config.memory_budget)
+    if config.memory_budget is not None and (sold is None or card is not None or not is_on_gpu(config)):
         parts.append(f"--memory-budget {config.memory_budget / 2**30:.2f} GiB")
     if is_on_gpu(config):
         free, total = _free_and_total(config, card)
@@ -86,7 +103,8 @@ def source_of(config: RunConfig, card: Card | None = None) -> str:
             parts.append(f"{device_of(config)} shows {total / 2**30:.2f} GiB and has {free / 2**30:.2f} free")
             parts.append(f"less {OUTSIDE_CARD / 2**30:.2f} and {OUTSIDE_FREE / 2**30:.2f} for what is no tensor")
         else:
-            parts.append(f"of which such a card shows {total / 2**30:.2f}")
+            if sold is not None:
+                parts.append(f"a card of {sold} GB shows {total / _GIB:.2f} GiB")
             parts.append(f"less {OUTSIDE_CARD / 2**30:.2f} for what is no tensor")
         return ", ".join(parts)
     less = f"less {OUTSIDE / 2**30:.2f} for what is no tensor"

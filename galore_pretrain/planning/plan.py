@@ -182,7 +182,7 @@ class Outline:
         """Return the bytes that are held before anything is computed."""
         optimizer = self.optimizer
         return Static(
-            weights=sum(held_bytes(local(p)) for p in self.model.parameters()),
+            weights=sum(held_bytes(p) for p in self.model.parameters()),
             gradients=sum(local(p).nbytes for p in optimizer.state),
             state=optimizer.state_bytes(),
             sums=sum(optimizer.slots.sum_bytes(p) for p in optimizer.state),
@@ -234,9 +234,8 @@ def measure(
     with faked(config, architecture, mesh, ledger, sample, outline) as (model, optimizer):
         for p in optimizer.slots:
             rule = optimizer.rule_of(p)
-            for basis in rule.bases(optimizer.tensors(p)):
-                if basis is not None:
-                    ledger.assign(basis, "bases")
+            for basis in rule.held_bases(optimizer.tensors(p)):
+                ledger.assign(basis, "bases")
         execution = execution_for(config, optimizer, transport=_PlannedTransport(ledger, optimizer))
         _add_hooks(ledger, model)
         optimizer.observer = _OptimizerObserver(ledger, optimizer, each=every_update)
@@ -478,8 +477,7 @@ class _OptimizerObserver:
         pending = self._optimizer.pending.get(p)
         compressed = None if pending is None else pending.compressed
         measures_noise = pending is not None and pending.first_half is not None
-        count = int(self._optimizer.state[p]["step"]) + 1
-        is_due = self._optimizer.next_due(p, count) == count
+        is_due = self._optimizer.is_due(p)
         key = (name, p.shape, self._optimizer.rule_of(p), compressed, is_due, measures_noise)
         if self._each or key not in self._episodes:
             self._episodes[key] = self._ledger.episode(work)

@@ -173,8 +173,9 @@ def extrapolated(
 
 
 # A new basis is found by one process of one replica. That process gathers the gradient from all shards, and broadcasts
-# the basis in fp32, with one more number: whether the basis is valid. The matrices are dealt out among all processes,
-# so on average each of them gathers one in `size`. Bytes between hosts are those of a host, of `here` processes.
+# the basis in fp32, with one more number: whether the basis is valid; of a lazy refresh, its overlap too. The matrices
+# are dealt out among all processes, so on average each of them gathers one in `size`. Bytes between hosts are those of
+# a host, of `here` processes.
 def _refresh_counts(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
     """Return the bytes that new bases send, divided by T: those of a process, and on the network those of a host."""
     counts: Counts = defaultdict(float)
@@ -193,6 +194,8 @@ def _refresh_counts(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> 
             continue
         broadcast = 4 * elements
         if size > 1:
+            broadcast += 4
+        if size > 1 and optimizer.rule_of(p).schedule(optimizer.tensors(p)) is not None:
             broadcast += 4
         gradient = local(p).nbytes
         bytes_per_refresh = {

@@ -24,6 +24,7 @@ from galore_pretrain.tensors.fused import (
     subtract_,
     subtract_codes_,
 )
+from galore_pretrain.tensors.packing import Packed
 from galore_pretrain.tensors.place import is_gpu
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ def small_updates_are_right(device: torch.device) -> bool:
         store_(rounded, value, Noise(8), torch.tensor(is_valid, device=device))
         shares.append(_share_rounded_up(rounded))
     rounding_is_right = all(0.2 < share < 0.3 for share in shares)
-    updates_are_right = product_is_right and _first_updates_are_right(device) and _codes_are_right(device)
+    codes_are_right = _codes_are_right(device) and _packed_is_right(device)
+    updates_are_right = product_is_right and _first_updates_are_right(device) and codes_are_right
     return updates_are_right and rounding_is_right and _loss_is_right(device)
 
 
@@ -132,6 +134,13 @@ def _codes_are_right(device: torch.device) -> bool:
     is_near = (values - expected).abs() <= scales.float()
     keeps_scale = torch.tensor([[True], [False], [True]], device=device)
     return bool(is_near.all()) and bool(((scales == 0.5) == keeps_scale).all())
+
+
+def _packed_is_right(device: torch.device) -> bool:
+    """Read a matrix of 4 bits: numbers that are its codes, less a zero of 5."""
+    expected = torch.arange(300, device=device).remainder(16).sub(5).view(10, 30).float()
+    packed = Packed.empty(expected, 10, 30, 4).written(expected)
+    return torch.equal(packed.read(by_kernel=True), expected)
 
 
 def _loss_is_right(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.shards import local
 
 LARGEST = 127
 """The largest code. -128 is not used, so that both signs reach as far."""
@@ -160,8 +161,8 @@ def codes_of(parameter: Tensor) -> Coded | None:
 
 
 def held_bytes(parameter: Tensor) -> int:
-    """Return the bytes that hold a parameter's values."""
+    """Return the bytes that hold a parameter's values on this process."""
     coded = codes_of(parameter)
     if coded is not None:
         return coded.nbytes
-    return parameter.nbytes
+    return local(parameter).nbytes

@@ -399,3 +399,18 @@ def gaussian(
     word = word ^ ((word >> 31) & 0x1FFFFFFFF)
     level = ((word >> (16 * (column % 4))) & 0xFFFF) ^ 0x8000
     tl.store(matrix + entry, tl.load(table + level, mask=inside), mask=inside)
+
+
+# An element is (code − zero) · scale, as `tensors.packing` describes it.
+@triton.jit
+def unpack(matrix, codes, scales, zeros, n, BITS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr):
+    """Write a flat matrix from its codes of 4 or 8 bits, and the scale and zero of each group."""
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < n
+    byte = tl.load(codes + place * BITS // 8, mask=inside, other=0).to(tl.int32)
+    shift = (place * BITS % 8).to(tl.int32)
+    code = (byte >> shift) & (2**BITS - 1)
+    group = place // GROUP
+    zero = tl.load(zeros + group, mask=inside, other=0).to(tl.int32)
+    scale = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32)
+    _store(matrix + place, (code - zero).to(tl.float32) * scale, inside, place, False)

@@ -45,6 +45,33 @@ def can_look(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has values: fake and meta tensors have none."""
+    return type(tensor) is Tensor and not tensor.is_meta
+
+
+class HostCopy:
+    """Copies a few numbers from a GPU to the host, for which nobody waits before they are read."""
+
+    def __init__(self, source: Tensor) -> None:
+        self._source = source
+        self._version = source._version
+        self._values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        self._values.copy_(source, non_blocking=True)
+        self._arrival = torch.cuda.Event()
+        self._arrival.record(torch.cuda.current_stream(source.device))
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Return whether the numbers are those that ``tensor`` has now."""
+        return tensor is self._source and tensor._version == self._version
+
+    def tolist(self) -> list[float]:
+        """Return the numbers, once they are there."""
+        self._arrival.synchronize()
+        values: list[float] = self._values.tolist()
+        return values
+
+
 def known_true(condition: Tensor) -> bool:
     """Return whether a scalar is true and can be looked at."""
     return can_look(condition) and bool(condition)

@@ -380,6 +380,8 @@ def _outcome_metrics(outcome: "Outcome") -> Metrics:
         metrics["skipped_tensors"] = outcome.skipped
     if outcome.failed_refreshes:
         metrics["failed_refreshes"] = outcome.failed_refreshes
+    if outcome.refreshes_saved:
+        metrics["refreshes_saved"] = outcome.refreshes_saved
     metrics.update(outcome.overlaps)
     return metrics
 
