@@ -33,7 +33,8 @@ def check_replicas(folder: Path, model: Any, *rest: Any) -> None:
         assert all(other == mine for other in replicas), "weights differ between replicas"
     if mesh is not None:
         states = optimizers[-1].state.values()
-        bases = [digest(value) for state in states for name, value in state.items() if "basis" in name or name == "schedule"]
+        alike = [(name, value) for state in states for name, value in state.items()]
+        bases = [digest(value) for name, value in alike if "basis" in name or name == "schedule"]
         everywhere: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(everywhere, bases)
         assert all(other == bases for other in everywhere), "bases differ between processes"
