@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.planning.plan import faked, make_update
 from galore_pretrain.planning.work import LAUNCH_NOTHING
 from galore_pretrain.train.build import execution_for
@@ -49,8 +50,10 @@ def of_update(values: dict[str, Any], micro_batches: int = 1) -> tuple[Counter[s
         execution = execution_for(config, optimizer)
         dues = [optimizer.next_due(p, 1) for p in optimizer.state]
         count = max((due for due in dues if due is not None), default=1) + 1
-        for state in optimizer.state.values():
-            state["step"] = count - 1
+        _begin_at(count, optimizer)
+        while any(optimizer.is_due(p) for p in optimizer.state):  # a lazy refresh has probes
+            count += 1
+            _begin_at(count, optimizer)
         complete = execution.complete
         with Counted() as before:
             after = Counted()
@@ -62,6 +65,12 @@ def of_update(values: dict[str, Any], micro_batches: int = 1) -> tuple[Counter[s
             execution.complete = counted  # type: ignore[method-assign]
             make_update(config, model, execution, micro_batches)
     return before.names - after.names, after.names
+
+
+def _begin_at(count: int, optimizer: RuleOptimizer) -> None:
+    """Let the next update be number ``count``."""
+    for state in optimizer.state.values():
+        state["step"] = count - 1
 
 
 def main() -> None:

@@ -85,6 +85,7 @@ DENSE = {"BLOCKS": 2, **absent("m_scales", "m_code", "v_scales", "v_code")}
         ("cross_entropy", {"SIZE": 8192}),
         ("dropout_mask", {"SIZE": 512}),
         ("gaussian", {"SIZE": 1024}),
+        ("read_codes", {"SIZE": 1024}),
         ("unpack", {"BITS": 4, "GROUP": 256, "SIZE": 1024}),
         ("unpack", {"BITS": 8, "GROUP": 256, "SIZE": 1024}),
     ],
@@ -108,6 +109,8 @@ def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: s
         if argument in ("m_at", "v_at") and constants.get("EIGHT_BIT"):
             signature[argument] = "*u8"
         if argument == "weight" and constants.get("CODED"):
+            signature[argument] = "*i8"
+        if (name, argument) == ("read_codes", "codes"):
             signature[argument] = "*i8"
         if (name, argument) in (("gaussian", "table"), ("unpack", "scales")):
             signature[argument] = dtype

@@ -20,6 +20,7 @@ from galore_pretrain.tensors.fused import (
     Update,
     adam_,
     add_all_,
+    read_codes,
     store_,
     subtract_,
     subtract_codes_,
@@ -132,6 +133,7 @@ def _codes_are_right(device: torch.device) -> bool:
     values = codes.float() * scales.float()
     expected = torch.tensor([[49.0, -25.0], [96.0, -25.0], [50.0, -25.0]], device=device)
     is_near = (values - expected).abs() <= scales.float()
+    is_near &= read_codes(codes, scales, 2, torch.float32) == values
     keeps_scale = torch.tensor([[True], [False], [True]], device=device)
     return bool(is_near.all()) and bool(((scales == 0.5) == keeps_scale).all())
 

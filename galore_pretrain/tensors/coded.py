@@ -12,7 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from galore_pretrain.tensors import capability
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.fused import read_codes
 from galore_pretrain.tensors.shards import local
 
 LARGEST = 127
@@ -83,6 +85,8 @@ class Coded:
 
     def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the matrix in ``dtype``: products of fp32, rounded to nearest."""
+        if capability.runs_on(self.codes.device):
+            return read_codes(self.codes, self.scales, self.group, dtype)
         if dtype == torch.float32:
             return self.codes.float().mul_(self._spread(self.scales.float()))
         matrix = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)

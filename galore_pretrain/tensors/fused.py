@@ -22,6 +22,7 @@ _ELEMENTS = 512  # of a copy
 _TILE_ROWS, _TILE_COLUMNS, _TILE_RANK, _TILE_WARPS = 64, 128, 32, 8  # of a product
 CODED_TILE = _TILE_COLUMNS
 """Columns of a tile of codes, which a group of them is a multiple of."""
+_READ = 1024  # codes that are read
 _SUMMED = 2048  # elements that are added
 
 
@@ -172,6 +173,12 @@ def subtract_codes_(
     _ops().subtract_codes_(codes, scales, group, *parts, valid, rates, decay_first, noise.seed, noise.start)
 
 
+def read_codes(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix (m × n) of such codes and scales in ``dtype``, rounded to nearest. A group has any size."""
+    matrix: Tensor = _ops().read_codes(codes, scales, group, dtype)
+    return matrix
+
+
 def add_all_(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
     """Add each of ``parts`` to its sum in place, by one launch; bf16 sums are rounded with the bits of their seeds.
 
@@ -256,6 +263,12 @@ def _ops() -> Any:
         parts = (left, right, dense, row, column)
         _launch_subtract_codes(codes, scales, group, parts, valid, rates, decay_first, seed, start)
 
+    @define("galore_pretrain::read_codes", mutates_args=())
+    def matrix_of(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+        matrix = _matrix(codes, scales, group, dtype)
+        _launch_read(matrix, codes, scales, group)
+        return matrix
+
     @define("galore_pretrain::add_all_", mutates_args=("sums",))
     def add_all(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
         _launch_add_all(sums, parts, seeds)
@@ -263,6 +276,7 @@ def _ops() -> Any:
     for operation in (adam, store, subtract, subtract_codes, add_all):
         operation.register_fake(_nothing)
     direction_of_adam.register_fake(_like_gradient)
+    matrix_of.register_fake(_matrix)
     return torch.ops.galore_pretrain
 
 
@@ -273,6 +287,24 @@ def _nothing(*arguments: Any) -> None:
 def _like_gradient(grad: Tensor, *arguments: Any) -> Tensor:
     """Return what a kernel returns for a fake gradient."""
     return torch.empty_like(grad)
+
+
+def _matrix(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """Return a place for a matrix of codes."""
+    del scales, group
+    return torch.empty(codes.shape, dtype=dtype, device=codes.device)
+
+
+def _launch_read(matrix: Tensor, codes: Tensor, scales: Tensor, group: int) -> None:
+    """Launch the kernel that reads codes."""
+    from galore_pretrain.tensors import kernels
+
+    n = matrix.numel()
+    if not n:
+        return
+    columns, groups = codes.shape[1], scales.shape[1]
+    with on(matrix.device):
+        kernels.read_codes[(-(-n // _READ),)](matrix, codes, scales, n, columns, group, groups, SIZE=_READ)
 
 
 def _launch_adam(

@@ -300,6 +300,17 @@ def subtract(
         _store(weight + place, w, inside, noise, STOCHASTIC)
 
 
+@triton.jit
+def read_codes(matrix, codes, scales, n, columns, group, groups, SIZE: tl.constexpr):
+    """Write a matrix of codes, ``groups`` scales a row, each of ``group`` neighbours, in the matrix's dtype."""
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = place < n
+    code = tl.load(codes + place, mask=inside, other=0).to(tl.float32)
+    of_group = place // columns * groups + place % columns // group
+    scale = tl.load(scales + of_group, mask=inside, other=0.0).to(tl.float32)
+    _store(matrix + place, code * scale, inside, place, False)
+
+
 # Many tensors are summed by one launch. ``table`` has five numbers a tensor: the addresses of sum and part, the first
 # program of the tensor, its elements, and the seed of its random bits. A program finds its tensor by halving, among
 # tensors that are padded to a power of two by ones that no program reaches.

@@ -27,6 +27,9 @@ def gradient_norm(grad: Tensor) -> Tensor:
 # for those of columns as it takes to square and add. So a block of rows is taken at a time.
 def sums_of_squares(matrix: Tensor, over: int) -> Tensor:
     """Return the sums of a matrix's squares over dimension ``over``, fp32: one a column (0) or one a row (1)."""
+    if is_gpu(matrix.device):
+        norms = torch.linalg.vector_norm(matrix, dim=over, dtype=torch.float32)
+        return torch.as_tensor(norms.square())
     rows, columns = matrix.shape
     sums = torch.zeros((columns, rows)[over], dtype=torch.float32, device=matrix.device)
     block_rows = max(1, chunk_elements(matrix.device) // max(1, columns))

@@ -134,3 +134,15 @@ def test_methods_train_by_the_kernel_as_composed(row: str, monkeypatch: pytest.M
     for ours, theirs in zip(by_kernel, trained(row, GlobalStep, 1), strict=True):
         step = theirs.abs().amax(1, keepdim=True) / 64
         assert bool(((ours - theirs).abs() <= 1.1 * step).all())  # two neighbours, by other random bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns", "group"), [*SHAPES, (9, 70, 17)])
+def test_a_kernel_reads_what_single_operations_do(
+    rows: int, columns: int, group: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = coded(rows, columns, group)
+    by_kernel = made.read(dtype)
+    monkeypatch.setattr(capability, "runs_on", lambda device: False)
+    assert by_kernel.dtype == dtype
+    assert torch.equal(by_kernel, made.read(dtype))
