@@ -1,6 +1,7 @@
 # On a fresh machine: `make demo` or `make test`. Everything lives in .venv; the system's Python is left alone.
 PYTHON ?= python3
 VENV ?= .venv
+ROW ?= galore_adamw8bit
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint pytest dist golden chaos fuzz bench growth bench-7b clean
@@ -46,9 +47,9 @@ bench: $(VENV)/.installed           ## every goal of speed beside its peer: an h
 growth: $(VENV)/.installed          ## how the time of an update grows with model, length, batch, rank and T: half an hour
 	$(BIN)/python scripts/bench_growth.py --picture docs/benchmarks/growth.png
 
-bench-7b: $(VENV)/.installed        ## real updates of llama_7b: an hour, 20 GB of memory, 55 GB of disk
+bench-7b: $(VENV)/.installed        ## real updates of llama_7b, by ROW=q_galore or another: an hour, 20 GB of memory, 55 GB of disk
 	rm -rf runs/bench-7b
-	$(BIN)/python scripts/bench_7b.py runs/bench-7b
+	$(BIN)/python scripts/bench_7b.py runs/bench-7b --row $(ROW)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

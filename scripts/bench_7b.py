@@ -1,6 +1,7 @@
 """Run llama_7b on this machine, kill it between two checkpoints, and check that it goes on as if it had not been.
 
     python scripts/bench_7b.py runs/bench-7b    # an hour on two cores; takes 20 GB of memory and 55 GB of disk
+    python scripts/bench_7b.py runs/bench-7b --row q_galore    # of those in ROWS; 11 GB of memory
     python scripts/bench_7b.py runs/bench-7b --data FILE --tokenizer M.model    # more flags are a run's own
 
 Every update is followed by an evaluation of the same 256 tokens of text that is not trained on. The process is killed
@@ -26,11 +27,8 @@ from galore_pretrain.config.resolve import resolve
 from galore_pretrain.tensors.products import has_fast_bf16
 from galore_pretrain.train.build import model_for, optimizer_for
 
-RUN: dict[str, Any] = {
+SHARED: dict[str, Any] = {
     "model": "llama_7b",
-    "optim": "galore_adamw8bit",
-    "rank": 1024,
-    "update_proj_gap": 50,  # so that every basis is renewed within the first five updates
     "dtype": "bfloat16",
     "layerwise": True,
     "activation_checkpointing": True,
@@ -38,7 +36,6 @@ RUN: dict[str, Any] = {
     "total_batch_size": 1,
     "max_length": 256,
     "grad_clip": 0.0,
-    "lr": 0.0005,
     "steps": 6,
     "warmup_steps": 2,
     "data": "sample",
@@ -48,6 +45,15 @@ RUN: dict[str, Any] = {
     "keep": 1,
     "wandb": "disabled",
 }
+ROWS: dict[str, dict[str, Any]] = {
+    "galore_adamw8bit": {"optim": "galore_adamw8bit", "rank": 1024, "update_proj_gap": 50, "lr": 0.0005},
+    "q_galore": {"optim": "q_galore", "rank": 768, "update_proj_gap": 50, "lr": 0.0005},
+    "scale": {"optim": "scale", "lr": 1e-5},
+    "scale_int8": {"optim": "scale", "weights": "int8", "lr": 1e-5},
+    "q_apollo_mini": {"optim": "q_apollo_mini", "lr": 0.001},
+}
+"""What a row adds to `SHARED`. In periods of 50, every basis is renewed within the first five updates. Rates are a
+tenth of the recipes', whose warm-up of 15,000 updates is not waited for."""
 KILLED_AFTER = 4
 _TIMES = ("tokens_per_second", "peak_memory_bytes", "process_peak_bytes")
 
@@ -84,9 +90,9 @@ def killed_after(command: list[str], output: Path, updates: int) -> list[dict[st
     return rows(output)
 
 
-def bases_due(steps: int) -> list[int]:
-    """Return how many bases each update renews."""
-    config, _ = resolve(RUN, dict.fromkeys(RUN, "flag"))
+def bases_due(values: dict[str, Any], steps: int) -> list[int]:
+    """Return how many bases each update of a run renews."""
+    config, _ = resolve(values, dict.fromkeys(values, "flag"))
     # Without storage: which bases are due does not depend on numbers.
     model = model_for(config, load_model_config(config.model), "meta")
     optimizer = optimizer_for(config, model)
@@ -116,12 +122,12 @@ def print_machine() -> None:
     )
 
 
-def print_updates(updates: list[dict[str, Any]]) -> None:
+def print_updates(values: dict[str, Any], updates: list[dict[str, Any]]) -> None:
     """Print a table of the updates in Markdown."""
     print("| update | lr | bases renewed | loss of its sequence | loss of the fixed one | s | process peak GiB |")
     print("|---|---|---|---|---|---|---|")
     tokens_before = 0
-    for row, due in zip(updates, bases_due(len(updates)), strict=True):
+    for row, due in zip(updates, bases_due(values, len(updates)), strict=True):
         seconds = (row["tokens_seen"] - tokens_before) / row["tokens_per_second"]
         tokens_before = row["tokens_seen"]
         peak = row["process_peak_bytes"] / 2**30
@@ -135,11 +141,13 @@ def main() -> None:
     """Run, kill, go on, and print the report; exit with 1 where the repeated update has other numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("--row", choices=ROWS, default="galore_adamw8bit")
     arguments, more = parser.parse_known_args()
     output: Path = arguments.output
     if output.exists():
         parser.error(f"{output} exists; name a new folder")
-    words = [*flags(RUN), *more, "--output", str(output)]
+    values = SHARED | ROWS[arguments.row]
+    words = [*flags(values), *more, "--output", str(output)]
     command = [sys.executable, "-m", "galore_pretrain", *words]
 
     before = killed_after(command, output, KILLED_AFTER)
@@ -150,13 +158,13 @@ def main() -> None:
 
     print(f"    galore-pretrain {' '.join(words)}\n")
     print_machine()
-    print_updates(after)
+    print_updates(values, after)
     planned = summary["planned_peak_bytes"] / 2**30
     peak = summary["process_peak_bytes"] / 2**30
     repeated = "the same" if same else "OTHER"
     print(
         f"\nTensors planned: {planned:.2f} GiB; peak of the process, over all of both runs and the export: "
-        f"{peak:.2f} GiB. Killed after update {KILLED_AFTER}, resumed from update {RUN['save_every']}: "
+        f"{peak:.2f} GiB. Killed after update {KILLED_AFTER}, resumed from update {SHARED['save_every']}: "
         f"update {KILLED_AFTER} was repeated with {repeated} numbers."
     )
     if not same:

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from bench_7b import RUN, print_machine
+from bench_7b import ROWS, SHARED, print_machine
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.resolve import resolve
@@ -26,18 +26,12 @@ from galore_pretrain.train.build import execution_for, model_for, optimizer_for,
 from galore_pretrain.train.evaluate import evaluate
 from galore_pretrain.train.inputs import open_inputs
 
-METHODS: dict[str, dict[str, Any]] = {
-    "scale": {"lr": 1e-4},  # the recipe's rate at its peak
-    "galore_adamw8bit": {name: RUN[name] for name in ("lr", "rank", "update_proj_gap")},
-}
-_OF_GALORE = METHODS["galore_adamw8bit"].keys()
-SHARED = {name: value for name, value in RUN.items() if name not in _OF_GALORE} | {"layout": "pack"}
-"""The flags of `bench_7b`'s run that both methods have."""
+METHODS = ("scale", "galore_adamw8bit")
 
 
 def config_of(model: str, name: str) -> RunConfig:
     """Return the config of a run by one of the methods."""
-    values = {**SHARED, **METHODS[name], "model": model, "optim": name}
+    values = {**SHARED, **ROWS[name], "layout": "pack", "model": model}
     config, _ = resolve(values, dict.fromkeys(values, "flag"))
     return config
 
