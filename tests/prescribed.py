@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from hypothesis import reject
 from torch import Tensor
 
-from galore_pretrain.optim import METHODS, OPTIONS
+from galore_pretrain.optim import METHODS, OPTIONS, UpdateRule, build_rules
 from galore_pretrain.tensors.rounding import RandomBits
 
 
@@ -14,6 +15,16 @@ def meant_for(row: str, **options: Any) -> dict[str, Any]:
     """Those of ``options`` of `build_rules` that a row has a use for."""
     arguments = {OPTIONS[flag].argument for flag in METHODS[row].options}
     return {name: value for name, value in options.items() if name in arguments}
+
+
+def rules_that_go_together(row: str, numerics: str, **options: Any) -> tuple[UpdateRule, UpdateRule]:
+    """The rules of `build_rules`; in a property test, what lazy refreshes or rounded bases refuse is no example."""
+    try:
+        return build_rules(row, numerics, **options)
+    except ValueError as error:
+        if str(error).startswith(("refresh 'lazy'", "basis_store")):
+            reject()
+        raise
 
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:

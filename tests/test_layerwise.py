@@ -12,10 +12,10 @@ from transformers import LlamaForCausalLM
 
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.optim import METHODS, RuleOptimizer, build_optimizer
-from galore_pretrain.optim.build import build_rules, rounding_of
+from galore_pretrain.optim.build import rounding_of
 from galore_pretrain.optim.execution import Execution, GlobalStep, Layerwise, Outcome
 from galore_pretrain.optim.methods import MOMENTS, PROJ_TYPES, REFRESHES, ROWS
-from prescribed import meant_for
+from prescribed import meant_for, rules_that_go_together
 
 SHAPES: list[tuple[int, ...]] = [(48, 80), (80, 48), (64, 64), (40,), (100, 24)]
 PROJECTED = 3  # the first of them are
@@ -23,7 +23,7 @@ PROJECTED = 3  # the first of them are
 
 def optimizer_for(row: str, dtype: torch.dtype, numerics: str = "sound", **options: Any) -> RuleOptimizer:
     options = meant_for(row, **{"rank": 8, "update_proj_gap": 3, "basis": "svd"} | options)
-    rule, bare = build_rules(row, numerics, **options)
+    rule, bare = rules_that_go_together(row, numerics, **options)
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
     groups = [{"params": params[:PROJECTED], "rule": rule}, {"params": params[PROJECTED:], "rule": bare}]

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from galore_pretrain.optim import RuleOptimizer
-from galore_pretrain.optim.build import build_rules, rounding_of
+from galore_pretrain.optim.build import rounding_of
 from galore_pretrain.optim.execution import GlobalStep, Layerwise
 from galore_pretrain.optim.methods import BASIS_NAMES, MOMENTS, PROJ_TYPES, REFRESHES, ROWS
 from galore_pretrain.optim.projector import BASES, random_basis
-from prescribed import gradients, meant_for
+from prescribed import gradients, meant_for, rules_that_go_together
 
 CASES = {
     "row": st.sampled_from(ROWS),
@@ -39,7 +39,7 @@ def optimizer_for(p: Tensor, row: str, numerics: str, options: dict[str, Any]) -
     assume(row not in ("fira", "subtrack") or options["proj_type"] != "full")  # which Fira refuses, with the reason
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ranks above a dimension are clipped
-        rule, bare = build_rules(row, numerics, **meant_for(row, **options))
+        rule, bare = rules_that_go_together(row, numerics, **meant_for(row, **options))
         vector = torch.zeros(p.shape[0], dtype=p.dtype, requires_grad=True)
         groups = [{"params": [vector], "rule": bare}, {"params": [p], "rule": rule}]
         return RuleOptimizer(groups, lr=0.01, weight_decay=0.1, rounding=rounding_of(numerics))
