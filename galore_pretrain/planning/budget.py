@@ -49,8 +49,9 @@ def budget_of(config: RunConfig, card: Card | None = None) -> int:
     """
     if is_on_gpu(config):
         free, total = _free_and_total(config, card)
+        names_card = card is None and _sold_with(config.memory_budget) is not None
         asked = total
-        if config.memory_budget is not None and _sold_with(config.memory_budget) is None:
+        if config.memory_budget is not None and not names_card:
             asked = config.memory_budget
         return min(min(asked, total) - OUTSIDE_CARD, free - OUTSIDE_FREE)
     device = device_of(config)
