@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of one thread beat one of two, here and in subprocesses
 
+import hypothesis
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -18,6 +19,9 @@ from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import METHODS, is_own
 from runs import run
+
+hypothesis.settings.register_profile("whatever the load", deadline=None)
+hypothesis.settings.load_profile("whatever the load")
 
 # Those run by Triton's interpreter, in a process that test_kernels.py starts with TRITON_INTERPRET=1.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
