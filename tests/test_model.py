@@ -87,13 +87,19 @@ def test_rotary_table_stays_fp32_in_a_bf16_model() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "blocks"), [(3, 16), (5, 16), (5, 3)])
 def test_loss_and_gradients_are_transformers_own(
-    dtype: torch.dtype, build_tiny: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    rows: int,
+    blocks: int,
+    build_tiny: Callable[..., LlamaForCausalLM],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Chunks included: 3 × 40 tokens in chunks of 32, ignored labels among them."""
+    """Chunks included: rows of 40 tokens, ignored labels among them, in chunks of 32, or in three blocks."""
     monkeypatch.setattr("galore_pretrain.model.head._HEAD_CHUNK", 32)
+    monkeypatch.setattr("galore_pretrain.model.head._BLOCKS", blocks)
     model, theirs = build_tiny(dtype=dtype), build_tiny(dtype=dtype)
-    ids = torch.randint(0, 1024, (3, 41), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 1024, (rows, 41), generator=torch.Generator().manual_seed(0))
     inputs, labels = ids[:, :-1], ids[:, 1:].clone()
     labels[1, 30:] = -100
     counted = int((labels >= 0).sum())
