@@ -1,5 +1,6 @@
 """Random numbers that a kernel computes from their places: dropout's masks and random projections, one launch each."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.tensors.fused import on
+from galore_pretrain.tensors.operations import operation
 
 # The constants of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), as int64.
 INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -21,7 +23,7 @@ def dropout_mask(like: Tensor, start: int, seed: int, limit: int) -> Tensor:
 
     They depend on ``seed`` and on the element's place alone, which is ``start`` for the first.
     """
-    mask: Tensor = _ops().dropout_mask(like, start, seed, limit)
+    mask: Tensor = _mask_operation()(like, start, seed, limit)
     return mask.view(torch.bool)
 
 
@@ -30,27 +32,25 @@ def gaussian_(matrix: Tensor, table: Tensor, start: int, key: int) -> None:
 
     ``table`` has 2¹⁶ values in the matrix's dtype. What is chosen from it are the bits of `optim.sketch.gaussian`.
     """
-    _ops().gaussian_(matrix, table, start, key)
+    _gaussian_operation()(matrix, table, start, key)
 
 
 @cache
-def _ops() -> Any:
-    """Return the operations, registered when one is first needed."""
-    define = torch.library.custom_op
+def _mask_operation() -> Callable[..., Any]:
+    """Return the operation that draws a mask, registered when it is first needed."""
+    return operation("dropout_mask", _mask_of, _mask_for)
 
-    @define("galore_pretrain::dropout_mask", mutates_args=())
-    def mask_of(like: Tensor, start: int, seed: int, limit: int) -> Tensor:
-        mask = _mask_for(like, start, seed, limit)
-        _launch_mask(mask, start, seed, limit)
-        return mask
 
-    @define("galore_pretrain::gaussian_", mutates_args=("matrix",))
-    def fill(matrix: Tensor, table: Tensor, start: int, key: int) -> None:
-        _launch_gaussian(matrix, table, start, key)
+@cache
+def _gaussian_operation() -> Callable[..., Any]:
+    """Return the operation that fills a matrix, registered when it is first needed."""
+    return operation("gaussian_", _launch_gaussian, _nothing, ("matrix",))
 
-    mask_of.register_fake(_mask_for)
-    fill.register_fake(_nothing)
-    return torch.ops.galore_pretrain
+
+def _mask_of(like: Tensor, start: int, seed: int, limit: int) -> Tensor:
+    mask = _mask_for(like, start, seed, limit)
+    _launch_mask(mask, start, seed, limit)
+    return mask
 
 
 def _mask_for(like: Tensor, start: int, seed: int, limit: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The cross-entropy of many rows and its gradient, by one kernel that reads the logits from memory once."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.tensors.fused import on
+from galore_pretrain.tensors.operations import operation
 
 _PIECE = 1 << 13  # logits of a row that are looked at together, by 8 warps: none of their registers is spilled
 
@@ -23,15 +25,9 @@ def cross_entropy_(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
 
 
 @cache
-def _op() -> Any:
+def _op() -> Callable[..., Any]:
     """Return the operation, registered when it is first needed."""
-
-    @torch.library.custom_op("galore_pretrain::cross_entropy_", mutates_args=("logits",))
-    def cross_entropy(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
-        return _launch(logits, labels, scale)
-
-    cross_entropy.register_fake(_losses_of)
-    return torch.ops.galore_pretrain.cross_entropy_
+    return operation("cross_entropy_", _launch, _losses_of, ("logits",))
 
 
 def _losses_of(logits: Tensor, labels: Tensor, scale: float) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_pretrain.tensors.operations import operation
+
 BLOCK = 256
 """Elements of an 8-bit moment that share a scale."""
 
@@ -187,97 +189,96 @@ def add_all_(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[in
     _ops().add_all_(list(sums), list(parts), list(seeds))
 
 
+class _Operations:
+    """Has the operations. They are registered when the first is needed, since that takes time."""
+
+    def __init__(self) -> None:
+        self.adam_ = operation("adam_", _adam, _nothing, ("weight", "m", "v"))
+        self.adam_direction = operation("adam_direction", _direction_of_adam, _like_gradient, ("m", "v"))
+        self.store_ = operation("store_", _launch_store, _nothing, ("target",))
+        self.subtract_ = operation("subtract_", _subtract, _nothing, ("weight",))
+        self.subtract_codes_ = operation("subtract_codes_", _subtract_codes, _nothing, ("codes", "scales"))
+        self.read_codes = operation("read_codes", _read, _matrix)
+        self.add_all_ = operation("add_all_", _launch_add_all, _nothing, ("sums",))
+
+
 @cache
-def _ops() -> Any:
-    """Return the operations. They are registered when the first is needed, since that takes a tenth of a second."""
-    define = torch.library.custom_op
+def _ops() -> _Operations:
+    """Return the operations, the same at each call."""
+    return _Operations()
 
-    @define("galore_pretrain::adam_", mutates_args=("weight", "m", "v"))
-    def adam(
-        weight: Tensor,
-        grad: Tensor,
-        m: Sequence[Tensor],
-        v: Sequence[Tensor],
-        m_code: Tensor | None,
-        v_code: Tensor | None,
-        valid: Tensor | None,
-        numbers: Sequence[float],
-        l2: bool,
-        seed: int,
-        start: int,
-    ) -> None:
-        _launch_adam(weight, grad, m, v, (m_code, v_code), None, valid, numbers, l2, seed, start)
 
-    @define("galore_pretrain::adam_direction", mutates_args=("m", "v"))
-    def direction_of_adam(
-        grad: Tensor,
-        m: Sequence[Tensor],
-        v: Sequence[Tensor],
-        m_code: Tensor | None,
-        v_code: Tensor | None,
-        valid: Tensor | None,
-        numbers: Sequence[float],
-        seed: int,
-        start: int,
-    ) -> Tensor:
-        direction = torch.empty_like(grad)
-        _launch_adam(None, grad, m, v, (m_code, v_code), direction, valid, numbers, False, seed, start)
-        return direction
+def _adam(
+    weight: Tensor,
+    grad: Tensor,
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    m_code: Tensor | None,
+    v_code: Tensor | None,
+    valid: Tensor | None,
+    numbers: Sequence[float],
+    l2: bool,
+    seed: int,
+    start: int,
+) -> None:
+    _launch_adam(weight, grad, m, v, (m_code, v_code), None, valid, numbers, l2, seed, start)
 
-    @define("galore_pretrain::store_", mutates_args=("target",))
-    def store(target: Tensor, value: Tensor, valid: Tensor | None, seed: int, start: int) -> None:
-        _launch_store(target, value, valid, seed, start)
 
-    @define("galore_pretrain::subtract_", mutates_args=("weight",))
-    def subtract(
-        weight: Tensor,
-        left: Tensor | None,
-        right: Tensor | None,
-        dense: Tensor | None,
-        row: Tensor | None,
-        column: Tensor | None,
-        valid: Tensor | None,
-        rates: Sequence[float],
-        decay_first: bool,
-        seed: int,
-        start: int,
-    ) -> None:
-        _launch_subtract(weight, (left, right, dense, row, column), valid, rates, decay_first, seed, start)
+def _direction_of_adam(
+    grad: Tensor,
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    m_code: Tensor | None,
+    v_code: Tensor | None,
+    valid: Tensor | None,
+    numbers: Sequence[float],
+    seed: int,
+    start: int,
+) -> Tensor:
+    direction = torch.empty_like(grad)
+    _launch_adam(None, grad, m, v, (m_code, v_code), direction, valid, numbers, False, seed, start)
+    return direction
 
-    @define("galore_pretrain::subtract_codes_", mutates_args=("codes", "scales"))
-    def subtract_codes(
-        codes: Tensor,
-        scales: Tensor,
-        group: int,
-        left: Tensor | None,
-        right: Tensor | None,
-        dense: Tensor | None,
-        row: Tensor | None,
-        column: Tensor | None,
-        valid: Tensor | None,
-        rates: Sequence[float],
-        decay_first: bool,
-        seed: int,
-        start: int,
-    ) -> None:
-        parts = (left, right, dense, row, column)
-        _launch_subtract_codes(codes, scales, group, parts, valid, rates, decay_first, seed, start)
 
-    @define("galore_pretrain::read_codes", mutates_args=())
-    def matrix_of(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-        matrix = _matrix(codes, scales, group, dtype)
-        _launch_read(matrix, codes, scales, group)
-        return matrix
+def _subtract(
+    weight: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    dense: Tensor | None,
+    row: Tensor | None,
+    column: Tensor | None,
+    valid: Tensor | None,
+    rates: Sequence[float],
+    decay_first: bool,
+    seed: int,
+    start: int,
+) -> None:
+    _launch_subtract(weight, (left, right, dense, row, column), valid, rates, decay_first, seed, start)
 
-    @define("galore_pretrain::add_all_", mutates_args=("sums",))
-    def add_all(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequence[int]) -> None:
-        _launch_add_all(sums, parts, seeds)
 
-    for operation in (adam, store, subtract, subtract_codes, add_all):
-        operation.register_fake(_nothing)
-    direction_of_adam.register_fake(_like_gradient)
-    matrix_of.register_fake(_matrix)
-    return torch.ops.galore_pretrain
+def _subtract_codes(
+    codes: Tensor,
+    scales: Tensor,
+    group: int,
+    left: Tensor | None,
+    right: Tensor | None,
+    dense: Tensor | None,
+    row: Tensor | None,
+    column: Tensor | None,
+    valid: Tensor | None,
+    rates: Sequence[float],
+    decay_first: bool,
+    seed: int,
+    start: int,
+) -> None:
+    parts = (left, right, dense, row, column)
+    _launch_subtract_codes(codes, scales, group, parts, valid, rates, decay_first, seed, start)
+
+
+def _read(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    matrix = _matrix(codes, scales, group, dtype)
+    _launch_read(matrix, codes, scales, group)
+    return matrix
 
 
 def _nothing(*arguments: Any) -> None:

@@ -5,6 +5,7 @@ itself: their range is cut into even steps, and reaches to 0 where they are of o
 step, and a 0 stays a 0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.tensors.fused import on
+from galore_pretrain.tensors.operations import operation
 
 GROUP = 256
 """Neighbours that share a scale and a zero."""
@@ -49,7 +51,7 @@ class Packed:
         """Return the matrix, m × n, in the dtype of the scales."""
         rows, columns = self.shape
         if by_kernel:
-            matrix: Tensor = _ops().unpack(self.codes, self.scales, self.zeros, rows, columns, self.bits)
+            matrix: Tensor = _op()(self.codes, self.scales, self.zeros, rows, columns, self.bits)
             return matrix
         codes = self.codes
         if self.bits == 4:
@@ -82,17 +84,15 @@ class Packed:
 
 
 @cache
-def _ops() -> Any:
+def _op() -> Callable[..., Any]:
     """Return the operation, registered when it is first needed."""
+    return operation("unpack", _unpack, _matrix)
 
-    @torch.library.custom_op("galore_pretrain::unpack", mutates_args=())
-    def unpack(codes: Tensor, scales: Tensor, zeros: Tensor, rows: int, columns: int, bits: int) -> Tensor:
-        matrix = _matrix(codes, scales, zeros, rows, columns, bits)
-        _launch(matrix, codes, scales, zeros, bits)
-        return matrix
 
-    unpack.register_fake(_matrix)
-    return torch.ops.galore_pretrain
+def _unpack(codes: Tensor, scales: Tensor, zeros: Tensor, rows: int, columns: int, bits: int) -> Tensor:
+    matrix = _matrix(codes, scales, zeros, rows, columns, bits)
+    _launch(matrix, codes, scales, zeros, bits)
+    return matrix
 
 
 def _matrix(codes: Tensor, scales: Tensor, zeros: Tensor, rows: int, columns: int, bits: int) -> Tensor:
