@@ -29,6 +29,7 @@ from galore_pretrain.planning.plan import measure
 from galore_pretrain.tensors.coded import LARGEST, Coded, CodedParameter, held_bytes
 from prescribed import meant_for, random_bits
 from runs import lines, run
+from test_int8 import exact as exact_int8
 from test_plan import config_for, real_peak
 
 GROUPS = (None, 16, 40)
@@ -315,6 +316,7 @@ def test_a_gradient_that_is_not_finite_leaves_codes_alone(row: str) -> None:
     [
         ("galore_adamw", ("--layerwise", "--batch-size", "2", "--dtype", "bfloat16")),
         ("galore_adamw8bit", ("--no-layerwise", "--weight-group", "16")),
+        pytest.param("galore_adamw", ("--layerwise", "--matmul", "int8", "--dtype", "bfloat16"), marks=exact_int8),
     ],
 )
 def test_a_run_goes_on_bit_for_bit_and_exports_what_it_evaluates(
@@ -351,7 +353,7 @@ def test_a_run_goes_on_bit_for_bit_and_exports_what_it_evaluates(
     [
         ({"optim": "lora"}, "lora trains thin factors"),
         ({"numerics": "reference"}, "rounds to nearest"),
-        ({"matmul": "int8"}, "quantizes dense weights"),
+        ({"matmul": "int8", "weight_group": "64"}, "takes one scale a row, and --weight-group is 64; give"),
         ({"compile": True}, "compiler does not know"),
         ({"weights": "dense", "weight_group": "64"}, "give that too"),
     ],

@@ -22,6 +22,7 @@ from galore_pretrain.config.options import RunConfig, shipped_models
 from galore_pretrain.config.resolve import left_out, resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.model import int8
+from galore_pretrain.model.coded import CodedLinear
 from galore_pretrain.model.head import mean_loss, token_losses
 from galore_pretrain.model.int8 import Int8Linear, check_int8, multiplied, multiply_by_int8, quantized
 from galore_pretrain.model.llama_config import load_model_config
@@ -115,6 +116,33 @@ def test_products_are_those_of_the_rounded_factors(
 
 
 @exact
+@settings(max_examples=40, deadline=None)
+@given(sizes, sizes, sizes, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_codes_of_weights_are_multiplied_as_they_are(tokens: int, inner: int, outer: int, dtype: torch.dtype) -> None:
+    """Backward, a row's scale is a factor of the gradient, which is rounded after it."""
+    x, weight, grad = (
+        random(*shape, seed=seed, dtype=dtype)
+        for seed, shape in enumerate([(tokens, inner), (outer, inner), (tokens, outer)])
+    )
+    layer = CodedLinear(nn.Linear(inner, outer, bias=False, dtype=dtype), None, by_int8=True)
+    coded = layer.weight.coded
+    coded.write(weight)
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    codes, scales = coded.codes.long(), coded.scales[:, 0].float()
+    x_codes, x_steps = oracle_codes(x.detach())
+    assert torch.equal(y, ((x_codes @ codes.T).float() * x_steps[:, None] * scales).to(dtype))
+    g_codes, g_steps = oracle_codes(grad.float() * scales)
+    assert x.grad is not None
+    assert torch.equal(x.grad, ((g_codes @ codes).float() * g_steps[:, None]).to(dtype))
+    assert layer.weight.grad is not None
+    assert torch.equal(layer.weight.grad, oracle(grad.T, x.detach().T).to(dtype))
+    expected = x.detach() @ coded.read(dtype).T
+    torch.testing.assert_close(layer.eval()(x), expected)
+
+
+@exact
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_error_is_about_a_hundredth(dtype: torch.dtype) -> None:
     """Of normal numbers in 512 dimensions: the largest of a row is 3 deviations, so a step is a 42th of one."""
@@ -200,12 +228,13 @@ class CudasRule(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("weights", ["dense", "int8"])
 @pytest.mark.parametrize("name", shipped_models())
-def test_every_product_of_every_shipped_config_is_one_that_cuda_takes(name: str) -> None:
+def test_every_product_of_every_shipped_config_is_one_that_cuda_takes(name: str, weights: str) -> None:
     """5461 (llama_1b) and 1708 (llama_100m) are padded to 5464 and 1712, and one token to 24."""
     architecture = load_model_config(name)
     architecture.num_hidden_layers = 1
-    model = model_for(config_for(name), architecture, "meta")
+    model = model_for(config_for(name, weights=weights), architecture, "meta")
     layers = [layer for name, layer in model.named_modules() if is_projected(name, layer)]
     hidden, inner = architecture.hidden_size, -(-architecture.intermediate_size // 8) * 8
     assert len(layers) == 7
@@ -261,10 +290,11 @@ def test_training_multiplies_by_int8_and_evaluation_does_not(
 
 
 @exact
-def test_checkpointing_changes_nothing(tiny_config: str) -> None:
+@pytest.mark.parametrize("weights", ["dense", "int8"])
+def test_checkpointing_changes_nothing(weights: str, tiny_config: str) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = model_of(tiny_config, activation_checkpointing=checkpointing)
+        model = model_of(tiny_config, activation_checkpointing=checkpointing, weights=weights)
         mean_loss(model, IDS, IDS, IDS.numel()).backward()  # type: ignore[no-untyped-call]
         gradients.append([p.grad for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):

@@ -428,8 +428,11 @@ def _check_matrices(values: Mapping[str, Any], processes: Processes) -> None:
         why = f"{values['optim']} trains thin factors, and what they are added to is not held so"
     elif values["numerics"] == "reference":
         why = "--numerics reference rounds to nearest, by which most changes of a code would be lost"
-    elif values["matmul"] != "dense":
-        why = f"--matmul {values['matmul']} quantizes dense weights"
+    elif values["matmul"] != "dense" and values["weight_group"] != "row":
+        raise InputError(
+            f"--matmul {values['matmul']}: multiplies by the codes of --weights int8, which takes one scale a row, and "
+            f"--weight-group is {values['weight_group']}; give --weight-group row"
+        )
     elif values["compile"]:
         why = "torch's compiler does not know of codes that change in place"
     elif processes.total > 1:

@@ -40,10 +40,11 @@ class Codes:
 #
 # The matrix is read a chunk of rows at a time, which a CPU's cache holds, and no fp32 copy of it exists. Its columns
 # are scaled where the sum goes over its rows: their largest magnitudes take another reading.
-def quantized(matrix: Tensor, over: int) -> Codes:
+def quantized(matrix: Tensor, over: int, by: Tensor | None = None) -> Codes:
     """Return the codes of ``matrix`` (bf16 or fp32) for a product that sums over its dimension ``over``.
 
-    With ``over`` 0, they are the codes of its transpose.
+    With ``over`` 0, they are the codes of its transpose. With ``over`` 1, its columns are multiplied by ``by`` (fp32)
+    first, where that is given.
     """
     rows, columns = matrix.shape
     values = matrix.new_zeros(_padded(rows), _padded(columns), dtype=torch.int8)
@@ -51,6 +52,8 @@ def quantized(matrix: Tensor, over: int) -> Codes:
         scales = matrix.new_empty(rows, dtype=torch.float32)
         for start, stop in _chunks_of_rows(matrix):
             block = matrix[start:stop].float()
+            if by is not None:
+                block = block * by
             scales[start:stop] = _scales_for(block.abs().amax(1))
             inverse = scales[start:stop].reciprocal()
             values[start:stop, :columns] = (block * inverse[:, None]).round_()
@@ -78,6 +81,15 @@ def _scales_for(largest: Tensor) -> Tensor:
 def _padded(size: int) -> int:
     """Return a size of at least ``size`` that CUDA's product takes: more than 16, and a multiple of 8."""
     return max(24, -(-size // 8) * 8)
+
+
+def padded(values: Tensor) -> Tensor:
+    """Return a matrix of int8 with zeros behind its rows and columns, where CUDA's product wants some."""
+    rows, columns = values.shape
+    missing = (0, _padded(columns) - columns, 0, _padded(rows) - rows)
+    if not any(missing):
+        return values
+    return nn.functional.pad(values, missing)
 
 
 # Compiled code has no use for chunks: its loops over elements are joined to one.
@@ -129,11 +141,11 @@ class _Int8Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = multiplied(quantized(grad, over=1), quantized(weight, over=0), x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = _sum_over_tokens(grad, x, weight.dtype)
+            grad_weight = sum_over_tokens(grad, x, weight.dtype)
         return grad_x, grad_weight
 
 
-def _sum_over_tokens(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_over_tokens(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``grad``ᵀ @ ``x`` (tokens × out, tokens × in → out × in) in ``dtype``."""
     tokens = len(x)
     if tokens <= _LONGEST_SUM:

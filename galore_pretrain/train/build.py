@@ -105,10 +105,12 @@ def model_for(
     def change(model: LlamaForCausalLM) -> None:
         if factors:
             factors.apply(model, position)
-        if config.matmul == "int8":
-            multiply_by_int8(model)
+        by_int8 = config.matmul == "int8"
         if config.weights == "int8":
-            code_matrices(model, None if config.weight_group == "row" else int(config.weight_group))
+            group = None if config.weight_group == "row" else int(config.weight_group)
+            code_matrices(model, group, by_int8)
+        elif by_int8:
+            multiply_by_int8(model)
         if mesh is not None:
             share_out(model, config, mesh)
 
