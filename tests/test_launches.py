@@ -38,6 +38,22 @@ def test_an_update_takes_few_launches(counting: Any, model: str, optim: str, mos
     assert update.total() <= most, update.most_common()
 
 
+@pytest.mark.parametrize(
+    ("optim", "weights", "most"),
+    [("scale", "int8", 1800), ("q_galore", None, 1800), ("q_apollo_mini", None, 2000), ("apollo", None, 2200)],
+)
+def test_updates_of_codes_and_channels_take_few_launches(
+    counting: Any, optim: str, weights: str | None, most: int
+) -> None:
+    """Of llama_7b; 291 of them multiply a gradient by the clipping's coefficient."""
+    values = {"model": "llama_7b", "optim": optim, "activation_checkpointing": True}
+    values |= {"batch_size": 1, "total_batch_size": 1}
+    if weights:
+        values["weights"] = weights
+    _, update = counting.of_update(values)
+    assert update.total() <= most, update.most_common()
+
+
 def test_layerwise_updates_take_few_launches(counting: Any) -> None:
     values = {"model": "llama_60m", "optim": "galore_adamw8bit"}
     backward, update = counting.of_update(values)

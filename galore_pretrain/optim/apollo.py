@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.adam import Adam
-from galore_pretrain.optim.limiter import LAST_NORM, last_norm, limit_growth
+from galore_pretrain.optim.limiter import LAST_NORM, last_norm, limit_growth, limited_by_kernel
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.projector import clipped_rank, project_fast, sides
 from galore_pretrain.optim.rule import (
@@ -26,8 +26,9 @@ from galore_pretrain.optim.rule import (
 )
 from galore_pretrain.optim.sketch import gaussian
 from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors.growth import FactorRule
 from galore_pretrain.tensors.shards import Shard
-from galore_pretrain.tensors.values import sums_of_squares
+from galore_pretrain.tensors.values import channel_norms
 
 _EPS = 1e-8  # added to the norm of a low-rank gradient before it divides
 
@@ -120,27 +121,38 @@ class Apollo(OuterRule):
         m, n = step.shape(grad)
         right = _projects_right(m, n)
         projected_dim = 1 if right else 0
-        low_step = self._low_step(step)
         low = self._low_rank(grad, step)
-        low_norms = _channel_norms(low, projected_dim)
-        direction = update_in_chunks(self.inner, low, _inner_state(state), low_step)
+        low_norms = channel_norms(low, projected_dim)
+        direction = update_in_chunks(self.inner, low, _inner_state(state), self._low_step(step))
         if direction.scaled:
             raise ValueError(
                 f"{type(self.inner).__name__} has the learning rate in its direction, which is then no measure of a "
                 "gradient: run a rule inside Apollo that leaves the rate out"
             )
-        direction_norms = _channel_norms(direction.whole(), projected_dim)
+        if step.kernels and step.shard is None:
+            multiple = math.sqrt(self.scale) * abs(direction.factor)
+            rule = FactorRule(multiple, self.growth, share=0.0, eps=_EPS, channelwise=self.channelwise)
+            factors = limited_by_kernel(grad, low_norms, direction.whole(), projected_dim, state, step, rule)
+        else:
+            factors = self._factors(grad, low_norms, direction, projected_dim, state, step)
+        if right:
+            return Direction(grad, row=factors)
+        return Direction(grad, column=factors)
+
+    def _factors(
+        self, grad: Tensor, low_norms: Tensor, direction: Direction, over: int, state: State, step: Step
+    ) -> Tensor:
+        """Return the limited factor of each channel, by single operations; ``low_norms`` and more may be of a part."""
+        low_step = self._low_step(step)
+        direction_norms = channel_norms(direction.whole(), over)
         direction_norms.mul_(abs(direction.factor))
         if not self.channelwise:
             low_norms = _whole_norm(low_norms, low_step).expand_as(low_norms)
             direction_norms = _whole_norm(direction_norms, low_step).expand_as(low_norms)
         factors = direction_norms / (low_norms + _EPS)
         factors.mul_(math.sqrt(self.scale))
-        norm = _whole_norm(factors * _channel_norms(grad, projected_dim), step)
-        factors.mul_(limit_growth(norm, state, step, self.growth))
-        if right:
-            return Direction(grad, row=factors)
-        return Direction(grad, column=factors)
+        norm = _whole_norm(factors * channel_norms(grad, over), step)
+        return factors.mul_(limit_growth(norm, state, step, self.growth))
 
     def _low_rank(self, grad: Tensor, step: Step) -> Tensor:
         """Return R = PᵀG (r × n) or GQᵀ (m × r) in the dtype of ``grad``, contiguous; this process's part of it."""
@@ -203,8 +215,3 @@ def _whole_norm(norms: Tensor, step: Step) -> Tensor:
     if step.shard is None:
         return torch.as_tensor(torch.linalg.vector_norm(norms))
     return step.total(norms.square().sum()).sqrt()
-
-
-def _channel_norms(matrix: Tensor, over: int) -> Tensor:
-    """Return the norms over dimension ``over`` of a matrix, fp32: one a column (0) or one a row (1)."""
-    return sums_of_squares(matrix, over).sqrt_()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.optim.galore import GaLore
-from galore_pretrain.optim.limiter import LAST_NORM, last_norm, limit_growth
+from galore_pretrain.optim.limiter import LAST_NORM, last_norm, limit_growth, limited_by_kernel
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Direction, Layout
 from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors.growth import FactorRule
 from galore_pretrain.tensors.shards import Shard
 from galore_pretrain.tensors.values import sums_of_squares
 
@@ -81,9 +82,14 @@ class Fira(GaLore):
         low_direction = inner.left.float() * inner.factor
 
         low_norms = torch.linalg.vector_norm(seen, dim=across, dtype=torch.float32)
-        scales = self._scales(low_direction, low_norms, across)
-        norm = self._residual_norm(scales, grad, low_norms, across, state, step)
-        scales = scales * limit_growth(norm, state, step, self.growth)
+        share = (2 - self.scale) * self.scale
+        if step.kernels and step.shard is None:
+            rule = FactorRule(1.0, self.growth, share, _EPS, channelwise=True)
+            scales = limited_by_kernel(grad, low_norms, low_direction, across, state, step, rule)
+        else:
+            scales = self._scales(low_direction, low_norms, across)
+            norm = self._residual_norm(scales, grad, low_norms, across, state, step)
+            scales = scales * limit_growth(norm, state, step, self.growth)
 
         taken_out = seen * scales.unsqueeze(across)
         low_direction -= taken_out

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.update import Step
+from galore_pretrain.tensors.growth import FactorRule, channel_factors
+from galore_pretrain.tensors.values import channel_norms
 
 LAST_NORM = "last_norm"
 """The name of the state tensor that keeps the norm of the last update: a scalar, whole on every process."""
@@ -29,3 +31,19 @@ def limit_growth(norm: Tensor, state: State, step: Step, growth: float) -> Tenso
     factor = torch.where(is_too_large, allowed / norm, 1.0)
     step.store(state[LAST_NORM], norm * factor)
     return factor
+
+
+def limited_by_kernel(
+    grad: Tensor, low_norms: Tensor, direction: Tensor, over: int, state: State, step: Step, rule: FactorRule
+) -> Tensor:
+    """Return the factor of each channel of ``grad``, limited as `limit_growth` does, by one operation.
+
+    ``grad`` (m × n) was projected along dimension ``over``. ``low_norms`` are the norms of the channels of what came of
+    that, and ``direction`` is what the inner rule made of it. It runs where ``step.kernels`` says so.
+    """
+    if direction.shape[over] == 1:  # the norm of one number is its magnitude, which the kernel takes
+        direction_norms = direction.flatten()
+    else:
+        direction_norms = channel_norms(direction, over)
+    grad_norms = channel_norms(grad, over)
+    return channel_factors(low_norms, direction_norms, grad_norms, state[LAST_NORM], step.valid, rule)

@@ -1,6 +1,7 @@
 """SCALE (arXiv 2506.16659): the gradient with its rows, or its columns, normalized, and hardly any state."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,8 +12,9 @@ from galore_pretrain.optim.moments import Dense, MomentStore, State
 from galore_pretrain.optim.rule import Direction, Scope, UpdateRule
 from galore_pretrain.optim.update import Step
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
+from galore_pretrain.tensors.place import is_gpu
 from galore_pretrain.tensors.shards import Shard
-from galore_pretrain.tensors.values import sums_of_squares
+from galore_pretrain.tensors.values import channel_norms, sums_of_squares
 
 _AVERAGED_OVER = {"rows": 1, "columns": 0}  # the dimension over which squares are averaged
 _SMALLEST_RMS = 1e-8
@@ -74,17 +76,21 @@ class Scale(UpdateRule):
         matrix = grad
         if self.momentum:
             matrix = self._averaged(grad, state, step)
-        over = _AVERAGED_OVER[self.axis]
-        squares = sums_of_squares(matrix, over)
-        shard = step.shard
-        if shard is not None and shard.dim == over:
-            squares = shard.sum(squares)
-        length = step.shape(grad)[over]
-        rms = squares.div_(length).sqrt_()
+        rms = self._root_mean_squares(matrix, step.shape(grad), step.shard)
         factor = rms.clamp_(min=_SMALLEST_RMS).reciprocal_()
         if self.axis == "rows":
             return Direction(matrix, row=factor)
         return Direction(matrix, column=factor)
+
+    def _root_mean_squares(self, matrix: Tensor, shape: Sequence[int], shard: Shard | None) -> Tensor:
+        """Return the root mean square of each row or column of a matrix of ``shape``, of which ``matrix`` is a part."""
+        over = _AVERAGED_OVER[self.axis]
+        if is_gpu(matrix.device) and shard is None:  # two launches, and not four
+            return channel_norms(matrix, over).div_(math.sqrt(shape[over]))
+        squares = sums_of_squares(matrix, over)
+        if shard is not None and shard.dim == over:
+            squares = shard.sum(squares)
+        return squares.div_(shape[over]).sqrt_()
 
     # M is advanced a chunk of its elements at a time. What a dense store keeps of it is a matrix that can be returned
     # as it is. Another store keeps bytes, so M is copied, in the gradient's dtype, before it is written there.

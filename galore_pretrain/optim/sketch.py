@@ -19,7 +19,7 @@ _WORDS_PER_ROW = 1 << 20  # more than any rank has, so that a word's number does
 
 _SHIFTS = (30, 27, 31)  # of SplitMix64
 
-_tables: dict[torch.device, Tensor] = {}
+_tables: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
 
 # A generator's stream differs between kinds of devices, and has to be drawn from its beginning. A hash of an entry's
@@ -46,8 +46,7 @@ def gaussian(
     """
     rows = stop - start
     matrix = torch.empty(rows, rank, dtype=dtype, device=device)
-    table = _quantiles(matrix) * (1 / math.sqrt(rank))
-    table = table.to(dtype)
+    table = _table_for(matrix, rank)
     key = derive_seed(seed, draw)
     if runs_on(device):
         gaussian_(matrix, table, start, key)
@@ -94,11 +93,13 @@ def _quantile_values() -> list[float]:
     return negative + positive
 
 
-def _quantiles(like: Tensor) -> Tensor:
-    """Return `_quantile_values` in fp32, on the device of ``like``."""
+def _table_for(like: Tensor, rank: int) -> Tensor:
+    """Return the values of an entry of variance 1 / ``rank``, in the dtype and on the device of ``like``."""
     if type(like) is not Tensor or like.is_meta:
         # It is not kept: a fake tensor must not outlive its mode. Of one number, since a real table is made but once.
-        return torch.empty((), dtype=torch.float32, device=like.device).expand(_LEVELS)
-    if like.device not in _tables:
-        _tables[like.device] = torch.tensor(_quantile_values(), dtype=torch.float32, device=like.device)
-    return _tables[like.device]
+        return torch.empty((), dtype=like.dtype, device=like.device).expand(_LEVELS)
+    key = like.device, like.dtype, rank
+    if key not in _tables:
+        table = torch.tensor(_quantile_values(), dtype=torch.float32, device=like.device)
+        _tables[key] = (table * (1 / math.sqrt(rank))).to(like.dtype)
+    return _tables[key]

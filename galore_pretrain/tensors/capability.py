@@ -25,6 +25,7 @@ from galore_pretrain.tensors.fused import (
     subtract_,
     subtract_codes_,
 )
+from galore_pretrain.tensors.growth import FactorRule, channel_factors
 from galore_pretrain.tensors.packing import Packed
 from galore_pretrain.tensors.place import is_gpu
 
@@ -91,7 +92,8 @@ def small_updates_are_right(device: torch.device) -> bool:
         shares.append(_share_rounded_up(rounded))
     rounding_is_right = all(0.2 < share < 0.3 for share in shares)
     codes_are_right = _codes_are_right(device) and _packed_is_right(device)
-    updates_are_right = product_is_right and _first_updates_are_right(device) and codes_are_right
+    updates_are_right = product_is_right and _first_updates_are_right(device) and _factors_are_right(device)
+    updates_are_right = updates_are_right and codes_are_right
     return updates_are_right and rounding_is_right and _loss_is_right(device)
 
 
@@ -121,6 +123,16 @@ def _first_updates_are_right(device: torch.device) -> bool:
     answers.append(torch.allclose(zeros, 0.1 * grad, rtol=1e-4))
     answers.append(torch.allclose(kept, 0.1 * grad, atol=0.1 / 255))
     return all(answers)
+
+
+def _factors_are_right(device: torch.device) -> bool:
+    """Find the factors of two channels whose update's norm, of 5, may be 2 at most."""
+    low, direction, grad = torch.tensor([[1.0, 2.0], [3.0, 8.0], [1.0, 1.0]], device=device).unbind()
+    last = torch.ones((), device=device)
+    rule = FactorRule(multiple=1.0, growth=2.0, share=0.0, eps=0.0, channelwise=True)
+    factors = channel_factors(low, direction, grad, last, None, rule)
+    expected = torch.tensor([3.0, 4.0], device=device) * 2 / 5
+    return torch.allclose(factors, expected, rtol=1e-5) and torch.allclose(last, 2 * torch.ones_like(last))
 
 
 def _codes_are_right(device: torch.device) -> bool:

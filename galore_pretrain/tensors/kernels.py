@@ -425,3 +425,64 @@ def unpack(matrix, codes, scales, zeros, n, BITS: tl.constexpr, GROUP: tl.conste
     zero = tl.load(zeros + group, mask=inside, other=0).to(tl.int32)
     scale = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32)
     _store(matrix + place, (code - zero).to(tl.float32) * scale, inside, place, False)
+
+
+# What it computes is described in `tensors.growth`. One program looks at all channels twice.
+@triton.jit(do_not_specialize=["n"])
+def channel_factors(
+    factors,
+    low,
+    direction,
+    grad,
+    last,
+    valid,
+    n,
+    multiple,
+    growth,
+    share,
+    eps,
+    HAS_VALID: tl.constexpr,
+    CHANNELWISE: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Write the factors of n channels, limited in their growth, and the norm of the update in place of the last one."""
+    lane = tl.arange(0, SIZE)
+    low_squares = tl.zeros((SIZE,), tl.float32)
+    direction_squares = tl.zeros((SIZE,), tl.float32)
+    squares = tl.zeros((SIZE,), tl.float32)
+    for start in range(0, n, SIZE):
+        place = start + lane
+        inside = place < n
+        low_norm = tl.abs(tl.load(low + place, mask=inside, other=0.0).to(tl.float32))
+        direction_norm = tl.abs(tl.load(direction + place, mask=inside, other=0.0).to(tl.float32))
+        grad_norm = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        square = grad_norm * grad_norm - share * low_norm * low_norm
+        if CHANNELWISE:
+            factor = multiple * direction_norm / (low_norm + eps)
+            square = tl.where(inside, factor * factor * square, 0.0)
+        else:
+            low_squares += low_norm * low_norm
+            direction_squares += direction_norm * direction_norm
+        squares += square
+    norm = tl.sqrt(tl.maximum(tl.sum(squares), 0.0))
+    whole = 1.0
+    if not CHANNELWISE:
+        whole = multiple * tl.sqrt(tl.sum(direction_squares)) / (tl.sqrt(tl.sum(low_squares)) + eps)
+        norm = whole * norm
+    old = tl.load(last)
+    allowed = growth * old
+    is_too_large = (allowed > 0) & (norm > allowed)
+    limit = tl.where(is_too_large, allowed / norm, 1.0)
+    kept = norm * limit
+    if HAS_VALID:
+        kept = tl.where(tl.load(valid) != 0, kept, old)
+    for start in range(0, n, SIZE):
+        place = start + lane
+        inside = place < n
+        factor = tl.zeros((SIZE,), tl.float32) + whole
+        if CHANNELWISE:
+            low_norm = tl.abs(tl.load(low + place, mask=inside, other=0.0).to(tl.float32))
+            direction_norm = tl.abs(tl.load(direction + place, mask=inside, other=0.0).to(tl.float32))
+            factor = multiple * direction_norm / (low_norm + eps)
+        tl.store(factors + place, factor * limit, mask=inside)
+    tl.store(last, kept)

@@ -43,6 +43,13 @@ def sums_of_squares(matrix: Tensor, over: int) -> Tensor:
     return sums
 
 
+def channel_norms(matrix: Tensor, over: int) -> Tensor:
+    """Return the norms of a matrix over dimension ``over``, fp32: one a column (0) or one a row (1)."""
+    if is_gpu(matrix.device):  # one launch, and not three
+        return torch.as_tensor(torch.linalg.vector_norm(matrix, dim=over, dtype=torch.float32))
+    return sums_of_squares(matrix, over).sqrt_()
+
+
 def can_look(tensor: Tensor) -> bool:
     """Return whether a value can be looked at without waiting for a device (fake and meta tensors have none)."""
     return type(tensor) is Tensor and tensor.device.type == "cpu"
