@@ -22,6 +22,7 @@ OTHERS = {"value": "*fp32", "seed": "i64", "valid": "*u8", "m_bytes": "*u8", "v_
 OTHERS |= {"scales": "*bf16", "new_scales": "*bf16", "largest": "*i32", "group": "i32", "groups": "i32"}
 OTHERS |= {"codes": "*u8", "zeros": "*u8"}
 OTHERS |= {"labels": "*i64", "losses": "*fp32", "scale": "fp32", "mask": "*u8", "limit": "i32", "key": "i64"}
+OTHERS |= {"factors": "*fp32", "last": "*fp32", "multiple": "fp32", "growth": "fp32", "share": "fp32"}
 TILE = {"TILE_ROWS": 64, "TILE_COLUMNS": 128, "TILE_RANK": 32}
 
 
@@ -88,6 +89,8 @@ DENSE = {"BLOCKS": 2, **absent("m_scales", "m_code", "v_scales", "v_code")}
         ("read_codes", {"SIZE": 1024}),
         ("unpack", {"BITS": 4, "GROUP": 256, "SIZE": 1024}),
         ("unpack", {"BITS": 8, "GROUP": 256, "SIZE": 1024}),
+        ("channel_factors", {"SIZE": 1024, "CHANNELWISE": True}),
+        ("channel_factors", {"SIZE": 1024, "CHANNELWISE": False}),
     ],
 )
 def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: str, capability: int) -> None:
