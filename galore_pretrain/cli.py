@@ -172,7 +172,7 @@ def plan(
     configs = [resolved(ctx, flags_of_row, processes)[0] for flags_of_row in flags_of_rows]
 
     with _importing():
-        from galore_pretrain.planning import budget, cards, traffic  # torch and transformers
+        from galore_pretrain.planning import budget, cards, choice, traffic  # torch and transformers
         from galore_pretrain.study import pictures
         from galore_pretrain.train.build import check_accumulation
 
@@ -198,7 +198,7 @@ def plan(
         picture = picture or Path(f"memory-{name}.png")
         title = f"{name} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
         with _writing(f"--picture {picture}", "file"):
-            pictures.draw_memory(picture, title, budget.bars(rows, [of_row.plan for of_row in planned]), available)
+            pictures.draw_memory(picture, title, choice.bars(rows, [of_row.plan for of_row in planned]), available)
         click.echo(f"drawn: {picture}", err=as_json)
     return 0
 
@@ -215,10 +215,10 @@ class _Planned:
 def _plan_row(config: RunConfig, available: int, source: str, speeds: "Speeds", card: "Card | None") -> _Planned:
     """Plan a run: its memory, what several processes or --flops ask for, and its time on ``card`` if there is one."""
     from galore_pretrain import dist
-    from galore_pretrain.planning import budget, duration, traffic
+    from galore_pretrain.planning import duration, fit, traffic
 
     with dist.imagined(config) as mesh:
-        plan = budget.planned(config, available, mesh)
+        plan = fit.planned(config, available, mesh)
         answer = plan.as_json(available)
         tables = [_table(plan, available, source, card)]
         messages: dict[str, float] = {}
@@ -261,7 +261,8 @@ def _device_of_cards(device: str | None) -> str:
 
 def _table(plan: "Plan", available: int, source: str, card: "Card | None") -> str:
     """Return the table of what a run would take, and what helps where that is more than the ``available`` bytes."""
-    from galore_pretrain.planning.budget import left_on_card, memory_advice
+    from galore_pretrain.planning.budget import left_on_card
+    from galore_pretrain.planning.choice import memory_advice
     from galore_pretrain.planning.plan import is_on_gpu
 
     table = plan.table(available, source)

@@ -25,8 +25,9 @@ from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
 from galore_pretrain.model.int8 import check_int8
 from galore_pretrain.model.position import TrainingPosition
-from galore_pretrain.planning.budget import fitted, memory_advice
 from galore_pretrain.planning.cards import known_card
+from galore_pretrain.planning.choice import memory_advice
+from galore_pretrain.planning.fit import fitted
 from galore_pretrain.planning.plan import Outline, Plan, measure
 from galore_pretrain.planning.work import peak_tokens_per_second
 from galore_pretrain.rundir.checkpoint import Saved

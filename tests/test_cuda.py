@@ -16,7 +16,7 @@ from galore_pretrain.optim import moments
 from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.update import Step
-from galore_pretrain.planning import budget
+from galore_pretrain.planning import budget, choice
 from galore_pretrain.rundir import export
 from galore_pretrain.tensors import transport
 from galore_pretrain.tensors.transport import AtOnce, SideStream, transport_of
@@ -103,14 +103,14 @@ def test_micro_batches_on_a_card_are_powers_of_two(monkeypatch: pytest.MonkeyPat
         config, _ = config_of(total_batch_size=total, numerics="sound", grad_clip=0.0)
         with monkeypatch.context() as patched:
             card(patched, 79, 80)
-            assert budget._sizes(config) == sizes
-            plain = [c for c in budget._candidates(config) if not c.layerwise]
-            costs = {c.batch_size: budget._cost(c) for c in plain if not c.activation_checkpointing}
+            assert choice._sizes(config) == sizes
+            plain = [c for c in choice._candidates(config) if not c.layerwise]
+            costs = {c.batch_size: choice._cost(c) for c in plain if not c.activation_checkpointing}
             assert min(costs, key=lambda size: costs[size]) == max(sizes)
             assert costs[1] > costs[max(sizes)]
         with monkeypatch.context() as patched:  # the machine of this test may have a card of its own
             patched.setattr(torch.cuda, "is_available", lambda: False)
-            assert max(budget._sizes(config)[:-1]) <= 8
+            assert max(choice._sizes(config)[:-1]) <= 8
 
 
 def test_one_of_several_cards_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

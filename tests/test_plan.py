@@ -22,17 +22,9 @@ from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.galore import GaLore
 from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.optim.update import Step
-from galore_pretrain.planning.budget import (
-    budget_of,
-    choose,
-    fitted,
-    left_on_card,
-    lower_bound,
-    memory_advice,
-    planned,
-    source_of,
-    upper_bound,
-)
+from galore_pretrain.planning.budget import budget_of, left_on_card, source_of
+from galore_pretrain.planning.choice import choose, lower_bound, memory_advice, upper_bound
+from galore_pretrain.planning.fit import fitted, planned
 from galore_pretrain.planning.plan import (
     OUTSIDE,
     Outline,

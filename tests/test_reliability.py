@@ -31,7 +31,7 @@ from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import build_optimizer
-from galore_pretrain.planning import budget
+from galore_pretrain.planning import fit
 from galore_pretrain.planning.plan import Outline
 from galore_pretrain.rundir import checkpoint, resume
 from galore_pretrain.rundir.directory import RunDirectory
@@ -599,4 +599,4 @@ def test_a_norm_that_was_clipped_and_is_not_known_any_more_is_refused(
     assert not found.runs_as_before
     assert found.restored == {"clip_norm"}
     with pytest.raises(InputError, match="no way to run these updates knows it with 2 processes"):
-        budget.fitted(found.config, Outline.of(found.config, load_model_config("llama_60m")), runs_as_before=False)
+        fit.fitted(found.config, Outline.of(found.config, load_model_config("llama_60m")), runs_as_before=False)
