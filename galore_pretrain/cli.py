@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from galore_pretrain import __version__
 from galore_pretrain.check.parts import PARTS
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
 from galore_pretrain.config.options import Processes, RunConfig, optim_settings, parse_place, texts_of
-from galore_pretrain.config.resolve import left_out, load_named
+from galore_pretrain.config.resolve import ALL, left_out, load_named
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError, did_you_mean
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, load_line, own_length
 from galore_pretrain.text.hub import check_hub, hub_text
@@ -31,6 +31,7 @@ from galore_pretrain.text.tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
     from galore_pretrain.planning.cards import Card
+    from galore_pretrain.planning.fit import Fit
     from galore_pretrain.planning.plan import Plan
     from galore_pretrain.planning.traffic import Speeds
 
@@ -149,8 +150,9 @@ def plan(
     """Say what memory a run would take, without running it.
 
     The flags are those of the run. Of several processes, the memory of each is told. Of them, or with --flops, also
-    what an update computes and sends, and what bounds its speed. With --time CARD the plan is of a GPU with that card's
-    memory, and tells how long updates and the run would take there, as a range, from a table and not measured.
+    what an update computes and sends, and what bounds its speed. --optim all makes a table of what fits. With --time
+    CARD the plan is of a GPU with that card's memory, and tells how long updates and the run would take there, as a
+    range, from a table and not measured.
     """
     if paper:
         return _print_paper(ctx, as_json)
@@ -158,6 +160,9 @@ def plan(
     _check_rates(processes, flops, link, network, card_name)
     if card_name is not None:
         values["device"] = _device_of_cards(values["device"])
+    if values["optim"] == ALL:
+        _check_table(values, compare, processes, flops)
+        return _print_cards(ctx, values, card_name, picture, as_json)
     if picture and not compare:
         raise InputError(
             f"--picture {picture}: only --compare draws; give it rows, such as --compare adamw,galore_adamw"
@@ -172,17 +177,13 @@ def plan(
     configs = [resolved(ctx, flags_of_row, processes)[0] for flags_of_row in flags_of_rows]
 
     with _importing():
-        from galore_pretrain.planning import budget, cards, choice, traffic  # torch and transformers
+        from galore_pretrain.planning import budget, choice, traffic  # torch and transformers
         from galore_pretrain.study import pictures
         from galore_pretrain.train.build import check_accumulation
 
     first = configs[0]
     check_accumulation(first)
-    card = another = None
-    if card_name == _THIS_CARD:
-        card = cards.card_here(first.device)
-    elif card_name is not None:
-        card = another = cards.card_named(card_name)
+    card, another = _cards_named(card_name, first.device)
     available = budget.budget_of(first, another)
     source = budget.source_of(first, another)
     speeds = traffic.Speeds(flops, link, network)
@@ -198,8 +199,78 @@ def plan(
         picture = picture or Path(f"memory-{name}.png")
         title = f"{name} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
         with _writing(f"--picture {picture}", "file"):
-            pictures.draw_memory(picture, title, choice.bars(rows, [of_row.plan for of_row in planned]), available)
+            bars = choice.bars(rows, [of_row.plan for of_row in planned])
+            pictures.draw_memory(picture, title, bars, {"for tensors": available})
         click.echo(f"drawn: {picture}", err=as_json)
+    return 0
+
+
+def _cards_named(card_name: str | None, device: str) -> "tuple[Card | None, Card | None]":
+    """Return the card that --time means, None without, and the same again where it is not this machine's."""
+    from galore_pretrain.planning import cards
+
+    if card_name is None:
+        return None, None
+    if card_name == _THIS_CARD:
+        return cards.card_here(device), None
+    card = cards.card_named(card_name)
+    return card, card
+
+
+def _check_table(values: dict[str, Any], compare: str | None, processes: Processes, flops: float | None) -> None:
+    """Raise InputError for what a table of all methods finds out by itself, or does not know."""
+    why = {
+        "--batch-size": (values["batch_size"], "the table finds the largest micro-batch of each"),
+        "--accumulate-on": (values["accumulate_on"], "the table has both places"),
+        "--fit": (values["fit"], "the table is of what fits"),
+        "--compare": (compare, "the table has all rows"),
+        "--gpus-per-node and --nodes": (
+            processes.total > 1,
+            "the table is of one process; plan one method for several",
+        ),
+        "--flops": (flops, "give --time CARD"),
+    }
+    for flag, (value, reason) in why.items():
+        if value:
+            raise InputError(f"{flag} with --optim {ALL}: {reason}; leave it out")
+
+
+def _print_cards(
+    ctx: click.Context, values: dict[str, Any], card_name: str | None, picture: Path | None, as_json: bool
+) -> int:
+    """Print the table of all methods that fit the memory, and draw ten of them where that is asked."""
+    from galore_pretrain.study import cards as table
+
+    with _importing():
+        from galore_pretrain.planning import budget
+        from galore_pretrain.planning.plan import is_on_gpu
+        from galore_pretrain.study import pictures
+
+    def config_of(flags: Mapping[str, Any]) -> RunConfig:
+        return resolved(ctx, {**values, **flags})[0]
+
+    flags_of_rows = list(table.variants(values["weights"]))
+    first = config_of(flags_of_rows[0])
+    card, another = _cards_named(card_name, first.device)
+    available = budget.budget_of(first, another)
+    rows, refused = table.rows_that_fit(flags_of_rows, config_of, available, card)
+    if not rows:
+        raise InputError(f"--optim {ALL}: none can be planned; {refused[0]}")
+    if as_json:
+        answer = {"budget_bytes": available, "rows": [row.as_json() for row in rows], "not_planned": refused}
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        click.echo(table.report(rows, refused, available, budget.source_of(first, another), card))
+    bars = table.bars(rows)
+    if picture is None:
+        return 0
+    if not bars:
+        raise InputError(f"--picture {picture}: no method fits with 16 rows at once; give a larger --memory-budget")
+    budgets = budget.budgets_of_cards() if is_on_gpu(first) else {"for tensors": available}
+    title = f"{Path(first.model).stem}, an update of 16 × {first.max_length} tokens at once"
+    with _writing(f"--picture {picture}", "file"):
+        pictures.draw_memory(picture, title, bars, budgets)
+    click.echo(f"drawn: {picture}", err=as_json)
     return 0
 
 
@@ -218,9 +289,12 @@ def _plan_row(config: RunConfig, available: int, source: str, speeds: "Speeds", 
     from galore_pretrain.planning import duration, fit, traffic
 
     with dist.imagined(config) as mesh:
-        plan = fit.planned(config, available, mesh)
+        found = fit.planned(config, available, mesh)
+        plan = found.plan
         answer = plan.as_json(available)
-        tables = [_table(plan, available, source, card)]
+        if found.change is not None:
+            answer["change"] = found.change.as_json() | {"is_taken": found.is_taken}
+        tables = [_table(found, available, source, card)]
         messages: dict[str, float] = {}
         if mesh is not None or speeds.flops:
             update = traffic.count(plan.config, mesh)
@@ -259,16 +333,20 @@ def _device_of_cards(device: str | None) -> str:
     return device
 
 
-def _table(plan: "Plan", available: int, source: str, card: "Card | None") -> str:
+def _table(found: "Fit", available: int, source: str, card: "Card | None") -> str:
     """Return the table of what a run would take, and what helps where that is more than the ``available`` bytes."""
     from galore_pretrain.planning.budget import left_on_card
     from galore_pretrain.planning.choice import memory_advice
     from galore_pretrain.planning.plan import is_on_gpu
 
+    plan = found.plan
     table = plan.table(available, source)
-    if not plan.fits(available):
+    told = found.told()
+    if told is not None:
+        table += f"\n{told}"
+    elif not plan.fits(available):
         table += f"\nwhat helps: {memory_advice(plan.config)}"
-    elif is_on_gpu(plan.config):
+    if plan.fits(available) and is_on_gpu(plan.config):
         table += f"\n{left_on_card(plan, available, card)}"
     return table
 

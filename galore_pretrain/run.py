@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from galore_pretrain.config.options import RunConfig
-from galore_pretrain.config.resolve import AS_BEFORE
+from galore_pretrain.config.resolve import AS_BEFORE, FIT
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
@@ -155,7 +155,12 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     runs_as_before = resumption.runs_as_before
     choice = world.on_rank_zero(lambda: fitted(config, part, world.mesh, runs_as_before=runs_as_before))
     config = choice.config
+    if config.taken != resumption.config.taken:  # state and weights may be others now
+        outline = part = Outline.of(config, inputs.model)
+        if world.mesh is not None:
+            part = Outline.of(config, inputs.model, world.mesh)
     origins = {**origins, **dict.fromkeys(resumption.restored, AS_BEFORE)}
+    origins |= {name: FIT for name, _, _ in config.taken}
     log_config(config, origins)
     return Prepared(
         config=config,

@@ -104,7 +104,7 @@ def test_micro_batches_on_a_card_are_powers_of_two(monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as patched:
             card(patched, 79, 80)
             assert choice._sizes(config) == sizes
-            plain = [c for c in choice._candidates(config) if not c.layerwise]
+            plain = [c for c in choice.candidates(config) if not c.layerwise]
             costs = {c.batch_size: choice._cost(c) for c in plain if not c.activation_checkpointing}
             assert min(costs, key=lambda size: costs[size]) == max(sizes)
             assert costs[1] > costs[max(sizes)]

@@ -393,7 +393,7 @@ def test_a_plan_for_a_gpu_needs_none(small: str, monkeypatch: pytest.MonkeyPatch
     left = left_on_card(plan, budget_of(card))
     assert "0.13 GiB   of the budget. On the card's 23.64, " in left
     assert "0.82 are left: a desktop takes 0.3 to 0.5" in left
-    plan = planned(card, budget_of(card))
+    plan = planned(card, budget_of(card)).plan
     assert plan.config.batch_size == 64  # a GPU takes large micro-batches
     assert "planned for this CPU" not in plan.table(budget_of(card), "")
 

@@ -247,6 +247,7 @@ EXECUTION = tuple(f.name for f in fields(ExecutionSettings))
 CLIP_NORMS = ("full", "projected")
 BAD_DATA = ("raise", "skip")
 SUMS = ("device", "host")
+FITS = ("as-asked", "anything")
 SHARDS = ("full", "hybrid", "none")
 REDUCE = ("full", "projected")
 MATMULS = ("dense", "int8")
@@ -265,10 +266,11 @@ _TENTH = "a tenth, at most 1000"
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run, one field a flag, but for the last two. A field is None only where its type says so: not in use.
+    """A training run, one field a flag, but for the last three. A field is None only where its type says so: no use.
 
     `resolve` makes it. ``processes`` make the run. ``undecided`` names the flags of its execution that may still be
-    changed to fit the memory budget.
+    changed to fit the memory budget. ``taken`` are the changes that ``--fit anything`` made: flag, what was asked, what
+    was taken.
     """
 
     model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", parse_place, METHOD, shown="required")
@@ -348,6 +350,13 @@ class RunConfig:
         "device",
         "Where a GPU's sums of full gradients over micro-batches lie: there, or in the host's memory.",
         SUMS,
+        BATCH,
+        free=True,
+    )
+    fit: str = _flag(
+        "as-asked",
+        "Where the run does not fit the memory: refuse it, or take the cheapest change that fits, and say so.",
+        FITS,
         BATCH,
         free=True,
     )
@@ -501,6 +510,7 @@ class RunConfig:
 
     processes: Processes = ONE_PROCESS
     undecided: frozenset[str] = frozenset()
+    taken: tuple[tuple[str, Any, Any], ...] = ()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "RunConfig":

@@ -31,6 +31,10 @@ from galore_pretrain.optim import OPTIONS, is_own, method, resolve_name
 
 CHOSEN = "chosen"
 """The origin of a value that the memory budget was free to choose, as ``config.json`` tells it."""
+ALL = "all"
+"""What ``plan --optim`` takes for all methods."""
+FIT = "fit"
+"""The origin of a value that ``--fit anything`` took in place of the one that was asked for."""
 AS_BEFORE = "as before"
 """The origin of such a value where the run was resumed."""
 _LONG_RUN = 20_000
@@ -275,6 +279,8 @@ def load_named(optim: str) -> None:
 
 def _resolved_name(name: str) -> tuple[str, bool]:
     """Return what `resolve_name` does; InputError for an unknown name, which is the user's."""
+    if name == ALL:
+        raise InputError(f"--optim {ALL}: only plan makes a table of all methods; name one")
     try:
         return resolve_name(name)
     except ValueError as error:

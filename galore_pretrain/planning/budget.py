@@ -48,6 +48,11 @@ def budget_of(config: RunConfig, card: Card | None = None) -> int:
     return available_bytes(device) // config.processes.here - OUTSIDE
 
 
+def budgets_of_cards() -> dict[str, int]:
+    """Return the bytes that tensors may take of each card that a budget can name, by what it is sold with."""
+    return {f"{sold} GB": int(_SHOWN[sold] * _GIB) - OUTSIDE_CARD for sold in sorted(_SHOWN)}
+
+
 def _free_and_total(config: RunConfig, card: Card | None) -> tuple[int, int]:
     """Return the bytes that a card has free, and all that it shows; InputError where nothing says which card it is."""
     if card is not None:

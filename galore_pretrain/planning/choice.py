@@ -35,18 +35,18 @@ def choose(config: RunConfig, budget: int, mesh: Any = None, outline: Outline | 
     architecture = load_model_config(config.model)
     outline = outline or Outline.of(config, architecture, mesh)
     static = outline.static
-    candidates = _candidates(config)
-    if not candidates:
+    ways = candidates(config)
+    if not ways:
         raise InputError(
             f"--clip-norm {config.clip_norm}: no way to run these updates knows it with {config.processes.total} "
             "processes; leave out --layerwise, --batch-size and --reduce, or give as many processes as before"
         )
-    keeps_on_host = candidates[0].accumulate_on == "host" and candidates[0].micro_batches > 1
-    if not keeps_on_host and upper_bound(candidates[0], architecture, static) <= budget:
-        return Choice(candidates[0], None)
+    keeps_on_host = ways[0].accumulate_on == "host" and ways[0].micro_batches > 1
+    if not keeps_on_host and upper_bound(ways[0], architecture, static) <= budget:
+        return Choice(ways[0], None)
 
     plans: list[Plan] = []
-    for candidate in candidates:
+    for candidate in ways:
         if lower_bound(candidate, architecture, static) > budget:
             continue
         plan = measure(candidate, architecture, mesh, outline=outline)
@@ -54,13 +54,13 @@ def choose(config: RunConfig, budget: int, mesh: Any = None, outline: Outline | 
             return Choice(candidate, plan)
         plans.append(plan)
     if not plans:
-        least = min(candidates, key=lambda candidate: lower_bound(candidate, architecture, static))
+        least = min(ways, key=lambda candidate: lower_bound(candidate, architecture, static))
         plans.append(measure(least, architecture, mesh, outline=outline))
     smallest = min(plans, key=lambda plan: (not plan.fits_host, plan.peak_bytes))
     return Choice(smallest.config, smallest)
 
 
-def _candidates(config: RunConfig) -> list[RunConfig]:
+def candidates(config: RunConfig) -> list[RunConfig]:
     """Return what may be chosen, the fastest first, but none that clips another norm before one that clips the full."""
     undecided = config.undecided
     layerwise = (False, True) if "layerwise" in undecided else (config.layerwise,)
@@ -69,7 +69,7 @@ def _candidates(config: RunConfig) -> list[RunConfig]:
     if "batch_size" in undecided and config.numerics == "sound":  # the published code's loss depends on the micro-batch
         sizes = _sizes(config)
 
-    candidates = []
+    ways = []
     for is_layerwise, is_checkpointed, size in itertools.product(layerwise, checkpointing, sizes):
         norm = config.clip_norm
         if "clip_norm" in undecided:
@@ -79,8 +79,8 @@ def _candidates(config: RunConfig) -> list[RunConfig]:
             candidate = with_execution(config, ExecutionSettings(is_layerwise, is_checkpointed, size, norm))
         except InputError:  # this execution does not know the norm that is asked for
             continue
-        candidates.append(candidate)
-    return sorted(candidates, key=lambda candidate: (candidate.clip_norm == "projected", *_cost(candidate)))
+        ways.append(candidate)
+    return sorted(ways, key=lambda candidate: (candidate.clip_norm == "projected", *_cost(candidate)))
 
 
 def _sizes(config: RunConfig) -> list[int]:

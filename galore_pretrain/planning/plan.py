@@ -3,9 +3,9 @@
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -51,6 +51,8 @@ class Plan:
     """Of sums of gradients, in page-locked memory of the device's host; no part of the peak."""
     host_budget: int | None = None
     """Bytes that the host has for them; None where the card that is planned for is in another machine."""
+    highs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """At each place of an update, the bytes by kind of the most that was held there."""
 
     @property
     def fits_host(self) -> bool:
@@ -250,6 +252,7 @@ def measure(
         ledger.point_of_peak,
         host_bytes=ledger.host_peak,
         host_budget=host_budget(),
+        highs=ledger.highs,
     )
 
 

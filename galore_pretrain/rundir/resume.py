@@ -59,6 +59,8 @@ def resolve_resume(config: RunConfig, output: Path) -> Resumption:
             )
         return Resumption(config)
     before = saved.state["config"]
+    if config.fit == "anything":
+        config = _with_what_was_taken(config, saved)
     restored: frozenset[str] = frozenset()
     saved_norm = before.get("clip_norm")
     if "clip_norm" in config.undecided and saved_norm is not None:  # another would be clipped, were it chosen anew
@@ -75,6 +77,21 @@ def resolve_resume(config: RunConfig, output: Path) -> Resumption:
             "give another --output, or insist with --resume-with-changes"
         )
     return Resumption(config, saved, restored, runs_as_before=execution is not None)
+
+
+# What --fit anything took, a run that goes on takes again, whatever memory is free now. A flag that asks for something
+# else than before is no part of that.
+def _with_what_was_taken(config: RunConfig, saved: Saved) -> RunConfig:
+    """Return ``config`` with the changes that its checkpoint was made with, of what is asked for as it was then."""
+    taken = []
+    for name, asked, value in saved.state.get("taken", []):
+        if getattr(config, name) == asked:
+            taken.append((name, asked, value))
+    if not taken:
+        return config
+    values = {name: value for name, _, value in taken}
+    log.info("--fit anything took %s, as before", ", ".join(f"{name} {value}" for name, value in values.items()))
+    return replace(config, **values, taken=tuple(taken), undecided=config.undecided - values.keys())
 
 
 def resume_hint(config: RunConfig) -> str:
@@ -322,6 +339,7 @@ class Saver:
         tensors = checkpoint.named_tensors(self._model, self._optimizer)
         meta = {
             "config": self._config.values(),
+            "taken": self._config.taken,
             "trainer": state.state_dict(),
             "counts": checkpoint.named_counts(self._optimizer),
             "stalled": self.stalled,

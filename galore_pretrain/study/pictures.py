@@ -32,8 +32,8 @@ _GIB = 2**30
 _MIB = 2**20
 
 
-def draw_memory(path: Path, title: str, bars: Mapping[str, Mapping[str, int]], budget: int | None = None) -> None:
-    """Draw stacked bars of bytes: for each name, what its peak is made of. A line marks the budget, in bytes too."""
+def draw_memory(path: Path, title: str, bars: Mapping[str, Mapping[str, int]], budgets: Mapping[str, int]) -> None:
+    """Draw stacked bars of bytes: for each name, what its peak is made of. Lines mark ``budgets``, in bytes by name."""
     names = list(bars)
     line_breaks = max(name.count("\n") for name in names)
     height_of_a_bar = 0.5 + 0.16 * line_breaks
@@ -64,26 +64,25 @@ def draw_memory(path: Path, title: str, bars: Mapping[str, Mapping[str, int]], b
     )
 
     # A budget far beyond all bars would squeeze them into a corner: it is left out.
-    if budget is not None:
-        budget_gib = budget / _GIB
-        if budget_gib < 1.6 * max(totals):
-            _mark_budget(axes, budget_gib)
+    seen = {name: budget / _GIB for name, budget in budgets.items() if budget / _GIB < 1.6 * max(totals)}
+    for number, (name, budget) in enumerate(sorted(seen.items(), key=lambda item: item[1])):
+        _mark_budget(axes, f"{name}: {budget:.2f}", budget, number % 2)
     axes.invert_yaxis()
     axes.margins(x=0.1)
-    axes.set_title(title, pad=16)
+    axes.set_title(title, pad=16 if len(seen) < 2 else 28)
     axes.set_xlabel("peak memory of an update, GiB")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
 
-def _mark_budget(axes: Any, budget: float) -> None:
-    """Draw a broken line at the budget, in GiB, with the number above the axes."""
+def _mark_budget(axes: Any, label: str, budget: float, line: int) -> None:
+    """Draw a broken line at the budget, in GiB, with a label above the axes, in the first line there or the second."""
     axes.axvline(budget, color="black", linestyle="--", linewidth=1)
     axes.annotate(
-        f"for tensors: {budget:.2f}",
+        label,
         xy=(budget, 1),
         xycoords=("data", "axes fraction"),
-        xytext=(0, 2),
+        xytext=(0, 2 + 12 * line),
         textcoords="offset points",
         fontsize=9,
         ha="center",

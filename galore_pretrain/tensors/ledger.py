@@ -69,11 +69,11 @@ class Ledger(TorchDispatchMode):
     """Counts the bytes of every tensor that is made while it is active, until its storage is freed.
 
     It works on real tensors and on fake ones, which take no memory. ``peak`` is the largest sum in bytes, ``at_peak``
-    its parts by kind, and ``point_of_peak`` what ``point`` said then. A new tensor is of the kind that `kind` set
-    last. With none set, it is an activation where autograd records and a temporary elsewhere; `assign` corrects it
-    later. With ``resizes``, storages may also grow and shrink without an operation, as those of weights that FSDP2
-    gathers. Only then are all sizes read again, which takes a tenth of a plan's time. ``host_peak`` is the largest sum
-    of what is of the kind `HOST`, which is in no other sum.
+    its parts by kind, and ``point_of_peak`` what ``point`` said then; ``highs`` has the parts of the largest sum at
+    each point. A new tensor is of the kind that `kind` set last. With none set, it is an activation where autograd
+    records and a temporary elsewhere; `assign` corrects it later. With ``resizes``, storages may also grow and shrink
+    without an operation, as those of weights that FSDP2 gathers. Only then are all sizes read again, which takes a
+    tenth of a plan's time. ``host_peak`` is the largest sum of what is of the kind `HOST`, which is in no other sum.
     """
 
     def __init__(self, *, resizes: bool = False) -> None:
@@ -81,6 +81,7 @@ class Ledger(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self.at_peak = dict.fromkeys(KINDS, 0)
+        self.highs: dict[str, dict[str, int]] = {}
         self.point = ""
         self.point_of_peak = ""
         self.host_peak = 0
@@ -103,6 +104,16 @@ class Ledger(TorchDispatchMode):
             for storage in _storages((args, kwargs)):
                 self._read_size(storage)
         return result
+
+    @property
+    def point(self) -> str:
+        """Say where in an update what is counted belongs."""
+        return self._point
+
+    @point.setter
+    def point(self, point: str) -> None:
+        self._point = point
+        self._high_at_point = sum(self.highs.get(point, {}).values())
 
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:
@@ -192,19 +203,24 @@ class Ledger(TorchDispatchMode):
         """Compare what is held now, and ``more`` bytes of each kind, with the maxima of the episode and of all time."""
         more = more or {}
         extra = sum(more.values())
-        if self.now + extra <= self._high:
+        if self.now + extra <= min(self._high, self._high_at_point):
             return
         self._read_all_sizes()
         total = self.now + extra
-        if total <= self._high:
+        if total <= min(self._high, self._high_at_point):
             return
-        self._high = total
-        self._at_high = dict(self._bytes_of)
+        parts = dict(self._bytes_of)
         for kind, size in more.items():
-            self._at_high[kind] += size
+            parts[kind] += size
+        if total > self._high_at_point:
+            self._high_at_point = total
+            self.highs[self.point] = parts
+        if total > self._high:
+            self._high = total
+            self._at_high = parts
         if total > self.peak:
             self.peak = total
-            self.at_peak = self._at_high
+            self.at_peak = parts
             self.point_of_peak = self.point
 
 

@@ -1,0 +1,103 @@
+"""Plans a deep model's memory from the plans of two layers and of three: in a second or two, where all take many."""
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from transformers import LlamaConfig
+
+from galore_pretrain.config.options import RunConfig
+from galore_pretrain.planning.plan import Outline, Plan, heaviest_updates, host_budget, measure
+from galore_pretrain.tensors.ledger import KINDS
+
+_LAYER = re.compile(r"(layer |layers\.)(\d+)")
+_FIRST, _LAST = "first", "last"
+_Parts = Mapping[str, int]
+
+
+# What an update holds at one place, such as the loss or the backward pass of the last layer, grows with each further
+# layer by the same bytes: those of its weights and state, and of what waits for it or because of it. In the backward
+# pass that depends on which layer the place is in, and again by the same bytes from one layer to the next. So the most
+# is held in the first layer, in the last, or outside of them, and two small plans tell how it grows there. (A model of
+# one layer is none of them: no layer is before its last.)
+#
+#     bytes(L) = bytes(2) + (L - 2) · (bytes(3) - bytes(2))
+#
+# This is exact where bases that are due together are of as many matrices in the small models as in the whole one: of
+# one, or of all. Elsewhere, and where processes share a model out, all layers are measured.
+def measure_by_layers(config: RunConfig, architecture: LlamaConfig, outline: Outline) -> Plan:
+    """Return what `measure` does, ``highs`` left out. ``outline`` is of the whole model."""
+    layers = architecture.num_hidden_layers
+    if layers <= 3 or config.compile or config.processes.total > 1:
+        return measure(config, architecture, outline=outline)
+    small_plans = []
+    shares = [_share_due(config, outline)]
+    for count in (2, 3):
+        smaller = copy.deepcopy(architecture)
+        smaller.num_hidden_layers = count
+        small_outline = Outline.of(config, smaller)
+        shares.append(_share_due(config, small_outline))
+        if shares[-1] != shares[0]:
+            return measure(config, architecture, outline=outline)
+        small_plans.append(measure(config, smaller, outline=small_outline))
+    two, three = small_plans
+
+    at_two, at_three = _by_place(two, 2), _by_place(three, 3)
+    best: dict[str, int] = {}
+    best_place = ""
+    for place in at_two.keys() & at_three.keys():
+        parts = {kind: _extended(at_two[place][kind], at_three[place][kind], layers) for kind in KINDS}
+        if sum(parts.values()) > sum(best.values()):
+            best = parts
+            best_place = place
+    return Plan(
+        config,
+        sum(best.values()),
+        best,
+        _in_words(best_place, layers),
+        host_bytes=_extended(two.host_bytes, three.host_bytes, layers),
+        host_budget=host_budget(),
+    )
+
+
+def _extended(at_two: int, at_three: int, layers: int) -> int:
+    """Return the bytes of so many layers, from those of two and of three."""
+    return at_two + (layers - 2) * (at_three - at_two)
+
+
+def _share_due(config: RunConfig, outline: Outline) -> str:
+    """Return how many matrices have a basis due in the heaviest update: none, one, all, or a number of them."""
+    optimizer = outline.optimizer
+    count = heaviest_updates(config, optimizer)[0]
+    dues = Counter(optimizer.next_due(p, 2) for p in optimizer.state)
+    matrices = sum(number for due, number in dues.items() if due is not None)
+    at_once = sum(optimizer.next_due(p, count) == count for p in optimizer.state)
+    if not matrices:
+        return "none"
+    if at_once == matrices:
+        return "all"
+    return str(at_once)
+
+
+def _by_place(plan: Plan, layers: int) -> dict[str, _Parts]:
+    """Return the parts of the most that was held at each place, which is told from the first layer or from the last."""
+    found: dict[str, _Parts] = {}
+    for point, parts in plan.highs.items():
+        match = _LAYER.search(point)
+        if match is None:
+            found[point] = parts
+            continue
+        number = int(match[2])
+        if number == 0:
+            found[_LAYER.sub(rf"\g<1>{_FIRST}", point)] = parts
+        if number == layers - 1:
+            found[_LAYER.sub(rf"\g<1>{_LAST}", point)] = parts
+    return found
+
+
+def _in_words(place: str, layers: int) -> str:
+    """Return a place as `measure` names it, by the number of its layer."""
+    for word, number in ((_FIRST, 0), (_LAST, layers - 1)):
+        place = place.replace(f"layer {word}", f"layer {number}").replace(f"layers.{word}", f"layers.{number}")
+    return place

@@ -1,0 +1,163 @@
+"""What makes a run fit the memory: found in the order of what it costs, planned, named, and taken where asked."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.resolve import left_out, resolve
+from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.planning.budget import budget_of
+from galore_pretrain.planning.changes import changed, cheapest_change
+from galore_pretrain.planning.choice import choose
+from galore_pretrain.planning.fit import planned
+from galore_pretrain.planning.layers import measure_by_layers
+from galore_pretrain.planning.plan import OUTSIDE, Outline, measure
+from runs import lines, run
+
+SHAPE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
+
+
+def model_of(folder: Path, layers: int) -> str:
+    path = folder / f"llama_{layers}.json"
+    config = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 1024, "tie_word_embeddings": False}
+    path.write_text(json.dumps(config | SHAPE | {"num_hidden_layers": layers}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return model_of(tmp_path_factory.mktemp("model"), 5)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return model_of(tmp_path_factory.mktemp("model"), 2)
+
+
+def config_for(model: str, row: str, **given: Any) -> RunConfig:
+    flags = {"model": model, "optim": row, "rank": 8, "steps": 100, "max_length": 64, "device": "cpu"} | given
+    unused = left_out(row)
+    config, _ = resolve({name: value for name, value in flags.items() if name not in unused}, {})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("row", "given"),
+    [
+        ("scale", {"total_batch_size": 4, "batch_size": 4, "layerwise": True, "activation_checkpointing": True}),
+        ("q_galore", {"total_batch_size": 16, "batch_size": 4, "layerwise": True, "activation_checkpointing": True}),
+        ("fira", {"total_batch_size": 8, "batch_size": 2, "grad_clip": 1.0}),
+        ("natural_galore", {"total_batch_size": 8, "batch_size": 1, "layerwise": True, "refresh": "together"}),
+        ("galore_adamw8bit", {"total_batch_size": 8, "batch_size": 2, "device": "cuda", "accumulate_on": "host"}),
+        ("relora", {"total_batch_size": 2, "batch_size": 1, "activation_checkpointing": True}),
+    ],
+)
+def test_two_layers_and_three_tell_of_all(row: str, given: dict[str, Any], small: str) -> None:
+    config = config_for(small, row, **given)
+    architecture = load_model_config(small)
+    outline = Outline.of(config, architecture)
+    whole, extended = measure(config, architecture, outline=outline), measure_by_layers(config, architecture, outline)
+    assert (extended.peak_bytes, extended.host_bytes) == (whole.peak_bytes, whole.host_bytes)
+    assert sum(extended.parts.values()) == extended.peak_bytes
+
+
+def least(config: RunConfig) -> int:
+    """The least peak that any execution of a run has."""
+    peak = 2**62
+    plan = choose(config, 1).plan
+    while plan is not None and plan.peak_bytes < peak:
+        peak = plan.peak_bytes
+        plan = choose(config, peak - 1).plan
+    return peak
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    row=st.sampled_from(["adamw", "galore_adamw", "scale", "fira", "lora"]),
+    share=st.floats(0.5, 0.99),
+    total=st.sampled_from([1, 4, 16]),
+    layerwise=st.sampled_from([None, False]),
+)
+def test_what_is_said_to_fit_fits(row: str, share: float, total: int, layerwise: bool | None, shallow: str) -> None:
+    flags = {"total_batch_size": total} | ({} if layerwise is None else {"layerwise": layerwise})
+    config = config_for(shallow, row, **flags)
+    budget = int(share * least(config))
+    change = cheapest_change(config, budget)
+    if change is None:
+        return
+    assert change.plan.peak_bytes <= budget
+    assert measure(change.plan.config, load_model_config(shallow)).peak_bytes == change.plan.peak_bytes
+    for name, value in change.flags.items():
+        assert getattr(change.plan.config, name) == value
+    taken = planned(replace(config, fit="anything"), budget)
+    assert taken.plan.fits(budget)
+    assert {name for name, _, _ in taken.plan.config.taken} == change.flags.keys()
+
+
+def test_what_costs_the_result_least_comes_first(shallow: str) -> None:
+    config = config_for(shallow, "galore_adamw", total_batch_size=2, batch_size=2, activation_checkpointing=False)
+    first = cheapest_change(config, least(config) - 1)
+    assert first is not None
+    assert first.words() == "--batch-size 1"  # which changes nothing but the order of roundings
+    open_config = config_for(shallow, "galore_adamw", total_batch_size=2)
+    second = cheapest_change(open_config, least(open_config) - 1)
+    assert second is not None
+    assert second.words() == "--moment-store 8bit"  # and not one micro-batch an update
+    eighth = config_for(shallow, "galore_adamw", total_batch_size=2, moment_store="8bit", weights="int8", bases="int4")
+    third = cheapest_change(eighth, least(eighth) - 1)
+    assert third is not None
+    assert third.words() == "--rank 6"
+
+
+def test_a_change_that_does_not_go_with_the_rest_is_none(shallow: str) -> None:
+    reference = config_for(shallow, "galore_adamw", total_batch_size=4, numerics="reference")
+    assert changed(reference, {"weights": "int8"}) is None
+    assert cheapest_change(reference, 1000) is None
+
+
+def test_7b_of_rank_1024_is_told_of_rank_768_on_a_card_of_12_gb() -> None:
+    flags = {"model": "llama_7b", "optim": "q_galore", "rank": 1024, "total_batch_size": 1, "device": "cuda"}
+    config, _ = resolve(flags | {"memory_budget": 12 * 10**9}, {})
+    change = cheapest_change(config, budget_of(config))
+    assert change is not None
+    assert change.told() == "--rank 768: 10.03 GiB planned"
+
+
+def test_a_run_takes_the_change_says_so_and_goes_on_with_it(tiny_config: str, tmp_path: Path) -> None:
+    flags = {"model": tiny_config, "optim": "galore_adamw", "rank": 4, "max_length": 48, "dtype": "float32"}
+    config, _ = resolve(flags | {"steps": 12, "total_batch_size": 4, "update_proj_gap": 5}, {})
+    budget = ("--memory-budget", str(OUTSIDE + least(config) - 1))
+    refused = run(tiny_config, tmp_path / "refused", *budget)
+    assert refused.returncode == 2
+    assert "what helps: --moment-store 8bit: 0.00 GiB planned (--fit anything takes it)" in refused.stderr
+
+    output = tmp_path / "taken"
+    taken = run(tiny_config, output, *budget, "--fit", "anything")
+    assert taken.returncode == 0, taken.stderr
+    assert "--fit anything takes --moment-store 8bit (asked for: None)" in taken.stderr
+    values = json.loads((output / "config.json").read_text())["config"]
+    assert values["moment_store"] == {"value": "8bit", "origin": "fit"}
+    assert values["rank"] == {"value": 4, "origin": "flag"}
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["planned_peak_bytes"] < least(config)
+
+    whole = lines(output)
+    shutil.rmtree(output / "checkpoints" / "step_00000012")
+    (output / "summary.json").unlink()
+    again = run(tiny_config, output, "--fit", "anything")  # with all of the machine's memory
+    assert again.returncode == 0, again.stderr
+    assert "--fit anything took moment_store 8bit, as before" in again.stderr
+    assert [line["loss"] for line in lines(output)] == [line["loss"] for line in whole]
+    assert json.loads((output / "config.json").read_text())["config"]["moment_store"]["origin"] == "fit"
+    (output / "summary.json").unlink()
+    shutil.rmtree(output / "checkpoints" / "step_00000012")
+    other = run(tiny_config, output)  # as asked: that is not what the folder holds
+    assert other.returncode == 2
+    assert "made with other options" in other.stderr
