@@ -239,11 +239,10 @@ def _print_cards(
     ctx: click.Context, values: dict[str, Any], card_name: str | None, picture: Path | None, as_json: bool
 ) -> int:
     """Print the table of all methods that fit the memory, and draw ten of them where that is asked."""
-    from galore_pretrain.study import cards as table
-
     with _importing():
         from galore_pretrain.planning import budget
         from galore_pretrain.planning.plan import is_on_gpu
+        from galore_pretrain.study import cards as table
         from galore_pretrain.study import pictures
 
     def config_of(flags: Mapping[str, Any]) -> RunConfig:

@@ -17,7 +17,7 @@ from galore_pretrain.planning.budget import budget_of
 from galore_pretrain.planning.changes import changed, cheapest_change
 from galore_pretrain.planning.choice import choose
 from galore_pretrain.planning.fit import planned
-from galore_pretrain.planning.layers import measure_by_layers
+from galore_pretrain.planning.layers import measure_by_layers, uncertain_bytes
 from galore_pretrain.planning.plan import OUTSIDE, Outline, measure
 from runs import lines, run
 
@@ -64,7 +64,10 @@ def test_two_layers_and_three_tell_of_all(row: str, given: dict[str, Any], small
     architecture = load_model_config(small)
     outline = Outline.of(config, architecture)
     whole, extended = measure(config, architecture, outline=outline), measure_by_layers(config, architecture, outline)
-    assert (extended.peak_bytes, extended.host_bytes) == (whole.peak_bytes, whole.host_bytes)
+    assert abs(extended.peak_bytes - whole.peak_bytes) <= uncertain_bytes(config, outline)
+    assert extended.host_bytes == pytest.approx(whole.host_bytes, abs=uncertain_bytes(config, outline))
+    is_exact = row in ("scale", "relora") or given.get("refresh") == "together"
+    assert (uncertain_bytes(config, outline) == 0) == is_exact
     assert sum(extended.parts.values()) == extended.peak_bytes
 
 

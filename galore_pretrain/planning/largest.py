@@ -10,8 +10,8 @@ from galore_pretrain.config.options import ExecutionSettings, RunConfig
 from galore_pretrain.config.resolve import known_norm, with_execution
 from galore_pretrain.errors import InputError
 from galore_pretrain.planning.choice import lower_bound
-from galore_pretrain.planning.layers import measure_by_layers
-from galore_pretrain.planning.plan import Outline, Plan
+from galore_pretrain.planning.layers import measure_by_layers, uncertain_bytes
+from galore_pretrain.planning.plan import Outline, Plan, measure
 
 LEAST_ROWS = 16
 """Sequences of an update that a run has to be able to make before it is said to fit a card."""
@@ -107,6 +107,7 @@ class _Search:
         self._config, self._budget, self._architecture, self._guide = config, budget, architecture, guide
         self._outline = Outline.of(config, architecture)
         self._plans: dict[int, Plan | None] = {}
+        self._peaks: dict[int, int] = {}  # of updates at once, by their rows, whether they fit or not
 
     def largest(self) -> Largest:
         """Return the largest updates."""
@@ -117,9 +118,14 @@ class _Search:
         if at_least > self._budget:
             return Largest(at_least)
         at_once = self._at_once()
+        while at_once is not None and not self._is_sure(at_once):
+            at_once = self._plan_at_once(at_once.config.batch_size - 1)
+        least = None
+        if at_once is not None and at_once.config.batch_size >= LEAST_ROWS:
+            least = self._plan_at_once(LEAST_ROWS)
         return Largest(
             at_least,
-            least=self._plan_at_once(LEAST_ROWS),
+            least=least,
             at_once=at_once,
             on_device=self._in_sums("device", layerwise=True),
             # There, full sums leave more of the device than low-rank ones, which layerwise updates keep on it.
@@ -131,53 +137,48 @@ class _Search:
     # largest that fits and the smallest that does not.
     def _at_once(self) -> Plan | None:
         """Return the plan of the largest update in one micro-batch."""
-        fitting, failing = 0, 0
+        fitting, failing = 0, MOST_ROWS + 1
         rows = LEAST_ROWS
-        if self._plan_at_once(rows) is None:
-            failing = rows
-            rows = 1
         while True:
-            plan = self._plan_at_once(rows)
-            if plan is None:
+            if self._plan_at_once(rows) is None:
                 failing = rows
             else:
                 fitting = rows
-            slope = self._slope(fitting)
-            if fitting == 0 and failing == 1:
-                return None
-            if failing == fitting + 1 or fitting == MOST_ROWS:
-                break
-            following = fitting + 1
-            best = self._plan_at_once(fitting) if fitting else None
-            if best is not None and slope:
-                left = self._budget - best.peak_bytes
-                if left < _A_ROW * slope:
-                    break
-                following = fitting + max(1, int(left / slope))
-            elif fitting:
-                following = 2 * fitting
-            rows = min(following, MOST_ROWS)
-            if failing:
-                rows = min(following, failing - 1)
-        return self._plan_at_once(fitting)
+            if failing == fitting + 1:
+                return self._plan_at_once(fitting) if fitting else None
+            if fitting == 0:
+                rows = 1
+                continue
+            slope = self._slope(fitting, failing)
+            left = self._budget - self._peaks[fitting]
+            if slope is not None and left < _A_ROW * slope:
+                return self._plan_at_once(fitting)
+            further = fitting if slope is None else max(1, int(left / slope))
+            rows = min(fitting + further, failing - 1)
 
-    def _slope(self, fitting: int) -> float | None:
-        """Return the bytes of a further row, by the two largest updates that fit, or as the guide has it."""
-        known = sorted(rows for rows, plan in self._plans.items() if plan is not None and rows <= fitting)
-        if len(known) < 2:
+    def _slope(self, fitting: int, failing: int) -> float | None:
+        """Return the bytes of a further row: by two plans about the budget or below it, or else as the guide has it."""
+        others = [rows for rows in self._peaks if rows != fitting]
+        if not others:
             return self._guide.slope(self._config)
-        first, second = self._plans[known[-2]], self._plans[known[-1]]
-        assert first is not None
-        assert second is not None
-        slope = (second.peak_bytes - first.peak_bytes) / (known[-1] - known[-2])
-        if known[-2] >= LEAST_ROWS:  # with fewer, the peak may still be the loss's
+        other = failing if failing in self._peaks else max(others)
+        slope = (self._peaks[other] - self._peaks[fitting]) / (other - fitting)
+        if min(other, fitting) >= LEAST_ROWS:  # with fewer, the peak may still be the loss's
             self._guide.learn(self._config, slope)
         return slope
 
     def _plan_at_once(self, rows: int) -> Plan | None:
-        """Return the plan of an update of so many rows in one micro-batch; None where it does not fit."""
-        if rows not in self._plans:
-            self._plans[rows] = self._fitting(executed(self._config, rows, rows))
+        """Return the plan of an update of so many rows in one micro-batch; None where it does not fit, or has none."""
+        if not rows:
+            return None
+        if rows in self._plans:
+            return self._plans[rows]
+        config = executed(self._config, rows, rows)
+        plan = self._planned(config)
+        if plan is not None:
+            self._peaks[rows] = plan.peak_bytes
+        fits = plan is not None and plan.fits(self._budget)
+        self._plans[rows] = plan if fits else None
         return self._plans[rows]
 
     def _in_sums(self, place: str, *, layerwise: bool) -> Plan | None:
@@ -186,12 +187,19 @@ class _Search:
             return None
         total = self._config.total_batch_size
         for size in _sizes(total):
-            plan = self._fitting(
-                executed(self._config, total, size, accumulate_on=place, layerwise=layerwise), more=self._missed()
-            )
-            if plan is not None:
+            config = executed(self._config, total, size, accumulate_on=place, layerwise=layerwise)
+            plan = self._planned(config, more=self._missed())
+            if plan is not None and plan.fits(self._budget) and self._is_sure(plan):
                 return plan
         return None
+
+    def _is_sure(self, plan: Plan) -> bool:
+        """Return whether a plan of few layers fits for certain: with what it may be wrong by, or by all layers."""
+        if plan.peak_bytes + uncertain_bytes(plan.config, self._outline) <= self._budget:
+            return True
+        if not uncertain_bytes(plan.config, self._outline):
+            return plan.fits(self._budget)
+        return measure(plan.config, self._architecture, outline=self._outline).fits(self._budget)
 
     def _missed(self) -> int:
         """Return how much more an update takes than its lower bound, as the least one seen so far did."""
@@ -202,12 +210,11 @@ class _Search:
         ]
         return min(missed, default=0)
 
-    def _fitting(self, config: RunConfig | None, more: int = 0) -> Plan | None:
-        """Return the plan of ``config`` if it fits; it is not made where a lower bound and ``more`` bytes do not."""
+    def _planned(self, config: RunConfig | None, more: int = 0) -> Plan | None:
+        """Return the plan of ``config``; None where a lower bound and ``more`` bytes say that it does not fit."""
         if config is None or self._bound(config) + more > self._budget:
             return None
-        plan = measure_by_layers(config, self._architecture, self._outline)
-        return plan if plan.fits(self._budget) else None
+        return measure_by_layers(config, self._architecture, self._outline)
 
     def _bound(self, config: RunConfig) -> int:
         return lower_bound(config, self._architecture, self._outline.static)

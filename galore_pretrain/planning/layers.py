@@ -2,7 +2,6 @@
 
 import copy
 import re
-from collections import Counter
 from collections.abc import Mapping
 
 from transformers import LlamaConfig
@@ -24,23 +23,19 @@ _Parts = Mapping[str, int]
 #
 #     bytes(L) = bytes(2) + (L - 2) · (bytes(3) - bytes(2))
 #
-# This is exact where bases that are due together are of as many matrices in the small models as in the whole one: of
-# one, or of all. Elsewhere, and where processes share a model out, all layers are measured.
+# This is exact where no bases are due, or all at once. Where they are due in turn, the heaviest update of a small model
+# renews those of other matrices than that of the whole one, and `uncertain_bytes` bounds what that changes. Where
+# processes share a model out, all layers are measured.
 def measure_by_layers(config: RunConfig, architecture: LlamaConfig, outline: Outline) -> Plan:
     """Return what `measure` does, ``highs`` left out. ``outline`` is of the whole model."""
     layers = architecture.num_hidden_layers
     if layers <= 3 or config.compile or config.processes.total > 1:
         return measure(config, architecture, outline=outline)
     small_plans = []
-    shares = [_share_due(config, outline)]
     for count in (2, 3):
         smaller = copy.deepcopy(architecture)
         smaller.num_hidden_layers = count
-        small_outline = Outline.of(config, smaller)
-        shares.append(_share_due(config, small_outline))
-        if shares[-1] != shares[0]:
-            return measure(config, architecture, outline=outline)
-        small_plans.append(measure(config, smaller, outline=small_outline))
+        small_plans.append(measure(config, smaller, outline=Outline.of(config, smaller)))
     two, three = small_plans
 
     at_two, at_three = _by_place(two, 2), _by_place(three, 3)
@@ -66,18 +61,17 @@ def _extended(at_two: int, at_three: int, layers: int) -> int:
     return at_two + (layers - 2) * (at_three - at_two)
 
 
-def _share_due(config: RunConfig, outline: Outline) -> str:
-    """Return how many matrices have a basis due in the heaviest update: none, one, all, or a number of them."""
+# A matrix with a basis due keeps its whole gradient where others keep a low-rank sum, and a decomposition takes two
+# copies in fp32 beside.
+def uncertain_bytes(config: RunConfig, outline: Outline) -> int:
+    """Return by how many bytes `measure_by_layers` may be wrong; 0 where it is exact."""
     optimizer = outline.optimizer
     count = heaviest_updates(config, optimizer)[0]
-    dues = Counter(optimizer.next_due(p, 2) for p in optimizer.state)
-    matrices = sum(number for due, number in dues.items() if due is not None)
-    at_once = sum(optimizer.next_due(p, count) == count for p in optimizer.state)
-    if not matrices:
-        return "none"
-    if at_once == matrices:
-        return "all"
-    return str(at_once)
+    matrices = [p for p in optimizer.state if optimizer.next_due(p, 2) is not None]
+    due = [p for p in matrices if optimizer.next_due(p, count) == count]
+    if len(due) == len(matrices):
+        return 0
+    return 3 * 4 * sum(p.numel() for p in due)
 
 
 def _by_place(plan: Plan, layers: int) -> dict[str, _Parts]:

@@ -5,28 +5,25 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from galore_pretrain.config.options import RunConfig, find_model
 from galore_pretrain.config.resolve import left_out
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import METHODS, is_own
+from galore_pretrain.planning.cards import Card
+from galore_pretrain.planning.duration import Duration, predict
+from galore_pretrain.planning.largest import LEAST_ROWS, MOST_ROWS, Guide, Largest, largest_updates
+from galore_pretrain.planning.plan import Plan
 from galore_pretrain.study import paper
 from galore_pretrain.study.tables import Table
-
-if TYPE_CHECKING:
-    from galore_pretrain.planning.cards import Card
-    from galore_pretrain.planning.duration import Duration
-    from galore_pretrain.planning.largest import Largest
-    from galore_pretrain.planning.plan import Plan
 
 log = logging.getLogger(__name__)
 
 _GIB = 2**30
 _SECONDS_A_DAY = 86_400
 TOKENS_A_WEIGHT = 20
-MOST_ROWS = 512
-"""Sequences beyond which `planning.largest` looks for no larger micro-batch."""
 _MOST_BARS = 10
 
 Resolve = Callable[[Mapping[str, Any]], RunConfig]
@@ -38,8 +35,8 @@ class Row:
     """Holds what a method can do on a card, with weights in the run's dtype or in 8 bits."""
 
     config: RunConfig
-    largest: "Largest"
-    duration: "Duration | None"
+    largest: Largest
+    duration: Duration | None
 
     @property
     def name(self) -> str:
@@ -87,16 +84,16 @@ class Row:
         return answer
 
 
-def _tokens(plan: "Plan | None") -> int | None:
+def _tokens(plan: Plan | None) -> int | None:
     """Return the tokens of a micro-batch; None of none."""
     return None if plan is None else plan.config.batch_size * plan.config.max_length
 
 
-def _tokens_of_update(duration: "Duration") -> int:
+def _tokens_of_update(duration: Duration) -> int:
     return duration.config.total_batch_size * duration.config.max_length
 
 
-def _days(duration: "Duration") -> tuple[float, float]:
+def _days(duration: Duration) -> tuple[float, float]:
     """Return the days, at least and at most, in which updates alone see `TOKENS_A_WEIGHT` tokens for each weight."""
     tokens = TOKENS_A_WEIGHT * _weights(duration.config.model)
     updates = tokens / _tokens_of_update(duration)
@@ -132,15 +129,12 @@ def variants(given_weights: str | None) -> Iterator[dict[str, Any]]:
 
 
 def rows_that_fit(
-    flags_of_rows: Sequence[Mapping[str, Any]], resolve: Resolve, budget: int, card: "Card | None"
+    flags_of_rows: Sequence[Mapping[str, Any]], resolve: Resolve, budget: int, card: Card | None
 ) -> tuple[list[Row], list[str]]:
     """Plan all rows; return them, those that fit first and by their bytes, and why others cannot be planned.
 
     ``budget`` is in bytes. Their times are of ``card``, where one is given.
     """
-    from galore_pretrain.model.llama_config import load_model_config
-    from galore_pretrain.planning.largest import Guide, largest_updates
-
     guide = Guide()
     rows, refused = [], []
     for number, flags in enumerate(flags_of_rows, 1):
@@ -157,20 +151,18 @@ def rows_that_fit(
     return rows, refused
 
 
-def _duration(largest: "Largest", card: "Card | None") -> "Duration | None":
+def _duration(largest: Largest, card: Card | None) -> Duration | None:
     """Return how long the update takes that a user would make: with sums on the device, or else the largest at once.
 
     No table knows the bus over which sums on the host are moved.
     """
-    from galore_pretrain.planning import duration
-
     plan = largest.on_device or largest.at_once
     if card is None or plan is None or not largest.fits:
         return None
-    return duration.predict(plan.config, card, {})
+    return predict(plan.config, card, {})
 
 
-def report(rows: Sequence[Row], refused: Sequence[str], budget: int, source: str, card: "Card | None") -> str:
+def report(rows: Sequence[Row], refused: Sequence[str], budget: int, source: str, card: Card | None) -> str:
     """Return the table in Markdown, and below it what does not fit."""
     first = rows[0].config
     length = first.max_length
@@ -183,9 +175,9 @@ def report(rows: Sequence[Row], refused: Sequence[str], budget: int, source: str
     lines = [
         f"{Path(first.model).stem} in {budget / _GIB:.2f} GiB ({source})",
         "",
-        table.markdown() if fitting else f"Nothing makes an update of 16 × {length} tokens there.",
+        table.markdown() if fitting else f"Nothing makes an update of {LEAST_ROWS} × {length} tokens there.",
         "",
-        f"GiB: planned for an update of 16 × {length} tokens, at once or, where only those fit, with sums.",
+        f"GiB: planned for an update of {LEAST_ROWS} × {length} tokens, at once or, where only those fit, with sums.",
         f"At once: the largest update in one micro-batch. Sums: updates of {first.total_batch_size} × {length}, or any",
         "other size, in micro-batches of so much.",
     ]
@@ -199,7 +191,7 @@ def report(rows: Sequence[Row], refused: Sequence[str], budget: int, source: str
         )
     others = [row for row in rows if not row.largest.fits]
     if others:
-        lines.append(f"No update of 16 × {length} tokens fits of: {', '.join(map(_why_not, others))}.")
+        lines.append(f"No update of {LEAST_ROWS} × {length} tokens fits of: {', '.join(map(_why_not, others))}.")
     lines += refused
     return "\n".join(lines)
 
@@ -211,7 +203,7 @@ def _why_not(row: Row) -> str:
     return f"{name}over {row.largest.at_least / _GIB:.1f} GiB"
 
 
-def _cells(row: Row, card: "Card | None") -> list[str]:
+def _cells(row: Row, card: Card | None) -> list[str]:
     """Return a row of the table."""
     largest = row.largest
     cells = [f"`{row.name}`", row.weights, f"{row.peak_bytes / _GIB:.2f}"]
@@ -223,7 +215,7 @@ def _cells(row: Row, card: "Card | None") -> list[str]:
     return cells
 
 
-def _size(plan: "Plan | None") -> str:
+def _size(plan: Plan | None) -> str:
     """Return the size of a micro-batch, the largest that fits."""
     if plan is None:
         return "–"
@@ -231,7 +223,7 @@ def _size(plan: "Plan | None") -> str:
     return f"{size} or more" if plan.config.batch_size == MOST_ROWS else size
 
 
-def _times(duration: "Duration | None") -> list[str]:
+def _times(duration: Duration | None) -> list[str]:
     """Return the cells of an update's seconds and of the days."""
     if duration is None:
         return ["–", "–"]
