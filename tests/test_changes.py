@@ -53,20 +53,25 @@ def config_for(model: str, row: str, **given: Any) -> RunConfig:
     [
         ("scale", {"total_batch_size": 4, "batch_size": 4, "layerwise": True, "activation_checkpointing": True}),
         ("q_galore", {"total_batch_size": 16, "batch_size": 4, "layerwise": True, "activation_checkpointing": True}),
-        ("fira", {"total_batch_size": 8, "batch_size": 2, "grad_clip": 1.0}),
-        ("natural_galore", {"total_batch_size": 8, "batch_size": 1, "layerwise": True, "refresh": "together"}),
+        ("fira", {"total_batch_size": 8, "batch_size": 2, "grad_clip": 1.0, "activation_checkpointing": True}),
+        (
+            "natural_galore",
+            {"total_batch_size": 8, "batch_size": 1, "refresh": "together", "activation_checkpointing": True},
+        ),
+        ("muon", {"total_batch_size": 2, "batch_size": 1}),
         ("galore_adamw8bit", {"total_batch_size": 8, "batch_size": 2, "device": "cuda", "accumulate_on": "host"}),
         ("relora", {"total_batch_size": 2, "batch_size": 1, "activation_checkpointing": True}),
     ],
 )
 def test_two_layers_and_three_tell_of_all(row: str, given: dict[str, Any], small: str) -> None:
-    config = config_for(small, row, **given)
+    checkpointed = {"device": "cuda", "activation_checkpointing": True}
+    config = config_for(small, row, **given | checkpointed)
     architecture = load_model_config(small)
     outline = Outline.of(config, architecture)
     whole, extended = measure(config, architecture, outline=outline), measure_by_layers(config, architecture, outline)
     assert abs(extended.peak_bytes - whole.peak_bytes) <= uncertain_bytes(config, outline)
     assert extended.host_bytes == pytest.approx(whole.host_bytes, abs=uncertain_bytes(config, outline))
-    is_exact = row in ("scale", "relora") or given.get("refresh") == "together"
+    is_exact = row in ("scale", "relora", "muon") or given.get("refresh") == "together"
     assert (uncertain_bytes(config, outline) == 0) == is_exact
     assert sum(extended.parts.values()) == extended.peak_bytes
 

@@ -7,29 +7,32 @@ from collections.abc import Mapping
 from transformers import LlamaConfig
 
 from galore_pretrain.config.options import RunConfig
-from galore_pretrain.planning.plan import Outline, Plan, heaviest_updates, host_budget, measure
+from galore_pretrain.planning.plan import Outline, Plan, heaviest_updates, host_budget, is_on_gpu, measure
 from galore_pretrain.tensors.ledger import KINDS
 
 _LAYER = re.compile(r"(layer |layers\.)(\d+)")
-_FIRST, _LAST = "first", "last"
+_FIRST, _SECOND, _LAST = "first", "second", "last"
 _Parts = Mapping[str, int]
 
 
 # What an update holds at one place, such as the loss or the backward pass of the last layer, grows with each further
 # layer by the same bytes: those of its weights and state, and of what waits for it or because of it. In the backward
 # pass that depends on which layer the place is in, and again by the same bytes from one layer to the next. So the most
-# is held in the first layer, in the last, or outside of them, and two small plans tell how it grows there. (A model of
+# is held in the first layer, the second, the last, or outside of them, and two small plans tell how it grows there. (A model of
 # one layer is none of them: no layer is before its last.)
 #
 #     bytes(L) = bytes(2) + (L - 2) · (bytes(3) - bytes(2))
 #
 # This is exact where no bases are due, or all at once. Where they are due in turn, the heaviest update of a small model
 # renews those of other matrices than that of the whole one, and `uncertain_bytes` bounds what that changes. Where
-# processes share a model out, all layers are measured.
+# processes share a model out, and where activations are not checkpointed, and on a CPU, all layers are
+# measured.
 def measure_by_layers(config: RunConfig, architecture: LlamaConfig, outline: Outline) -> Plan:
     """Return what `measure` does, ``highs`` left out. ``outline`` is of the whole model."""
     layers = architecture.num_hidden_layers
-    if layers <= 3 or config.compile or config.processes.total > 1:
+    is_checkpointed = config.activation_checkpointing  # without, what a place holds need not grow evenly
+    is_plain = is_on_gpu(config) and is_checkpointed  # a CPU's tables of random bits grow by updates, not by layers
+    if layers <= 3 or not is_plain or config.compile or config.processes.total > 1:
         return measure(config, architecture, outline=outline)
     small_plans = []
     for count in (2, 3):
@@ -85,6 +88,8 @@ def _by_place(plan: Plan, layers: int) -> dict[str, _Parts]:
         number = int(match[2])
         if number == 0:
             found[_LAYER.sub(rf"\g<1>{_FIRST}", point)] = parts
+        if number == 1:  # after which the first layer is recomputed; before the first there is none
+            found[_LAYER.sub(rf"\g<1>{_SECOND}", point)] = parts
         if number == layers - 1:
             found[_LAYER.sub(rf"\g<1>{_LAST}", point)] = parts
     return found
@@ -92,6 +97,6 @@ def _by_place(plan: Plan, layers: int) -> dict[str, _Parts]:
 
 def _in_words(place: str, layers: int) -> str:
     """Return a place as `measure` names it, by the number of its layer."""
-    for word, number in ((_FIRST, 0), (_LAST, layers - 1)):
+    for word, number in ((_FIRST, 0), (_SECOND, 1), (_LAST, layers - 1)):
         place = place.replace(f"layer {word}", f"layer {number}").replace(f"layers.{word}", f"layers.{number}")
     return place
