@@ -18,8 +18,8 @@ _Parts = Mapping[str, int]
 # What an update holds at one place, such as the loss or the backward pass of the last layer, grows with each further
 # layer by the same bytes: those of its weights and state, and of what waits for it or because of it. In the backward
 # pass that depends on which layer the place is in, and again by the same bytes from one layer to the next. So the most
-# is held in the first layer, the second, the last, or outside of them, and two small plans tell how it grows there. (A model of
-# one layer is none of them: no layer is before its last.)
+# is held in the first layer, the second, the last, or outside of them, and two small plans tell how it
+# grows there. (A model of one layer is none of them: no layer is before its last.)
 #
 #     bytes(L) = bytes(2) + (L - 2) · (bytes(3) - bytes(2))
 #
