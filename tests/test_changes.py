@@ -33,7 +33,7 @@ def model_of(folder: Path, layers: int) -> str:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return model_of(tmp_path_factory.mktemp("model"), 5)
+    return model_of(tmp_path_factory.mktemp("model"), 7)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def config_for(model: str, row: str, **given: Any) -> RunConfig:
         ("relora", {"total_batch_size": 2, "batch_size": 1, "activation_checkpointing": True}),
     ],
 )
-def test_two_layers_and_three_tell_of_all(row: str, given: dict[str, Any], small: str) -> None:
-    checkpointed = {"device": "cuda", "activation_checkpointing": True}
+def test_three_layers_and_four_tell_of_all(row: str, given: dict[str, Any], small: str) -> None:
+    checkpointed = {"device": "cuda", "activation_checkpointing": True, "layerwise": True}
     config = config_for(small, row, **given | checkpointed)
     architecture = load_model_config(small)
     outline = Outline.of(config, architecture)

@@ -1,4 +1,4 @@
-"""Plans a deep model's memory from the plans of two layers and of three: in a second or two, where all take many."""
+"""Plans a deep model's memory from the plans of three layers and of four: in a second or two, where all take many."""
 
 import copy
 import re
@@ -19,33 +19,33 @@ _Parts = Mapping[str, int]
 # layer by the same bytes: those of its weights and state, and of what waits for it or because of it. In the backward
 # pass that depends on which layer the place is in, and again by the same bytes from one layer to the next. So the most
 # is held in the first layer, the second, the last, or outside of them, and two small plans tell how it
-# grows there. (A model of one layer is none of them: no layer is before its last.)
+# grows there. (In a model of two layers, the second is the last.)
 #
-#     bytes(L) = bytes(2) + (L - 2) · (bytes(3) - bytes(2))
+#     bytes(L) = bytes(3) + (L - 3) · (bytes(4) - bytes(3))
 #
 # This is exact where no bases are due, or all at once. Where they are due in turn, the heaviest update of a small model
 # renews those of other matrices than that of the whole one, and `uncertain_bytes` bounds what that changes. Where
-# processes share a model out, and where activations are not checkpointed, and on a CPU, all layers are
-# measured.
+# processes share a model out, where activations are not checkpointed, where updates are made after the backward pass,
+# and on a CPU, all layers are measured.
 def measure_by_layers(config: RunConfig, architecture: LlamaConfig, outline: Outline) -> Plan:
     """Return what `measure` does, ``highs`` left out. ``outline`` is of the whole model."""
     layers = architecture.num_hidden_layers
     is_checkpointed = config.activation_checkpointing  # without, what a place holds need not grow evenly
     is_plain = is_on_gpu(config) and is_checkpointed  # a CPU's tables of random bits grow by updates, not by layers
-    if layers <= 3 or not is_plain or config.compile or config.processes.total > 1:
+    if layers <= 4 or not (is_plain and config.layerwise) or config.compile or config.processes.total > 1:
         return measure(config, architecture, outline=outline)
     small_plans = []
-    for count in (2, 3):
+    for count in (3, 4):
         smaller = copy.deepcopy(architecture)
         smaller.num_hidden_layers = count
         small_plans.append(measure(config, smaller, outline=Outline.of(config, smaller)))
-    two, three = small_plans
+    three, four = small_plans
 
-    at_two, at_three = _by_place(two, 2), _by_place(three, 3)
+    at_three, at_four = _by_place(three, 3), _by_place(four, 4)
     best: dict[str, int] = {}
     best_place = ""
-    for place in at_two.keys() & at_three.keys():
-        parts = {kind: _extended(at_two[place][kind], at_three[place][kind], layers) for kind in KINDS}
+    for place in at_three.keys() & at_four.keys():
+        parts = {kind: _extended(at_three[place][kind], at_four[place][kind], layers) for kind in KINDS}
         if sum(parts.values()) > sum(best.values()):
             best = parts
             best_place = place
@@ -54,14 +54,14 @@ def measure_by_layers(config: RunConfig, architecture: LlamaConfig, outline: Out
         sum(best.values()),
         best,
         _in_words(best_place, layers),
-        host_bytes=_extended(two.host_bytes, three.host_bytes, layers),
+        host_bytes=_extended(three.host_bytes, four.host_bytes, layers),
         host_budget=host_budget(),
     )
 
 
-def _extended(at_two: int, at_three: int, layers: int) -> int:
-    """Return the bytes of so many layers, from those of two and of three."""
-    return at_two + (layers - 2) * (at_three - at_two)
+def _extended(at_three: int, at_four: int, layers: int) -> int:
+    """Return the bytes of so many layers, from those of three and of four."""
+    return at_three + (layers - 3) * (at_four - at_three)
 
 
 # A matrix with a basis due keeps its whole gradient where others keep a low-rank sum, and a decomposition takes two
