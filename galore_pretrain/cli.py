@@ -395,7 +395,7 @@ def sweep(
     """
     given = {name: value for name, value in values.items() if value is not None}
     output = Path(given.pop("output", "") or f"sweeps/{Path(kind).stem}")
-    model = given.get("model")
+    model = given.get("model") or given.get("init")
     if model is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
     if not {"steps", "max_tokens"} & given.keys():

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import RunConfig, find_init
 from galore_pretrain.config.resolve import AS_BEFORE, FIT
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
+from galore_pretrain.model.initial import FolderWeights, InitialWeights, check_weights
 from galore_pretrain.model.int8 import check_int8
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.planning.cards import known_card
@@ -74,8 +75,9 @@ class Prepared:
     """All that is known of a run before its weights exist.
 
     ``tokenizer`` are the tokenizer's files, by name. ``shares`` are of the text that cannot be used. ``saved`` is the
-    checkpoint that the run goes on from. ``plan`` is the plan of its updates, where fitting them to the memory took
-    one. ``outline`` is of the whole run, ``part`` of this process's share of it.
+    checkpoint that the run goes on from. ``weights`` are what a new run begins from; None where they are drawn.
+    ``plan`` is the plan of its updates, where fitting them to the memory took one. ``outline`` is of the whole run,
+    ``part`` of this process's share of it.
     """
 
     config: RunConfig
@@ -86,6 +88,7 @@ class Prepared:
     tokenizer: Mapping[str, bytes]
     shares: TextShares
     saved: Saved | None
+    weights: InitialWeights | None
     outline: Outline
     part: Outline
     plan: Plan | None
@@ -149,6 +152,10 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     world.on_rank_zero(lambda: try_export(inputs.model, inputs.tokenizer, inputs.first_texts()))
     tokenizer = world.on_rank_zero(lambda: tokenizer_files(saved, inputs.tokenizer))
 
+    weights = None
+    if config.init is not None and saved is None:
+        weights = world.on_every_rank(lambda: initial_weights(config, inputs), lambda opened: str(opened.shapes()))
+
     outline = part = Outline.of(config, inputs.model)
     if world.mesh is not None:
         part = Outline.of(config, inputs.model, world.mesh)
@@ -171,10 +178,19 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         tokenizer=tokenizer,
         shares=shares,
         saved=saved,
+        weights=weights,
         outline=outline,
         part=part,
         plan=choice.plan,
     )
+
+
+def initial_weights(config: RunConfig, inputs: Inputs) -> InitialWeights:
+    """Open the weights that ``--init`` names. InputError where they are not those of the run's model."""
+    assert config.init is not None
+    weights = FolderWeights(find_init(config.init), config.init)
+    check_weights(weights, inputs.model)
+    return weights
 
 
 def assemble(prepared: Prepared, started: float) -> Assembled:
@@ -185,7 +201,15 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     position = TrainingPosition()
     state = TrainState()
 
-    model = model_for(config, inputs.model, device, fresh=saved is None, mesh=world.mesh, position=position)
+    model = model_for(
+        config,
+        inputs.model,
+        device,
+        fresh=saved is None,
+        weights=prepared.weights,
+        mesh=world.mesh,
+        position=position,
+    )
     optimizer = optimizer_for(config, build.set_up_model(config, model), world.mesh)
     if config.compile:
         build.compile_layers(model)
@@ -233,6 +257,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         world=world,
         position=position,
         watch=watch,
+        evaluates_first=config.init is not None,
         peak_tokens_per_second=_peak_tokens_per_second(prepared, device),
     )
     return Assembled(trainer, batches, saver, totals)

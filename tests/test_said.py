@@ -155,11 +155,14 @@ def test_a_tilde_is_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copyfile(tiny_config, tmp_path / "tiny.json")
+    (tmp_path / "given").mkdir()
+    shutil.copyfile(tiny_config, tmp_path / "given" / "config.json")
+    place = "given" if flag == "init" else "tiny.json"
     base = {"model": tiny_config, "data": "sample", "tokenizer": "sample", "steps": 2}
-    (tmp_path / "run.json").write_text(json.dumps(base | {flag: "~/tiny.json"}))
-    assert getattr(of_command("--config", str(tmp_path / "run.json")), flag) == str(tmp_path / "tiny.json")
+    (tmp_path / "run.json").write_text(json.dumps(base | {flag: f"~/{place}"}))
+    assert getattr(of_command("--config", str(tmp_path / "run.json")), flag) == str(tmp_path / place)
     words = [f"--{name}={value}" for name, value in base.items() if name != flag]
-    assert getattr(of_command(*words, f"--{flag.replace('_', '-')}=~/tiny.json"), flag) == str(tmp_path / "tiny.json")
+    assert getattr(of_command(*words, f"--{flag.replace('_', '-')}=~/{place}"), flag) == str(tmp_path / place)
     assert parse_place("a~/b") == "a~/b"
 
 

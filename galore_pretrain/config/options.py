@@ -273,7 +273,16 @@ class RunConfig:
     was taken.
     """
 
-    model: str = _flag(None, "A shipped model (llama_60m, …) or a JSON config.", parse_place, METHOD, shown="required")
+    model: str = _flag(
+        None, "A shipped model (llama_60m, …) or a JSON config.", parse_place, METHOD, shown="required, or from --init"
+    )
+    init: str | None = _flag(
+        None,
+        "Begin from the weights of this folder, whose model and tokenizer are taken.",
+        parse_place,
+        METHOD,
+        shown="new weights",
+    )
     optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}, or FILE.py:NAME.", parse_place, METHOD)
     optim_option: str | tuple[str, ...] | None = _flag(
         None, "An option of the optimizer, KEY=VALUE; repeatable.", parse_setting, METHOD, shown="none", repeated=True
@@ -538,7 +547,7 @@ class RunConfig:
         """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
         changed = {}
         # What runs before there were these flags did.
-        before = {name: FLAGS[name].default for name in ("text_key", "matmul")}
+        before = {name: FLAGS[name].default for name in ("init", "text_key", "matmul")}
         before |= {"weights": "dense", "weight_group": "row"}
         if self.bases is not None:
             before["bases"] = "dense"
@@ -607,6 +616,7 @@ def texts_of(data: str | Sequence[str]) -> tuple[str, ...]:
 
 _SHIPPED: dict[str, tuple[str, ...]] = {
     "model": (),
+    "init": (),
     "data": ("c4", "sample"),
     "eval_data": (),
     "tokenizer": ("t5", "sample"),
@@ -680,3 +690,15 @@ def find_model(name_or_path: str) -> Traversable:
         f"--model {name_or_path}: no such model or file; {did_you_mean(name_or_path, shipped)}shipped: "
         f"{', '.join(shipped)}; or give the path of a JSON config, or of a folder with config.json and without weights"
     )
+
+
+def find_init(place: str) -> Path:
+    """Return the folder with ``config.json`` that ``--init`` names. InputError where it is none."""
+    path = Path(place)
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir():
+        raise InputError(f"--init {place}: has no config.json; name a folder of a model, as save_pretrained writes it")
+    if path.is_file():
+        raise InputError(f"--init {place}: is a file; name its folder, which has config.json and the weights")
+    raise InputError(f"--init {place}: no such folder; name one with config.json and a model's weights")

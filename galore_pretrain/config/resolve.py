@@ -21,6 +21,7 @@ from galore_pretrain.config.options import (
     Flag,
     Processes,
     RunConfig,
+    find_init,
     find_model,
     parse_bytes,
     texts_of,
@@ -54,11 +55,13 @@ def resolve(
     """
     values: dict[str, Any] = {name: flag.default for name, flag in FLAGS.items()} | dict(given)
     origins = {name: sources.get(name, "default") for name in FLAGS}
+    _take_model_of_init(values, origins)
     if values["model"] is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
     check_bounds(values)
     find_model(values["model"])
-    _refuse_weights(values["model"])
+    if values["init"] is None:
+        _refuse_weights(values["model"])
     model = Path(values["model"]).stem
 
     def fill(name: str, value: Any, origin: str) -> None:
@@ -112,6 +115,17 @@ def _left_alone(optim: str, meaningless: Container[str]) -> set[str]:
     return flags
 
 
+def _take_model_of_init(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Take the model from where the weights come from, unless one is named. InputError where there are no weights."""
+    place = values["init"]
+    if place is None:
+        return
+    find_init(place)
+    if values["model"] is None:
+        values["model"] = place
+        origins["model"] = "init"
+
+
 def _refuse_weights(model: str) -> None:
     """Raise InputError where ``--model`` names a folder with weights, which a run would not begin from."""
     folder = Path(model)
@@ -120,8 +134,8 @@ def _refuse_weights(model: str) -> None:
     for file in sorted(folder.iterdir()):
         if any(file.match(pattern) for pattern in _WEIGHTS):
             raise InputError(
-                f"--model {model} holds weights ({file.name}), and a run begins with new ones: name "
-                f"{folder / 'config.json'} to train its architecture from new weights"
+                f"--model {model} holds weights ({file.name}), and a run begins with new ones: give --init {model} "
+                f"to begin from these, or name {folder / 'config.json'} to train its architecture from new weights"
             )
 
 
@@ -148,6 +162,10 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
     optim = re.sub(r"[^\w.+]+", "-", Path(values["optim"]).name)  # of an own one, FILE.py:NAME without its folder
     name = f"{Path(values['model']).stem}-{optim}-{time.strftime('%Y%m%d-%H%M%S')}"
     tokenizer = {"c4": "t5", "sample": "sample"}.get(" + ".join(texts_of(values["data"])))
+    source_of_tokenizer = f"data {values['data']}"
+    if values["init"] is not None:
+        tokenizer = values["init"]
+        source_of_tokenizer = "init"
     return {
         "weights": ("dense", "default"),
         "weight_group": ("row", "default"),
@@ -168,7 +186,7 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
         "eval_every": often,
         "save_every": often,
         "batch_size": (max(micro_batch_sizes(total, processes), default=1), CHOSEN),
-        "tokenizer": (tokenizer, f"data {values['data']}"),
+        "tokenizer": (tokenizer, source_of_tokenizer),
         "output": (f"runs/{name}", "default"),
     }
 

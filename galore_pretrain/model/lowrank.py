@@ -207,18 +207,22 @@ class Factors:
     # Spectral initialization: of the matrix W = U S Vᵀ that a full model would have begun with, B = U_r √S_r (out × r)
     # and A = √S_r V_rᵀ (r × in), so that BA is its best approximation of rank r and both factors are of the same size.
     @torch.no_grad()
-    def initialize(self, model: nn.Module, std: float) -> None:
-        """Draw the first factors of all layers; ``std`` is that of a full model's fresh matrices.
+    def initialize(self, model: nn.Module, first: "float | Callable[[str, Tensor], object]") -> None:
+        """Make the first factors of all layers.
 
-        Without W₀: spectral initialization (arXiv 2209.13569, §3.1). With it: A from U(−1/√in, 1/√in) and B zero, as
-        LoRA's authors have it.
+        Without W₀: spectral initialization (arXiv 2209.13569, §3.1) of the matrix that a full model would have begun
+        with. ``first`` is the deviation of its fresh weights, or fills a tensor with those of a name. With W₀: A from
+        U(−1/√in, 1/√in) and B zero, as LoRA's authors have it.
         """
         for name, layer in layers(model):
             if layer.weight is not None:
                 self._begin(name, layer, 0)
                 continue
             dense = torch.empty(layer.B.out_features, layer.A.in_features)
-            draw(f"{name}.weight", dense, std, self.seed)
+            if callable(first):
+                first(f"{name}.weight", dense)
+            else:
+                draw(f"{name}.weight", dense, first, self.seed)
             u, s, vh = torch.linalg.svd(dense, full_matrices=False)
             rank = layer.A.out_features
             root = s.sqrt()[:rank]

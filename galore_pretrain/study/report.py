@@ -289,6 +289,8 @@ def _heading(comparison: Comparison) -> str:
     if not setting.get("model"):
         return "Settings unknown (no config.json that can be read): not to be compared with anything"
     model = Path(setting["model"]).stem
+    if setting.get("init"):
+        model = f"{model}, begun from {setting['init']},"
     steps = setting.get("steps")
     length = f"{steps} updates" if steps else f"{setting.get('max_tokens'):,} tokens"
     batch = f"{setting.get('total_batch_size')} × {setting['max_length']} tokens"

@@ -15,6 +15,7 @@ from galore_pretrain.study.seeds import Spread
 
 SETTING = (
     "model",
+    "init",
     "data",
     "eval_data",
     "text_key",

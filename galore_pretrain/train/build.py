@@ -12,6 +12,7 @@ from galore_pretrain.config.options import RunConfig, factors_by_module, optim_s
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.coded import code_matrices
 from galore_pretrain.model.head import loss_methods
+from galore_pretrain.model.initial import InitialWeights, take_weights
 from galore_pretrain.model.int8 import multiply_by_int8
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.lowrank import Factors
@@ -89,14 +90,15 @@ def model_for(
     device: torch.device | str = "cpu",
     *,
     fresh: bool = True,
+    weights: InitialWeights | None = None,
     mesh: Any = None,
     position: TrainingPosition | None = None,
 ) -> LlamaForCausalLM:
     """Build the model that a run begins with, on ``device``, in the run's dtype.
 
-    On ``meta``, or if not ``fresh``, its weights are not initialized: a checkpoint's are loaded into them. The
-    processes of ``mesh`` share the weights. ``position`` is where the trainer will write which rows a forward pass is
-    of; layers with random numbers of their own read it.
+    On ``meta``, or if not ``fresh``, its weights are not initialized: a checkpoint's are loaded into them. Fresh ones
+    are drawn, or read from ``weights``. The processes of ``mesh`` share them. ``position`` is where the trainer will
+    write which rows a forward pass is of; layers with random numbers of their own read it.
     """
     factors = factors_of(config)
 
@@ -120,10 +122,13 @@ def model_for(
         dtype=getattr(torch, config.dtype),
         seed=config.seed,
         change=change,
-        fresh=fresh,
+        fresh=fresh and weights is None,
     )
-    has_weights = fresh and torch.device(device).type != "meta"
-    if factors and has_weights:
+    if not fresh or torch.device(device).type == "meta":
+        return model
+    if weights is not None:
+        take_weights(model, weights, factors)
+    elif factors:
         factors.initialize(model, architecture.initializer_range)
     return model
 

@@ -234,15 +234,15 @@ def _has_evaluation(metrics: Metrics) -> bool:
 
 def describe(metrics: Metrics) -> str:
     """Return the numbers of one update as a person reads them."""
-    loss = metrics["loss"]
-    rate = metrics["tokens_per_second"] or 0
-    memory = (metrics["peak_memory_bytes"] or 0) / 2**30
-    parts = ["loss none"]
-    if loss is not None:
-        parts = [f"loss {loss:.4f}", f"ppl {_exp(loss):.4g}"]
-    parts.append(f"lr {metrics['lr']:.3g}")
-    parts.append(f"{rate:,.0f} tok/s")
-    parts.append(f"mem {memory:.2f} GiB")
+    parts = []
+    if "loss" in metrics:  # what a run begins from is evaluated before the first update
+        loss = metrics["loss"]
+        rate = metrics["tokens_per_second"] or 0
+        memory = (metrics["peak_memory_bytes"] or 0) / 2**30
+        parts.append("loss none" if loss is None else f"loss {loss:.4f}  ppl {_exp(loss):.4g}")
+        parts.append(f"lr {metrics['lr']:.3g}")
+        parts.append(f"{rate:,.0f} tok/s")
+        parts.append(f"mem {memory:.2f} GiB")
     if metrics.get("eval_perplexity") is not None:
         parts.append(f"| validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.4g}")
     return "  ".join(parts)

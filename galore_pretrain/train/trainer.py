@@ -116,6 +116,7 @@ class Trainer:
     called with the number, the rows and the loss of each skipped update. The processes of ``world`` share the rows of
     an update. The trainer writes into ``position``, which the model was built with, which rows a forward pass is of.
     ``peak_tokens_per_second`` of all processes is where the model FLOP utilization is 1; None where it is not known.
+    Where it ``evaluates_first``, the model is evaluated before the first update too, and logged as update 0.
     """
 
     model: Any
@@ -138,6 +139,7 @@ class Trainer:
     world: World = ALONE
     position: TrainingPosition = field(default_factory=TrainingPosition)
     watch: Watch = field(default_factory=NoWatch)
+    evaluates_first: bool = False
     peak_tokens_per_second: float | None = None
     stop_signal: int | None = field(default=None, init=False)
     _is_interruptible: bool = field(default=False, init=False)
@@ -160,6 +162,8 @@ class Trainer:
     def _run(self) -> None:
         """Make updates until the schedule is over or a stop is asked for, and save every ``save_every`` updates."""
         state = self.state
+        if self.evaluates_first and state.step == 0 and not state.evaluation:
+            self._evaluate_first()
         batches = iter(self.batches)
         save_is_due = False
         while self._has_work():
@@ -172,6 +176,13 @@ class Trainer:
                     self.checkpoints.save()
                 save_is_due = False
             _log_report(self.watch.update_done())
+
+    def _evaluate_first(self) -> None:
+        """Evaluate the model that the run begins from, and log it as update 0."""
+        with self.watch.span("evaluation"):
+            metrics: Metrics = {"tokens_seen": 0, **self._interruptibly(self._evaluate)}
+        for logger in self.loggers:
+            logger.log(metrics, 0)
 
     def _has_work(self) -> bool:
         """Return whether another update is to be made, or one that is complete is still to be evaluated and logged."""

@@ -1,0 +1,217 @@
+"""Weights that a run begins from: checked by name and shape before the model exists, then read tensor by tensor."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from galore_pretrain.errors import InputError
+from galore_pretrain.model.lowrank import Factors, layers
+from galore_pretrain.tensors.coded import codes_of
+from galore_pretrain.tensors.shards import Shard, local, shard_of
+
+_FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes by their names in safetensors
+_INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_OF_CONFIG = ".rotary_emb.inv_freq"
+"""How names end of tables that older versions of transformers saved, and that follow from the config."""
+
+
+class InitialWeights(Protocol):
+    """Gives the weights of a model, by the names of transformers' class, from where a run begins."""
+
+    place: str
+    """What messages call it."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of each tensor."""
+        ...
+
+    def read(self, name: str, shard: Shard | None = None) -> Tensor:
+        """Return a tensor on the CPU in the dtype that it was saved in, or the part of it that ``shard`` is."""
+        ...
+
+
+class FolderWeights:
+    """The safetensors of a Hugging Face folder: ``model.safetensors``, or shards with their index.
+
+    Their headers are read at once, and their bytes when they are asked for: no tensor is held here.
+    """
+
+    def __init__(self, folder: Path, place: str) -> None:
+        self.place = place
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}  # of each tensor
+        for file, names in _files_of(folder, place).items():
+            self._open(folder / file, names)
+
+    def _open(self, path: Path, wanted: Iterable[str] | None) -> None:
+        """Take the names, shapes and dtypes of one file; all of them, or those ``wanted`` that it was said to have."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                present = set(file.keys())
+                for name in present if wanted is None else present.intersection(wanted):
+                    view = file.get_slice(name)
+                    if view.get_dtype() not in _FLOATS:
+                        raise InputError(
+                            f"--init {self.place}: {name} is {view.get_dtype()}; quantized weights are not read: give "
+                            "the model in bfloat16, float16 or float32"
+                        )
+                    self._shapes[name] = tuple(view.get_shape())
+                    self._files[name] = path
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"--init {self.place}: {path.name} cannot be read ({_reason(error)}); copy it anew"
+            ) from error
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of each tensor."""
+        return self._shapes
+
+    def read(self, name: str, shard: Shard | None = None) -> Tensor:
+        """Return a tensor, or the part of it that ``shard`` is. Of a part, no other bytes are read."""
+        path = self._files[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                if shard is None:
+                    whole: Tensor = file.get_tensor(name)
+                    return whole
+                view = file.get_slice(name)
+                if shard.start == shard.stop:
+                    return torch.empty(shard.part_shape)
+                if shard.dim == 0:
+                    rows: Tensor = view[shard.start : shard.stop]
+                    return rows
+                columns: Tensor = view[:, shard.start : shard.stop]
+                return columns
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"--init {self.place}: {name} cannot be read from {path.name} ({_reason(error)}); copy it anew"
+            ) from error
+
+
+def _files_of(folder: Path, place: str) -> dict[str, list[str] | None]:
+    """Return the files of a folder's weights, each with the tensors that the index says it has; None without index.
+
+    Raises InputError where there are none, or none that can be read without executing what they hold.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            files: dict[str, list[str] | None] = {}
+            for name, file in weight_map.items():
+                names = files.setdefault(file, [])
+                assert names is not None
+                names.append(name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"--init {place}: {_INDEX} is no index of weights ({_reason(error)})") from error
+        for file in files:
+            if Path(file).name != file or not (folder / file).is_file():
+                raise InputError(f"--init {place}: {_INDEX} names {file}, which is not there; copy it anew")
+        return files
+    if (folder / _WHOLE).is_file():
+        return {_WHOLE: None}
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+    if others:
+        raise InputError(
+            f"--init {place}: has {others[0]}, and only safetensors are read: save the model once more, by "
+            "transformers' save_pretrained"
+        )
+    raise InputError(
+        f"--init {place}: has no {_WHOLE} and no {_INDEX}; name a folder with a model's weights, or give --model "
+        "alone to begin with new ones"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error in words on one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+# Names and shapes are compared with those of transformers' own class, which exists on meta alone.
+def check_weights(weights: InitialWeights, architecture: LlamaConfig) -> None:
+    """Raise InputError that names what is missing, surplus or misshapen among ``weights`` for this architecture."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(architecture)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    given = {name: shape for name, shape in weights.shapes().items() if not name.endswith(_OF_CONFIG)}
+    is_tied = bool(architecture.tie_word_embeddings)
+    missing = sorted(expected.keys() - given.keys())
+    surplus = sorted(given.keys() - expected.keys())
+    if is_tied and _HEAD in surplus:
+        _check_tied(weights)
+        surplus.remove(_HEAD)
+    what = f"the {type(model).__name__} of its config.json"
+    if missing:
+        hint = ""
+        if missing == [_HEAD]:
+            hint = "; where it is the embedding, config.json must say tie_word_embeddings true"
+        raise InputError(f"--init {weights.place}: lacks {_first(missing)} of {what}{hint}")
+    if surplus:
+        raise InputError(f"--init {weights.place}: has {_first(surplus)}, which {what} has not; name its own config")
+    for name, shape in expected.items():
+        if given[name] != shape:
+            raise InputError(
+                f"--init {weights.place}: {name} is {_times(given[name])}, and {_times(shape)} in {what}; "
+                "name its own config"
+            )
+
+
+def _check_tied(weights: InitialWeights) -> None:
+    """Raise InputError where a head that is to be the embedding is saved as another one."""
+    shapes = weights.shapes()
+    is_same = shapes[_HEAD] == shapes.get(_EMBEDDING) and torch.equal(weights.read(_HEAD), weights.read(_EMBEDDING))
+    if not is_same:
+        raise InputError(
+            f"--init {weights.place}: {_HEAD} is another matrix than {_EMBEDDING}, and config.json says "
+            "tie_word_embeddings true; correct that to false to train both"
+        )
+
+
+def _first(names: list[str]) -> str:
+    """Return the first of some names, and how many there are besides."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} and {len(names) - 1} more tensors"
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) or "a number"
+
+
+# One tensor of the files is in memory at a time, besides the model. Where processes share the weights out, each reads
+# its part of it.
+@torch.no_grad()
+def take_weights(model: Any, weights: InitialWeights, factors: Factors | None) -> None:
+    """Read ``weights``, which were checked, into a ``model`` whose memory is allocated.
+
+    Matrices in 8 bits get the nearest codes. Where ``factors`` stand for the matrices, W₀ is what is read, and BA
+    begins at zero; without W₀, BA is the best approximation of its rank.
+    """
+    of_factors: set[str] = set()
+    for name, _ in layers(model):
+        of_factors |= {f"{name}.A.weight", f"{name}.B.weight"}
+    for name, parameter in model.named_parameters():
+        if name not in of_factors:
+            _take(parameter, weights, name)
+    if factors is not None:
+        factors.initialize(model, lambda name, dense: dense.copy_(weights.read(name)))
+
+
+def _take(parameter: Tensor, weights: InitialWeights, name: str) -> None:
+    """Read one tensor into a parameter, in the parameter's dtype, or as codes."""
+    coded = codes_of(parameter)
+    if coded is not None:
+        coded.write(weights.read(name).to(parameter.device))
+        return
+    target = local(parameter)
+    part = weights.read(name, shard_of(parameter))
+    target.copy_(part.to(target.dtype))
