@@ -549,7 +549,18 @@ def leaderboard_table(folder: Path, output: Path | None) -> int:
     return 0
 
 
-_TEXT = ("data", "eval_data", "text_key", "bad_data", "tokenizer", "layout", "max_length", "eval_tokens", "batch_size")
+_TEXT = (
+    "data",
+    "eval_data",
+    "text_key",
+    "bad_data",
+    "tokenizer",
+    "bos",
+    "layout",
+    "max_length",
+    "eval_tokens",
+    "batch_size",
+)
 
 
 @cli.command("eval", params=flags(_TEXT))

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -146,6 +146,10 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     if world.size > 1:  # all read what the first one finds
         revision = world.on_rank_zero(lambda: open_inputs(config, revision).revision)
     inputs = world.on_every_rank(lambda: open_inputs(config, revision), lambda opened: str(opened.fingerprints()))
+    if config.bos == "auto":
+        config = replace(config, bos=inputs.bos)
+        if config.init is not None:
+            origins = {**origins, "bos": f"tokenizer {config.tokenizer}"}
     if saved:
         check_inputs(config, saved, inputs.fingerprints(saved.format))
     shares = world.on_rank_zero(lambda: check_text(config, inputs, is_new=saved is None))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -53,6 +54,19 @@ def make_folder(
     if tokenizer is not None:
         load_tokenizer(tokenizer).save(folder, config.max_position_embeddings, config.vocab_size)
     return str(folder)
+
+
+def begin_texts(folder: str) -> None:
+    """Have the folder's tokenizer begin each text with its token 0, as Llama 2's and 3's do with theirs."""
+    file = Path(folder) / "tokenizer.json"
+    form = tokenizers.Tokenizer.from_file(str(file))
+    marker = form.id_to_token(0)
+    form.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[marker, "$A"], pair=[marker, "$A", "$B:1"], special_tokens=[(marker, 0)]
+    )
+    form.save(str(file))
+    settings = Path(folder) / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": marker}))
 
 
 def change_config(folder: str, **changes: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
@@ -18,8 +18,10 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.model.lowrank import dense_state
 from galore_pretrain.optim import METHODS
 from galore_pretrain.tensors.shards import Shard
+from galore_pretrain.text.tokenizer import begun, load_tokenizer
 from galore_pretrain.train.build import model_for, optimizer_for
-from pretrained import LLAMA3_ROPE, SMALL, change_config, make_folder, transformers_loss
+from galore_pretrain.train.inputs import open_inputs
+from pretrained import LLAMA3_ROPE, SMALL, begin_texts, change_config, make_folder, transformers_loss
 from runs import COMMAND_LINE, Done, lines, python, run
 from test_dist import run_all
 
@@ -324,3 +326,53 @@ def test_weights_cannot_be_a_model_by_themselves(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "given")
     with pytest.raises(InputError, match=f"give --init {folder} to begin from these"):
         resolve({"model": folder, "steps": 1}, {})
+
+
+@pytest.mark.parametrize("layout", ["pad", "pack"])
+def test_documents_begin_as_the_model_was_trained(layout: str, tmp_path: Path) -> None:
+    """With the marker that its tokenizer adds: in training, evaluation, the exported tokenizer and what goes on."""
+    folder = make_folder(tmp_path / "given")
+    begin_texts(folder)
+    output = tmp_path / "run"
+    done = begin(folder, output, "--layout", layout)
+    assert done.returncode == 0, done.stderr
+    assert "AutoTokenizer" not in done.stderr
+    config = json.loads((output / "config.json").read_text())["config"]
+    assert config["bos"] == {"value": "yes", "origin": f"tokenizer {folder}"}
+    exported = output / "model"
+    if layout == "pad":
+        assert first_loss(output) == pytest.approx(transformers_loss(folder), rel=1e-5)
+        told = python(COMMAND_LINE, "eval", str(exported), "--json", *SHORT[4:8], "--data", "sample")
+        last = json.loads((output / "summary.json").read_text())["eval_loss"]
+        assert json.loads(told.stdout)["eval_loss"] == pytest.approx(last, rel=1e-6)
+        again = json.loads(python(COMMAND_LINE, "eval", str(output), "--json").stdout)
+        assert again["eval_loss"] == pytest.approx(last, rel=1e-6)
+        other = json.loads(python(COMMAND_LINE, "eval", str(output), "--json", "--bos", "no").stdout)
+        assert other["eval_loss"] != pytest.approx(last, rel=1e-3)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer("The state")["input_ids"][0] == 0
+    assert AutoModelForCausalLM.from_pretrained(exported).config.bos_token_id == 0
+    shutil.rmtree(output / "model")
+    shutil.rmtree(sorted((output / "checkpoints").iterdir())[-1])
+    before = lines(output)
+    gone_on = begin(folder, output, "--layout", layout)
+    assert gone_on.returncode == 0, gone_on.stderr
+    assert lines(output) == before
+    assert begin(folder, output, "--layout", layout, "--bos", "no").returncode == 2
+
+
+def test_a_marker_is_as_it_is_said(tmp_path: Path) -> None:
+    """None with new weights, unless --bos asks for one; none where the tokenizer has none."""
+    folder = make_folder(tmp_path / "given")
+    with pytest.raises(InputError, match=r"--bos yes: --tokenizer .*given has no token for a beginning"):
+        begun(load_tokenizer(folder), "yes")
+    begin_texts(folder)
+    tokenizer = load_tokenizer(folder)
+    plain = tokenizer.encode(["The state of", ""])
+    for bos, is_begun in (("auto", True), ("yes", True), ("no", False)):
+        ids = begun(tokenizer, bos).encode(["The state of", ""])
+        assert ids[0].tolist() == [0] * is_begun + plain[0].tolist()
+        assert ids[1].tolist() == []
+    values = {"model": "llama_1m", "data": "sample", "tokenizer": folder, "steps": 1, "rank": 4}
+    for more, bos in (({}, "no"), ({"bos": "yes"}, "yes"), ({"bos": "no"}, "no")):
+        assert open_inputs(resolve(values | more, {})[0]).bos == bos

@@ -245,6 +245,7 @@ EXECUTION = tuple(f.name for f in fields(ExecutionSettings))
 
 
 CLIP_NORMS = ("full", "projected")
+BOS = ("auto", "yes", "no")
 BAD_DATA = ("raise", "skip")
 SUMS = ("device", "host")
 FITS = ("as-asked", "anything")
@@ -395,6 +396,12 @@ class RunConfig:
         parse_place,
         TEXT,
         shown="t5 for c4, sample for sample",
+    )
+    bos: str = _flag(
+        "auto",
+        "Begin each document with the tokenizer's marker; auto: with --init, where the tokenizer does.",
+        BOS,
+        TEXT,
     )
     bad_data: str = _flag(
         "raise", "Documents that cannot be read: stop, or leave them out, up to 1 in 100.", BAD_DATA, TEXT, free=True
@@ -548,7 +555,7 @@ class RunConfig:
         changed = {}
         # What runs before there were these flags did.
         before = {name: FLAGS[name].default for name in ("init", "text_key", "matmul")}
-        before |= {"weights": "dense", "weight_group": "row"}
+        before |= {"weights": "dense", "weight_group": "row", "bos": "no"}
         if self.bases is not None:
             before["bases"] = "dense"
         before |= saved

@@ -21,7 +21,7 @@ from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.hub import check_hub, first_line
 from galore_pretrain.text.sources import DocumentSource, LocalFiles, first_documents, open_source
-from galore_pretrain.text.tokenizer import Tokenizer, load_folder, load_tokenizer
+from galore_pretrain.text.tokenizer import Begun, Tokenizer, begun, load_folder, load_tokenizer
 from galore_pretrain.text.usable import measure
 from galore_pretrain.train.build import model_for
 from galore_pretrain.train.evaluate import Evaluation, evaluate
@@ -82,12 +82,16 @@ def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> Load
 # elsewhere, and is known again by its commit or its fingerprint.
 def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
     """Load the model of a checkpoint, whatever version wrote it."""
+    if overrides.get("bos") == "auto":  # which is what the run has
+        overrides = {name: value for name, value in overrides.items() if name != "bos"}
     config = replace(RunConfig.of(_fields(saved, overrides)), **overrides)
     if "tokenizer" in overrides:
         tokenizer = load_tokenizer(config.tokenizer)
         _warn_of_tokenizer(tokenizer, saved.state.get("inputs", {}).get("tokenizer"))
     else:
         tokenizer = _saved_tokenizer(saved, config)
+    if config.bos == "yes":  # a run's config says yes or no; an older one says nothing, and has no marker
+        tokenizer = begun(tokenizer, config.bos)
     architecture = _saved_architecture(saved, config)
     fit_together(config, architecture, tokenizer)
     model = model_for(config, architecture, device, fresh=False)
@@ -158,7 +162,7 @@ def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.d
     if "batch_size" in overrides:
         values["total_batch_size"] = overrides["batch_size"]  # of an update, which is not made here
     config, _ = resolve({**values, **overrides}, {})
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = begun(load_tokenizer(config.tokenizer), config.bos)
     if "tokenizer" in overrides and (path / "tokenizer_config.json").is_file():
         _warn_of_tokenizer(tokenizer, load_tokenizer(str(path)).fingerprint)
     try:
@@ -239,8 +243,11 @@ def continue_text(
     model, tokenizer = trained.model, trained.tokenizer
     prompt_ids = tokenizer.encode([prompt])[0].tolist()
     if not prompt_ids:
-        # In training, the end of a document stands before the next one: there, any text may begin.
+        # In training, a document begins with a marker, or else the end of another stands before it: there, any text may
+        # begin.
         prompt_ids = [tokenizer.eos_id]
+        if isinstance(tokenizer, Begun) and tokenizer.bos_id is not None:
+            prompt_ids = [tokenizer.bos_id]
     positions = model.config.max_position_embeddings
     room = positions - len(prompt_ids)
     if room < 1:

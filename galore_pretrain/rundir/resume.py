@@ -62,10 +62,13 @@ def resolve_resume(config: RunConfig, output: Path) -> Resumption:
     if config.fit == "anything":
         config = _with_what_was_taken(config, saved)
     restored: frozenset[str] = frozenset()
+    if config.bos == "auto":  # what that came to is in the checkpoint
+        config = replace(config, bos=before.get("bos", "no"))
+        restored = frozenset({"bos"} if config.bos == "yes" else ())
     saved_norm = before.get("clip_norm")
     if "clip_norm" in config.undecided and saved_norm is not None:  # another would be clipped, were it chosen anew
-        restored = frozenset({"clip_norm"})
-        config = replace(config, clip_norm=saved_norm, undecided=config.undecided - restored)
+        restored |= {"clip_norm"}
+        config = replace(config, clip_norm=saved_norm, undecided=config.undecided - {"clip_norm"})
     execution = saved_execution(config, before)
     if execution is not None:
         restored |= config.undecided - {"clip_norm"}

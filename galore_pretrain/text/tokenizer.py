@@ -57,6 +57,10 @@ class Tokenizer(Protocol):
     vocab_size: int
     """One more than the largest id that ``encode`` can return."""
     eos_id: int
+    bos_id: int | None
+    """What marks the beginning of a text; None where there is no such token."""
+    adds_bos: bool
+    """Whether transformers' own call begins each text with that: so the model that it came with was trained."""
     unknown_id: int | None
     """What stands in place of characters that the vocabulary cannot write; None where there is no such token."""
     fingerprint: str
@@ -68,7 +72,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
-        """Return the token ids of each text, without a beginning or end marker.
+        """Return the token ids of each text, without an end marker; with a beginning's where `Begun` adds it.
 
         No text can produce a control token. Where the ``first`` so many ids of each are enough, later ones may be
         missing.
@@ -106,6 +110,9 @@ class SentencePieceTokenizer:
         self.name = name
         self.vocab_size = int(self._processor.get_piece_size())
         self.eos_id = int(self._processor.eos_id())
+        bos_id = int(self._processor.bos_id())
+        self.bos_id: int | None = bos_id if bos_id >= 0 else None
+        self.adds_bos = False  # the file does not say
         # Every model has an unknown piece. One that can write bytes never makes it.
         self.unknown_id: int | None = int(self._processor.unk_id())
         self.fingerprint = _sha256(path)
@@ -245,6 +252,8 @@ class HuggingFaceTokenizer:
             )
         self.name = name
         self.eos_id = int(self._tokenizer.eos_token_id)
+        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self.adds_bos = self.bos_id is not None and self._first_of_call() == self.bos_id
         self.unknown_id: int | None = self._tokenizer.unk_token_id
         if self.unknown_id in (self.eos_id, self._tokenizer.bos_token_id):  # a marker too, as GPT-2's is
             self.unknown_id = None
@@ -266,6 +275,14 @@ class HuggingFaceTokenizer:
         """Return the SHA-256 of the vocabulary."""
         content = repr(sorted(self.vocabulary.items()))
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def _first_of_call(self) -> int | None:
+        """Return the first id that transformers' own call makes of a text; None where it makes none."""
+        try:
+            ids: list[int] = self._tokenizer("a")["input_ids"]
+        except Exception:  # a vocabulary that lacks a character, and an unknown token for it
+            return None
+        return ids[0] if ids else None
 
     def _plain_form(self, special: set[int]) -> "tokenizers.Tokenizer":
         """Return a copy of the library's tokenizer that adds nothing to a text, cuts none, and spells special tokens.
@@ -371,6 +388,69 @@ class HuggingFaceTokenizer:
         return [token.content for number, token in added.items() if number not in self._control]
 
 
+class Begun:
+    """Another tokenizer, with the marker of a beginning before each text that has any token."""
+
+    def __init__(self, plain: Tokenizer) -> None:
+        if plain.bos_id is None:
+            raise InputError(f"--bos yes: --tokenizer {plain.name} has no token for a beginning; leave it out")
+        self._plain = plain
+        self._marker = np.array([plain.bos_id], np.int32)
+        self.name = plain.name
+        self.vocab_size = max(plain.vocab_size, plain.bos_id + 1)
+        self.eos_id = plain.eos_id
+        self.bos_id: int | None = plain.bos_id
+        self.adds_bos = True
+        self.unknown_id = plain.unknown_id
+        self.fingerprint = plain.fingerprint  # the marker is a setting of the run: --bos
+
+    @property
+    def vocabulary_fingerprint(self) -> str:
+        """Return the other tokenizer's."""
+        return self._plain.vocabulary_fingerprint
+
+    def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
+        """Return the marker and the token ids of each text."""
+        all_ids = self._plain.encode(texts, first)
+        return [np.concatenate([self._marker, ids]) if len(ids) else ids for ids in all_ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, without control tokens."""
+        return self._plain.decode(ids)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the other tokenizer's files."""
+        return self._plain.files()
+
+    def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
+        """Write what ``AutoTokenizer`` needs to begin each text with the marker too."""
+        from tokenizers import Tokenizer as Form
+        from tokenizers import processors
+
+        self._plain.save(folder, model_max_length, vocabulary)
+        file = folder / "tokenizer.json"
+        if not file.is_file():  # a SentencePiece model that transformers has no like of
+            return
+        form = Form.from_file(str(file))
+        marker = form.id_to_token(int(self._marker[0]))
+        form.post_processor = processors.TemplateProcessing(
+            single=[marker, "$A"],
+            pair=[marker, "$A", marker, "$B:1"],
+            special_tokens=[(marker, int(self._marker[0]))],
+        )
+        form.save(str(file))
+
+
+def begun(tokenizer: Tokenizer, bos: str) -> Tokenizer:
+    """Return ``tokenizer`` as ``--bos`` wants it: ``auto`` begins texts where transformers' own call does.
+
+    Raises InputError where it has no marker and is to have one.
+    """
+    if bos == "yes" or (bos == "auto" and tokenizer.adds_bos):
+        return Begun(tokenizer)
+    return tokenizer
+
+
 # What stands beside a token may take its ends: `▁<` or `>.` may be pieces. So it is tried beside a character that is in
 # no piece, too, and beside itself where such a character cannot be written. Of the unknown token, the id alone does not
 # tell that it is made, since a part of it may be unknown: it must stand for all of the token's characters.
@@ -431,6 +511,7 @@ def load_folder(folder: Path, name: str) -> Tokenizer:
     except InputError:
         return whole
     if _are_alike(direct, whole):
+        direct.adds_bos = whole.adds_bos
         return direct
     log.warning("%s gives other ids than transformers gives its folder: those of transformers are used", models[0])
     return whole
@@ -439,7 +520,9 @@ def load_folder(folder: Path, name: str) -> Tokenizer:
 def _are_alike(direct: SentencePieceTokenizer, whole: HuggingFaceTokenizer) -> bool:
     """Return whether the two have the same ids, on texts that hold every piece and every added token."""
     pieces = direct.pieces()
-    if direct.eos_id != whole.eos_id or not pieces.items() <= whole.vocabulary.items():
+    if direct.eos_id != whole.eos_id or (whole.adds_bos and direct.bos_id != whole.bos_id):
+        return False
+    if not pieces.items() <= whole.vocabulary.items():
         return False
     spelled = [piece.replace(SPACE, " ") for piece in pieces]
     texts = [*PROBES, *(f"a {word} b" for word in whole.added_words())]

@@ -20,7 +20,7 @@ from galore_pretrain.text.sources import (
     open_source,
     parts_without_text,
 )
-from galore_pretrain.text.tokenizer import Tokenizer, load_tokenizer
+from galore_pretrain.text.tokenizer import Begun, Tokenizer, begun, load_tokenizer
 from galore_pretrain.text.usable import TextShares, measure
 
 _TRIED_TEXTS = 16
@@ -42,6 +42,11 @@ class Inputs:
     tokenizer: Tokenizer
     rows: TokenRows
     method: str | None = None
+
+    @property
+    def bos(self) -> str:
+        """Return whether documents begin with a marker, as ``--bos`` says it: yes or no."""
+        return "yes" if isinstance(self.tokenizer, Begun) else "no"
 
     @property
     def revision(self) -> str | None:
@@ -85,7 +90,10 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
         open_source(config.data, split, config.eval_data, config.bad_data, revision, config.text_key)
         for split in ("train", "validation")
     )
-    tokenizer = load_tokenizer(config.tokenizer)
+    bos = config.bos
+    if bos == "auto" and config.init is None:  # new weights learn what they see, and the published runs have no marker
+        bos = "no"
+    tokenizer = begun(load_tokenizer(config.tokenizer), bos)
     architecture = architecture_for(config, tokenizer)
     rows = TokenRows(tokenizer, config.layout, config.max_length)
     # Reading one row fails now, not hours later at the first evaluation, where there is no validation text.
@@ -128,7 +136,7 @@ def fit_together(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokeni
     check_vocabulary(config, architecture, tokenizer)
     check_length(config, architecture)
     architecture.eos_token_id = tokenizer.eos_id
-    architecture.bos_token_id = None  # no row begins with one
+    architecture.bos_token_id = tokenizer.bos_id if isinstance(tokenizer, Begun) else None
 
 
 def check_vocabulary(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
