@@ -35,6 +35,12 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "wide heads": {"head_dim": 12},
     "shards of bf16": {"dtype": torch.bfloat16, "shard_size": "40KB"},
 }
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mistral": {"num_key_value_heads": 2, "sliding_window": 48, "shard_size": "40KB"},
+    "Qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 48},
+    "Qwen3": {"num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 16, "attention_bias": True},
+}
+FAMILIES["Qwen2"] |= {"max_window_layers": 1}
 ALL: dict[str, Any] = {key: value for changes in FOLDERS.values() for key, value in changes.items()}
 FOLDERS["all of these"] = ALL
 
@@ -55,17 +61,18 @@ def first_loss(output: Path) -> float:
     return float(first["eval_loss"])
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, *FAMILIES])
 def test_it_begins_where_transformers_is(name: str, tmp_path: Path) -> None:
-    """The loss before the first update, the model that is exported, and what a checkpoint goes on with."""
-    folder = make_folder(tmp_path / "given", **FOLDERS[name])
+    """The loss before the first update, and the model that is exported, by transformers' own class."""
+    family = name if name in FAMILIES else "Llama"
+    folder = make_folder(tmp_path / "given", family, **(FOLDERS | FAMILIES)[name])
     done = begin(folder, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert first_loss(tmp_path / "run") == pytest.approx(transformers_loss(folder), rel=1e-5)
     exported = tmp_path / "run" / "model"
     model, told = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
     assert not any(told.values())
-    assert type(model).__name__ == "LlamaForCausalLM"
+    assert type(model).__name__ == f"{family}ForCausalLM"
     last = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert last["eval_loss"] == pytest.approx(transformers_loss(exported), rel=1e-5)
     assert last["eval_loss"] < first_loss(tmp_path / "run")
@@ -376,3 +383,38 @@ def test_a_marker_is_as_it_is_said(tmp_path: Path) -> None:
     values = {"model": "llama_1m", "data": "sample", "tokenizer": folder, "steps": 1, "rank": 4}
     for more, bos in (({}, "no"), ({"bos": "yes"}, "yes"), ({"bos": "no"}, "no")):
         assert open_inputs(resolve(values | more, {})[0]).bos == bos
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_methods_take_any_family(family: str, tmp_path: Path) -> None:
+    """Projected, factored or in codes; killed and gone on; evaluated, exported, and asked to write."""
+    folder = make_folder(tmp_path / "given", family, **FAMILIES[family])
+    before = load_weights(folder)
+    for optim, more in (("galore_adamw", ["--layerwise"]), ("relora", []), ("scale", ["--weights", "int8"])):
+        output = tmp_path / optim
+        rank = ["--rank", "4"] if "rank" in METHODS[optim].options else []
+        done = begin(folder, output, "--optim", optim, *rank, *more)
+        assert done.returncode == 0, done.stderr
+        last = json.loads((output / "summary.json").read_text())["eval_loss"]
+        assert last == pytest.approx(transformers_loss(output / "model"), rel=1e-5)
+        assert load_weights(str(output / "model")).keys() == before.keys()
+        expected = lines(output)
+        shutil.rmtree(output / "model")
+        shutil.rmtree(sorted((output / "checkpoints").iterdir())[-1])
+        done = begin(folder, output, "--optim", optim, *rank, *more)
+        assert done.returncode == 0, done.stderr
+        assert lines(output) == expected
+    for place in (output, output / "model"):
+        told = python(COMMAND_LINE, "eval", str(place), "--json", *SHORT[4:8], "--data", "sample")
+        assert json.loads(told.stdout)["eval_loss"] == pytest.approx(last, rel=1e-5), told.stderr
+        written = python(COMMAND_LINE, "generate", str(place), "The state", "--tokens", "60")
+        assert written.returncode == 0, written.stderr
+
+
+def test_rows_beyond_a_window_are_refused(tmp_path: Path) -> None:
+    """A row that is no longer than the window is right without a mask: see above."""
+    for family in ("Mistral", "Qwen2"):
+        folder = make_folder(tmp_path / family, family, **FAMILIES[family])
+        refused = begin(folder, tmp_path / "run", "--max-length", "49")
+        assert refused.returncode == 2
+        assert "--max-length 49 exceeds the window of 48 positions" in refused.stderr

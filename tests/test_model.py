@@ -152,7 +152,7 @@ def test_an_exported_config_is_a_config(tmp_path: Path) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
         ({"num_key_value_heads": 0}, "num_key_value_heads 0 does not divide"),
         ({"num_key_value_heads": -1}, "num_key_value_heads -1 does not divide"),
-        ({"model_type": "gpt2"}, "only 'llama'"),
+        ({"model_type": "gpt2"}, "'gpt2'; llama, mistral, qwen2, qwen3 are built"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2; a LLaMA with 1"),

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.resolve import resolve
+from galore_pretrain.model.families import CausalLM
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import Execution, Outcome, RuleOptimizer, method
@@ -27,7 +27,7 @@ _LAUNCHING = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMems
 class Built:
     """Is a run's model, with its optimizer and the execution of its updates."""
 
-    model: LlamaForCausalLM
+    model: CausalLM
     optimizer: RuleOptimizer
     execution: Execution
 

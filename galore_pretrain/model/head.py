@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
 
+from galore_pretrain.model.families import CausalLM
 from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.entropy import cross_entropy_
@@ -19,7 +19,7 @@ _BLOCKS = 16
 """Blocks that the logit gradients of a batch are made in, where memory does not want fewer tokens at a time."""
 
 
-def mean_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
+def mean_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
     """Return Σ cross-entropy / ``divisor``, in nats: what a micro-batch of a training step contributes.
 
     ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: already shifted; −100 is not counted. No padding
@@ -28,7 +28,7 @@ def mean_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, diviso
     return _called(model, _mean_loss, input_ids, labels, divisor)
 
 
-def _mean_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
+def _mean_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
     """Do the work of `mean_loss`."""
     outputs = model.model(input_ids=input_ids, use_cache=False)
     hidden = outputs.last_hidden_state.flatten(0, 1)  # batch × tokens × width -> all tokens × width
@@ -38,13 +38,13 @@ def _mean_loss(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, divis
     return loss
 
 
-def token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
+def token_losses(model: CausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each label, shaped as ``labels``, in fp32; 0 where a label is −100. No gradients."""
     return _called(model, _token_losses, input_ids, labels)
 
 
 @torch.no_grad()
-def _token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
+def _token_losses(model: CausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Do the work of `token_losses`."""
     outputs = model.model(input_ids=input_ids, use_cache=False)
     hidden = outputs.last_hidden_state.flatten(0, 1)
@@ -63,7 +63,7 @@ loss_methods = (_mean_loss, _token_losses)
 gathers the weights, and after which it frees them."""
 
 
-def _called(model: LlamaForCausalLM, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _called(model: CausalLM, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Call ``function`` with ``model``: where processes share its weights, by the method of that name."""
     method = getattr(model, function.__name__, None)
     if method is None:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.families import Architecture, family_of
 from galore_pretrain.model.lowrank import Factors, layers
 from galore_pretrain.tensors.coded import codes_of
 from galore_pretrain.tensors.shards import Shard, local, shard_of
@@ -137,10 +137,10 @@ def _reason(error: BaseException) -> str:
 
 
 # Names and shapes are compared with those of transformers' own class, which exists on meta alone.
-def check_weights(weights: InitialWeights, architecture: LlamaConfig) -> None:
+def check_weights(weights: InitialWeights, architecture: Architecture) -> None:
     """Raise InputError that names what is missing, surplus or misshapen among ``weights`` for this architecture."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(architecture)
+        model = family_of(architecture).model_class(architecture)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     given = {name: shape for name, shape in weights.shapes().items() if not name.endswith(_OF_CONFIG)}
     is_tied = bool(architecture.tie_word_embeddings)

@@ -1,13 +1,13 @@
-"""transformers' ``LlamaForCausalLM`` from its config: built on ``meta``, materialized once, in the run's dtype."""
+"""transformers' ``LlamaForCausalLM``, or one of its kind, from its config: built on ``meta``, materialized once."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from galore_pretrain.model.families import Architecture, CausalLM, family_of
 from galore_pretrain.tensors.coded import codes_of
 from galore_pretrain.tensors.rounding import derive_seed
 from galore_pretrain.tensors.shards import fill, local, shard_of
@@ -16,14 +16,14 @@ _INIT_BLOCK = 1 << 22  # elements drawn at a time: 16 MiB of fp32, whatever the 
 
 
 def build_model(
-    config: LlamaConfig,
+    config: Architecture,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-    change: Callable[[LlamaForCausalLM], None] | None = None,
+    change: Callable[[CausalLM], None] | None = None,
     fresh: bool = True,
-) -> LlamaForCausalLM:
+) -> CausalLM:
     """Return the model with fresh weights: matrices from N(0, ``initializer_range``), norms 1, biases 0.
 
     If not ``fresh``, the weights are whatever their memory held, for others to be loaded.
@@ -33,7 +33,7 @@ def build_model(
     sharded. ``change`` may put other modules in, before there is memory for any.
     """
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = family_of(config).model_class(config).to(dtype)
         model = without_masks(model)
         if change is not None:
             change(model)
@@ -42,14 +42,14 @@ def build_model(
     model.to_empty(device=device)
     model.tie_weights()  # where the config says so: new storage has parted them
     with torch.device(device):
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is computed, and stays in fp32
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is computed, and stays in fp32
     if fresh:
         for name, parameter in model.named_parameters():
             draw(name, parameter, config.initializer_range, seed)
     return model
 
 
-def without_masks(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def without_masks(model: CausalLM) -> CausalLM:
     """Make ``model`` attend causally without a mask, and return it. Padding stands at the end and needs none.
 
     With the implementation named ``sdpa``, transformers looks at the positions of each batch for documents packed

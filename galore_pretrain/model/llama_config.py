@@ -1,20 +1,22 @@
-"""A LLaMA's configuration: read from JSON, and checked."""
+"""A model's configuration, a LLaMA's or of its kind: read from JSON, and checked."""
 
 import difflib
 import json
 import logging
 import math
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from galore_pretrain.config.options import find_model
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.families import FAMILIES, Architecture, Family, head_width
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "initializer_range": _NUMBER,
     "rope_theta": _NUMBER,
     "tie_word_embeddings": _TRUTH,
-    "attention_bias": _TRUTH,
-    "mlp_bias": _TRUTH,
     "use_cache": _TRUTH,
     "hidden_act": _TEXT,
     "model_type": _TEXT,
@@ -54,18 +54,17 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "rope_parameters": (dict, _NULL),
     "rope_scaling": (dict, _NULL),
 }
-"""The keys that a config may have, and the types of their values."""
+"""The keys that a config of any family may have, and the types of their values."""
 _ONE_VALUE: dict[str, Any] = {
     "attention_dropout": 0,
     "pretraining_tp": 1,
     "rope_interleaved": False,
     "partial_rotary_factor": 1,
-    "use_sliding_window": False,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "pruned_heads": {},
 }
-"""Keys by which other programs change a model, and the value with which each is the LLaMA that is built here."""
+"""Keys by which other programs change a model, and the value with which each is the model that is built here."""
 _OF_OTHERS = (
     "is_llama_config",
     "transformers.js_config",
@@ -154,24 +153,19 @@ _FINITE = (
 )
 
 
-def load_model_config(name_or_path: str) -> LlamaConfig:
-    """Return a shipped config by name (``llama_60m``), or that of a JSON file, published LLaMA configs included.
+def load_model_config(name_or_path: str) -> Architecture:
+    """Return a shipped config by name (``llama_60m``), or that of a JSON file, published configs included.
 
     Raises ``InputError`` with file, key and remedy for what makes no sense. The tokens named as padding by
     a config are dropped: ``nn.Embedding`` would zero and freeze that row, a real token's where the id is −1.
     """
-    values, source = _read(name_or_path)
-    model_type = values.get("model_type", "llama")
-    if model_type != "llama":  # told before its keys, which are those of another model
-        also = [f"; {key}: {hint}" for key, hint in _BEYOND.items() if values.get(key)]
-        raise InputError(f"{source}: model_type is {model_type!r}; only 'llama' is built here{''.join(also)}")
+    values, source, family = _read(name_or_path)
+    kinds = {**_KINDS, **family.kinds}
     for key, value in values.items():
-        _check_kind(key, value, source)
-        if float in _KINDS[key]:  # transformers wants 1.0, and not 1
+        _check_kind(key, value, kinds, source)
+        if float in kinds[key]:  # transformers wants 1.0, and not 1
             values[key] = float(value)
-    for key in ("num_key_value_heads", "head_dim"):
-        if key in values and values[key] is None:  # older transformers write that for what follows from other keys
-            del values[key]
+    _fill_heads(values, family)
     for key in _POSITIVE:
         if values.get(key, 0) < 1:
             raise InputError(f"{source}: {key} is {values.get(key, 'missing')}; it must be an integer of at least 1")
@@ -185,7 +179,7 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
         config.setdefault("max_position_embeddings", positions)
     config["rope_parameters"] = rope
     try:
-        built = LlamaConfig(**config, use_cache=False, architectures=["LlamaForCausalLM"])
+        built = family.config_class(**config, use_cache=False, architectures=[family.class_name])
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:  # what transformers itself refuses
         reason = " ".join(str(error).split()).replace("rope_parameters", _rope_key(values))
         raise InputError(f"{source}: {reason}") from error
@@ -193,8 +187,25 @@ def load_model_config(name_or_path: str) -> LlamaConfig:
     return built
 
 
-def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
-    """Return the keys and values of a config that mean something here, and its name in messages."""
+# Where a config says nothing of them, keys have as many heads as queries with some families, and a number of its own
+# with others. Older transformers write null for what follows from other keys.
+def _fill_heads(values: dict[str, Any], family: Family) -> None:
+    """Write down what transformers' class takes where the config has no number of heads for keys, or no width."""
+    if values.get("num_key_value_heads", 0) is None:
+        values["num_key_value_heads"] = values.get("num_attention_heads", 0)
+    defaults = {"num_key_value_heads": None, "head_dim": None}
+    if family is not FAMILIES["llama"]:
+        plain = family.config_class
+        defaults = {key: getattr(plain, key, None) for key in defaults}
+    for key, default in defaults.items():
+        if values.get(key) is None:
+            values.pop(key, None)
+            if default is not None:
+                values[key] = default
+
+
+def _read(name_or_path: str) -> tuple[dict[str, Any], str, Family]:
+    """Return the keys and values of a config that mean something here, its name in messages, and its family."""
     file = find_model(name_or_path)
     try:
         values = json.loads(file.read_text())
@@ -205,22 +216,30 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
     if "added_tokens" in values or "added_tokens_decoder" in values:  # tokenizer.json, tokenizer_config.json
         raise InputError(f"{file}: is of a tokenizer; give its folder with --tokenizer, and a model's config here")
     values.pop("_name_or_path", None)  # where transformers has read it from
-    for key, one_value in _ONE_VALUE.items():
+    model_type = values.get("model_type", "llama")
+    if model_type not in list(FAMILIES):  # told before its keys, which are those of another model
+        also = [f"; {key}: {hint}" for key, hint in _BEYOND.items() if values.get(key)]
+        raise InputError(
+            f"{name_or_path}: model_type is {model_type!r}; {', '.join(FAMILIES)} are built here{''.join(also)}"
+        )
+    family = FAMILIES[model_type]
+    for key, one_value in (_ONE_VALUE | dict(family.one_value)).items():
         value = values.pop(key, None)
         if value is not None and value != one_value:
             raise InputError(
-                f"{name_or_path}: {key} is {value!r}; a LLaMA with {one_value!r} is all that is built here"
+                f"{name_or_path}: {key} is {value!r}; a {family.title} with {one_value!r} is all that is built here"
             )
     generation = GenerationConfig().to_dict().keys()
     passed_over = []
     for key, value in values.items():
-        if key not in _KINDS and (value is None or key in _OF_OTHERS or key in generation):
+        is_known = key in _KINDS or key in family.kinds
+        if not is_known and (value is None or key in _OF_OTHERS or key in generation):
             passed_over.append(key)
     for key in passed_over:
         del values[key]
     if passed_over:
         _log_passed_over(name_or_path, ", ".join(sorted(passed_over)))
-    return values, name_or_path
+    return values, name_or_path, family
 
 
 @cache  # a run reads its model's config more than once
@@ -229,11 +248,11 @@ def _log_passed_over(source: str, keys: str) -> None:
     log.info("%s: passed over are keys on which the model does not depend: %s", source, keys)
 
 
-def _check_kind(key: str, value: Any, source: str) -> None:
-    """Raise InputError where a key is unknown, or its value of another type than it must be."""
-    if key not in _KINDS:
-        raise InputError(f"{source}: unknown key {key!r}; {_hint(key)}")
-    kinds = _KINDS[key]
+def _check_kind(key: str, value: Any, known: Mapping[str, tuple[type, ...]], source: str) -> None:
+    """Raise InputError where a key is not ``known``, or its value of another type than it must be."""
+    if key not in known:
+        raise InputError(f"{source}: unknown key {key!r}; {_hint(key, known)}")
+    kinds = known[key]
     is_stray_bool = isinstance(value, bool) and bool not in kinds  # Python's bool is an int
     if is_stray_bool or not isinstance(value, kinds):
         names = {type(None): "null"}
@@ -245,16 +264,16 @@ def _check_kind(key: str, value: Any, source: str) -> None:
         raise InputError(f"{source}: {key} is {value!r}; a list must hold int alone")
 
 
-def _hint(key: str) -> str:
+def _hint(key: str, known: Iterable[str]) -> str:
     """Return what to write in place of an unknown key: the name that it has here, or all names."""
     if key in _BEYOND:
         return _BEYOND[key]
     if key in _OTHER_NAMES:
         return f"here it is {_OTHER_NAMES[key]!r}"
-    near = difflib.get_close_matches(key, [*_KINDS, *_ONE_VALUE], n=1)
+    near = difflib.get_close_matches(key, [*known, *_ONE_VALUE], n=1)
     if near:
         return f"did you mean {near[0]!r}?"
-    return f"known keys: {', '.join(sorted(_KINDS))}"
+    return f"known keys: {', '.join(sorted(known))}"
 
 
 def _check_shape(values: dict[str, Any], source: str) -> None:
@@ -359,14 +378,14 @@ def _rope_key(values: dict[str, Any]) -> str:
 
 # What the numbers of a scale must be differs from type to type, and transformers only warns of most. So the frequencies
 # are computed once: wrong types raise there, and wrong numbers give a table of another shape, or no finite one.
-def _check_turning(config: LlamaConfig, key: str, source: str) -> None:
+def _check_turning(config: Architecture, key: str, source: str) -> None:
     """Raise InputError where the frequencies by which heads are turned, by what ``key`` says, cannot be computed."""
     rope = config.rope_parameters
     try:
         with torch.device("cpu"):
             rotary = LlamaRotaryEmbedding(config)
         frequencies = rotary.inv_freq
-        is_sound = frequencies.shape == (config.head_dim // 2,) and bool((frequencies > 0).all())
+        is_sound = frequencies.shape == (head_width(config) // 2,) and bool((frequencies > 0).all())
         is_sound = is_sound and bool(frequencies.isfinite().all()) and math.isfinite(rotary.attention_scaling)
         reason = "they are not positive and finite, one for each pair of a head"
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from transformers import LlamaConfig
-
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.resolve import known_norm, micro_batch_sizes, with_execution
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.families import Architecture
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
 from galore_pretrain.planning.choice import candidates, lower_bound
@@ -149,7 +148,7 @@ def least_executions(config: RunConfig) -> list[RunConfig]:
 class _Search:
     """Plans changed runs, each outline and each least plan once."""
 
-    def __init__(self, budget: int, architecture: LlamaConfig, mesh: Any) -> None:
+    def __init__(self, budget: int, architecture: Architecture, mesh: Any) -> None:
         self._budget, self._architecture, self._mesh = budget, architecture, mesh
         self._outlines: dict[tuple[Any, ...], Outline] = {}
         self._plans: dict[tuple[tuple[str, Any], ...], Plan | None] = {}

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 
 from galore_pretrain.config.options import ExecutionSettings, RunConfig
 from galore_pretrain.config.resolve import known_norm, micro_batch_sizes, with_execution
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.families import Architecture
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
 from galore_pretrain.planning.plan import Outline, Plan, Static, is_on_gpu, measure
@@ -120,7 +120,7 @@ def _cost_of_size(config: RunConfig, tokens: int) -> float:
     return cost
 
 
-def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) -> int:
+def lower_bound(config: RunConfig, architecture: Architecture, static: Static) -> int:
     """Return bytes that some update holds for certain.
 
     They are all that is there throughout, the gradients that exist at once, and what the matrix products keep for the
@@ -149,7 +149,7 @@ def lower_bound(config: RunConfig, architecture: LlamaConfig, static: Static) ->
     return int(throughout + max(gradients, activations))
 
 
-def upper_bound(config: RunConfig, architecture: LlamaConfig, static: Static) -> int:
+def upper_bound(config: RunConfig, architecture: Architecture, static: Static) -> int:
     """Return bytes that no update exceeds: all that is there once, and a generous share for each token."""
     hidden, inner, heads = architecture.hidden_size, architecture.intermediate_size, architecture.num_attention_heads
     wide = max(hidden, heads * (getattr(architecture, "head_dim", None) or 1))

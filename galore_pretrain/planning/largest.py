@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from transformers import LlamaConfig
-
 from galore_pretrain.config.options import ExecutionSettings, RunConfig
 from galore_pretrain.config.resolve import known_norm, with_execution
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.families import Architecture
 from galore_pretrain.planning.choice import lower_bound
 from galore_pretrain.planning.layers import measure_by_layers, uncertain_bytes
 from galore_pretrain.planning.plan import Outline, Plan, measure
@@ -91,7 +90,7 @@ def executed(
         return None
 
 
-def largest_updates(config: RunConfig, budget: int, architecture: LlamaConfig, guide: Guide) -> Largest:
+def largest_updates(config: RunConfig, budget: int, architecture: Architecture, guide: Guide) -> Largest:
     """Return the largest updates of ``config`` that fit ``budget`` bytes. InputError where it does not fit the model.
 
     Each plan that is returned fits. ``config`` leaves the micro-batch open, and its ``total_batch_size`` is that of
@@ -103,7 +102,7 @@ def largest_updates(config: RunConfig, budget: int, architecture: LlamaConfig, g
 class _Search:
     """Plans updates of one run."""
 
-    def __init__(self, config: RunConfig, budget: int, architecture: LlamaConfig, guide: Guide) -> None:
+    def __init__(self, config: RunConfig, budget: int, architecture: Architecture, guide: Guide) -> None:
         self._config, self._budget, self._architecture, self._guide = config, budget, architecture, guide
         self._outline = Outline.of(config, architecture)
         self._plans: dict[int, Plan | None] = {}

@@ -4,9 +4,8 @@ import copy
 import re
 from collections.abc import Mapping
 
-from transformers import LlamaConfig
-
 from galore_pretrain.config.options import RunConfig
+from galore_pretrain.model.families import Architecture
 from galore_pretrain.planning.plan import Outline, Plan, heaviest_updates, host_budget, is_on_gpu, measure
 from galore_pretrain.tensors.ledger import KINDS
 
@@ -27,7 +26,7 @@ _Parts = Mapping[str, int]
 # renews those of other matrices than that of the whole one, and `uncertain_bytes` bounds what that changes. Where
 # processes share a model out, where activations are not checkpointed, where updates are made after the backward pass,
 # and on a CPU, all layers are measured.
-def measure_by_layers(config: RunConfig, architecture: LlamaConfig, outline: Outline) -> Plan:
+def measure_by_layers(config: RunConfig, architecture: Architecture, outline: Outline) -> Plan:
     """Return what `measure` does, ``highs`` left out. ``outline`` is of the whole model."""
     layers = architecture.num_hidden_layers
     is_checkpointed = config.activation_checkpointing  # without, what a place holds need not grow evenly

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.coded import CodedLinear
+from galore_pretrain.model.families import Architecture, CausalLM
 from galore_pretrain.model.head import mean_loss
 from galore_pretrain.model.int8 import Int8Linear
 from galore_pretrain.optim import Execution
@@ -170,11 +170,11 @@ class Outline:
     one outline serves all plans of a search.
     """
 
-    model: LlamaForCausalLM
+    model: CausalLM
     optimizer: "RuleOptimizer"
 
     @classmethod
-    def of(cls, config: RunConfig, architecture: LlamaConfig, mesh: Any = None) -> "Outline":
+    def of(cls, config: RunConfig, architecture: Architecture, mesh: Any = None) -> "Outline":
         """Build the outline; InputError where the config's options do not fit the model."""
         model = model_for(config, architecture, "meta", mesh=mesh)
         return cls(model, optimizer_for(config, model))
@@ -191,7 +191,7 @@ class Outline:
         )
 
 
-def static_bytes(config: RunConfig, architecture: LlamaConfig, mesh: Any = None) -> Static:
+def static_bytes(config: RunConfig, architecture: Architecture, mesh: Any = None) -> Static:
     """Return what a run, or a process of it, holds before it computes anything."""
     return Outline.of(config, architecture, mesh).static
 
@@ -217,7 +217,7 @@ def is_on_gpu(config: RunConfig) -> bool:
 # kept for the noise of its basis, which two keep too.
 def measure(
     config: RunConfig,
-    architecture: LlamaConfig,
+    architecture: Architecture,
     mesh: Any = None,
     *,
     every_update: bool = False,
@@ -281,7 +281,7 @@ class _PlannedTransport(AtOnce):
             return super().device_memory(size)
 
 
-def _held_by_compiled_layers(config: RunConfig, model: LlamaForCausalLM) -> int:
+def _held_by_compiled_layers(config: RunConfig, model: CausalLM) -> int:
     """Return the bytes of gradients that a compiled layer returns together, but for the largest of them.
 
     Updates in backward drop each gradient before the next one is made, but where one compiled function makes all.
@@ -295,12 +295,12 @@ def _held_by_compiled_layers(config: RunConfig, model: LlamaForCausalLM) -> int:
 @contextmanager
 def faked(
     config: RunConfig,
-    architecture: LlamaConfig,
+    architecture: Architecture,
     mesh: Any = None,
     ledger: Ledger | None = None,
     sample: ChunkSample | None = None,
     outline: Outline | None = None,
-) -> Iterator[tuple[LlamaForCausalLM, "RuleOptimizer"]]:
+) -> Iterator[tuple[CausalLM, "RuleOptimizer"]]:
     """Make all tensors fake in this context, and yield a run's model and optimizer made of such.
 
     ``ledger`` counts them as they are made. With a ``sample``, only some of a large tensor's chunks are worked on.
@@ -340,7 +340,7 @@ def faked(
 
 
 def make_heaviest_updates(
-    config: RunConfig, model: LlamaForCausalLM, optimizer: "RuleOptimizer", execution: Execution, micro_batches: int
+    config: RunConfig, model: CausalLM, optimizer: "RuleOptimizer", execution: Execution, micro_batches: int
 ) -> None:
     """Make those updates of a run that can hold most, of ``micro_batches`` each."""
     for count in heaviest_updates(config, optimizer):
@@ -355,7 +355,7 @@ def make_heaviest_updates(
         make_update(config, model, execution, micro_batches)
 
 
-def make_update(config: RunConfig, model: LlamaForCausalLM, execution: Execution, micro_batches: int) -> None:
+def make_update(config: RunConfig, model: CausalLM, execution: Execution, micro_batches: int) -> None:
     """Make one update of ``micro_batches``, whose tokens are all zero."""
     for i in range(micro_batches):
         tokens = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
@@ -366,7 +366,7 @@ def make_update(config: RunConfig, model: LlamaForCausalLM, execution: Execution
     execution.complete()
 
 
-def _add_hooks(ledger: Ledger, model: LlamaForCausalLM) -> None:
+def _add_hooks(ledger: Ledger, model: CausalLM) -> None:
     """Have the model tell the ledger where in the update it is, and which tensors are gradients."""
 
     def says(moment: str) -> Callable[..., None]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import LlamaConfig
 
 from galore_pretrain.config.options import RunConfig
+from galore_pretrain.model.families import Architecture
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.planning.plan import faked, make_update
 from galore_pretrain.tensors.chunks import ChunkSample
@@ -135,7 +135,7 @@ def count(config: RunConfig, mesh: Any = None) -> Traffic:
 
 
 def extrapolated(
-    config: RunConfig, architecture: LlamaConfig, count_small: Callable[[RunConfig, LlamaConfig, int], Counts]
+    config: RunConfig, architecture: Architecture, count_small: Callable[[RunConfig, Architecture, int], Counts]
 ) -> Counts:
     """Return the counts of an update of the whole model in which no basis is due, from those of small ones.
 
@@ -176,7 +176,7 @@ def extrapolated(
 # the basis in fp32, with one more number: whether the basis is valid; of a lazy refresh, its overlap too. The matrices
 # are dealt out among all processes, so on average each of them gathers one in `size`. Bytes between hosts are those of
 # a host, of `here` processes.
-def _refresh_counts(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> Counts:
+def _refresh_counts(config: RunConfig, architecture: Architecture, mesh: Any) -> Counts:
     """Return the bytes that new bases send, divided by T: those of a process, and on the network those of a host."""
     counts: Counts = defaultdict(float)
     if mesh is None or not config.update_proj_gap:
@@ -209,7 +209,7 @@ def _refresh_counts(config: RunConfig, architecture: LlamaConfig, mesh: Any) -> 
     return counts
 
 
-def _update_counts(config: RunConfig, architecture: LlamaConfig, micro_batches: int, mesh: Any) -> Counts:
+def _update_counts(config: RunConfig, architecture: Architecture, micro_batches: int, mesh: Any) -> Counts:
     """Count one update of so many micro-batches in which no basis is due."""
     sample = ChunkSample()
     with faked(config, architecture, mesh, sample=sample) as (model, optimizer):

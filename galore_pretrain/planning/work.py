@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig
+from galore_pretrain.model.families import Architecture, CausalLM
 from galore_pretrain.model.head import token_losses
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import Execution
@@ -75,7 +75,7 @@ class Work:
 # attention with L layers, H heads of size Q and T positions, whether they are masked or not. What activation
 # checkpointing computes again is not counted, and neither is the update. N are the weights that multiply: norms do not,
 # and an embedding is looked up, so it counts as the head alone.
-def model_flops_per_token(architecture: LlamaConfig, length: int) -> float:
+def model_flops_per_token(architecture: Architecture, length: int) -> float:
     """Return the FLOPs that a token of a row of ``length`` takes by the model's definition, whatever computes them."""
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
     heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
@@ -86,7 +86,7 @@ def model_flops_per_token(architecture: LlamaConfig, length: int) -> float:
     return float(6 * weights + 12 * layers * heads * head_size * length)
 
 
-def peak_tokens_per_second(card: Card, config: RunConfig, architecture: LlamaConfig) -> float:
+def peak_tokens_per_second(card: Card, config: RunConfig, architecture: Architecture) -> float:
     """Return the tokens/s of all processes at which the model's FLOPs would be the peak of their cards: MFU 1."""
     peak = card.peak(getattr(torch, config.dtype)) * config.processes.total
     return peak / model_flops_per_token(architecture, config.max_length)
@@ -101,7 +101,7 @@ def count_work(config: RunConfig, mesh: Any = None) -> dict[str, Work]:
     return {part: Work.of(counts, part) for part in (*PARTS, REFRESH, EVALUATION)}
 
 
-def _counts(config: RunConfig, architecture: LlamaConfig, micro_batches: int, mesh: Any) -> Counts:
+def _counts(config: RunConfig, architecture: Architecture, micro_batches: int, mesh: Any) -> Counts:
     """Count an update of so many micro-batches, a refresh of all bases, and a micro-batch of an evaluation."""
     sample = ChunkSample()
     with faked(config, architecture, mesh, sample=sample) as (model, optimizer):
@@ -153,7 +153,7 @@ class WorkCounter(TorchDispatchMode):
         return counts
 
     @contextmanager
-    def following(self, model: LlamaForCausalLM, execution: Execution) -> Iterator[None]:
+    def following(self, model: CausalLM, execution: Execution) -> Iterator[None]:
         """Notice in this context which pass is made: forward from the model's call on, backward once it is begun."""
         begin = execution.begin
 

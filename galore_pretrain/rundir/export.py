@@ -14,10 +14,11 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.families import Architecture
 from galore_pretrain.model.lowrank import dense_state
 from galore_pretrain.rundir.checkpoint import sync
 from galore_pretrain.rundir.directory import write_json
@@ -113,7 +114,7 @@ def _name_beginning(file: Path) -> None:
         _amend(file, {"bos_token": settings["eos_token"], "add_bos_token": False})
 
 
-def _save_tokenizer(folder: Path, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
+def _save_tokenizer(folder: Path, architecture: Architecture, tokenizer: Tokenizer) -> None:
     """Write the tokenizer's files for a model of this architecture."""
     tokenizer.save(folder, architecture.max_position_embeddings, architecture.vocab_size)
     _name_beginning(folder / "tokenizer_config.json")
@@ -122,7 +123,7 @@ def _save_tokenizer(folder: Path, architecture: LlamaConfig, tokenizer: Tokenize
 # What a user of the exported model gets is what AutoTokenizer makes of its folder. No rule says what that is for every
 # tokenizer, so it is tried: with texts that are known to be treated in different ways, with the spelling of the special
 # tokens, and with the beginning of the run's own text. It is tried before training, when another tokenizer can be had.
-def try_export(architecture: LlamaConfig, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+def try_export(architecture: Architecture, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     """Warn where ``AutoTokenizer`` will not give the exported model the ids of training, of ``texts`` among others."""
     try:
         exported = _exported(architecture, tokenizer)
@@ -178,7 +179,7 @@ class _NoLikeError(Exception):
     """Raised where transformers cannot load an exported tokenizer. The message is its reason."""
 
 
-def _exported(architecture: LlamaConfig, tokenizer: Tokenizer) -> Any:
+def _exported(architecture: Architecture, tokenizer: Tokenizer) -> Any:
     """Return what ``AutoTokenizer`` makes of the tokenizer in an exported folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

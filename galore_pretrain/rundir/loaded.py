@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig, text_seen_from, texts_of
 from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.config.resolve import check_bounds, resolve
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.families import FAMILIES, Architecture, CausalLM, Family, architecture_of, positions_of
 from galore_pretrain.model.llama import without_masks
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
@@ -40,7 +40,7 @@ class LoadedModel:
     evaluated on: each None where another text was named.
     """
 
-    model: LlamaForCausalLM
+    model: CausalLM
     tokenizer: Tokenizer
     config: RunConfig
     reference_batch: int | None = None
@@ -71,11 +71,12 @@ def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> Load
         saved = checkpoint.opened(path)
     if saved is not None:
         return _load_checkpoint(saved, overrides, device)
-    if _architectures(path / "config.json") == ["LlamaForCausalLM"]:
-        return _load_hugging_face(path, overrides, device)
-    raise InputError(
-        f"{path}: neither a run, a checkpoint (a folder with state.json) nor a folder of a LlamaForCausalLM"
-    )
+    architectures = _architectures(path / "config.json")
+    for family in FAMILIES.values():
+        if architectures == [family.class_name]:
+            return _load_hugging_face(path, family, overrides, device)
+    known = ", ".join(family.class_name for family in FAMILIES.values())
+    raise InputError(f"{path}: neither a run, a checkpoint (a folder with state.json) nor a folder of one of {known}")
 
 
 # What a run is stands in its checkpoint: paths of its config may name other files by now, or none. Only its text is
@@ -142,15 +143,15 @@ def _saved_tokenizer(saved: checkpoint.Saved, config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def _saved_architecture(saved: checkpoint.Saved, config: RunConfig) -> LlamaConfig:
+def _saved_architecture(saved: checkpoint.Saved, config: RunConfig) -> Architecture:
     """Return the architecture that a checkpoint holds. The first ones hold none: it is where their config says."""
     kept = saved.state.get("inputs", {}).get("model")
     if kept is None:
         return load_model_config(config.model)
-    return LlamaConfig.from_dict(json.loads(kept))
+    return architecture_of(json.loads(kept))
 
 
-def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
+def _load_hugging_face(path: Path, family: Family, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
     """Load a plain Hugging Face folder, whoever wrote it."""
     values = {
         "model": str(path / "config.json"),
@@ -167,7 +168,7 @@ def _load_hugging_face(path: Path, overrides: Mapping[str, Any], device: torch.d
         _warn_of_tokenizer(tokenizer, load_tokenizer(str(path)).fingerprint)
     try:
         # Only safetensors are read: loading a pickle can execute code.
-        loaded, told = LlamaForCausalLM.from_pretrained(
+        loaded, told = family.model_class.from_pretrained(
             path, dtype="auto", use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -248,7 +249,7 @@ def continue_text(
         prompt_ids = [tokenizer.eos_id]
         if isinstance(tokenizer, Begun) and tokenizer.bos_id is not None:
             prompt_ids = [tokenizer.bos_id]
-    positions = model.config.max_position_embeddings
+    positions = positions_of(model.config)
     room = positions - len(prompt_ids)
     if room < 1:
         raise InputError(f"the prompt has {len(prompt_ids)} tokens; the model has {positions} positions")

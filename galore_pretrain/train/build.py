@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from galore_pretrain.config.options import RunConfig, factors_by_module, optim_settings
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.coded import code_matrices
+from galore_pretrain.model.families import Architecture, CausalLM
 from galore_pretrain.model.head import loss_methods
 from galore_pretrain.model.initial import InitialWeights, take_weights
 from galore_pretrain.model.int8 import multiply_by_int8
@@ -86,14 +86,14 @@ def factors_of(config: RunConfig) -> Factors | None:
 
 def model_for(
     config: RunConfig,
-    architecture: LlamaConfig,
+    architecture: Architecture,
     device: torch.device | str = "cpu",
     *,
     fresh: bool = True,
     weights: InitialWeights | None = None,
     mesh: Any = None,
     position: TrainingPosition | None = None,
-) -> LlamaForCausalLM:
+) -> CausalLM:
     """Build the model that a run begins with, on ``device``, in the run's dtype.
 
     On ``meta``, or if not ``fresh``, its weights are not initialized: a checkpoint's are loaded into them. Fresh ones
@@ -104,7 +104,7 @@ def model_for(
 
     # Called while the model is still on meta, so neither the dense matrices that factors replace nor the weights of
     # other processes ever take memory.
-    def change(model: LlamaForCausalLM) -> None:
+    def change(model: CausalLM) -> None:
         if factors:
             factors.apply(model, position)
         by_int8 = config.matmul == "int8"
@@ -133,7 +133,7 @@ def model_for(
     return model
 
 
-def set_up_model(config: RunConfig, model: LlamaForCausalLM) -> LlamaForCausalLM:
+def set_up_model(config: RunConfig, model: CausalLM) -> CausalLM:
     """Set ``model`` and torch up for training, and return the model."""
     # By default, cuBLAS may add up the parts of a long product in bf16. The published numbers were made so.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = config.numerics == "reference"
@@ -156,7 +156,7 @@ def _set_determinism(wanted: bool) -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(not wanted)
 
 
-def compile_layers(model: LlamaForCausalLM) -> None:
+def compile_layers(model: CausalLM) -> None:
     """Have torch compile each decoder layer when it first runs. All layers share the code compiled for one."""
     for decoder in model.model.layers:
         decoder.compile()
@@ -219,7 +219,7 @@ def execution_for(config: RunConfig, optimizer: RuleOptimizer, *, transport: Tra
     return execution(optimizer, config.grad_clip, projected=projected, host_sums=host_sums)
 
 
-def share_out(model: LlamaForCausalLM, config: RunConfig, mesh: Any) -> None:
+def share_out(model: CausalLM, config: RunConfig, mesh: Any) -> None:
     """Give each process its part of every weight of ``model``, which is on ``meta``: `fully_shard` a layer at a time.
 
     A matrix that GaLore projects from the left is cut into columns where they can be dealt out evenly, all else into

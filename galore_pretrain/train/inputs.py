@@ -5,10 +5,9 @@ import logging
 from dataclasses import dataclass
 from itertools import islice
 
-from transformers import LlamaConfig
-
 from galore_pretrain.config.options import RunConfig, texts_of
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.families import Architecture, window_of
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
 from galore_pretrain.text.batches import TokenRows, shard_order, validation_rows
@@ -36,7 +35,7 @@ class Inputs:
     ``method`` is the digest of the file of a method from outside the package; None of any other method.
     """
 
-    model: LlamaConfig
+    model: Architecture
     training: DocumentSource
     validation: DocumentSource
     tokenizer: Tokenizer
@@ -124,14 +123,14 @@ def check_text(config: RunConfig, inputs: Inputs, *, is_new: bool) -> TextShares
     return shares
 
 
-def architecture_for(config: RunConfig, tokenizer: Tokenizer) -> LlamaConfig:
+def architecture_for(config: RunConfig, tokenizer: Tokenizer) -> Architecture:
     """Return the model's architecture with the tokenizer's control tokens; InputError where the two do not fit."""
     architecture = load_model_config(config.model)
     fit_together(config, architecture, tokenizer)
     return architecture
 
 
-def fit_together(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
+def fit_together(config: RunConfig, architecture: Architecture, tokenizer: Tokenizer) -> None:
     """Give an architecture the tokenizer's control tokens; InputError where the two, or the rows, do not fit."""
     check_vocabulary(config, architecture, tokenizer)
     check_length(config, architecture)
@@ -139,7 +138,7 @@ def fit_together(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokeni
     architecture.bos_token_id = tokenizer.bos_id if isinstance(tokenizer, Begun) else None
 
 
-def check_vocabulary(config: RunConfig, architecture: LlamaConfig, tokenizer: Tokenizer) -> None:
+def check_vocabulary(config: RunConfig, architecture: Architecture, tokenizer: Tokenizer) -> None:
     """Raise InputError where the tokenizer can produce an id that the model has no embedding for."""
     vocabulary = architecture.vocab_size
     if tokenizer.vocab_size > vocabulary:
@@ -149,11 +148,17 @@ def check_vocabulary(config: RunConfig, architecture: LlamaConfig, tokenizer: To
         )
 
 
-def check_length(config: RunConfig, architecture: LlamaConfig) -> None:
+def check_length(config: RunConfig, architecture: Architecture) -> None:
     """Raise InputError where rows are longer than the model has positions."""
     positions = architecture.max_position_embeddings
     if config.max_length > positions:
         raise InputError(
             f"--max-length {config.max_length} exceeds the {positions} positions of --model {config.model}; "
             f"give --max-length {positions}, or less"
+        )
+    window = window_of(architecture)
+    if window is not None and config.max_length > window:
+        raise InputError(
+            f"--max-length {config.max_length} exceeds the window of {window} positions in which layers of --model "
+            f"{config.model} attend, and longer rows are not built here; give --max-length {window}, or less"
         )
