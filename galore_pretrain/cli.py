@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from galore_pretrain import __version__
 from galore_pretrain.check.parts import PARTS
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
-from galore_pretrain.config.options import Processes, RunConfig, optim_settings, parse_place, texts_of
+from galore_pretrain.config.options import Processes, RunConfig, model_name, optim_settings, parse_place, texts_of
 from galore_pretrain.config.resolve import ALL, left_out, load_named
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError, did_you_mean
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, load_line, own_length
@@ -195,7 +195,7 @@ def plan(
     else:
         click.echo("\n\n".join(of_row.table for of_row in planned))
     if picture or (compare and not as_json):
-        name = Path(first.model).stem
+        name = model_name(first.model)
         picture = picture or Path(f"memory-{name}.png")
         title = f"{name} in {first.dtype}, updates of {first.total_batch_size} × {first.max_length} tokens"
         with _writing(f"--picture {picture}", "file"):

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from galore_pretrain.config.options import RunConfig, find_init
+from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.resolve import AS_BEFORE, FIT
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
-from galore_pretrain.model.initial import FolderWeights, InitialWeights, check_weights
+from galore_pretrain.model.initial import InitialWeights, check_weights
 from galore_pretrain.model.int8 import check_int8
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.planning.cards import known_card
@@ -35,6 +35,7 @@ from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import RunDirectory, log_config
 from galore_pretrain.rundir.environment import describe_environment
 from galore_pretrain.rundir.export import export, try_export
+from galore_pretrain.rundir.initial import open_weights
 from galore_pretrain.rundir.resume import (
     Saver,
     check_inputs,
@@ -192,7 +193,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
 def initial_weights(config: RunConfig, inputs: Inputs) -> InitialWeights:
     """Open the weights that ``--init`` names. InputError where they are not those of the run's model."""
     assert config.init is not None
-    weights = FolderWeights(find_init(config.init), config.init)
+    weights = open_weights(config.init)
     check_weights(weights, inputs.model)
     return weights
 

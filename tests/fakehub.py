@@ -108,6 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            if not (self.server.root / match[1]).is_dir():
+                return self._json(None, missing="RepoNotFound")
             self._file(self.server.root / match[1] / match[2])
         elif fault := self.server.take_fault(path):
             self._fail(fault)
@@ -124,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json([e for e in below if deep or "/" not in e["path"].removeprefix(prefix)] or None)
         else:
             self._json(None)
+        return None
 
     def _fail(self, fault: Fault) -> None:
         if fault.status:

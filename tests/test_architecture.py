@@ -20,7 +20,7 @@ ROOMS: dict[str, str] = {  # a room, and what it may import
     "meters": "",
     "tensors": "",
     "optim": "tensors",
-    "config": "errors optim",
+    "config": "errors optim text",
     "text": "errors",
     "model": "config errors optim tensors",
     "dist": "config errors",

@@ -237,7 +237,7 @@ REFUSED = {
     "pickled": "has pytorch_model.bin, and only safetensors are read",
     "none": "has no model.safetensors",
     "a lost shard": "names model-00002-of-00002.safetensors, which is not there",
-    "elsewhere": "names ../model.safetensors, which is not there",
+    "elsewhere": "names ../model.safetensors, which is no file beside it",
 }
 
 
@@ -274,7 +274,7 @@ def test_saved_tables_and_a_tied_head_that_is_saved_are_no_surplus(tmp_path: Pat
     ("place", "message"),
     [
         ("nowhere", "no such folder"),
-        ("empty", "has no config.json"),
+        ("empty", "has neither config.json nor checkpoints"),
         ("given/model.safetensors", "is a file; name its folder"),
     ],
 )

@@ -30,6 +30,7 @@ from galore_pretrain.optim import (
     REFRESHES,
     method,
 )
+from galore_pretrain.text.hub import download_model, is_hub_id
 
 _THOUSANDS = {"": 0, "k": 1, "m": 2, "b": 3, "g": 3, "t": 4, "p": 5}
 """Powers of 1000 that a letter behind a number stands for."""
@@ -279,7 +280,7 @@ class RunConfig:
     )
     init: str | None = _flag(
         None,
-        "Begin from the weights of this folder, whose model and tokenizer are taken.",
+        "Begin from the weights of a model's folder, a run or a hub id; its model and tokenizer are taken.",
         parse_place,
         METHOD,
         shown="new weights",
@@ -680,32 +681,61 @@ def shipped_models() -> list[str]:
     return sorted(name.removesuffix(".json") for name in names)
 
 
-def find_model(name_or_path: str) -> Traversable:
+def model_name(name_or_path: str) -> str:
+    """Return what a model is called: a shipped name, a JSON file's name without its ending, or a folder's."""
+    path = Path(name_or_path)
+    return path.stem if path.suffix == ".json" else path.name
+
+
+def find_model(name_or_path: str, *, on_hub: bool = True) -> Traversable:
     """Return the JSON file that ``--model`` means: a shipped one, one at a path, or a folder's ``config.json``.
 
-    InputError where there is none, with the names that are near.
+    Of a run or a checkpoint, it is the ``state.json`` that holds the architecture. Of a repository of the hub, which is
+    looked for where it may be ``on_hub``, ``config.json`` alone is downloaded. InputError where there is none, with the
+    names that are near.
     """
     shipped = shipped_models()
     if name_or_path in shipped:
         return resources.files("galore_pretrain") / "configs" / f"{name_or_path}.json"
     path = Path(name_or_path)
+    state = state_of(path)
+    if state is not None:
+        return state
     if (path / "config.json").is_file():
         return path / "config.json"
     if path.is_file():
         return path
+    if on_hub and is_hub_id(name_or_path):
+        return download_model(name_or_path, "config.json")
     raise InputError(
         f"--model {name_or_path}: no such model or file; {did_you_mean(name_or_path, shipped)}shipped: "
         f"{', '.join(shipped)}; or give the path of a JSON config, or of a folder with config.json and without weights"
     )
 
 
-def find_init(place: str) -> Path:
-    """Return the folder with ``config.json`` that ``--init`` names. InputError where it is none."""
+def state_of(place: Path) -> Path | None:
+    """Return ``state.json`` of a checkpoint, or of the newest one of a run; None where ``place`` is neither."""
+    if (place / "state.json").is_file():
+        return place / "state.json"
+    folders = (file.parent for file in (place / "checkpoints").glob("step_*/state.json"))
+    whole = sorted(folder for folder in folders if folder.name.removeprefix("step_").isdigit())
+    return whole[-1] / "state.json" if whole else None
+
+
+def find_init(place: str) -> None:
+    """Raise InputError unless ``--init`` names a model's folder, a run, a checkpoint, or a repository of the hub."""
     path = Path(place)
-    if (path / "config.json").is_file():
-        return path
+    if state_of(path) is not None:
+        return
+    if (path / "summary.json").is_file() and (path / "model" / "config.json").is_file():
+        raise InputError(f"--init {place}: is a run without its checkpoints; name {path / 'model'}")
+    if (path / "config.json").is_file() or is_hub_id(place):
+        return
     if path.is_dir():
-        raise InputError(f"--init {place}: has no config.json; name a folder of a model, as save_pretrained writes it")
+        raise InputError(
+            f"--init {place}: has neither config.json nor checkpoints; name a folder of a model, as save_pretrained "
+            "writes it, or a run"
+        )
     if path.is_file():
         raise InputError(f"--init {place}: is a file; name its folder, which has config.json and the weights")
-    raise InputError(f"--init {place}: no such folder; name one with config.json and a model's weights")
+    raise InputError(f"--init {place}: no such folder; name one with a model's weights, a run, or ORG/NAME of the hub")

@@ -2,10 +2,9 @@
 
 import json
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import RunConfig, model_name
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim import method
 
@@ -43,7 +42,7 @@ def printed_tokens(model: str) -> tuple[int, str]:
 def reference_batch(config: RunConfig) -> int:
     """Return the sequences in a batch of the published script's evaluation, which its perplexity depends on."""
     table = _recipes()["reference_batches"]
-    model = Path(config.model).stem
+    model = model_name(config.model)
     size: int = table.get(model, table["other"])
     return min(size, config.total_batch_size)
 

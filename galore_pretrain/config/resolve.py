@@ -3,6 +3,7 @@
 defaults < recipe < run JSON < flags. No torch in here: a wrong flag is refused at once.
 """
 
+import json
 import math
 import re
 import time
@@ -23,7 +24,9 @@ from galore_pretrain.config.options import (
     RunConfig,
     find_init,
     find_model,
+    model_name,
     parse_bytes,
+    state_of,
     texts_of,
 )
 from galore_pretrain.config.recipes import printed_tokens, recipe
@@ -59,10 +62,10 @@ def resolve(
     if values["model"] is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
     check_bounds(values)
-    find_model(values["model"])
+    find_model(values["model"], on_hub=values["init"] is not None)
     if values["init"] is None:
         _refuse_weights(values["model"])
-    model = Path(values["model"]).stem
+    model = model_name(values["model"])
 
     def fill(name: str, value: Any, origin: str) -> None:
         if values[name] is None and value is not None:
@@ -116,7 +119,10 @@ def _left_alone(optim: str, meaningless: Container[str]) -> set[str]:
 
 
 def _take_model_of_init(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Take the model from where the weights come from, unless one is named. InputError where there are no weights."""
+    """Take the model from where the weights come from, unless one is named, and of a run whether texts have a marker.
+
+    Raises InputError where there are no weights.
+    """
     place = values["init"]
     if place is None:
         return
@@ -124,11 +130,28 @@ def _take_model_of_init(values: dict[str, Any], origins: dict[str, str]) -> None
     if values["model"] is None:
         values["model"] = place
         origins["model"] = "init"
+    state = state_of(Path(place))
+    if state is not None and values["bos"] == "auto":  # its tokenizer may add one that the run did without
+        values["bos"] = _saved_values(state, place).get("bos", "no")
+        origins["bos"] = "init"
+
+
+def _saved_values(state: Path, place: str) -> dict[str, Any]:
+    """Return the values of the flags in a checkpoint's ``state.json``; InputError where that holds none."""
+    try:
+        values: dict[str, Any] = json.loads(state.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--init {place}: {state} is not as a run wrote it ({error}); name another checkpoint"
+        ) from error
+    return values
 
 
 def _refuse_weights(model: str) -> None:
     """Raise InputError where ``--model`` names a folder with weights, which a run would not begin from."""
     folder = Path(model)
+    if state_of(folder) is not None:
+        raise InputError(f"--model {model} is of a run, with its weights: give --init {model} to begin from these")
     if not folder.is_dir():
         return
     for file in sorted(folder.iterdir()):
@@ -160,7 +183,7 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
     if transports and updates > _LONG_RUN:
         betas = (0.9, 0.99)
     optim = re.sub(r"[^\w.+]+", "-", Path(values["optim"]).name)  # of an own one, FILE.py:NAME without its folder
-    name = f"{Path(values['model']).stem}-{optim}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{model_name(values['model'])}-{optim}-{time.strftime('%Y%m%d-%H%M%S')}"
     tokenizer = {"c4": "t5", "sample": "sample"}.get(" + ".join(texts_of(values["data"])))
     source_of_tokenizer = f"data {values['data']}"
     if values["init"] is not None:

@@ -16,8 +16,10 @@ from galore_pretrain.tensors.coded import codes_of
 from galore_pretrain.tensors.shards import Shard, local, shard_of
 
 _FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes by their names in safetensors
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""What transformers calls the file that names a folder's shards."""
+WHOLE = "model.safetensors"
+"""What it calls a folder's only file of weights."""
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 _OF_CONFIG = ".rotary_emb.inv_freq"
@@ -97,28 +99,19 @@ class FolderWeights:
             ) from error
 
 
-def _files_of(folder: Path, place: str) -> dict[str, list[str] | None]:
+def _files_of(folder: Path, place: str) -> Mapping[str, list[str] | None]:
     """Return the files of a folder's weights, each with the tensors that the index says it has; None without index.
 
     Raises InputError where there are none, or none that can be read without executing what they hold.
     """
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            files: dict[str, list[str] | None] = {}
-            for name, file in weight_map.items():
-                names = files.setdefault(file, [])
-                assert names is not None
-                names.append(name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"--init {place}: {_INDEX} is no index of weights ({_reason(error)})") from error
+    if (folder / INDEX).is_file():
+        files = shards_of(folder, place)
         for file in files:
-            if Path(file).name != file or not (folder / file).is_file():
-                raise InputError(f"--init {place}: {_INDEX} names {file}, which is not there; copy it anew")
+            if not (folder / file).is_file():
+                raise InputError(f"--init {place}: {INDEX} names {file}, which is not there; copy it anew")
         return files
-    if (folder / _WHOLE).is_file():
-        return {_WHOLE: None}
+    if (folder / WHOLE).is_file():
+        return {WHOLE: None}
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
     if others:
         raise InputError(
@@ -126,9 +119,23 @@ def _files_of(folder: Path, place: str) -> dict[str, list[str] | None]:
             "transformers' save_pretrained"
         )
     raise InputError(
-        f"--init {place}: has no {_WHOLE} and no {_INDEX}; name a folder with a model's weights, or give --model "
+        f"--init {place}: has no {WHOLE} and no {INDEX}; name a folder with a model's weights, or give --model "
         "alone to begin with new ones"
     )
+
+
+def shards_of(folder: Path, place: str) -> dict[str, list[str]]:
+    """Return the files that a folder's index names, each with its tensors. InputError where it is no such index."""
+    files: dict[str, list[str]] = {}
+    try:
+        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise ValueError(f"it names {file}, which is no file beside it")
+            files.setdefault(file, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--init {place}: {INDEX} is no index of weights ({_reason(error)})") from error
+    return files
 
 
 def _reason(error: BaseException) -> str:

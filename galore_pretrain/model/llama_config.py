@@ -211,6 +211,8 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str, Family]:
         values = json.loads(file.read_text())
     except (ValueError, OSError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}); a model config is one JSON object") from error
+    if file.name == "state.json":  # of a checkpoint
+        values = _of_checkpoint(values, str(file))
     if not isinstance(values, dict):
         raise InputError(f"{file}: holds a JSON {type(values).__name__}; a model config is one JSON object")
     if "added_tokens" in values or "added_tokens_decoder" in values:  # tokenizer.json, tokenizer_config.json
@@ -240,6 +242,16 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str, Family]:
     if passed_over:
         _log_passed_over(name_or_path, ", ".join(sorted(passed_over)))
     return values, name_or_path, family
+
+
+def _of_checkpoint(state: Any, source: str) -> Any:
+    """Return the architecture that a checkpoint's ``state.json`` holds; InputError where it holds none."""
+    try:
+        return json.loads(state["inputs"]["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{source}: holds no architecture, as those of the first version; name a folder that export makes of it"
+        ) from error
 
 
 @cache  # a run reads its model's config more than once

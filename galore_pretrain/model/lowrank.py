@@ -83,9 +83,8 @@ class FactoredLinear(nn.Module):
 
     def dense(self) -> Tensor:
         """Return the matrix that it computes with outside of training: out × in, in the weights' dtype, on the CPU."""
-        matrix = torch.empty(self.B.out_features, self.A.in_features, dtype=self.A.weight.dtype)
         base = None if self.weight is None else whole(self.weight)
-        return self._sum_into(matrix, base, whole(self.B.weight))
+        return dense_matrix(base, whole(self.A.weight), whole(self.B.weight), self.scale)
 
     # ReLoRA's merge: W₀ ← W₀ + s BA. Processes share W₀ and B out by rows, and row i of the sum needs row i of both and
     # all of A (r × in), which alone is gathered. Each process merges its own rows.
@@ -93,24 +92,31 @@ class FactoredLinear(nn.Module):
         """Make W₀ what `dense` is, in place. A and B are not touched."""
         assert self.weight is not None
         base = local(self.weight)
-        self._sum_into(base, base, local(self.B.weight))
+        _sum_into(base, base, whole(self.A.weight), local(self.B.weight), self.scale)
 
-    @torch.no_grad()
-    def _sum_into(self, target: Tensor, base: Tensor | None, b: Tensor) -> Tensor:
-        """Write ``base`` + ``scale`` · BA into ``target``, which may be ``base`` itself, and return it.
 
-        ``b`` are rows of B (k × r), and ``target`` and ``base`` the same rows (k × in). The sum is made in fp32, a
-        block of rows at a time, and rounded once.
-        """
-        a = whole(self.A.weight).float()
-        width = target.shape[1]
-        block_rows = max(1, chunk_elements(a.device) // width)
-        for start, stop in chunks(target, len(target), block_rows):
-            block = (b[start:stop].float() @ a).mul_(self.scale)
-            if base is not None:
-                block.add_(base[start:stop])
-            target[start:stop] = block
-        return target
+@torch.no_grad()
+def _sum_into(target: Tensor, base: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Write ``base`` + ``scale`` · BA into ``target``, which may be ``base`` itself, and return it.
+
+    ``b`` are rows of B (k × r), and ``target`` and ``base`` the same rows (k × in). The sum is made in fp32, a block of
+    rows at a time, and rounded once.
+    """
+    a = a.float()
+    width = target.shape[1]
+    block_rows = max(1, chunk_elements(a.device) // width)
+    for start, stop in chunks(target, len(target), block_rows):
+        block = (b[start:stop].float() @ a).mul_(scale)
+        if base is not None:
+            block.add_(base[start:stop])
+        target[start:stop] = block
+    return target
+
+
+def dense_matrix(base: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return W₀ + ``scale`` · BA: out × in, in the dtype of B, on the CPU. ``base`` is W₀, None where there is none."""
+    matrix = torch.empty(len(b), a.shape[1], dtype=b.dtype)
+    return _sum_into(matrix, base, a, b, scale)
 
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -179,13 +185,17 @@ class Factors:
     every: int | None = None
     seed: int = 0
 
+    @property
+    def scale(self) -> float:
+        """Return the factor on BA: LoRA's α/r, or 1 where there is no W₀."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
     def apply(self, model: nn.Module, position: TrainingPosition | None = None) -> None:
         """Put a `FactoredLinear` in the place of each matrix of ``model``, which may be on ``meta``.
 
         ``position`` is where the model's trainer will say that it is; by default, it stays at the first row.
         """
         has_base = self.alpha is not None
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
         if position is None:
             position = TrainingPosition()
         # A list, since the tree of modules that is walked is changed below.
@@ -200,7 +210,7 @@ class Factors:
             dropout = None
             if self.dropout:
                 dropout = Dropout(name, self.dropout, self.seed, position)
-            layer = FactoredLinear(module, self.rank, scale=scale, frozen=has_base, dropout=dropout)
+            layer = FactoredLinear(module, self.rank, scale=self.scale, frozen=has_base, dropout=dropout)
             parent = model.get_submodule(parent_name)
             setattr(parent, leaf, layer)
 

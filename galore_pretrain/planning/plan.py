@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.options import RunConfig, model_name
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.coded import CodedLinear
 from galore_pretrain.model.families import Architecture, CausalLM
@@ -117,7 +116,7 @@ class Plan:
 
     def _title(self) -> str:
         config = self.config
-        title = f"{Path(config.model).stem} in {config.dtype}, {config.optim}"
+        title = f"{model_name(config.model)} in {config.dtype}, {config.optim}"
         if config.rank:
             title += f" of rank {config.rank}"
         title += f", updates of {config.total_batch_size} × {config.max_length} tokens"

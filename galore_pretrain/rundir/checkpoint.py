@@ -241,6 +241,28 @@ class Saved:
                 expected[name] = (tuple(tensor.shape), tensor.dtype)
                 targets[saved_names.get(name, name)] = tensor
         self._check_alike(saved, expected)
+        self._read_into(targets, reader)
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors whose names begin with ``part``, by the rest of their names."""
+        metadata = self._read_metadata(HuggingFaceStorageReader(str(self.folder)))
+        shapes = {}
+        for name, entry in metadata.items():
+            if name.startswith(part) and isinstance(entry, TensorStorageMetadata):
+                shapes[name.removeprefix(part)] = tuple(entry.size)
+        return shapes
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, whole, on the CPU, by the name that it was saved under."""
+        reader = HuggingFaceStorageReader(str(self.folder))
+        entry = self._read_metadata(reader)[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        self._read_into({name: tensor}, reader)
+        return tensor
+
+    def _read_into(self, targets: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
+        """Read tensors in place; InputError where the files cannot be read."""
         try:
             dcp.load(targets, storage_reader=reader, no_dist=True)
         except (OSError, CheckpointException, SafetensorError) as error:

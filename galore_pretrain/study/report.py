@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from galore_pretrain.config.options import texts_of
+from galore_pretrain.config.options import model_name, texts_of
 from galore_pretrain.errors import InputError
 from galore_pretrain.study import paper
 from galore_pretrain.study.pictures import draw_comparison
@@ -288,7 +288,7 @@ def _heading(comparison: Comparison) -> str:
     setting = comparison.setting
     if not setting.get("model"):
         return "Settings unknown (no config.json that can be read): not to be compared with anything"
-    model = Path(setting["model"]).stem
+    model = model_name(setting["model"])
     if setting.get("init"):
         model = f"{model}, begun from {setting['init']},"
     steps = setting.get("steps")

@@ -35,6 +35,10 @@ _PREFIX = "hub:"
 log = logging.getLogger(__name__)
 
 
+class AbsentError(InputError):
+    """Raised for a file that a repository of the hub does not have."""
+
+
 @dataclass(frozen=True)
 class HubText:
     """Names a text on the hub: a repository, and one of its configs, None where it has but one or a default."""
@@ -117,6 +121,49 @@ def download(repository: str, file: str) -> Path:
     except Exception as error:  # the hub library raises classes of two HTTP clients besides its own
         raise unreachable_tokenizer(repository, error) from error
     return path
+
+
+def download_model(repository: str, file: str, *, revision: str | None = None, goes_on: bool = False) -> Path:
+    """Return the path of a file of a model on the hub, from the cache if it is there.
+
+    Where the hub is busy, broken or cut off it is asked again, for seconds, or for half an hour by what ``goes_on``; a
+    file of which a part is there is gone on with. Raises InputError where it cannot be fetched.
+    """
+    import huggingface_hub
+
+    patience = PATIENCE if goes_on else _FIRST_PATIENCE
+    began = time.monotonic()
+    wait = 1.0
+    while True:
+        try:
+            found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+            if isinstance(found, str):
+                return Path(found)
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+        except Exception as error:  # the hub library raises classes of two HTTP clients besides its own
+            is_over = time.monotonic() + wait - began > patience
+            if is_over or not is_passing(error) or (_is_refusal(error) and not goes_on):
+                raise unreachable_model(repository, file, error) from error
+            log.warning("--init %s: %s does not come (%s); asking again", repository, file, first_line(error))
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST)
+
+
+def unreachable_model(repository: str, file: str, error: Exception) -> InputError:
+    """Return the error that a file of a model cannot be fetched; it names the way on."""
+    import huggingface_hub
+
+    if isinstance(error, huggingface_hub.errors.RemoteEntryNotFoundError):
+        return AbsentError(f"--init {repository}: the hub's repository has no {file}; name one of a model")
+    if status_of(error) in NO_ACCESS:
+        return InputError(
+            f"--init {repository}: no such folder here, and the hub has no model of that name, or does not show it to "
+            f"you ({first_line(error)}); write its name as the hub does, or log in with hf auth login"
+        )
+    return InputError(
+        f"--init {repository}: {file} cannot be fetched from the hub ({first_line(error)}); try again, which goes on "
+        "with what is there, or name a folder"
+    )
 
 
 def unreachable_data(what: str, error: Exception) -> InputError:

@@ -470,7 +470,7 @@ def _makes(form: "tokenizers.Tokenizer", token: str, is_unknown: bool) -> bool:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Load ``t5`` (from the hub), ``sample`` (shipped), a ``.model`` file, a tokenizer's folder, or a hub's repository.
+    """Load ``t5`` (from the hub), ``sample`` (shipped), a ``.model`` file, or a folder's, a run's or a repository's.
 
     Raises InputError for what is none of these, and where the hub is needed and cannot be reached.
     """
@@ -537,14 +537,25 @@ def find_tokenizer(name: str) -> Path | None:
     if name == "sample":
         shipped = resources.files("galore_pretrain") / "tokenizers" / "sample.model"
         return Path(str(shipped))
-    if path.is_file() or path.is_dir():
+    if path.is_file():
         return path
+    if path.is_dir():
+        return _kept_by_run(path) or path
     if name == "t5" or is_hub_id(name):
         return None
     raise InputError(
         f"--tokenizer {name}: no such file or folder; {did_you_mean(name, ('t5', 'sample'))}"
         "choose t5, sample, a .model file, a folder or a hub id"
     )
+
+
+def _kept_by_run(folder: Path) -> Path | None:
+    """Return where a checkpoint, or the newest one of a run, keeps its tokenizer; None where ``folder`` is neither."""
+    kept = sorted((folder / "checkpoints").glob("step_*/tokenizer"))
+    if (folder / "state.json").is_file():
+        kept = [folder / "tokenizer"]
+    whole = [place for place in kept if place.parent.suffix == "" and place.is_dir()]
+    return whole[-1] if whole else None
 
 
 def _sha256(path: Path) -> str:
