@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +64,7 @@ from galore_pretrain.train.evaluate import Evaluator
 from galore_pretrain.train.inputs import Inputs, check_text, open_inputs
 from galore_pretrain.train.metrics import MetricLogger, open_loggers
 from galore_pretrain.train.profile import Profile
-from galore_pretrain.train.schedule import Schedule
+from galore_pretrain.train.schedule import schedule_of
 from galore_pretrain.train.trainer import NoWatch, Trainer, TrainState, Watch
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -135,7 +135,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     check_accumulation(config)
     if config.matmul == "int8":
         check_int8(device)
-    schedule = _schedule(config)
+    schedule = schedule_of(config.values())
     resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
     config, saved = resumption.config, resumption.saved
     if saved and world.on_rank_zero(lambda: is_finished(output, saved, schedule)):
@@ -246,7 +246,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         batches=batches,
         optimizer=optimizer,
         execution=execution,
-        schedule=_schedule(config),
+        schedule=schedule_of(config.values()),
         after_update=after_update,
         evaluate=Evaluator(config, model, inputs, device, world).evaluate,
         checkpoints=saver,
@@ -366,11 +366,6 @@ def _peak_tokens_per_second(prepared: Prepared, device: torch.device) -> float |
     if card is None:
         return None
     return peak_tokens_per_second(card, prepared.config, prepared.inputs.model)
-
-
-def _schedule(config: RunConfig) -> Schedule:
-    shared = {f.name: getattr(config, f.name) for f in fields(Schedule)}
-    return Schedule(**shared)
 
 
 def _loggers(prepared: Prepared, state: TrainState) -> list[MetricLogger]:

@@ -96,6 +96,60 @@ def test_a_run_is_no_model_by_itself(finished: Path, tmp_path: Path) -> None:
         assert load_model_config(str(place)).hidden_size == 32
 
 
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(output / "model" / "model.safetensors")
+    return found
+
+
+def test_a_decay_is_branched_from_any_checkpoint(tiny_config: str, tmp_path: Path) -> None:
+    """Bit for bit what a run of that length is; not where the decay has begun, nor by another schedule."""
+    of_all = ["--model", tiny_config, "--optim", "galore_adamw", "--rank", "4", "--update-proj-gap", "3", *SHORT[2:]]
+    wsd = [*of_all, "--scheduler", "wsd", "--warmup-steps", "2"]
+
+    def train(name: str, *flags: str) -> Done:
+        return python(COMMAND_LINE, *flags, "--output", str(tmp_path / name))
+
+    assert train("long", *wsd, "--steps", "16", "--decay-steps", "4", "--keep", "99").returncode == 0
+    assert train("short", *wsd, "--steps", "9", "--decay-steps", "3").returncode == 0
+    branch = ["--resume", str(tmp_path / "long" / "checkpoints" / "step_00000006")]
+    done = train("branch", *wsd, "--steps", "9", "--decay-steps", "3", *branch)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights_of(tmp_path / "branch"), weights_of(tmp_path / "short")
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert lines(tmp_path / "branch") == lines(tmp_path / "short")[6:]
+    late = ["--resume", str(tmp_path / "long" / "checkpoints" / "step_00000014")]
+    refused = train("late", *wsd, "--steps", "30", "--decay-steps", "3", *late)
+    assert refused.returncode == 2
+    assert "--steps 30 (was 16)" in refused.stderr
+    other = train("other", *of_all, "--steps", "9", "--warmup-steps", "2", *branch)
+    assert other.returncode == 2
+    assert "--scheduler cosine (was wsd)" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"decay_steps": 3}, "only --scheduler wsd decays at the end"),
+        ({"scheduler": "wsd", "decay_steps": 8, "warmup_steps": 3}, "are together more than --steps 10"),
+    ],
+)
+def test_a_decay_that_makes_no_sense_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve({"model": "llama_1m", "data": "sample", "steps": 10, "rank": 4} | values, {})
+
+
+def test_a_decay_has_its_defaults() -> None:
+    base = {"model": "llama_1m", "data": "sample", "steps": 50, "rank": 4}
+    for given, warmup, decay in (
+        ({}, 5, None),
+        ({"scheduler": "wsd"}, 5, 5),
+        ({"scheduler": "wsd", "decay_steps": 50}, 0, 50),
+    ):
+        config, _ = resolve(base | given, {})
+        assert (config.warmup_steps, config.decay_steps) == (warmup, decay)
+        assert config.min_lr_ratio == (0.0 if given else 0.1)
+
+
 # -- the hub ----------------------------------------------------------------------------------------------------------
 
 

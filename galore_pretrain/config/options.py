@@ -8,7 +8,7 @@ import math
 import os
 import re
 from ast import literal_eval
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from glob import glob
@@ -428,9 +428,12 @@ class RunConfig:
     warmup_steps: int | None = _flag(None, "Updates of linear warm-up.", int, LENGTH, least=0, shown="a tenth")
     lr: float = _flag(None, "Peak learning rate.", float, LENGTH, above=0)
     min_lr_ratio: float = _flag(
-        None, "Last learning rate over the peak.", float, LENGTH, least=0, shown="0.1 for cosine, 0 for linear"
+        None, "Last learning rate over the peak.", float, LENGTH, least=0, shown="0.1 for cosine, else 0"
     )
-    scheduler: str = _flag("cosine", "Decay after warm-up.", ("cosine", "linear"), LENGTH)
+    scheduler: str = _flag("cosine", "Decay after warm-up; wsd: at the end.", ("cosine", "linear", "wsd"), LENGTH)
+    decay_steps: int | None = _flag(
+        None, "--scheduler wsd: updates of linear decay at the end.", int, LENGTH, least=1, shown="a tenth"
+    )
     max_loss: float | None = _flag(
         None, "Skip updates whose loss is larger; ten in a row end the run.", float, LENGTH, above=0, shown="off"
     )
@@ -551,8 +554,11 @@ class RunConfig:
         """Return the number of micro-batches of an update, in each process."""
         return self.total_batch_size // (self.batch_size * self.processes.total)
 
-    def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field."""
+    def differences(self, saved: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
+        """Return where a checkpoint's config computes something else: ``--lr 0.01 (was 0.005)`` for each such field.
+
+        Fields ``without`` effect so far are passed over.
+        """
         changed = {}
         # What runs before there were these flags did.
         before = {name: FLAGS[name].default for name in ("init", "text_key", "matmul")}
@@ -561,7 +567,7 @@ class RunConfig:
             before["bases"] = "dense"
         before |= saved
         for name, value in self.values().items():
-            if name not in before or self._is_free(name):
+            if name not in before or name in without or self._is_free(name):
                 continue
             if not _means_the_same(self, name, before[name]):
                 changed[name] = value

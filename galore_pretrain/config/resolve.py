@@ -176,7 +176,11 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
     relora_warmup = min(100, relora_every // 10)
     often = (min(1000, math.ceil(updates / 10)), "a tenth of the run, at most 1000")
     min_lr_ratio = 0.1 if values["scheduler"] == "cosine" else 0.0
-    warmup_steps = steps // 10 if steps else None
+    warmup_steps = decay_steps = None
+    if steps:
+        warmup_steps = min(steps // 10, max(0, steps - (values["decay_steps"] or 0)))
+        if values["scheduler"] == "wsd":
+            decay_steps = max(1, steps // 10)
 
     betas = None
     transports = values["moments"] == "project" and "eps" in method(values["optim"]).options
@@ -206,6 +210,7 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
         "relora_warmup": (relora_warmup, "chosen here: a tenth of relora_every, at most 100"),
         "min_lr_ratio": (min_lr_ratio, f"scheduler {values['scheduler']}"),
         "warmup_steps": (warmup_steps, "a tenth of steps"),
+        "decay_steps": (decay_steps, "a tenth of steps"),
         "eval_every": often,
         "save_every": often,
         "batch_size": (max(micro_batch_sizes(total, processes), default=1), CHOSEN),
@@ -430,6 +435,16 @@ def _check_length(values: Mapping[str, Any]) -> None:
     """Check what depends on the run's length and on its learning rate."""
     if values["steps"] and values["warmup_steps"] > values["steps"]:
         raise InputError(f"--warmup-steps {values['warmup_steps']} exceeds --steps {values['steps']}")
+    decay = values["decay_steps"]
+    if decay and values["scheduler"] != "wsd":
+        raise InputError(
+            f"--decay-steps {decay}: only --scheduler wsd decays at the end; give that, or leave --decay-steps out"
+        )
+    if decay and values["steps"] and values["warmup_steps"] + decay > values["steps"]:
+        raise InputError(
+            f"--decay-steps {decay} and --warmup-steps {values['warmup_steps']} are together more than --steps "
+            f"{values['steps']}; give less of one"
+        )
     if values["min_lr_ratio"] > 1:
         raise InputError(f"--min-lr-ratio {values['min_lr_ratio']} must be at most 1")
     every, warmup = values["relora_every"], values["relora_warmup"]

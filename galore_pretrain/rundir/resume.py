@@ -22,7 +22,7 @@ from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import read_summary
 from galore_pretrain.text.batches import TrainingData
 from galore_pretrain.text.tokenizer import Tokenizer, load_folder
-from galore_pretrain.train.schedule import Schedule
+from galore_pretrain.train.schedule import Schedule, schedule_of
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
@@ -73,7 +73,7 @@ def resolve_resume(config: RunConfig, output: Path) -> Resumption:
     if execution is not None:
         restored |= config.undecided - {"clip_norm"}
         config = replace(with_execution(config, execution), undecided=frozenset())
-    differences = config.differences(before)
+    differences = config.differences(before, without=_undecided_length(config, saved))
     if differences and not config.resume_with_changes:
         raise InputError(
             f"{saved.folder} was made with other options: {', '.join(differences)}; repeat the old ones, "
@@ -95,6 +95,17 @@ def _with_what_was_taken(config: RunConfig, saved: Saved) -> RunConfig:
     values = {name: value for name, _, value in taken}
     log.info("--fit anything took %s, as before", ", ".join(f"{name} {value}" for name, value in values.items()))
     return replace(config, **values, taken=tuple(taken), undecided=config.undecided - values.keys())
+
+
+# Before the decay of --scheduler wsd, no rate has depended on how long the run will be. So a decay can be branched from
+# there, and is bit for bit that of a run which had this length from its beginning.
+def _undecided_length(config: RunConfig, saved: Saved) -> frozenset[str]:
+    """Return the flags of the run's length, where no update up to the checkpoint has depended on them."""
+    step = saved.state["trainer"]["step"]
+    schedules = (schedule_of(config.values()), schedule_of(saved.state["config"]))
+    if all(schedule.is_stable(step) for schedule in schedules):
+        return frozenset({"steps", "warmup_steps", "decay_steps"})
+    return frozenset()
 
 
 def resume_hint(config: RunConfig) -> str:

@@ -1,12 +1,17 @@
 """The learning rate as a pure function of how far the run has come: nothing to save, nothing to step twice."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Linear warm-up, then ``cosine`` or ``linear`` from ``lr`` down to ``min_lr_ratio`` · ``lr``.
+
+    ``wsd`` (warm-up, stable, decay: arXiv 2404.06395) stays at ``lr`` and falls linearly over the last ``decay_steps``
+    updates; ``None``: over the last tenth of the run, in its own unit.
 
     The run ends after ``steps`` updates, or with the update that reaches ``max_tokens`` real tokens: exactly one of the
     two is given. ``warmup_steps`` is in updates; ``None`` warms up over the first tenth of the run, in its own unit.
@@ -22,6 +27,7 @@ class Schedule:
     steps: int | None = None
     max_tokens: int | None = None
     warmup_steps: int | None = None
+    decay_steps: int | None = None
     min_lr_ratio: float = 0.1
     scheduler: str = "cosine"
     numerics: str = "sound"
@@ -58,30 +64,43 @@ class Schedule:
         else:
             assert self.max_tokens is not None
             position, length = tokens, self.max_tokens
-        warmup = self._warmup_length(steps, position, length)
+        warmup = self._in_own_unit(self.warmup_steps, steps, position, length)
         if position < warmup:
             return self.lr * position / warmup
+        begin = warmup  # of the decay
+        if self.scheduler == "wsd":
+            begin = max(warmup, length - self._in_own_unit(self.decay_steps, steps, position, length))
         # Where the warm-up takes the whole run, nothing is left to decay over: 1e-9 keeps the division defined.
-        progress = min(1.0, (position - warmup) / max(length - warmup, 1e-9))
+        progress = max(0.0, min(1.0, (position - begin) / max(length - begin, 1e-9)))
         return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * self._height(progress))
 
     def _height(self, progress: float) -> float:
         """Fall from 1 to 0 in the scheduler's shape, as ``progress`` through the decay goes from 0 to 1."""
-        if self.scheduler == "linear":
-            return 1.0 - progress
-        return 0.5 * (1 + math.cos(math.pi * progress))
+        if self.scheduler == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1.0 - progress
 
-    def _warmup_length(self, steps: int, position: int, length: int) -> float:
-        """Return the length of the warm-up in the run's own unit, updates or tokens."""
-        if self.warmup_steps is None:
+    def _in_own_unit(self, updates: int | None, steps: int, position: int, length: int) -> float:
+        """Return how long so many ``updates`` are in the run's own unit, updates or tokens; None is a tenth of it."""
+        if updates is None:
             return length / 10
         if self.steps is not None:
-            return self.warmup_steps
+            return updates
         if steps == 0:
             return 1.0  # any length above 0: the position is 0, and so is the rate
         # Updates hold different numbers of real tokens. The tokens that the warm-up will have taken are estimated from
-        # those of an update so far, which is exact when it ends.
-        return position * self.warmup_steps / steps
+        # those of an update so far, which is exact when it ends; and those of the decay likewise.
+        return position * updates / steps
+
+    # A run by `wsd` that has not begun to decay has had the same rates whatever its length. So it can be branched: gone
+    # on with as if it had always had another length.
+    def is_stable(self, step: int) -> bool:
+        """Return whether ``step`` updates are over the warm-up and before the decay of ``wsd``, in a run by updates."""
+        if self.scheduler != "wsd" or self.steps is None:
+            return False
+        warmup = self._in_own_unit(self.warmup_steps, step, step, self.steps)
+        decay = self._in_own_unit(self.decay_steps, step, step, self.steps)
+        return warmup <= step <= self.steps - decay
 
     def is_over(self, step: int, tokens_seen: int) -> bool:
         """Return whether ``step`` updates and ``tokens_seen`` real tokens complete the run."""
@@ -89,3 +108,8 @@ class Schedule:
             return step >= self.steps
         assert self.max_tokens is not None
         return tokens_seen >= self.max_tokens
+
+
+def schedule_of(values: Mapping[str, Any]) -> Schedule:
+    """Return the schedule that a run's values have; a value that an older version did not know is the default."""
+    return Schedule(**{f.name: values[f.name] for f in fields(Schedule) if f.name in values})
