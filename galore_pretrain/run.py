@@ -174,6 +174,10 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     origins = {**origins, **dict.fromkeys(resumption.restored, AS_BEFORE)}
     origins |= {name: FIT for name, _, _ in config.taken}
     log_config(config, origins)
+    if weights is not None and origins["lr"].startswith("recipe"):
+        log.warning(
+            "--lr %g is of training from new weights; weights that are trained mostly want a lower one", config.lr
+        )
     return Prepared(
         config=config,
         origins=origins,

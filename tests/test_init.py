@@ -319,6 +319,19 @@ def test_a_model_of_the_same_shapes_takes_the_weights(tmp_path: Path) -> None:
     assert first_loss(tmp_path / "run") != pytest.approx(transformers_loss(folder), rel=1e-5)
 
 
+def test_a_report_is_of_updates(tmp_path: Path) -> None:
+    """Step 0 has no speed, no memory and no place on a logarithmic axis. A rate of the recipe is warned of."""
+    folder = make_folder(tmp_path / "given")
+    flags = ["--init", folder, "--output", str(tmp_path / "run"), "--optim", "adamw", *SHORT]
+    del flags[flags.index("--lr") : flags.index("--lr") + 2]
+    done = python(COMMAND_LINE, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "--lr 0.001 is of training from new weights" in done.stderr
+    reported = python(COMMAND_LINE, "report", str(tmp_path / "run"), "--output", str(tmp_path / "report"))
+    assert reported.returncode == 0, reported.stderr
+    assert f"given, begun from {folder}, on sample" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_two_processes_read_their_parts(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "given")
     weights = FolderWeights(Path(folder), folder)

@@ -13,6 +13,7 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.model.families import Architecture, family_of
 from galore_pretrain.model.lowrank import Factors, layers
 from galore_pretrain.tensors.coded import codes_of
+from galore_pretrain.tensors.place import is_cpu
 from galore_pretrain.tensors.shards import Shard, local, shard_of
 
 _FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes by their names in safetensors
@@ -221,4 +222,6 @@ def _take(parameter: Tensor, weights: InitialWeights, name: str) -> None:
         return
     target = local(parameter)
     part = weights.read(name, shard_of(parameter))
-    target.copy_(part.to(target.dtype))
+    if not is_cpu(target.device):  # rounded here, so that a device never holds it in another dtype
+        part = part.to(target.dtype)
+    target.copy_(part)

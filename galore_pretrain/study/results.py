@@ -147,7 +147,8 @@ def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
             if line.endswith("\n"):
                 bad_lines += 1
             continue
-        if isinstance(values, dict) and {"step", "tokens_seen"} <= values.keys():
+        is_of_run = isinstance(values, dict) and {"step", "tokens_seen"} <= values.keys()
+        if is_of_run and values["step"]:  # what a run begins from is evaluated as step 0
             lines.append(values)
     if not lines:
         raise InputError(f"{folder}: metrics.jsonl has no line of an update yet")
