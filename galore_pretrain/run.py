@@ -159,7 +159,9 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
 
     weights = None
     if config.init is not None and saved is None:
-        weights = world.on_every_rank(lambda: initial_weights(config, inputs), lambda opened: str(opened.shapes()))
+        weights = world.on_every_rank(
+            lambda: initial_weights(config, inputs), lambda opened: str(sorted(opened.shapes().items()))
+        )
 
     outline = part = Outline.of(config, inputs.model)
     if world.mesh is not None:

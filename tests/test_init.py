@@ -23,7 +23,7 @@ from galore_pretrain.train.build import model_for, optimizer_for
 from galore_pretrain.train.inputs import open_inputs
 from pretrained import LLAMA3_ROPE, SMALL, begin_texts, change_config, make_folder, transformers_loss
 from runs import COMMAND_LINE, Done, lines, python, run
-from test_dist import run_all
+from test_dist import run_all, torchrun
 
 FOLDERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -330,6 +330,47 @@ def test_a_report_is_of_updates(tmp_path: Path) -> None:
     reported = python(COMMAND_LINE, "report", str(tmp_path / "run"), "--output", str(tmp_path / "report"))
     assert reported.returncode == 0, reported.stderr
     assert f"given, begun from {folder}, on sample" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_torchrun_begins_from_weights(tmp_path: Path) -> None:
+    """Its processes are not forked from one, so nothing that they compare may depend on Python's order of a set."""
+    folder = make_folder(tmp_path / "given", shard_size="40KB")
+    flags = ["--init", folder, "--output", str(tmp_path / "run"), "--optim", "adamw", *SHORT]
+    done = torchrun(2, "-m", "galore_pretrain", *flags)
+    assert done.returncode == 0, done.stderr
+    assert first_loss(tmp_path / "run") == pytest.approx(transformers_loss(folder), rel=1e-5)
+
+
+STOPPED = """
+import os, signal
+from galore_pretrain import cli
+from galore_pretrain.train import evaluate
+token_losses = evaluate.token_losses
+def stopping(*given):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return token_losses(*given)
+evaluate.token_losses = stopping
+cli.main()
+"""
+
+
+def test_a_run_that_is_stopped_in_its_first_evaluation_makes_it_again(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "given")
+    assert begin(folder, tmp_path / "whole").returncode == 0
+    stopped = python(STOPPED, "--init", folder, "--output", str(tmp_path / "run"), "--optim", "adamw", *SHORT)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    for file in Path(folder).glob("*.safetensors"):
+        file.unlink()
+    assert begin(folder, tmp_path / "run").returncode == 0
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_a_sweep_begins_from_weights(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "given")
+    flags = ["--init", folder, "--optim", "adamw", "--steps", "9", "--data", "sample", "--plan-only"]
+    done = python(COMMAND_LINE, "sweep", "lr", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"--init {folder}" in done.stdout
 
 
 def test_two_processes_read_their_parts(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class FolderWeights:
         try:
             with safe_open(path, framework="pt") as file:
                 present = set(file.keys())
-                for name in present if wanted is None else present.intersection(wanted):
+                for name in sorted(present if wanted is None else present.intersection(wanted)):
                     view = file.get_slice(name)
                     if view.get_dtype() not in _FLOATS:
                         raise InputError(

@@ -161,8 +161,8 @@ def unreachable_model(repository: str, file: str, error: Exception) -> InputErro
             f"you ({first_line(error)}); write its name as the hub does, or log in with hf auth login"
         )
     return InputError(
-        f"--init {repository}: {file} cannot be fetched from the hub ({first_line(error)}); try again, which goes on "
-        "with what is there, or name a folder"
+        f"--init {repository}: no such folder here, and {file} cannot be fetched from the hub ({first_line(error)}); "
+        "try again, which goes on with what is there, or name a folder"
     )
 
 
