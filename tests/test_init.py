@@ -78,6 +78,7 @@ def test_it_begins_where_transformers_is(name: str, tmp_path: Path) -> None:
     assert last["eval_loss"] < first_loss(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_every_method_begins_there(tmp_path: Path) -> None:
     """With a tied head, layerwise or not, by one process and by two; low_rank of full rank too."""
     folder = make_folder(tmp_path / "given", num_key_value_heads=2, tie_word_embeddings=True, shard_size="40KB")
@@ -300,6 +301,14 @@ def test_a_plan_reads_the_config_alone(tmp_path: Path) -> None:
     assert plans[0] == plans[1]
 
 
+def test_a_folder_without_a_tokenizer_asks_for_one(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "given", tokenizer=None)
+    refused = begin(folder, tmp_path / "run")
+    assert refused.returncode == 2
+    assert f"--tokenizer {folder}: the folder has no tokenizer" in refused.stderr
+    assert begin(folder, tmp_path / "run", "--tokenizer", "sample").returncode == 0
+
+
 def test_where_each_value_came_from_is_told(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "given")
     _, origins = resolve({"init": folder, "steps": 1, "rank": 4}, {})
@@ -332,6 +341,7 @@ def test_a_report_is_of_updates(tmp_path: Path) -> None:
     assert f"given, begun from {folder}, on sample" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_torchrun_begins_from_weights(tmp_path: Path) -> None:
     """Its processes are not forked from one, so nothing that they compare may depend on Python's order of a set."""
     folder = make_folder(tmp_path / "given", shard_size="40KB")
@@ -463,6 +473,24 @@ def test_methods_take_any_family(family: str, tmp_path: Path) -> None:
         assert json.loads(told.stdout)["eval_loss"] == pytest.approx(last, rel=1e-5), told.stderr
         written = python(COMMAND_LINE, "generate", str(place), "The state", "--tokens", "60")
         assert written.returncode == 0, written.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_take_any_family(tmp_path: Path) -> None:
+    """Biases, norms of heads and tied heads are shared out as all else; the curve is that of one process."""
+    for processes in (1, 2):
+        cases = {}
+        for family, changes in FAMILIES.items():
+            folder = str(tmp_path / family)
+            if processes == 1:
+                make_folder(tmp_path / family, family, **changes)
+            output = tmp_path / f"{family}-{processes}"
+            flags = ["--optim", "galore_adamw", "--rank", "4", "--batch-size", "2", *SHORT]
+            cases[output] = ["--init", folder, "--output", str(output), *flags]
+        run_all(processes, cases, tmp_path)
+    for family in FAMILIES:
+        curves = [[line.get("loss") or line["eval_loss"] for line in lines(tmp_path / f"{family}-{n}")] for n in (1, 2)]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
 def test_rows_beyond_a_window_are_refused(tmp_path: Path) -> None:

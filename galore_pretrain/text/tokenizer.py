@@ -39,6 +39,7 @@ different ways: white space, other scripts, characters of compatibility."""
 _PLAIN = 2  # the first so many
 _CHARACTERS = 6  # of a text that are tried for each token wanted: English has some 4.5 a token of T5's
 _MODEL_FILES = ("spiece.model", "tokenizer.model")  # as T5's and LLaMA's classes of transformers look for them
+_OTHER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")  # of which transformers makes one
 
 log = logging.getLogger(__name__)
 
@@ -495,6 +496,10 @@ def load_folder(folder: Path, name: str) -> Tokenizer:
     """
     models = [folder / file for file in _MODEL_FILES if (folder / file).is_file()]
     has_json = (folder / "tokenizer.json").is_file()
+    if not models and not has_json and not any((folder / file).is_file() for file in _OTHER_FILES):
+        raise InputError(
+            f"--tokenizer {name}: the folder has no tokenizer (tokenizer.json, or a SentencePiece model); name another"
+        )
     if not models:
         return HuggingFaceTokenizer(str(folder), name)
     if not has_json and not (folder / "tokenizer_config.json").is_file():
