@@ -56,13 +56,13 @@ def make_folder(
     return str(folder)
 
 
-def begin_texts(folder: str) -> None:
-    """Have the folder's tokenizer begin each text with its token 0, as Llama 2's and 3's do with theirs."""
+def begin_texts(folder: str, number: int = 0) -> None:
+    """Have the folder's tokenizer begin each text with its token ``number``, as Llama 2's and 3's do with theirs."""
     file = Path(folder) / "tokenizer.json"
     form = tokenizers.Tokenizer.from_file(str(file))
-    marker = form.id_to_token(0)
+    marker = form.id_to_token(number)
     form.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[marker, "$A"], pair=[marker, "$A", "$B:1"], special_tokens=[(marker, 0)]
+        single=[marker, "$A"], pair=[marker, "$A", "$B:1"], special_tokens=[(marker, number)]
     )
     form.save(str(file))
     settings = Path(folder) / "tokenizer_config.json"

@@ -22,8 +22,11 @@ from galore_pretrain.text.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    begun,
+    load_folder,
     load_tokenizer,
 )
+from pretrained import begin_texts
 
 FRAGMENTS = [
     "the ",
@@ -83,6 +86,29 @@ def test_saved_folder_gives_the_same_ids(sp_model: Path, tmp_path: Path) -> None
     assert exported(TEXTS)["input_ids"] == encoded(tokenizer, TEXTS)  # a prompt must not end with </s>
     assert exported.eos_token_id == tokenizer.eos_id
     assert exported.model_max_length == 77
+
+
+def test_a_marker_of_the_beginning_is_the_folders(sp_model: Path, tmp_path: Path) -> None:
+    """Llama 2's: SentencePiece gives the ids. That a marker stands before them, only tokenizer.json says."""
+    if sp_model.stem != "bpe":
+        pytest.skip("has none")
+    alone = load_tokenizer(str(sp_model))
+    alone.save(tmp_path, model_max_length=77, vocabulary=alone.vocab_size)
+    assert not load_tokenizer(str(tmp_path)).adds_bos
+    begin_texts(str(tmp_path), 1)
+    direct = load_tokenizer(str(tmp_path))
+    assert type(direct) is SentencePieceTokenizer
+    assert (direct.bos_id, direct.adds_bos, alone.adds_bos) == (1, True, False)
+    tokenizer = begun(direct, "auto")
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        expected = exported(text)["input_ids"] if text else []
+        assert encoded(tokenizer, [text]) == [expected]
+        assert encoded(tokenizer, [text], first=2)[0][:2] == expected[:2]
+    (tmp_path / "kept").mkdir()
+    for name, content in tokenizer.files().items():
+        (tmp_path / "kept" / name).write_bytes(content)
+    assert encoded(begun(load_folder(tmp_path / "kept", "kept"), "yes"), TEXTS) == encoded(tokenizer, TEXTS)
 
 
 def test_hugging_face_folder(tmp_path: Path) -> None:
