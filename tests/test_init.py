@@ -317,6 +317,25 @@ def test_where_each_value_came_from_is_told(tmp_path: Path) -> None:
     assert config.tokenizer == "t5"
 
 
+def test_a_runs_config_with_other_weights_takes_their_model(tmp_path: Path) -> None:
+    """Model, tokenizer and marker followed from the other --init, and follow from this one."""
+    first, second = (make_folder(tmp_path / name, num_key_value_heads=heads) for name, heads in (("a", 4), ("b", 2)))
+    assert begin(first, tmp_path / "run").returncode == 0
+    done = python(
+        COMMAND_LINE,
+        "--config",
+        str(tmp_path / "run" / "config.json"),
+        "--init",
+        second,
+        "--output",
+        str(tmp_path / "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "2" / "config.json").read_text())["config"]
+    assert [config[name]["value"] for name in ("init", "model", "tokenizer")] == [second] * 3
+    assert first_loss(tmp_path / "2") == pytest.approx(transformers_loss(second), rel=1e-5)
+
+
 def test_a_model_of_the_same_shapes_takes_the_weights(tmp_path: Path) -> None:
     """--model beside --init is another architecture for the same weights: here, longer positions."""
     folder = make_folder(tmp_path / "given")

@@ -18,6 +18,7 @@ from fakehub import FakeHub, Fault
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.study.sweep import entries
 from pretrained import begin_texts, make_folder, transformers_loss
 from runs import COMMAND_LINE, Done, lines, python
 from test_dist import run_all
@@ -91,6 +92,8 @@ def test_a_run_is_no_model_by_itself(finished: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "bare" / "checkpoints")
     with pytest.raises(InputError, match=r"is a run without its checkpoints; name .*/bare/model"):
         resolve({"init": str(tmp_path / "bare"), "steps": 1}, {})
+    with pytest.raises(InputError, match=f"name that of {finished}/model"):
+        entries("figure3", str(finished), None)
     newest = sorted((finished / "checkpoints").iterdir())[-1]
     for place in (finished, newest, finished / "model"):
         assert load_model_config(str(place)).hidden_size == 32

@@ -146,7 +146,7 @@ def resolved(
     given = {name: value for name, value in values.items() if value is not None}
     from_file = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.DEFAULT_MAP}
     on_command_line = given.keys() - from_file
-    if {"model", "optim"} & on_command_line:
+    if {"model", "init", "optim"} & on_command_line:
         # The file's other values may follow from its own model and method. Only what its user set holds for these.
         set_by_user: set[str] = ctx.meta.get("set_by_user", from_file)
         for name in from_file - set_by_user:

@@ -154,7 +154,12 @@ def entries(kind: str, model: str, optim: str | None) -> list[Entry]:
 
 def _figure3(model: str) -> list[Entry]:
     """Return the lines of Figure 3: each pair of methods, the projected one at a quarter and half of the width."""
-    width = int(json.loads(find_model(model).read_text())["hidden_size"])
+    shape = json.loads(find_model(model).read_text())
+    if "hidden_size" not in shape:  # of a run's checkpoint
+        raise InputError(
+            f"--init {model}: sweep figure3 takes its ranks from a config.json; name that of {model}/model"
+        )
+    width = int(shape["hidden_size"])
     lines = []
     for full, projected, more in _FIGURE3:
         lines.append(Entry(full, {"optim": full, **more}))
