@@ -570,7 +570,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch, saved: dict[str, Any], **given: Any
     shared = {"model": "llama_60m", "data": "sample", "steps": 10, "total_batch_size": 8, "grad_clip": 1.0}
     shared |= {"shard": "none", "rank": 8, "memory_budget": 8 * 2**30}
     before, _ = resolve(shared | saved, {}, Processes(2, 2))
-    state = {"config": json.loads(json.dumps(before.values()))}
+    state = {"config": json.loads(json.dumps(before.values())), "trainer": {"step": 5}}
     monkeypatch.setattr(resume, "find_checkpoint", lambda config, output: checkpoint.Saved(Path("saved"), state))
     config, _ = resolve(shared | given, dict.fromkeys(shared | given, "flag"), Processes(2, 2))
     return resume.resolve_resume(config, Path("run"))

@@ -87,8 +87,8 @@ def test_what_is_no_model_is_refused(tmp_path: Path, run: Path) -> None:
             invoke("eval", path)
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
-    with pytest.raises(InputError, match="folder of a LlamaForCausalLM"):
+    (other / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}))
+    with pytest.raises(InputError, match="nor a folder of one of LlamaForCausalLM"):
         invoke("eval", other)
     copy = tmp_path / "damaged"
     shutil.copytree(run / "checkpoints" / "step_00000010", copy)

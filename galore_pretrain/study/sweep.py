@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -478,6 +478,8 @@ def _check_folder(run: Planned) -> None:
                 values[name] = entry["value"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # there is no file, or none that can be read: the run will write it anew
+    if config.bos == "auto":  # what that comes to is known once the run has its tokenizer
+        config = replace(config, bos=values.get("bos", "no"))
     changed = config.differences(values)
     if changed:
         raise InputError(f"{run.folder} was made with other options: {', '.join(changed)}; give another --output")
