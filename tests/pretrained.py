@@ -9,20 +9,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from conftest import TINY
 from galore_pretrain.text.sources import in_turn, open_source
 from galore_pretrain.text.tokenizer import load_tokenizer
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 1024,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "initializer_range": 0.2,
-}
+SMALL = TINY | {"initializer_range": 0.2}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

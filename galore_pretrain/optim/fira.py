@@ -82,9 +82,8 @@ class Fira(GaLore):
         low_direction = inner.left.float() * inner.factor
 
         low_norms = torch.linalg.vector_norm(seen, dim=across, dtype=torch.float32)
-        share = (2 - self.scale) * self.scale
         if step.kernels and step.shard is None:
-            rule = FactorRule(1.0, self.growth, share, _EPS, channelwise=True)
+            rule = FactorRule(1.0, self.growth, self._seen_share, _EPS, channelwise=True)
             scales = limited_by_kernel(grad, low_norms, low_direction, across, state, step, rule)
         else:
             scales = self._scales(low_direction, low_norms, across)
@@ -99,6 +98,11 @@ class Fira(GaLore):
             return low_term + Direction(grad, column=scales, scaled=inner.scaled)
         low_term = Direction(low_direction.to(right.dtype), right, self.scale, scaled=inner.scaled)
         return low_term + Direction(grad, row=scales, scaled=inner.scaled)
+
+    @property
+    def _seen_share(self) -> float:
+        """Return 2α − α²: what part of ‖R_j‖² a residual's square lacks."""
+        return (2 - self.scale) * self.scale
 
     def _scales(self, low_direction: Tensor, low_norms: Tensor, across: int) -> Tensor:
         """Return φ, a number for each channel, from N and the norms of R's channels, each taken ``across`` the rank."""
@@ -122,6 +126,5 @@ class Fira(GaLore):
         total = step.total((scales.square() * squares).sum())
         low_step = self.compressed_step(state, step)
         low_total = low_step.total((scales * low_norms).square().sum())
-        share = (2 - self.scale) * self.scale
-        square = total - share * low_total
+        square = total - self._seen_share * low_total
         return square.clamp(min=0).sqrt()

@@ -34,7 +34,7 @@ class Reached(NamedTuple):
 # 2.6 of 4.8 TB/s, and an SVD of 4096 × 4096 took 1.96 s in SCALE's paper.
 #
 # A launch took 17 µs of one core of a server in an update and 25 in transformers' layers; a desktop of 5 GHz is about
-# twice as fast. Of three H200s' hosts it was 13, 33 and 40 to 46 µs on average, of eager code without this package's
+# twice as fast. Of three H200s' hosts it was 13, 33 and 40 to 56 µs on average, of eager code without this package's
 # too (docs/benchmarks/gpu.md).
 BEST = Reached(products=0.78, bandwidth=0.88, launch=8.5e-6, decomposing=2e12)
 WORST = Reached(products=0.40, bandwidth=0.50, launch=45e-6, decomposing=0.75e12)

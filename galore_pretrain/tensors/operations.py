@@ -17,8 +17,9 @@ def _library() -> torch.library.Library:
 
 
 # `torch.library.custom_op` does the same, and has each call go through two layers of Python, for gradients and for
-# version counters: 35 µs of a call, where a call of this takes 8, measured on one core. An update has hundreds. No
-# operation here has a gradient. Its function runs on every device, and a fake one in its place on fake tensors.
+# version counters: a call of `adam_` without its kernel takes 50 to 75 µs of one core, and 5 to 9 by this. An update
+# has hundreds. No operation here has a gradient. Its function runs on every device, and a fake one in its place on
+# fake tensors.
 def operation(
     name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()
 ) -> Callable[..., Any]:
