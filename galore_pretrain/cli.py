@@ -177,12 +177,13 @@ def plan(
     configs = [resolved(ctx, flags_of_row, processes)[0] for flags_of_row in flags_of_rows]
 
     with _importing():
-        from galore_pretrain.planning import budget, choice, traffic  # torch and transformers
+        from galore_pretrain.planning import budget, choice, fit, traffic  # torch and transformers
         from galore_pretrain.study import pictures
         from galore_pretrain.train.build import check_accumulation
 
     first = configs[0]
     check_accumulation(first)
+    fit.warn_of_length(first)
     card, another = _cards_named(card_name, first.device)
     available = budget.budget_of(first, another)
     source = budget.source_of(first, another)
@@ -557,6 +558,7 @@ _TEXT = (
     "tokenizer",
     "bos",
     "layout",
+    "documents",
     "max_length",
     "eval_tokens",
     "batch_size",
@@ -588,6 +590,8 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
         return 0
     text = config.eval_data or f"{' + '.join(texts_of(config.data))} (validation)"
     how = f"--layout {config.layout} --max-length {config.max_length}"
+    if config.documents != "joined":
+        how += f" --documents {config.documents}"
     click.echo(f"{text}, {numbers['eval_tokens']:,} tokens, {how}: loss {numbers['eval_loss']:.4f}")
     line = f"perplexity {numbers['eval_perplexity']:.4f}"
     if "eval_reference_perplexity" in numbers:

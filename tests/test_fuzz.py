@@ -73,6 +73,7 @@ FITTING: dict[str, list[str]] = {
     "bad-data": ["raise", "skip"],
     "max-unknown": ["0", "0.05", "5%", "1"],
     "layout": ["pad", "pack"],
+    "documents": ["joined", "separate"],
     "max-length": ["2", "16", "64", "65"],
     "steps": ["1", "2"],
     "max-tokens": ["1", "100", "recipe"],

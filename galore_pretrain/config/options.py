@@ -248,6 +248,8 @@ EXECUTION = tuple(f.name for f in fields(ExecutionSettings))
 CLIP_NORMS = ("full", "projected")
 BOS = ("auto", "yes", "no")
 BAD_DATA = ("raise", "skip")
+LAYOUTS = ("pad", "pack")
+DOCUMENTS = ("joined", "separate")
 SUMS = ("device", "host")
 FITS = ("as-asked", "anything")
 SHARDS = ("full", "hybrid", "none")
@@ -414,7 +416,13 @@ class RunConfig:
         TEXT,
         free=True,
     )
-    layout: str = _flag("pad", "One document a row, or documents packed.", ("pad", "pack"), TEXT)
+    layout: str = _flag("pad", "One document a row, or documents packed.", LAYOUTS, TEXT)
+    documents: str = _flag(
+        "joined",
+        "--layout pack: tokens attend to all that went before in their row, or to their own document alone.",
+        DOCUMENTS,
+        TEXT,
+    )
     max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)
 
     steps: int | None = _flag(None, "Updates.", int, LENGTH, least=1)
@@ -561,7 +569,7 @@ class RunConfig:
         """
         changed = {}
         # What runs before there were these flags did.
-        before = {name: FLAGS[name].default for name in ("init", "text_key", "matmul")}
+        before = {name: FLAGS[name].default for name in ("init", "text_key", "documents", "matmul")}
         before |= {"weights": "dense", "weight_group": "row", "bos": "no"}
         if self.bases is not None:
             before["bases"] = "dense"

@@ -372,6 +372,7 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
         _refuse_full_norm(values, processes.total)
     _check_matrices(values, processes)
     _check_length(values)
+    check_documents(values["layout"], values["documents"])
     if (values["lora_dropout"] or 0) >= 1:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
     if not values["output"]:
@@ -390,6 +391,15 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
         raise InputError(
             f"--tokenizer is missing: --data {' + '.join(texts)} needs one; "
             "give t5, sample, a .model file, a folder or a hub id"
+        )
+
+
+def check_documents(layout: str, documents: str) -> None:
+    """Raise InputError where documents are to be kept apart that share no row."""
+    if documents == "separate" and layout == "pad":
+        raise InputError(
+            "--documents separate: --layout pad has a document a row, which sees no other; leave it out, or give "
+            "--layout pack"
         )
 
 

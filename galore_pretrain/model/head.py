@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from galore_pretrain.model.documents import document_mask
 from galore_pretrain.model.families import CausalLM
 from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
@@ -19,35 +20,39 @@ _BLOCKS = 16
 """Blocks that the logit gradients of a batch are made in, where memory does not want fewer tokens at a time."""
 
 
-def mean_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
+def mean_loss(
+    model: CausalLM, input_ids: Tensor, labels: Tensor, divisor: int, places: Tensor | None = None
+) -> Tensor:
     """Return Σ cross-entropy / ``divisor``, in nats: what a micro-batch of a training step contributes.
 
-    ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: already shifted; −100 is not counted. No padding
-    mask is needed, since attention is causal and padding stands at the end. The result is an fp32 scalar.
+    ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: already shifted; −100 is not counted. ``places``
+    has each token's place in its document where no token is to attend to another document; without it, all attend to all
+    that went before in the row. Padding stands at the end and needs no mask. The result is an fp32 scalar.
     """
-    return _called(model, _mean_loss, input_ids, labels, divisor)
+    return _called(model, _mean_loss, input_ids, labels, divisor, places)
 
 
-def _mean_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, divisor: int) -> Tensor:
+def _mean_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, divisor: int, places: Tensor | None) -> Tensor:
     """Do the work of `mean_loss`."""
-    outputs = model.model(input_ids=input_ids, use_cache=False)
-    hidden = outputs.last_hidden_state.flatten(0, 1)  # batch × tokens × width -> all tokens × width
+    hidden = _hidden(model, input_ids, places)
     weight = model.lm_head.weight
     scale = 1.0 / divisor
     loss: Tensor = _HeadLoss.apply(hidden, weight, labels.flatten(), scale)  # type: ignore[no-untyped-call]
     return loss
 
 
-def token_losses(model: CausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each label, shaped as ``labels``, in fp32; 0 where a label is −100. No gradients."""
-    return _called(model, _token_losses, input_ids, labels)
+def token_losses(model: CausalLM, input_ids: Tensor, labels: Tensor, places: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of each label, shaped as ``labels``, in fp32; 0 where a label is −100. No gradients.
+
+    ``places`` are as in `mean_loss`.
+    """
+    return _called(model, _token_losses, input_ids, labels, places)
 
 
 @torch.no_grad()
-def _token_losses(model: CausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
+def _token_losses(model: CausalLM, input_ids: Tensor, labels: Tensor, places: Tensor | None) -> Tensor:
     """Do the work of `token_losses`."""
-    outputs = model.model(input_ids=input_ids, use_cache=False)
-    hidden = outputs.last_hidden_state.flatten(0, 1)
+    hidden = _hidden(model, input_ids, places)
     targets = labels.flatten()
     losses: Tensor = hidden.new_empty(len(hidden), dtype=torch.float32)
     for start, stop in chunks(hidden, len(hidden), _HEAD_CHUNK):
@@ -56,6 +61,17 @@ def _token_losses(model: CausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
         losses[start:stop] = F.cross_entropy(logits, targets[start:stop], reduction="none")
         del logits  # before those of the next chunk are made
     return losses.view(labels.shape)
+
+
+def _hidden(model: CausalLM, input_ids: Tensor, places: Tensor | None) -> Tensor:
+    """Return what the head multiplies: the hidden states of all tokens, tokens × width."""
+    if places is None:
+        outputs = model.model(input_ids=input_ids, use_cache=False)
+    else:
+        mask = document_mask(places, model.lm_head.weight.dtype)
+        outputs = model.model(input_ids=input_ids, attention_mask=mask, position_ids=places, use_cache=False)
+    hidden: Tensor = outputs.last_hidden_state
+    return hidden.flatten(0, 1)
 
 
 loss_methods = (_mean_loss, _token_losses)

@@ -10,6 +10,7 @@ import torch
 from galore_pretrain.config.options import ExecutionSettings, RunConfig
 from galore_pretrain.config.resolve import known_norm, micro_batch_sizes, with_execution
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.documents import mask_bytes
 from galore_pretrain.model.families import Architecture
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
@@ -136,6 +137,8 @@ def lower_bound(config: RunConfig, architecture: Architecture, static: Static) -
     tokens = config.batch_size * config.max_length
     item_bytes = getattr(torch, config.dtype).itemsize
     activations = tokens * architecture.num_hidden_layers * numbers_a_token * item_bytes
+    if config.documents == "separate":
+        activations += mask_bytes(config.batch_size, config.max_length, getattr(torch, config.dtype))
 
     has_several = config.micro_batches > 1
     gradients = static.gradients
@@ -156,6 +159,8 @@ def upper_bound(config: RunConfig, architecture: Architecture, static: Static) -
     layer = 24 * wide + 8 * inner + 2 * heads
     token = 4 * (layer * (architecture.num_hidden_layers + 2) + 4 * architecture.vocab_size)
     activations = config.batch_size * config.max_length * token
+    if config.documents == "separate":  # the mask, and what it is made from
+        activations += 2 * mask_bytes(config.batch_size, config.max_length, torch.float32)
     # The largest matrix in fp32: copies in a decomposition, or the sum of its gradient.
     largest = 4 * hidden * max(architecture.vocab_size, inner)
     return int(3 * static.weights + static.state + 6 * largest + activations + 2**28)

@@ -12,6 +12,7 @@ from galore_pretrain.planning.budget import budget_of, source_of
 from galore_pretrain.planning.changes import Change, cheapest_change
 from galore_pretrain.planning.choice import Choice, choose, memory_advice
 from galore_pretrain.planning.plan import OUTSIDE, Outline, Plan, describe, measure
+from galore_pretrain.train.inputs import check_length
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,15 @@ def planned(config: RunConfig, budget: int, mesh: Any = None) -> Fit:
         return Fit(plan, change)
     choice = choose(with_change(config, change), budget, mesh)
     return Fit(choice.plan or measure(choice.config, load_model_config(config.model), mesh), change)
+
+
+# A plan is arithmetic, and right for a model that has as many positions, be it one that is still to be written.
+def warn_of_length(config: RunConfig) -> None:
+    """Log a warning where a run would refuse rows of this length."""
+    try:
+        check_length(config, load_model_config(config.model))
+    except InputError as error:
+        log.warning("planned all the same, but a run is refused: %s", error)
 
 
 def fitted(config: RunConfig, outline: Outline, mesh: Any = None, *, runs_as_before: bool) -> Choice:

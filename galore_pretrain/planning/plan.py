@@ -143,6 +143,8 @@ def describe(config: RunConfig) -> str:
     if config.activation_checkpointing:
         words.append("activation checkpointing")
     words.append(f"micro-batches of {config.batch_size} × {config.max_length} tokens")
+    if config.documents == "separate":
+        words.append("a mask that keeps documents apart")
     if config.clip_norm:
         words.append(f"the {config.clip_norm} norm clipped")
     if config.accumulate_on == "host" and config.micro_batches > 1:
@@ -358,11 +360,21 @@ def make_update(config: RunConfig, model: CausalLM, execution: Execution, micro_
     """Make one update of ``micro_batches``, whose tokens are all zero."""
     for i in range(micro_batches):
         tokens = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
-        loss = mean_loss(model, tokens, tokens, tokens.numel())
+        loss = mean_loss(model, tokens, tokens, tokens.numel(), places_of(config, tokens))
         execution.begin(i, micro_batches)
         loss.backward()
         del loss
     execution.complete()
+
+
+def places_of(config: RunConfig, tokens: Tensor) -> Tensor | None:
+    """Return the place of each of ``tokens`` in its document; None where documents are joined.
+
+    All are first ones, each of a document of its own: the mask takes what it takes of any other text.
+    """
+    if config.documents == "joined":
+        return None
+    return torch.zeros_like(tokens)
 
 
 def _add_hooks(ledger: Ledger, model: CausalLM) -> None:

@@ -17,7 +17,7 @@ from galore_pretrain.model.head import token_losses
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import Execution
 from galore_pretrain.planning.cards import Card
-from galore_pretrain.planning.plan import faked, make_update
+from galore_pretrain.planning.plan import faked, make_update, places_of
 from galore_pretrain.planning.traffic import Counts, extrapolated, product_flops, tensors_of
 from galore_pretrain.tensors.chunks import ChunkSample
 from galore_pretrain.train.build import execution_for
@@ -125,7 +125,7 @@ def _counts(config: RunConfig, architecture: Architecture, micro_batches: int, m
         tokens = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
         counter.part = EVALUATION
         with counter:
-            token_losses(model, tokens, tokens)
+            token_losses(model, tokens, tokens, places_of(config, tokens))
     counts = plain | counter.take()
     for (part, kind), value in with_bases.items():
         counts[REFRESH, kind] += value - plain[part, kind]

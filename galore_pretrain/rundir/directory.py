@@ -81,6 +81,8 @@ class RunDirectory:
         """
         gathered = self._world.gathered
         rows = {"input_ids": gathered(batch.input_ids), "labels": gathered(batch.labels)}
+        if batch.places is not None:
+            rows["places"] = gathered(batch.places)
         if not self._world.is_main:
             return
         folder = self.path / "skipped"

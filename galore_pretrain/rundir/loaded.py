@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from galore_pretrain.config.options import RunConfig, text_seen_from, texts_of
 from galore_pretrain.config.recipes import reference_batch
-from galore_pretrain.config.resolve import check_bounds, resolve
+from galore_pretrain.config.resolve import check_bounds, check_documents, resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.families import FAMILIES, Architecture, CausalLM, Family, architecture_of, positions_of
 from galore_pretrain.model.llama import without_masks
@@ -25,7 +25,7 @@ from galore_pretrain.text.tokenizer import Begun, Tokenizer, begun, load_folder,
 from galore_pretrain.text.usable import measure
 from galore_pretrain.train.build import model_for
 from galore_pretrain.train.evaluate import Evaluation, evaluate
-from galore_pretrain.train.inputs import check_length, check_vocabulary, fit_together
+from galore_pretrain.train.inputs import check_length, check_vocabulary, fit_together, rows_for
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,9 @@ def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], devi
     if overrides.get("bos") == "auto":  # which is what the run has
         overrides = {name: value for name, value in overrides.items() if name != "bos"}
     config = replace(RunConfig.of(_fields(saved, overrides)), **overrides)
+    check_documents(config.layout, overrides.get("documents", "joined"))
+    if config.layout == "pad":  # which the run's own need not have been
+        config = replace(config, documents="joined")
     if "tokenizer" in overrides:
         tokenizer = load_tokenizer(config.tokenizer)
         _warn_of_tokenizer(tokenizer, saved.state.get("inputs", {}).get("tokenizer"))
@@ -193,7 +196,7 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     """Evaluate a model over the validation text, as its run does. Raises InputError where that is not there."""
     config = trained.config
     check_length(config, trained.model.config)
-    layout = TokenRows(trained.tokenizer, config.layout, config.max_length)
+    layout = rows_for(config, trained.tokenizer)
     try:
         if config.eval_data is None:
             check_hub(config.data, tokenizer=None)

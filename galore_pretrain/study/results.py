@@ -21,6 +21,7 @@ SETTING = (
     "text_key",
     "tokenizer",
     "layout",
+    "documents",
     "max_length",
     "total_batch_size",
     "steps",

@@ -170,7 +170,8 @@ class Row:
     """One row of token ids and the label of each; ``real`` of the ids are not padding.
 
     ``after`` is the position of the document that comes next, of which ``offset`` tokens were used. ``check`` is a
-    checksum of the row's text, where rows are shared out and a document is a row.
+    checksum of the row's text, where rows are shared out and a document is a row. ``starts`` has the places at which
+    documents begin in the row, the first of them 0; None where documents are joined.
     """
 
     input_ids: Ids
@@ -179,6 +180,7 @@ class Row:
     after: Position
     offset: int = 0
     check: int | None = None
+    starts: Ids | None = None
 
 
 @dataclass(frozen=True)
@@ -203,12 +205,14 @@ class TokenRows:
 
     ``pad``: one document a row, cut to ``max_length`` with its end marker, the rest padding without labels (the
     paper's). ``pack``: documents joined by end markers and cut into full rows; each token is predicted exactly once.
+    With ``separate``, packed rows say where their documents begin.
     """
 
-    def __init__(self, tokenizer: Tokenizer, layout: str, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, layout: str, max_length: int, *, separate: bool = False) -> None:
         self._tokenizer = tokenizer
         self._layout = layout
         self._max_length = max_length
+        self._separate = separate
 
     @property
     def kept(self) -> int | None:
@@ -279,6 +283,9 @@ class TokenRows:
         # last one is the next row's first. `stream` holds the ids that no row has used yet. begins[i] is the place in
         # it of the first id of document positions[i], negative where earlier rows have used that. The position that
         # goes with a row is the document in which the next row begins, with the number of its ids used before.
+        #
+        # An end marker is its document's last id. What a row cuts off of a document begins the next row, as if it were
+        # a document: a row's first document begins at 0, whether more of it went before or not.
         length = self._max_length
         end_marker = np.array([self._tokenizer.eos_id], np.int32)
         stream = _NO_IDS
@@ -298,13 +305,23 @@ class TokenRows:
             document = 0
             while len(stream) - used > length:
                 window = stream[used : used + length + 1]
+                first = document
                 used += length
                 document = bisect_right(begins, used, document) - 1
                 offset = used - begins[document]
-                yield Row(window[:-1], window[1:], length, positions[document], offset)
+                starts = None
+                if self._separate:
+                    starts = _starts(begins[first + 1 : document + 1], used - length, used)
+                yield Row(window[:-1], window[1:], length, positions[document], offset, starts=starts)
             stream = stream[used:]
             begins = [begin - used for begin in begins[document:]]
             positions = positions[document:]
+
+
+def _starts(begins: Iterable[int], row: int, next_row: int) -> Ids:
+    """Return at which places of the row from ``row`` to ``next_row`` of a stream documents begin: 0, and ``begins``."""
+    later = [begin - row for begin in begins if begin < next_row]
+    return np.array([0, *later], np.int32)
 
 
 def _in_groups(documents: Iterable[_PlacedText]) -> Iterator[list[_PlacedText]]:
@@ -344,7 +361,8 @@ class Batch:
     """A process's rows of one update, and the position after the rows of all processes.
 
     ``input_ids`` and ``labels`` are (sequences × length, int64), in which ``tokens`` ids are not padding. ``check`` is
-    a checksum of what all processes should have read alike.
+    a checksum of what all processes should have read alike. ``places``, of the same shape, has each token's place in its
+    document, counted from 0; None where documents are joined.
     """
 
     input_ids: Tensor
@@ -352,6 +370,7 @@ class Batch:
     tokens: int
     state: dict[str, Any]
     check: int = 0
+    places: Tensor | None = None
 
     def pinned(self) -> "Batch":
         """Return the batch in page-locked memory."""
@@ -359,6 +378,7 @@ class Batch:
             self,
             input_ids=self.input_ids.pin_memory(),
             labels=self.labels.pin_memory(),
+            places=None if self.places is None else self.places.pin_memory(),
         )
 
     @property
@@ -434,6 +454,10 @@ def stack(rows: Sequence[Row], share: Share = ALL) -> Batch:
     own_rows = [row for number, row in enumerate(rows) if number in share]
     input_ids = np.stack([row.input_ids for row in own_rows])
     labels = np.stack([row.labels for row in own_rows])
+    starts = [row.starts for row in own_rows if row.starts is not None]
+    places = None
+    if starts:
+        places = torch.from_numpy(np.stack([_places(of_row, input_ids.shape[1]) for of_row in starts]))
     check = 0
     if share is not ALL:
         check = _checksum(rows)
@@ -444,7 +468,14 @@ def stack(rows: Sequence[Row], share: Share = ALL) -> Batch:
         tokens=sum(row.real for row in own_rows),
         state=replace(last.after, offset=last.offset).state_dict(),
         check=check,
+        places=places,
     )
+
+
+def _places(starts: Ids, length: int) -> Any:
+    """Return each token's place in its document (int64), in a row of ``length`` whose documents begin at ``starts``."""
+    lengths = np.diff(starts, append=length)
+    return np.arange(length, dtype=np.int64) - np.repeat(starts, lengths)
 
 
 def _checksum(rows: Sequence[Row]) -> int:

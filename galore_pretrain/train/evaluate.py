@@ -70,7 +70,8 @@ def evaluate(
         batch = stack(share or rows[:1])
         input_ids = batch.input_ids.to(device)
         labels = batch.labels.to(device)
-        losses = token_losses(model, input_ids, labels)
+        places = None if batch.places is None else batch.places.to(device)
+        losses = token_losses(model, input_ids, labels, places)
         if share:
             is_label = labels >= 0
             by_token = torch.stack([losses.double(), is_label.double()])  # 2 × rows of the batch × length

@@ -94,7 +94,7 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
         bos = "no"
     tokenizer = begun(load_tokenizer(config.tokenizer), bos)
     architecture = architecture_for(config, tokenizer)
-    rows = TokenRows(tokenizer, config.layout, config.max_length)
+    rows = rows_for(config, tokenizer)
     # Reading one row fails now, not hours later at the first evaluation, where there is no validation text.
     validation_rows(validation, rows, tokens=1)
     for number in parts_without_text(validation):
@@ -148,12 +148,20 @@ def check_vocabulary(config: RunConfig, architecture: Architecture, tokenizer: T
         )
 
 
+def rows_for(config: RunConfig, tokenizer: Tokenizer) -> TokenRows:
+    """Return how text becomes rows of tokens."""
+    is_separate = config.documents == "separate"
+    return TokenRows(tokenizer, config.layout, config.max_length, separate=is_separate)
+
+
 def check_length(config: RunConfig, architecture: Architecture) -> None:
     """Raise InputError where rows are longer than the model has positions."""
     positions = architecture.max_position_embeddings
     if config.max_length > positions:
         raise InputError(
-            f"--max-length {config.max_length} exceeds the {positions} positions of --model {config.model}; "
+            f"--max-length {config.max_length} exceeds the {positions} positions of --model "
+            f"{config.model}: name a copy of its JSON with max_position_embeddings {config.max_length} (beside weights that "
+            "were trained with fewer, one with a rope_theta or rope_scaling that reaches so far); or "
             f"give --max-length {positions}, or less"
         )
     window = window_of(architecture)
@@ -161,4 +169,20 @@ def check_length(config: RunConfig, architecture: Architecture) -> None:
         raise InputError(
             f"--max-length {config.max_length} exceeds the window of {window} positions in which layers of --model "
             f"{config.model} attend, and longer rows are not built here; give --max-length {window}, or less"
+        )
+    if config.documents == "separate":
+        _check_turning(config, architecture)
+
+
+# Heads that turn by longrope turn all tokens of a micro-batch by the longest text in it. Rows of joined documents are all
+# as long. Of separate ones, what a document is turned by would follow from its neighbours.
+def _check_turning(config: RunConfig, architecture: Architecture) -> None:
+    """Raise InputError where the heads of a document would turn by the length of another one."""
+    rope = architecture.rope_parameters or {}
+    short = rope.get("original_max_position_embeddings", architecture.max_position_embeddings)
+    if rope.get("rope_type") == "longrope" and config.max_length > short:
+        raise InputError(
+            f"--documents separate: the heads of --model {config.model} turn by the longest text of a batch (longrope, "
+            f"beyond {short} tokens), so a document by what is beside it; give --max-length {short}, or less, or leave "
+            "it out"
         )

@@ -315,11 +315,14 @@ class Trainer:
         world = self.world
         inputs = batch.input_ids.split(self.batch_size)
         labels = batch.labels.split(self.batch_size)
+        all_places: Sequence[Tensor | None] = [None] * len(inputs)
+        if batch.places is not None:
+            all_places = batch.places.split(self.batch_size)
         first_row = world.rank * len(batch.input_ids)
         looks_at_each = self._looks_at_each()
         local_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         total_loss = local_loss
-        for i, (host_ids, host_labels) in enumerate(zip(inputs, labels, strict=True)):
+        for i, (host_ids, host_labels, host_places) in enumerate(zip(inputs, labels, all_places, strict=True)):
             divisor = max(1, label_tokens)
             if self.mean_of_means:
                 micro_batches = len(inputs) * world.size
@@ -329,7 +332,10 @@ class Trainer:
             with self.watch.span("forward"):
                 input_ids = host_ids.to(self.device, non_blocking=True)
                 targets = host_labels.to(self.device, non_blocking=True)
-                loss = mean_loss(self.model, input_ids, targets, divisor)
+                places = None
+                if host_places is not None:
+                    places = host_places.to(self.device, non_blocking=True)
+                loss = mean_loss(self.model, input_ids, targets, divisor, places)
                 local_loss += loss.detach()
             if looks_at_each:
                 total_loss = world.sum(local_loss)
