@@ -35,6 +35,7 @@ _ENTRIES = (
     Entry("eight_bit", "moments in 8 bits, and side streams", "kernels:eight_bit", 80),
     Entry("seven", "updates of llama_7b with a 24 GB card's memory", "memory:seven", 300, needs_gpu=True),
     Entry("memory", "the plan against torch's allocator", "memory:memory", 300),
+    Entry("documents", "packed documents against each by itself", "documents:documents", 60),
     Entry("speed", "tokens/s beside a loop by hand", "speed:speed", 240),
     Entry("resume", "a run in two parts against a whole one", "runs:resume", 400),
     Entry("refresh", "new bases: orthonormal, and how long they take", "kernels:refresh", 90),

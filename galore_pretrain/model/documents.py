@@ -9,8 +9,9 @@ from torch import Tensor
 # A token whose place in its document is k stands k tokens behind the first one. So the places tell where each token's
 # document begins, and the token may attend to all from there to itself.
 #
-# The mask is added to the scores before the softmax. It is made once a micro-batch, in the model's dtype, and all layers
-# keep this one for their backward pass. One of booleans would be turned into numbers by each layer, and kept as often.
+# The mask is added to the scores before the softmax. It is made once a micro-batch, in the model's dtype, and all
+# layers keep this one for their backward pass. One of booleans would be turned into numbers by each layer, and kept as
+# often.
 def document_mask(places: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what is added to the scores of attention: 0 where a token may attend to another, −∞ where not.
 

@@ -26,8 +26,8 @@ def mean_loss(
     """Return Σ cross-entropy / ``divisor``, in nats: what a micro-batch of a training step contributes.
 
     ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: already shifted; −100 is not counted. ``places``
-    has each token's place in its document where no token is to attend to another document; without it, all attend to all
-    that went before in the row. Padding stands at the end and needs no mask. The result is an fp32 scalar.
+    has each token's place in its document where no token is to attend to another document. Without it, all attend to
+    all that went before in the row. Padding stands at the end and needs no mask. The result is an fp32 scalar.
     """
     return _called(model, _mean_loss, input_ids, labels, divisor, places)
 

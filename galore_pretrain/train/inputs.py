@@ -159,9 +159,9 @@ def check_length(config: RunConfig, architecture: Architecture) -> None:
     positions = architecture.max_position_embeddings
     if config.max_length > positions:
         raise InputError(
-            f"--max-length {config.max_length} exceeds the {positions} positions of --model "
-            f"{config.model}: name a copy of its JSON with max_position_embeddings {config.max_length} (beside weights that "
-            "were trained with fewer, one with a rope_theta or rope_scaling that reaches so far); or "
+            f"--max-length {config.max_length} exceeds the {positions} positions of --model {config.model}: "
+            f"name a copy of its JSON with max_position_embeddings {config.max_length} (and for weights "
+            "that were trained with fewer, with a rope_theta or rope_scaling that reaches so far), or "
             f"give --max-length {positions}, or less"
         )
     window = window_of(architecture)
@@ -174,8 +174,8 @@ def check_length(config: RunConfig, architecture: Architecture) -> None:
         _check_turning(config, architecture)
 
 
-# Heads that turn by longrope turn all tokens of a micro-batch by the longest text in it. Rows of joined documents are all
-# as long. Of separate ones, what a document is turned by would follow from its neighbours.
+# Heads that turn by longrope turn all tokens of a micro-batch by the longest text in it. Rows of joined documents are
+# all as long. Of separate ones, what a document is turned by would follow from its neighbours.
 def _check_turning(config: RunConfig, architecture: Architecture) -> None:
     """Raise InputError where the heads of a document would turn by the length of another one."""
     rope = architecture.rope_parameters or {}
