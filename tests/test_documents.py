@@ -27,6 +27,7 @@ from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.planning.choice import lower_bound, upper_bound
 from galore_pretrain.planning.plan import measure, static_bytes
+from galore_pretrain.planning.work import EVALUATION, FORWARD, count_work
 from galore_pretrain.text.batches import TokenRows, TrainingData, stack, validation_rows
 from galore_pretrain.train.inputs import check_length
 from pretrained import transformers_loss
@@ -270,6 +271,24 @@ def test_the_plan_of_long_rows_is_what_the_allocator_says(documents: str, length
     )  # fmt: skip
     planned = measure(config, load_model_config(str(model)))
     assert planned.peak_bytes == pytest.approx(real_peak(config), rel=0.03)
+
+
+def test_a_cards_time_counts_the_mask(tmp_path: Path) -> None:
+    """It is read once for each head of each layer."""
+    model = tmp_path / "long.json"
+    model.write_text(json.dumps(TINY | {"max_position_embeddings": 512}))
+    moved = []
+    for documents in ("joined", "separate"):
+        config = config_for(
+            str(model), "adamw", max_length=512, layout="pack", documents=documents, batch_size=2, total_batch_size=4,
+            device="cuda", memory_budget=24 * 2**30, layerwise=False, activation_checkpointing=False, dtype="bfloat16",
+        )  # fmt: skip
+        work = count_work(config)
+        moved.append([work[part].product_bytes for part in (FORWARD, EVALUATION)])
+    layers, heads = TINY["num_hidden_layers"], TINY["num_attention_heads"]
+    mask = mask_bytes(2, 512, torch.bfloat16)
+    more = [separate - joined for joined, separate in zip(*moved, strict=True)]
+    assert more == [2 * layers * heads * mask, layers * heads * mask]
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

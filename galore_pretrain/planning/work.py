@@ -216,6 +216,10 @@ def _moved_bytes(func: Any, args: Any, kwargs: Any, result: Any) -> float:
         if argument.alias_info is not None and argument.alias_info.is_write:
             written += tensors_of([value])
     moved = sum(tensor.nbytes for tensor in tensors_of(args))
+    mask = kwargs.get("attn_mask")  # of a CPU's attention; a GPU's has it among its arguments, once for each head
+    if mask is not None:
+        heads = args[0].shape[1]
+        moved += heads * mask.nbytes
     if name in _ONLY_WRITE:
         moved -= sum(tensor.nbytes for tensor in written)
     if not written:
