@@ -1,5 +1,6 @@
 """`--documents separate`: packed documents are what each of them is by itself, in the model, in rows and in runs."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -271,6 +272,31 @@ def test_the_plan_of_long_rows_is_what_the_allocator_says(documents: str, length
     )  # fmt: skip
     planned = measure(config, load_model_config(str(model)))
     assert planned.peak_bytes == pytest.approx(real_peak(config), rel=0.03)
+
+
+def test_the_plan_of_a_card_has_the_scores_that_deterministic_attention_keeps(tmp_path: Path) -> None:
+    """With a mask, or in fp32, no kernel of a GPU is deterministic but plain products."""
+    model = tmp_path / "long.json"
+    model.write_text(json.dumps(TINY | {"max_position_embeddings": 512}))
+    peaks = {}
+    for documents, dtype, deterministic in itertools.product(
+        ("joined", "separate"), ("bfloat16", "float32"), (False, True)
+    ):
+        config = config_for(
+            str(model), "adamw", max_length=512, layout="pack", documents=documents, batch_size=4, device="cuda",
+            dtype=dtype, deterministic=deterministic, memory_budget=24 * 2**30,
+        )  # fmt: skip
+        architecture = load_model_config(str(model))
+        peaks[documents, dtype, deterministic] = measure(config, architecture).peak_bytes
+        bound = upper_bound(config, architecture, static_bytes(config, architecture))
+        assert peaks[documents, dtype, deterministic] <= bound
+    scores = TINY["num_hidden_layers"] * mask_bytes(4 * TINY["num_attention_heads"], 512, torch.bfloat16)
+    for documents, dtype in itertools.product(("joined", "separate"), ("bfloat16", "float32")):
+        more = peaks[documents, dtype, True] - peaks[documents, dtype, False]
+        if (documents, dtype) == ("joined", "bfloat16"):
+            assert more == 0
+        else:
+            assert more > scores
 
 
 def test_a_cards_time_counts_the_mask(tmp_path: Path) -> None:

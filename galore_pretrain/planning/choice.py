@@ -14,7 +14,7 @@ from galore_pretrain.model.documents import mask_bytes
 from galore_pretrain.model.families import Architecture
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
-from galore_pretrain.planning.plan import Outline, Plan, Static, is_on_gpu, measure
+from galore_pretrain.planning.plan import Outline, Plan, Static, is_on_gpu, keeps_scores, measure
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,9 @@ def upper_bound(config: RunConfig, architecture: Architecture, static: Static) -
     activations = config.batch_size * config.max_length * token
     if config.documents == "separate":  # the mask, and what it is made from
         activations += 2 * mask_bytes(config.batch_size, config.max_length, torch.float32)
+    if keeps_scores(config):  # before and after the softmax, and both of their gradients
+        scores = mask_bytes(config.batch_size * heads, config.max_length, torch.float32)
+        activations += 4 * (architecture.num_hidden_layers + 2) * scores
     # The largest matrix in fp32: copies in a decomposition, or the sum of its gradient.
     largest = 4 * hidden * max(architecture.vocab_size, inner)
     return int(3 * static.weights + static.state + 6 * largest + activations + 2**28)

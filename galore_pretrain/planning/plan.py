@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from galore_pretrain.config.options import RunConfig, model_name
 from galore_pretrain.meters import available_bytes
@@ -204,6 +205,14 @@ def is_on_gpu(config: RunConfig) -> bool:
     return config.device.startswith("cuda")
 
 
+# By torch's sources (sdp_utils.cpp), FlashAttention takes neither fp32 nor a mask, and is deterministic. The kernels that
+# take these are not, so that plain products are left.
+def keeps_scores(config: RunConfig) -> bool:
+    """Return whether attention keeps the scores of all pairs of tokens, as plain products on a GPU do."""
+    has_no_kernel = config.documents == "separate" or config.dtype == "float32"
+    return config.deterministic and is_on_gpu(config) and has_no_kernel
+
+
 # A plan makes the real model, optimizer and execution, and runs the real update with them, but on torch's fake tensors:
 # they have shapes, dtypes and storages of a size, and no memory behind them. A `Ledger` counts these storages. So
 # nothing is estimated from formulas, and a change of the training code changes the plan.
@@ -328,7 +337,10 @@ def faked(
         place = contextlib.nullcontext()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     mode.chunk_sample = sample  # type: ignore[attr-defined]
-    with place, mode, device, ledger or contextlib.nullcontext():
+    attention: AbstractContextManager[None] = contextlib.nullcontext()
+    if keeps_scores(config):
+        attention = sdpa_kernel(SDPBackend.MATH)
+    with place, mode, device, attention, ledger or contextlib.nullcontext():
         with kind("weights"):
             model.to_empty(device=device)
             # `to_empty` has given tied weights storages of their own.
