@@ -596,6 +596,8 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     line = f"perplexity {numbers['eval_perplexity']:.4f}"
     if "eval_reference_perplexity" in numbers:
         line += f" (the published code, which divides by a batch too many: {numbers['eval_reference_perplexity']:.4f})"
+    if "eval_bits_per_byte" in numbers:
+        line += f", {numbers['eval_bits_per_byte']:.4f} bits per byte"
     click.echo(line)
     return 0
 

@@ -31,7 +31,7 @@ from galore_pretrain.rundir.directory import RunDirectory
 from runs import COMMAND_LINE, MEASURED, command, lines, python, run
 
 KEYS = {"step", "loss", "lr", "tokens_seen"} | (MEASURED - {"mfu"})
-EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_tokens"}
+EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_bits_per_byte", "eval_tokens"}
 SUMMARY_KEYS = {
     "steps",
     "tokens_seen",

@@ -39,7 +39,7 @@ from galore_pretrain.text.batches import (
     validation_rows,
 )
 from galore_pretrain.text.sources import BadData, LocalFiles, Tally, open_source
-from galore_pretrain.text.tokenizer import Ids
+from galore_pretrain.text.tokenizer import Ends, Ids
 from galore_pretrain.train.inputs import Inputs
 
 
@@ -50,6 +50,9 @@ class Letters:
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
         return [np.array([ord(c) for c in text], np.int32) for text in texts]
+
+    def byte_ends(self, text: str, first: int | None = None) -> Ends:
+        return np.arange(1, len(text) + 1)
 
     def save(self, folder: Path, model_max_length: int) -> None:
         raise AssertionError

@@ -166,7 +166,10 @@ def _write_summary(output: Path, summary: Mapping[str, Any]) -> None:
         parts.append(f"{peak / 2**30:.2f} GiB of tensors on the device")
     parts.append(f"{process / 2**30:.2f} GiB of the process, its program and libraries included")
     log.info("peak memory: %s", ", ".join(parts))
-    log.info("validation perplexity %.4g over %s tokens", summary["eval_perplexity"], f"{summary['eval_tokens']:,}")
+    bits = summary.get("eval_bits_per_byte")
+    per_byte = "" if bits is None else f", {bits:.4g} bits per byte,"
+    evaluated = f"{summary['eval_tokens']:,}"
+    log.info("validation perplexity %.4g%s over %s tokens", summary["eval_perplexity"], per_byte, evaluated)
 
 
 def read_summary(output: Path) -> dict[str, Any]:

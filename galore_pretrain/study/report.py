@@ -11,7 +11,7 @@ from galore_pretrain.config.options import model_name, texts_of
 from galore_pretrain.errors import InputError
 from galore_pretrain.study import paper
 from galore_pretrain.study.pictures import draw_comparison
-from galore_pretrain.study.results import Comparison, Result, final_loss, finished, losses_by_seed
+from galore_pretrain.study.results import Comparison, Result, final_loss, finished, last_mean, losses_by_seed
 from galore_pretrain.study.seeds import paired, ranks
 from galore_pretrain.study.tables import Table
 
@@ -27,6 +27,7 @@ _COLUMNS = (
     "validation loss",
     "perplexity",
     "reference perplexity",
+    "bits per byte",
     "the paper's",
     "difference",
     "weights + state, 10⁹ B",
@@ -116,6 +117,7 @@ def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
                 "eval_loss": loss and loss.mean,
                 "eval_loss_deviation": loss and loss.deviation,
                 "eval_perplexity": loss and math.exp(loss.mean),
+                "eval_bits_per_byte": last_mean(runs, "eval_bits_per_byte"),
             }
         sections.append({"setting": dict(comparison.setting), "methods": methods})
     return sections
@@ -174,6 +176,9 @@ def _cells(label: str, runs: Sequence[Result]) -> dict[str, str]:
         cells["perplexity"] = f"{math.exp(loss.mean):.2f}"
         references = [float(run.evaluations[-1]["eval_reference_perplexity"]) for run in over]
         cells["reference perplexity"] = f"{statistics.geometric_mean(references):.2f}"
+        bits = last_mean(runs, "eval_bits_per_byte")
+        if bits is not None:
+            cells["bits per byte"] = f"{bits:.4f}"
 
     sizes = []
     for run in over:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -282,6 +283,18 @@ def final_loss(runs: Sequence[Result]) -> Spread | None:
     """Return the validation loss at the end, over the runs that have come to it; None where none has."""
     losses = [run.final_loss for run in finished(runs)]
     return Spread.of(losses) if losses else None
+
+
+def last_mean(runs: Sequence[Result], key: str) -> float | None:
+    """Return the mean of a number of the last evaluations, over the runs that have come to their end.
+
+    None where none has, and where one of them has not the number, as runs of before it was written.
+    """
+    values = [run.evaluations[-1].get(key) for run in finished(runs)]
+    known = [float(value) for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return statistics.mean(known)
 
 
 def losses_by_seed(runs: Sequence[Result]) -> dict[int, float]:

@@ -13,7 +13,8 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice, pairwise
+from operator import itemgetter
 from queue import Full, Queue
 from typing import Any
 
@@ -169,6 +170,7 @@ def shard_order(source: DocumentSource, seed: int, epoch: int = 0) -> list[int]:
 class Row:
     """One row of token ids and the label of each; ``real`` of the ids are not padding.
 
+    ``label_bytes`` are the bytes, in UTF-8, of the text that the labels are of; None where nobody has counted them.
     ``after`` is the position of the document that comes next, of which ``offset`` tokens were used. ``check`` is a
     checksum of the row's text, where rows are shared out and a document is a row. ``starts`` has the places at which
     documents begin in the row, the first of them 0; None where documents are joined.
@@ -179,6 +181,7 @@ class Row:
     real: int
     after: Position
     offset: int = 0
+    label_bytes: int | None = None
     check: int | None = None
     starts: Ids | None = None
 
@@ -227,6 +230,60 @@ class TokenRows:
         if self._layout == "pad":
             return self._pad(groups, share)
         return self._pack(self._tokenize(groups))
+
+    # A label is of the text of its token. So the first token of a text that is evaluated is of no label, and what `pad`
+    # cuts away is of none; an end marker is a label of no byte. The text of a row's labels lies between two places
+    # among the tokens of a document, or of two documents. These are tokenized again, to find how many bytes stand
+    # before a place. Of documents that no place is in, all bytes count.
+    def counted(self, rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
+        """Return rows with their ``label_bytes``.
+
+        The rows are the first ones of ``texts``, which their positions count as documents.
+        """
+        if self._layout == "pad":
+            return [self._counted_alone(row, texts[row.after.document - 1]) for row in rows]
+        places = [(self._first_with_tokens(texts), 1)]  # (document, its tokens up to the first label) of each row
+        for row in rows:
+            places.append((row.after.document, row.offset + 1))
+        starts: list[int] = []
+        before = 0  # bytes of all documents before this one
+        document = 0
+        for number, of_one in groupby(places, key=itemgetter(0)):
+            while document < number:
+                before += self._bytes_of(texts[document])
+                document += 1
+            for found in self._bytes_before(texts[number], [tokens for _, tokens in of_one]):
+                starts.append(before + found)
+        counted: list[Row] = []
+        for row, (start, stop) in zip(rows, pairwise(starts), strict=True):
+            counted.append(replace(row, label_bytes=stop - start))
+        return counted
+
+    def _counted_alone(self, row: Row, text: str) -> Row:
+        """Return the row of one document with its ``label_bytes``."""
+        tokens = row.real - 1  # without the end marker
+        if not tokens:
+            return replace(row, label_bytes=0)
+        start, stop = self._bytes_before(text, [1, tokens])
+        return replace(row, label_bytes=stop - start)
+
+    def _bytes_before(self, text: str, places: Sequence[int]) -> list[int]:
+        """Return how many bytes the first so many tokens of a text write, for each of ``places``: all, if all do."""
+        ends = self._tokenizer.byte_ends(text, max(places) + 1)
+        found: list[int] = []
+        for tokens in places:
+            found.append(int(ends[tokens - 1]) if tokens < len(ends) else len(text.encode()))
+        return found
+
+    def _first_with_tokens(self, texts: Sequence[str]) -> int:
+        """Return the number of the first document that has any token."""
+        return next(number for number, text in enumerate(texts) if len(self._tokenizer.encode([text], 1)[0]))
+
+    def _bytes_of(self, text: str) -> int:
+        """Return the bytes of a document: none of white space without a token, which is no document."""
+        if text.isspace() and not len(self._tokenizer.encode([text])[0]):
+            return 0
+        return len(text.encode())
 
     def _pad(self, groups: Iterable[list[_PlacedText]], share: Share) -> Iterator[Row]:
         """Yield one row a document; a document of white space alone is none."""
@@ -491,11 +548,16 @@ def _checksum(rows: Sequence[Row]) -> int:
 
 
 def validation_rows(source: DocumentSource, rows: TokenRows, tokens: int) -> list[Row]:
-    """Return the source's first rows, as `in_turn` orders them, until they hold ``tokens`` real tokens, or all rows."""
+    """Return the source's first rows, as `in_turn` orders them, until they hold ``tokens`` real tokens, or all rows.
+
+    Their ``label_bytes`` are counted. Their positions count the documents in that order.
+    """
+    texts: list[str] = []
 
     def documents() -> Iterator[_PlacedText]:
-        for shard, position, text in in_turn(source):
-            yield Position(), text, Position(0, shard, position)
+        for number, (_, _, text) in enumerate(in_turn(source)):
+            texts.append(text)
+            yield Position(document=number), text, Position(document=number + 1)
 
     chosen: list[Row] = []
     seen = 0
@@ -506,7 +568,7 @@ def validation_rows(source: DocumentSource, rows: TokenRows, tokens: int) -> lis
             break
     if not chosen:
         raise InputError(f"--data: no validation document in {len(source.shards)} files; give --eval-data PATH")
-    return chosen
+    return rows.counted(chosen, texts)
 
 
 # -- reading ahead ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ wrapper.
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 from functools import cached_property
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int32]
 """Token ids of one text."""
+Ends = NDArray[np.int64]
+"""Where the text of each token ends, in bytes of UTF-8 from the beginning of the whole text."""
 PROBES = (
     "The quick brown fox, 1984: it's here.",
     "Zürich — naïve café",
@@ -40,6 +43,7 @@ _PLAIN = 2  # the first so many
 _CHARACTERS = 6  # of a text that are tried for each token wanted: English has some 4.5 a token of T5's
 _MODEL_FILES = ("spiece.model", "tokenizer.model")  # as T5's and LLaMA's classes of transformers look for them
 _OTHER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")  # of which transformers makes one
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # what a vocabulary with bytes to fall back on calls them
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +81,14 @@ class Tokenizer(Protocol):
 
         No text can produce a control token. Where the ``first`` so many ids of each are enough, later ones may be
         missing.
+        """
+        ...
+
+    def byte_ends(self, text: str, first: int | None = None) -> Ends:
+        """Return where the text of each token that ``encode`` makes ends, in bytes of the text's UTF-8; never falling.
+
+        What the tokenizer drops counts with the token behind it. A token that writes a part of a character ends inside
+        the character. Where the ``first`` so many are enough, later ones may be missing.
         """
         ...
 
@@ -151,6 +163,28 @@ class SentencePieceTokenizer:
         """Return all token ids of each text."""
         return self._processor.encode(texts, return_type="numpy")  # type: ignore[no-any-return]
 
+    def byte_ends(self, text: str, first: int | None = None) -> Ends:
+        """Return where the text of each token ends, or at least that of the ``first`` ones."""
+        if first is not None and self._is_by_words:
+            beginning = _beginning(text, _CHARACTERS * first)
+            ends = self._byte_ends(beginning)
+            if len(ends) >= first:
+                return ends
+        return self._byte_ends(text)
+
+    # Of a character that is written byte by byte, SentencePiece says that the last piece holds all of it, and those
+    # before none: each of them ends where its byte does.
+    def _byte_ends(self, text: str) -> Ends:
+        """Return where the text of every token ends."""
+        mapping = self._processor.encode(text.encode(), return_type="offset_mapping")
+        offsets = np.array(mapping["offsets"], np.int64).reshape(-1, 2)
+        begins, ends = offsets[:, 0], offsets[:, 1].copy()
+        for i in np.flatnonzero(begins == ends):
+            if self._processor.is_byte(mapping["ids"][i]):
+                before = ends[i - 1] if i else 0
+                ends[i] = max(begins[i], before) + 1
+        return _never_falling(ends)
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, without control tokens."""
         text_ids = [i for i in ids if not self._processor.is_control(i)]
@@ -187,6 +221,11 @@ class SentencePieceTokenizer:
         return {self._processor.id_to_piece(number): number for number in range(self.vocab_size)}
 
 
+def _never_falling(ends: Ends) -> Ends:
+    """Return ends of tokens, each lowered to the least of those behind it."""
+    return np.minimum.accumulate(ends[::-1])[::-1]
+
+
 def _beginning(text: str, most: int) -> str:
     """Return ``text`` up to the last space among its first ``most`` characters, or all of it if there is no such."""
     if len(text) <= most:
@@ -195,6 +234,13 @@ def _beginning(text: str, most: int) -> str:
     if space < 0:
         return text
     return text[:space]
+
+
+def _byte_places(text: str) -> Ends:
+    """Return where each character of a text begins in its UTF-8, and where the last one ends."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths)])
 
 
 # Special tokens that are looked for in normalized text are found whatever `encode_special_tokens` says.
@@ -270,6 +316,8 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(usable) + 1
         self._plain = self._plain_form(special)
         self.fingerprint = self._behaviour()
+        form = json.loads(self._plain.to_str())
+        self._is_by_bytes = "'ByteLevel'" in str([form["normalizer"], form["pre_tokenizer"]])
 
     @cached_property
     def vocabulary_fingerprint(self) -> str:
@@ -331,6 +379,31 @@ class HuggingFaceTokenizer:
                 "use one that knows all characters, or has an unknown token"
             ) from error
         return [np.array(self._without_control(encoding.ids), np.int32) for encoding in encodings]
+
+    # The library tells the characters of each token. Where a token ends inside a character, the next one begins with
+    # it too. Such a token ends as many bytes behind the last one as it writes, if it says how many these are.
+    def byte_ends(self, text: str, first: int | None = None) -> Ends:
+        """Return where the text of every token ends."""
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        begins, ends = _byte_places(text)[places].T
+        is_shared = np.zeros(len(ids), bool)
+        is_shared[:-1] = (begins[1:] < ends[:-1]) | (begins[:-1] == ends[:-1])
+        for i in np.flatnonzero(is_shared):
+            before = ends[i - 1] if i else 0
+            ends[i] = max(begins[i], before) + self._bytes_of(ids[i])
+        ends = _never_falling(ends)
+        if self.unknown_id is None and not self._control.isdisjoint(ids):
+            ends = ends[[i not in self._control for i in ids]]
+        return ends
+
+    def _bytes_of(self, token: int) -> int:
+        """Return how many bytes a token writes; 0 where the vocabulary is not of bytes, and does not say."""
+        piece = self._plain.id_to_token(token) or ""
+        if _BYTE.fullmatch(piece):
+            return 1
+        return len(piece) if self._is_by_bytes else 0
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, without control tokens."""
@@ -414,6 +487,11 @@ class Begun:
         """Return the marker and the token ids of each text."""
         all_ids = self._plain.encode(texts, first)
         return [np.concatenate([self._marker, ids]) if len(ids) else ids for ids in all_ids]
+
+    def byte_ends(self, text: str, first: int | None = None) -> Ends:
+        """Return where the marker ends, which is at once, and where the text of each token does."""
+        ends = self._plain.byte_ends(text, first)
+        return np.concatenate([[0], ends]) if len(ends) else ends
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, without control tokens."""

@@ -24,6 +24,9 @@ class Evaluation:
 
     ``loss``: nats per label token. ``perplexity``: exp(loss). ``tokens``: real tokens that were read, without padding.
 
+    ``bits_per_byte``: the sum of all losses in bits, over the bytes of the text that the labels are of, in UTF-8. It
+    can be compared between tokenizers. None where nobody has counted the bytes, or there are none.
+
     ``reference_perplexity`` is what the published code prints: the mean of batch means, divided by one batch too many
     (its counter starts at 1), exponentiated. It reads lower than the truth, by exp(loss / (n + 1)) for n batches. None
     where nothing says how many sequences such a batch has.
@@ -33,6 +36,7 @@ class Evaluation:
     perplexity: float
     reference_perplexity: float | None
     tokens: int
+    bits_per_byte: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """Return the values under their keys in ``metrics.jsonl``; what is None has no key."""
@@ -79,6 +83,7 @@ def evaluate(
     model.train(was_training)
 
     row_sums, row_counts = world.sum(sums_and_counts).cpu()
+    total_loss = float(row_sums.sum())
     loss = float(row_sums.sum() / row_counts.sum())
     reference_perplexity = None
     if reference_batch is not None:
@@ -89,7 +94,20 @@ def evaluate(
         perplexity=_exp(loss),
         reference_perplexity=reference_perplexity,
         tokens=sum(row.real for row in rows),
+        bits_per_byte=_bits_per_byte(total_loss, rows),
     )
+
+
+def _bits_per_byte(total_loss: float, rows: Sequence[Row]) -> float | None:
+    """Compute the bits for a byte of the labels' text from the sum of all losses, in nats."""
+    label_bytes = 0
+    for row in rows:
+        if row.label_bytes is None:
+            return None
+        label_bytes += row.label_bytes
+    if not label_bytes:
+        return None
+    return total_loss / (math.log(2) * label_bytes)
 
 
 def _reference_loss(batch_sums: Sequence[Tensor], batch_counts: Sequence[Tensor]) -> float:

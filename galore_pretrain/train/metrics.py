@@ -245,6 +245,8 @@ def describe(metrics: Metrics) -> str:
         parts.append(f"mem {memory:.2f} GiB")
     if metrics.get("eval_perplexity") is not None:
         parts.append(f"| validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.4g}")
+        if metrics.get("eval_bits_per_byte") is not None:
+            parts[-1] += f", {metrics['eval_bits_per_byte']:.4g} bits per byte"
     return "  ".join(parts)
 
 
