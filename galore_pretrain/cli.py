@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from galore_pretrain import __version__
 from galore_pretrain.check.parts import PARTS
+from galore_pretrain.config.evaluated import further_texts
 from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
 from galore_pretrain.config.options import Processes, RunConfig, model_name, optim_settings, parse_place, texts_of
 from galore_pretrain.config.resolve import ALL, left_out, load_named
@@ -89,7 +90,8 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     check_hub(config.data, config.tokenizer, goes_on=_goes_on(config))
     find_tokenizer(config.tokenizer)
     if hub_text(config.data) is None:
-        open_source(config.data, "train", config.eval_data, text_key=config.text_key)
+        eval_paths = [text.path for text in config.eval_texts]
+        open_source(config.data, "train", eval_paths, text_key=config.text_key)
 
     _let_cuda_grow_segments()
     if config.deterministic:  # which cuBLAS reads when it is loaded
@@ -583,23 +585,40 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
 
     torch_device = build.device_named(device)
     model = loaded.load(path, given, torch_device)
-    config = model.config
     numbers = loaded.perplexity(model, torch_device).metrics()
     if as_json:
         click.echo(json.dumps(numbers, indent=2))
         return 0
-    text = config.eval_data or f"{' + '.join(texts_of(config.data))} (validation)"
+    click.echo("\n".join(_told_numbers(model.config, numbers)))
+    return 0
+
+
+def _told_numbers(config: RunConfig, numbers: Mapping[str, float]) -> Iterator[str]:
+    """Yield the lines that tell an evaluation's numbers: two of the validation text, one of each further text."""
+    text = f"{' + '.join(texts_of(config.data))} (validation)"
+    if config.eval_texts:
+        text = config.eval_texts[0].path
     how = f"--layout {config.layout} --max-length {config.max_length}"
     if config.documents != "joined":
         how += f" --documents {config.documents}"
-    click.echo(f"{text}, {numbers['eval_tokens']:,} tokens, {how}: loss {numbers['eval_loss']:.4f}")
-    line = f"perplexity {numbers['eval_perplexity']:.4f}"
-    if "eval_reference_perplexity" in numbers:
-        line += f" (the published code, which divides by a batch too many: {numbers['eval_reference_perplexity']:.4f})"
-    if "eval_bits_per_byte" in numbers:
-        line += f", {numbers['eval_bits_per_byte']:.4f} bits per byte"
-    click.echo(line)
-    return 0
+    yield f"{text}, {numbers['eval_tokens']:,} tokens, {how}: loss {numbers['eval_loss']:.4f}"
+    yield _told_perplexity("eval", numbers)
+    for name in further_texts(numbers):
+        prefix = f"eval_{name}"
+        counted = f"{name}, {numbers[f'{prefix}_tokens']:,} tokens: loss {numbers[f'{prefix}_loss']:.4f}"
+        yield f"{counted}, {_told_perplexity(prefix, numbers)}"
+
+
+def _told_perplexity(prefix: str, numbers: Mapping[str, float]) -> str:
+    """Return the perplexity of the text whose keys begin so, and what else is known of it."""
+    told = f"perplexity {numbers[f'{prefix}_perplexity']:.4f}"
+    reference = numbers.get(f"{prefix}_reference_perplexity")
+    if reference is not None:
+        told += f" (the published code, which divides by a batch too many: {reference:.4f})"
+    bits = numbers.get(f"{prefix}_bits_per_byte")
+    if bits is not None:
+        told += f", {bits:.4f} bits per byte"
+    return told
 
 
 @cli.command()

@@ -14,10 +14,11 @@ from families import HUGGING_FACE, SENTENCEPIECE, UNLIKE, make
 from galore_pretrain.cli import cli
 from galore_pretrain.config.options import RunConfig, text_seen_from
 from galore_pretrain.errors import InputError
-from galore_pretrain.rundir import checkpoint, loaded
+from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.resume import check_inputs, tokenizer_files
 from galore_pretrain.text import hub, sources
 from galore_pretrain.text.tokenizer import load_folder, load_tokenizer
+from galore_pretrain.train import inputs
 from test_checkpoint import seal
 
 MODEL = {
@@ -149,7 +150,7 @@ def test_a_text_of_the_hub_is_read_at_the_commit_of_the_run(home: Path, monkeypa
         revisions.append(revision)
         return sources.open_source(data, split, eval_data, bad_data, None, *more)
 
-    monkeypatch.setattr(loaded, "open_source", opened)
+    monkeypatch.setattr(inputs, "open_source", opened)
     evaluated(newest)
     evaluated(newest, "--data", "text.jsonl")
     assert revisions == ["5" * 40, None]

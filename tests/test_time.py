@@ -218,6 +218,8 @@ def test_seconds_by_hand(small: str) -> None:
     assert duration.evaluations() == 4  # after 30, 60, 90 and the last
     evaluation = (3 / BEST.bandwidth, 3 / WORST.bandwidth)  # micro-batches of 128 tokens
     assert duration.evaluation_seconds() == pytest.approx(evaluation)
+    of_three = replace(duration, config=replace(config, eval_data=("a", "b", "c")))
+    assert of_three.evaluation_seconds() == pytest.approx([3 * seconds for seconds in evaluation])
     days = [(100 * update + 4 * one) / 86_400 for update, one in zip((at_best, by_parts), evaluation, strict=True)]
     assert duration.days() == pytest.approx(days)
     assert duration.rate() == pytest.approx((128 / by_parts, 128 / at_best))

@@ -8,6 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from galore_pretrain.config.evaluated import parse_eval_text
 from galore_pretrain.config.options import (
     FLAGS,
     GROUPS,
@@ -54,6 +55,7 @@ _METAVARS: dict[Any, str] = {
     parse_bytes: "size",
     parse_factors: "factors",
     parse_group: "group",
+    parse_eval_text: "text",
     parse_place: "text",
     parse_setting: "setting",
     parse_share: "share",

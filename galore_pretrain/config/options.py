@@ -17,6 +17,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from galore_pretrain.config.evaluated import EvalText, eval_texts, name_and_path, named_path, parse_eval_text
 from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.optim import (
     BASIS_NAMES,
@@ -390,8 +391,13 @@ class RunConfig:
         repeated=True,
     )
     text_key: str = _flag("text", "Key or column of the text in --data and --eval-data.", str, TEXT)
-    eval_data: str | None = _flag(
-        None, "Validation text, not a part of --data.", parse_place, TEXT, shown="from --data"
+    eval_data: str | tuple[str, ...] | None = _flag(
+        None,
+        "Validation text, not a part of --data: [NAME=]PATH; more of these are evaluated each by itself.",
+        parse_eval_text,
+        TEXT,
+        shown="from --data",
+        repeated=True,
     )
     tokenizer: str = _flag(
         None,
@@ -558,6 +564,11 @@ class RunConfig:
         return ExecutionSettings(self.layerwise, self.activation_checkpointing, self.batch_size, self.clip_norm)
 
     @property
+    def eval_texts(self) -> tuple[EvalText, ...]:
+        """Return the texts of ``--eval-data``; none where the validation text is of ``--data``."""
+        return eval_texts(self.eval_data)
+
+    @property
     def micro_batches(self) -> int:
         """Return the number of micro-batches of an update, in each process."""
         return self.total_batch_size // (self.batch_size * self.processes.total)
@@ -666,6 +677,15 @@ def text_seen_from(folder: Path, text: str) -> str:
     return text
 
 
+def eval_text_seen_from(folder: Path, text: str) -> str:
+    """Return what ``--eval-data`` named from another working ``folder``, by the path that it has from here."""
+    name, path = name_and_path(text)
+    whole = text_seen_from(folder, text)
+    if name is None or whole != text:  # a path with a "=" in it
+        return whole
+    return named_path(name, text_seen_from(folder, path))
+
+
 def _places(name: str, value: str | Sequence[str]) -> list[str]:
     """Return the `_place` of each text, model or tokenizer that the value of one of these flags names."""
     return [_place(name, part) for part in texts_of(value)]
@@ -675,10 +695,13 @@ def _place(name: str, value: str) -> str:
     """Return what a value of one of these flags stands for: a name that is shipped or on the hub, or a whole path."""
     if value in _SHIPPED[name] or value.startswith("hub:") or (name == "model" and value in shipped_models()):
         return value
+    given = None
+    if name == "eval_data":
+        given, value = name_and_path(value)
     path = Path(value)
     if name == "model" and path.is_dir():
         path /= "config.json"
-    return f"path {path.resolve()}"
+    return named_path(given, f"path {path.resolve()}")
 
 
 def _as_json(value: Any) -> Any:

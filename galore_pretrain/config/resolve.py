@@ -13,6 +13,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any, NoReturn
 
+from galore_pretrain.config.evaluated import eval_texts
 from galore_pretrain.config.options import (
     EXECUTION,
     FLAGS,
@@ -380,6 +381,7 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
     texts = texts_of(values["data"])
     if len(texts) > 1:
         _refuse_all_but_paths(texts)
+    eval_texts(values["eval_data"])  # refuses two of one name
     if values["tokenizer"] is None:
         for text in texts:
             is_there = text.startswith("hub:") or Path(text).exists() or has_magic(text)

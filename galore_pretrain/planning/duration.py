@@ -124,7 +124,7 @@ class Duration:
     def evaluation_seconds(self) -> Range:
         """Return the seconds of one evaluation."""
         at_once = self.config.batch_size * self.config.max_length * self.config.processes.total
-        micro_batches = math.ceil(self.config.eval_tokens / at_once)
+        micro_batches = math.ceil(self.config.eval_tokens / at_once) * max(1, len(self.config.eval_texts))
         at_best = self._of_part(EVALUATION, BEST)
         least = max(at_best[PRODUCTS] + at_best[BYTES], at_best[LAUNCHES])
         return Range(micro_batches * least, micro_batches * self._slower(EVALUATION, WORST))

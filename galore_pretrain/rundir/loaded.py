@@ -3,14 +3,14 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from galore_pretrain.config.options import RunConfig, text_seen_from, texts_of
+from galore_pretrain.config.options import RunConfig, eval_text_seen_from, text_seen_from, texts_of
 from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.config.resolve import check_bounds, check_documents, resolve
 from galore_pretrain.errors import InputError
@@ -20,12 +20,20 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
 from galore_pretrain.text.hub import check_hub, first_line
-from galore_pretrain.text.sources import DocumentSource, LocalFiles, first_documents, open_source
+from galore_pretrain.text.sources import DocumentSource, LocalFiles, first_documents
 from galore_pretrain.text.tokenizer import Begun, Tokenizer, begun, load_folder, load_tokenizer
 from galore_pretrain.text.usable import measure
 from galore_pretrain.train.build import model_for
 from galore_pretrain.train.evaluate import Evaluation, evaluate
-from galore_pretrain.train.inputs import check_length, check_vocabulary, fit_together, rows_for
+from galore_pretrain.train.inputs import (
+    VALIDATION_TEXT,
+    check_length,
+    check_vocabulary,
+    fit_together,
+    further_key,
+    open_validation,
+    rows_for,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +44,8 @@ class LoadedModel:
 
     The config is that of the run that made the model, but for the fields that were replaced when it was loaded.
     ``reference_batch`` sequences made a batch of the published script's evaluation; None where no run tells how many.
-    ``revision`` is the commit of the run's text on the hub, and ``validation_text`` the fingerprint of what the run was
-    evaluated on: each None where another text was named.
+    ``revision`` is the commit of the run's text on the hub, and ``fingerprints`` are what the run's checkpoint holds of
+    what it reads: None, and empty, where another text was named.
     """
 
     model: CausalLM
@@ -45,7 +53,7 @@ class LoadedModel:
     config: RunConfig
     reference_batch: int | None = None
     revision: str | None = None
-    validation_text: str | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 # A file that a run is given is training text, of which a part is held out. One that a trained model is given is all of
@@ -103,8 +111,7 @@ def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], devi
     loaded = LoadedModel(model.eval(), tokenizer, config, reference_batch(config))
     if "data" in overrides or "eval_data" in overrides:
         return loaded
-    text = saved.state.get("inputs", {}).get("validation text")
-    return replace(loaded, revision=saved.state.get("revision"), validation_text=text)
+    return replace(loaded, revision=saved.state.get("revision"), fingerprints=saved.state.get("inputs", {}))
 
 
 def _warn_of_tokenizer(tokenizer: Tokenizer, trained_with: str | None) -> None:
@@ -128,7 +135,7 @@ def _fields(saved: checkpoint.Saved, overrides: Mapping[str, Any]) -> dict[str, 
     texts = [text_seen_from(folder, text) for text in texts_of(fields["data"])]
     fields["data"] = texts if len(texts) > 1 else texts[0]
     if fields.get("eval_data") is not None:
-        fields["eval_data"] = text_seen_from(folder, fields["eval_data"])
+        fields["eval_data"] = tuple(eval_text_seen_from(folder, text) for text in texts_of(fields["eval_data"]))
     return fields
 
 
@@ -193,46 +200,68 @@ def _architectures(file: Path) -> Any:
 
 
 def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
-    """Evaluate a model over the validation text, as its run does. Raises InputError where that is not there."""
+    """Evaluate a model over the validation text, as its run does, and over each further one that is named.
+
+    Raises InputError where a text is not there.
+    """
     config = trained.config
     check_length(config, trained.model.config)
     layout = rows_for(config, trained.tokenizer)
-    try:
-        if config.eval_data is None:
-            check_hub(config.data, tokenizer=None)
-        source = open_source(
-            config.data, "validation", config.eval_data, config.bad_data, trained.revision, config.text_key
-        )
-    except InputError as error:
-        if trained.validation_text is None:
-            raise
-        raise InputError(f"{error}; this is the text of the run: --eval-data PATH names another") from error
-    if trained.validation_text not in (None, source.fingerprint):
-        log.warning("the validation text is another one than the run was evaluated on")
-    if isinstance(source, LocalFiles) and config.eval_data is None:
+    source, further = _opened(trained)
+    _warn_of_changes(trained, source, further)
+    if isinstance(source, LocalFiles) and not config.eval_texts:
         for title in source.titles:
             log.info("%s", title)
-    _warn_of_text(trained, source, layout)
-    rows = validation_rows(source, layout, config.eval_tokens)
-    return evaluate(
-        trained.model,
-        rows,
-        batch_size=config.batch_size,
-        reference_batch=trained.reference_batch,
-        device=device,
-    )
+    called = f"--data {' + '.join(texts_of(config.data))}"
+    if config.eval_texts:
+        called = f"--eval-data {config.eval_texts[0].path}"
+
+    def evaluated(source: DocumentSource, called: str) -> Evaluation:
+        _warn_of_text(trained, source, layout, called)
+        rows = validation_rows(source, layout, config.eval_tokens, called)
+        return evaluate(
+            trained.model,
+            rows,
+            batch_size=config.batch_size,
+            reference_batch=trained.reference_batch,
+            device=device,
+        )
+
+    found = evaluated(source, called)
+    others = {name: evaluated(other, f"--eval-data {name}") for name, other in further.items()}
+    return replace(found, further=others)
 
 
-def _warn_of_text(trained: LoadedModel, source: DocumentSource, layout: TokenRows) -> None:
-    """Log a warning where more of a text cannot be used than a run would begin with: its perplexity says little."""
+def _opened(trained: LoadedModel) -> tuple[DocumentSource, dict[str, DocumentSource]]:
+    """Open the validation text, and further ones by their names.
+
+    Raises InputError where one is not there, with the way out if it is the run's own.
+    """
     config = trained.config
-    fault = measure(first_documents(source), trained.tokenizer, layout.kept).fault(config.max_unknown)
-    if fault is None:
-        return
-    text = f"--eval-data {config.eval_data}"
-    if config.eval_data is None:
-        text = f"--data {' + '.join(texts_of(config.data))}"
-    log.warning("%s: %s", text, fault.what)
+    try:
+        if not config.eval_texts:
+            check_hub(config.data, tokenizer=None)
+        return open_validation(config, trained.revision)
+    except InputError as error:
+        if not trained.fingerprints:
+            raise
+        raise InputError(f"{error}; this is the text of the run: --eval-data PATH names another") from error
+
+
+def _warn_of_changes(trained: LoadedModel, source: DocumentSource, further: Mapping[str, DocumentSource]) -> None:
+    """Log a warning for each text of the run that is another one than it was evaluated on."""
+    now = {VALIDATION_TEXT: source.fingerprint}
+    now |= {further_key(name): other.fingerprint for name, other in further.items()}
+    for name, fingerprint in now.items():
+        if trained.fingerprints.get(name, fingerprint) != fingerprint:
+            log.warning("the %s is another one than the run was evaluated on", name)
+
+
+def _warn_of_text(trained: LoadedModel, source: DocumentSource, layout: TokenRows, called: str) -> None:
+    """Log a warning where more of a text cannot be used than a run would begin with: its perplexity says little."""
+    fault = measure(first_documents(source), trained.tokenizer, layout.kept).fault(trained.config.max_unknown)
+    if fault is not None:
+        log.warning("%s: %s", called, fault.what)
 
 
 @torch.no_grad()

@@ -187,7 +187,7 @@ def check_inputs(config: RunConfig, saved: Saved, inputs: Mapping[str, str]) -> 
         else:
             is_same = known == value
         # A run that was stopped by its text, and made no update, begins with the text that was mended.
-        is_mended_text = name.endswith("text") and saved.state["trainer"]["step"] == 0
+        is_mended_text = " text" in name and saved.state["trainer"]["step"] == 0
         if not is_same and not is_mended_text:
             changed.append(name)
     _refuse_changes(config, saved, changed, differing)

@@ -11,7 +11,15 @@ from galore_pretrain.config.options import model_name, texts_of
 from galore_pretrain.errors import InputError
 from galore_pretrain.study import paper
 from galore_pretrain.study.pictures import draw_comparison
-from galore_pretrain.study.results import Comparison, Result, final_loss, finished, last_mean, losses_by_seed
+from galore_pretrain.study.results import (
+    Comparison,
+    Result,
+    final_loss,
+    finished,
+    further_of,
+    last_mean,
+    losses_by_seed,
+)
 from galore_pretrain.study.seeds import paired, ranks
 from galore_pretrain.study.tables import Table
 
@@ -112,13 +120,19 @@ def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
         methods = {}
         for label, runs in comparison.methods.items():
             loss = final_loss(runs)
-            methods[label] = {
+            numbers: dict[str, Any] = {
                 "runs": [str(run.folder) for run in runs],
                 "eval_loss": loss and loss.mean,
                 "eval_loss_deviation": loss and loss.deviation,
                 "eval_perplexity": loss and math.exp(loss.mean),
                 "eval_bits_per_byte": last_mean(runs, "eval_bits_per_byte"),
             }
+            for name in further_of(runs):
+                of_text = last_mean(runs, f"eval_{name}_loss")
+                numbers[f"eval_{name}_loss"] = of_text
+                numbers[f"eval_{name}_perplexity"] = of_text and math.exp(of_text)
+                numbers[f"eval_{name}_bits_per_byte"] = last_mean(runs, f"eval_{name}_bits_per_byte")
+            methods[label] = numbers
         sections.append({"setting": dict(comparison.setting), "methods": methods})
     return sections
 
@@ -139,13 +153,27 @@ def ranking(comparison: Comparison) -> Table:
         cells["rank"] = rank_of.get(label, "")
         lines.append(cells)
     columns = []
-    for name in _COLUMNS:
-        if any(line[name] for line in lines):
+    for name in _columns(comparison):
+        if any(line.get(name) for line in lines):
             columns.append(name)
     rows = []
     for line in lines:
-        rows.append([line[name] for name in columns])
+        rows.append([line.get(name, "") for name in columns])
     return Table(columns, rows)
+
+
+def _columns(comparison: Comparison) -> list[str]:
+    """Return the columns of the ranking: behind those of the validation text, the perplexity of each further text."""
+    further: dict[str, None] = {}
+    for runs in comparison.methods.values():
+        further |= dict.fromkeys(further_of(runs))
+    place = _COLUMNS.index("bits per byte") + 1
+    return [*_COLUMNS[:place], *map(_of_further, further), *_COLUMNS[place:]]
+
+
+def _of_further(name: str) -> str:
+    """Return the column of a text that was evaluated beside the validation text."""
+    return f"{name} perplexity"
 
 
 def _ranks(comparison: Comparison) -> dict[str, str]:
@@ -179,6 +207,10 @@ def _cells(label: str, runs: Sequence[Result]) -> dict[str, str]:
         bits = last_mean(runs, "eval_bits_per_byte")
         if bits is not None:
             cells["bits per byte"] = f"{bits:.4f}"
+        for name in further_of(runs):
+            of_text = last_mean(runs, f"eval_{name}_loss")
+            if of_text is not None:
+                cells[_of_further(name)] = f"{math.exp(of_text):.2f}"
 
     sizes = []
     for run in over:

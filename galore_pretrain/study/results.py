@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from galore_pretrain.config.evaluated import further_texts
 from galore_pretrain.config.options import FLAGS
 from galore_pretrain.errors import InputError
 from galore_pretrain.study.seeds import Spread
@@ -295,6 +296,14 @@ def last_mean(runs: Sequence[Result], key: str) -> float | None:
     if not known or len(known) < len(values):
         return None
     return statistics.mean(known)
+
+
+def further_of(runs: Sequence[Result]) -> list[str]:
+    """Return the names of the texts beside the first on which runs that have come to their end were evaluated."""
+    names: dict[str, None] = {}
+    for run in finished(runs):
+        names |= dict.fromkeys(further_texts(run.evaluations[-1]))
+    return list(names)
 
 
 def losses_by_seed(runs: Sequence[Result]) -> dict[int, float]:

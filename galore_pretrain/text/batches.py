@@ -547,10 +547,11 @@ def _checksum(rows: Sequence[Row]) -> int:
     return check
 
 
-def validation_rows(source: DocumentSource, rows: TokenRows, tokens: int) -> list[Row]:
+def validation_rows(source: DocumentSource, rows: TokenRows, tokens: int, flag: str = "--data") -> list[Row]:
     """Return the source's first rows, as `in_turn` orders them, until they hold ``tokens`` real tokens, or all rows.
 
-    Their ``label_bytes`` are counted. Their positions count the documents in that order.
+    Their ``label_bytes`` are counted. Their positions count the documents in that order. Raises InputError, which names
+    the ``flag`` that the text is of, where there is none.
     """
     texts: list[str] = []
 
@@ -567,7 +568,7 @@ def validation_rows(source: DocumentSource, rows: TokenRows, tokens: int) -> lis
         if seen >= tokens:
             break
     if not chosen:
-        raise InputError(f"--data: no validation document in {len(source.shards)} files; give --eval-data PATH")
+        raise InputError(f"{flag}: no validation document in {len(source.shards)} files; give --eval-data PATH")
     return rows.counted(chosen, texts)
 
 

@@ -73,53 +73,59 @@ class DocumentSource(Protocol):
 def open_source(
     data: str | Sequence[str],
     split: Split,
-    eval_data: str | None = None,
+    eval_data: str | Sequence[str] | None = None,
     bad_data: str = "raise",
     revision: str | None = None,
     text_key: str = TEXT_KEY,
 ) -> DocumentSource:
     """Open the documents of ``--data``: ``c4``, ``hub:ORG/NAME[:CONFIG]``, ``sample``, or a file, folder or glob.
 
-    Several paths are one text of all their files. The two splits are disjoint. ``eval_data`` is a path whose documents
-    are all validation, and whose files are left out of the training split. ``bad_data`` says what becomes of documents
-    that cannot be read: see `BadData`. ``revision`` is the hub's commit. ``text_key`` names the key or the column of
-    the text. Raises InputError where ``--data`` is none of these, or nothing is left to train on.
+    Several paths are one text of all their files. The two splits are disjoint. ``eval_data`` is a path, or several,
+    whose documents are all validation, and whose files are left out of the training split. ``bad_data`` says what
+    becomes of documents that cannot be read: see `BadData`. ``revision`` is the hub's commit. ``text_key`` names the
+    key or the column of the text. Raises InputError where ``--data`` is none of these, or nothing is left to train on.
     """
     # What makes the splits disjoint: those of the hub are, and where it has no validation split, a checksum decides as
     # it does for local files. The sample is split by file. Of local files, the validation split is what --eval-data
     # names, or else the files whose names say so (`select`), or else one document in fifty by its checksum.
-    if eval_data is not None and split == "validation":
-        files = [file.path for file in select_all(eval_data, "--eval-data")]
+    eval_paths = (eval_data,) if isinstance(eval_data, str) else tuple(eval_data or ())
+    eval_files: list[TextFile] = []
+    for path in eval_paths:
+        eval_files += select_all(path, "--eval-data")
+    if eval_paths and split == "validation":
+        files = [file.path for file in eval_files]
         return LocalFiles(files, BadData(bad_data, "--eval-data"), text_key=text_key)
     text = hub_text(data)
     if text is not None:
         return HubDataset(
-            text.repository, text.config, split, BadData(bad_data), revision, text_key, holds_out=eval_data is None
+            text.repository, text.config, split, BadData(bad_data), revision, text_key, holds_out=not eval_paths
         )
     if data == "sample":
-        if eval_data is None:
+        if not eval_paths:
             _refuse_key(data, text_key)
         return sample_source(split)
     paths = [data] if isinstance(data, str) else data
-    evaluated = None
-    if eval_data is not None:
-        evaluated = select_all(eval_data, "--eval-data")
-    source = local_source(paths, split, BadData(bad_data), evaluated, text_key)
+    source = local_source(paths, split, BadData(bad_data), eval_files if eval_paths else None, text_key)
     if not source.shards:
+        named = " --eval-data ".join(eval_paths)
         all_of_it = " + ".join(paths)
-        raise InputError(f"--eval-data {eval_data}: is all that --data {all_of_it} holds; nothing is left to train on")
+        raise InputError(f"--eval-data {named}: is all that --data {all_of_it} holds; nothing is left to train on")
     return source
 
 
 def describe_text(
-    data: str | Sequence[str], eval_data: str | None, training: DocumentSource, validation: DocumentSource
+    data: str | Sequence[str],
+    eval_data: str | Sequence[str] | None,
+    training: DocumentSource,
+    validation: DocumentSource,
 ) -> list[str]:
     """Return lines that say what of files (one a path) or of the hub is read for what; none for the sample."""
     if isinstance(training, LocalFiles):
         return training.titles
     if not isinstance(training, HubDataset):
         return []
-    evaluated = f"--eval-data {eval_data}"
+    eval_paths = [eval_data] if isinstance(eval_data, str) else eval_data or ()
+    evaluated = f"--eval-data {' --eval-data '.join(eval_paths)}"
     if isinstance(validation, HubDataset):
         evaluated = validation.title
     return [f"--data {data}: training {training.title}, {len(training.shards)} shards; validation {evaluated}"]

@@ -32,7 +32,8 @@ def announce(
     for group in optimizer.param_groups:
         weights += sum(p.numel() for p in group["params"])
     if world.is_main:
-        for line in describe_text(config.data, config.eval_data, inputs.training, inputs.validation):
+        eval_paths = [text.path for text in config.eval_texts]
+        for line in describe_text(config.data, eval_paths, inputs.training, inputs.validation):
             log.info("%s", line)
         _announce_shares(config, shares)
     hardware = _hardware(config, device, world)

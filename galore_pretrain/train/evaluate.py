@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.model.head import token_losses
 from galore_pretrain.text.batches import Row, stack, validation_rows
+from galore_pretrain.text.sources import DocumentSource
 from galore_pretrain.train.inputs import Inputs
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class Evaluation:
     ``bits_per_byte``: the sum of all losses in bits, over the bytes of the text that the labels are of, in UTF-8. It
     can be compared between tokenizers. None where nobody has counted the bytes, or there are none.
 
+    ``further`` are the evaluations of the texts beside the first one, by their names.
+
     ``reference_perplexity`` is what the published code prints: the mean of batch means, divided by one batch too many
     (its counter starts at 1), exponentiated. It reads lower than the truth, by exp(loss / (n + 1)) for n batches. None
     where nothing says how many sequences such a batch has.
@@ -37,10 +40,24 @@ class Evaluation:
     reference_perplexity: float | None
     tokens: int
     bits_per_byte: float | None = None
+    further: Mapping[str, "Evaluation"] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """Return the values under their keys in ``metrics.jsonl``; what is None has no key."""
-        return {f"eval_{name}": value for name, value in vars(self).items() if value is not None}
+        """Return the values under their keys in ``metrics.jsonl``; what is None has no key.
+
+        Those of a further text have its name, as in ``eval_NAME_loss``. It has no reference perplexity.
+        """
+        metrics: dict[str, float] = {}
+        if self.reference_perplexity is not None:
+            metrics["eval_reference_perplexity"] = self.reference_perplexity
+        of_texts = {"eval": self} | {f"eval_{name}": evaluation for name, evaluation in self.further.items()}
+        for prefix, evaluation in of_texts.items():
+            metrics[f"{prefix}_loss"] = evaluation.loss
+            metrics[f"{prefix}_perplexity"] = evaluation.perplexity
+            metrics[f"{prefix}_tokens"] = evaluation.tokens
+            if evaluation.bits_per_byte is not None:
+                metrics[f"{prefix}_bits_per_byte"] = evaluation.bits_per_byte
+        return metrics
 
 
 # Every label token weighs the same: the loss is Σ losses / Σ tokens over all rows, never a mean of means, in which the
@@ -133,27 +150,37 @@ class Evaluator:
         self._device = device
         self._world = world
         self._rows: list[Row] = []
+        self._further: dict[str, list[Row]] = {}
 
     def evaluate(self) -> Evaluation:
         """Evaluate the model as it is now."""
         if not self._rows:
-            self._rows = self._read()
+            self._rows = self._read(self._inputs.validation, "the validation text")
+            for name, source in self._inputs.further.items():
+                self._further[name] = self._read(source, f"--eval-data {name}")
+        return replace(
+            self._evaluate(self._rows),
+            further={name: self._evaluate(rows) for name, rows in self._further.items()},
+        )
+
+    def _evaluate(self, rows: list[Row]) -> Evaluation:
+        """Evaluate the model on the rows of one text."""
         return evaluate(
             self._model,
-            self._rows,
+            rows,
             batch_size=self._config.batch_size,
             reference_batch=reference_batch(self._config),
             device=self._device,
             world=self._world,
         )
 
-    def _read(self) -> list[Row]:
-        """Read validation rows of ``--eval-tokens`` real tokens, or all that there are."""
+    def _read(self, source: DocumentSource, called: str) -> list[Row]:
+        """Read the rows of a text, ``--eval-tokens`` real tokens or all that there are. A log line has what it is."""
         wanted = self._config.eval_tokens
-        rows = validation_rows(self._inputs.validation, self._inputs.rows, wanted)
+        rows = validation_rows(source, self._inputs.rows, wanted)
         tokens = sum(row.real for row in rows)
         if tokens < wanted // 2:
-            log.info("the validation text has %s tokens, fewer than --eval-tokens %s", f"{tokens:,}", f"{wanted:,}")
+            log.info("%s has %s tokens, fewer than --eval-tokens %s", called, f"{tokens:,}", f"{wanted:,}")
         return rows
 
 

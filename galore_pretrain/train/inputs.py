@@ -2,7 +2,8 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 
 from galore_pretrain.config.options import RunConfig, texts_of
@@ -22,6 +23,8 @@ from galore_pretrain.text.sources import (
 from galore_pretrain.text.tokenizer import Begun, Tokenizer, begun, load_tokenizer
 from galore_pretrain.text.usable import TextShares, measure
 
+VALIDATION_TEXT = "validation text"
+"""What a checkpoint calls the fingerprint of the text that a run is evaluated on."""
 _TRIED_TEXTS = 16
 _TRIED_CHARACTERS = 4000  # of each
 
@@ -32,7 +35,8 @@ log = logging.getLogger(__name__)
 class Inputs:
     """Holds the model's architecture, both splits of the text, and how they become rows of tokens.
 
-    ``method`` is the digest of the file of a method from outside the package; None of any other method.
+    ``method`` is the digest of the file of a method from outside the package; None of any other method. ``further`` are
+    the texts that are evaluated beside the validation text, by their names.
     """
 
     model: Architecture
@@ -41,6 +45,7 @@ class Inputs:
     tokenizer: Tokenizer
     rows: TokenRows
     method: str | None = None
+    further: Mapping[str, DocumentSource] = field(default_factory=dict)
 
     @property
     def bos(self) -> str:
@@ -72,9 +77,11 @@ class Inputs:
         fingerprints = {
             "model": json.dumps(self.model.to_diff_dict(), sort_keys=True),
             "training text": self.training.fingerprint,
-            "validation text": self.validation.fingerprint,
+            VALIDATION_TEXT: self.validation.fingerprint,
             "tokenizer": tokenizer,
         }
+        for name, source in self.further.items():
+            fingerprints[further_key(name)] = source.fingerprint
         if self.method is not None:
             fingerprints["method"] = self.method
         return fingerprints
@@ -85,10 +92,9 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
 
     Raises InputError where something is missing or does not fit the rest.
     """
-    training, validation = (
-        open_source(config.data, split, config.eval_data, config.bad_data, revision, config.text_key)
-        for split in ("train", "validation")
-    )
+    eval_paths = [text.path for text in config.eval_texts]
+    training = open_source(config.data, "train", eval_paths, config.bad_data, revision, config.text_key)
+    validation, further = open_validation(config, revision)
     bos = config.bos
     if bos == "auto" and config.init is None:  # new weights learn what they see, and the published runs have no marker
         bos = "no"
@@ -97,12 +103,31 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     rows = rows_for(config, tokenizer)
     # Reading one row fails now, not hours later at the first evaluation, where there is no validation text.
     validation_rows(validation, rows, tokens=1)
+    for name, source in further.items():
+        validation_rows(source, rows, tokens=1, flag=f"--eval-data {name}")
     for number in parts_without_text(validation):
         raise InputError(
             f"--data {texts_of(config.data)[number]}: no validation document can be read there, and the others are not "
             "to stand for it; mend its validation files, or give --eval-data"
         )
-    return Inputs(architecture, training, validation, tokenizer, rows, method(config.optim).digest)
+    return Inputs(architecture, training, validation, tokenizer, rows, method(config.optim).digest, further)
+
+
+def open_validation(config: RunConfig, revision: str | None) -> tuple[DocumentSource, dict[str, DocumentSource]]:
+    """Open the validation text, and the further ones that ``--eval-data`` names, by their names."""
+
+    def opened(eval_path: str | None) -> DocumentSource:
+        return open_source(config.data, "validation", eval_path, config.bad_data, revision, config.text_key)
+
+    if not config.eval_texts:
+        return opened(None), {}
+    first, *others = config.eval_texts
+    return opened(first.path), {text.name: opened(text.path) for text in others}
+
+
+def further_key(name: str) -> str:
+    """Return what a checkpoint calls the fingerprint of a text that is evaluated beside the validation text."""
+    return f"{VALIDATION_TEXT} {name}"
 
 
 # A run that goes on is not refused: its weights have seen the text, and an older version may have begun it.

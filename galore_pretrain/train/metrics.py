@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from galore_pretrain.config.evaluated import further_texts
 from galore_pretrain.config.options import RunConfig
 
 Metrics = dict[str, float | int | None]
@@ -247,6 +248,8 @@ def describe(metrics: Metrics) -> str:
         parts.append(f"| validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.4g}")
         if metrics.get("eval_bits_per_byte") is not None:
             parts[-1] += f", {metrics['eval_bits_per_byte']:.4g} bits per byte"
+        for name in further_texts(metrics):
+            parts[-1] += f"; {name} {metrics[f'eval_{name}_perplexity']:.4g}"
     return "  ".join(parts)
 
 
