@@ -569,14 +569,17 @@ _TEXT = (
 
 @cli.command("eval", params=flags(_TEXT))
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--cloze", type=click.IntRange(2), metavar="ITEMS", help="Make a cloze test of so many items, too.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the items of --cloze.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print what a program can read.")
-def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
+def evaluate(path: Path, cloze: int | None, seed: int, device: str, as_json: bool, **values: Any) -> int:
     """Tell the perplexity of a trained model.
 
     PATH is a run, a checkpoint or a Hugging Face folder. The text is the run's own validation text, or another: all of
     a file, or the validation text of a folder. A Hugging Face folder has no text of its own: for one, --data and
-    --layout say how it was trained, or the embedded sample is taken, a document a row.
+    --layout say how it was trained, or the embedded sample is taken, a document a row. With --cloze, the model also has
+    to find out how that text goes on, among four continuations.
     """
     given = {name: value for name, value in values.items() if value is not None}
     with _importing():
@@ -586,6 +589,8 @@ def evaluate(path: Path, device: str, as_json: bool, **values: Any) -> int:
     torch_device = build.device_named(device)
     model = loaded.load(path, given, torch_device)
     numbers = loaded.perplexity(model, torch_device).metrics()
+    if cloze is not None:
+        numbers |= loaded.cloze(model, torch_device, items=cloze, seed=seed).metrics()
     if as_json:
         click.echo(json.dumps(numbers, indent=2))
         return 0
@@ -607,6 +612,9 @@ def _told_numbers(config: RunConfig, numbers: Mapping[str, float]) -> Iterator[s
         prefix = f"eval_{name}"
         counted = f"{name}, {numbers[f'{prefix}_tokens']:,} tokens: loss {numbers[f'{prefix}_loss']:.4f}"
         yield f"{counted}, {_told_perplexity(prefix, numbers)}"
+    if "cloze_items" in numbers:
+        accuracy = f"{numbers['cloze_acc_norm']:.4f} ± {numbers['cloze_acc_norm_stderr']:.4f}"
+        yield f"cloze, {numbers['cloze_items']} items of four: acc_norm {accuracy} (chance 0.25)"
 
 
 def _told_perplexity(prefix: str, numbers: Mapping[str, float]) -> str:

@@ -19,11 +19,13 @@ from galore_pretrain.model.llama import without_masks
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
+from galore_pretrain.text.cloze import cloze_items
 from galore_pretrain.text.hub import check_hub, first_line
-from galore_pretrain.text.sources import DocumentSource, LocalFiles, first_documents
+from galore_pretrain.text.sources import DocumentSource, LocalFiles, first_documents, in_turn
 from galore_pretrain.text.tokenizer import Begun, Tokenizer, begun, load_folder, load_tokenizer
 from galore_pretrain.text.usable import measure
 from galore_pretrain.train.build import model_for
+from galore_pretrain.train.cloze import ClozeScore, score_cloze
 from galore_pretrain.train.evaluate import Evaluation, evaluate
 from galore_pretrain.train.inputs import (
     VALIDATION_TEXT,
@@ -255,6 +257,26 @@ def _warn_of_changes(trained: LoadedModel, source: DocumentSource, further: Mapp
     for name, fingerprint in now.items():
         if trained.fingerprints.get(name, fingerprint) != fingerprint:
             log.warning("the %s is another one than the run was evaluated on", name)
+
+
+def cloze(trained: LoadedModel, device: torch.device, *, items: int, seed: int) -> ClozeScore:
+    """Score a model on a cloze test of so many ``items``, drawn with ``seed`` from the (first) validation text.
+
+    Raises InputError where that is not there, or too short.
+    """
+    config = trained.config
+    source, _ = _opened(trained)
+    made = cloze_items((text for _, _, text in in_turn(source)), items, seed)
+    if len(made) < items:
+        log.warning("--cloze %d: the validation text has sentences for %d items", items, len(made))
+    return score_cloze(
+        trained.model,
+        trained.tokenizer,
+        made,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
+        device=device,
+    )
 
 
 def _warn_of_text(trained: LoadedModel, source: DocumentSource, layout: TokenRows, called: str) -> None:
