@@ -43,8 +43,8 @@ class _Choice:
     size: int
 
 
-# A model's answer is the continuation with the largest log-probability a byte: a sum over tokens favours short ones, and
-# a mean over tokens depends on the tokenizer.
+# A model's answer is the continuation with the largest log-probability a byte: a sum over tokens favours short ones,
+# and a mean over tokens depends on the tokenizer.
 @torch.no_grad()
 def score_cloze(
     model: Any,
@@ -84,8 +84,8 @@ def score_cloze(
     return ClozeScore(share, error, len(items))
 
 
-# Context and continuation are tokenized as one text, as the model has seen text. Where its first tokens are those of the
-# context alone, the rest is the continuation. Where a token goes across the place between them, or the continuation
+# Context and continuation are tokenized as one text, as the model has seen text. Where its first tokens are those of
+# the context alone, the rest is the continuation. Where a token goes across the place between them, or the continuation
 # changes how the context is tokenized, the two are tokenized apart.
 def _tokenized(tokenizer: Tokenizer, items: Sequence[Item]) -> list[_Choice]:
     """Return the choices of all items in their order."""
