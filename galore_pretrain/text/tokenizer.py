@@ -223,7 +223,8 @@ class SentencePieceTokenizer:
 
 def _never_falling(ends: Ends) -> Ends:
     """Return ends of tokens, each lowered to the least of those behind it."""
-    return np.minimum.accumulate(ends[::-1])[::-1]
+    lowered: Ends = np.minimum.accumulate(ends[::-1])[::-1]
+    return lowered
 
 
 def _beginning(text: str, most: int) -> str:

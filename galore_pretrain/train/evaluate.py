@@ -47,16 +47,19 @@ class Evaluation:
 
         Those of a further text have its name, as in ``eval_NAME_loss``. It has no reference perplexity.
         """
-        metrics: dict[str, float] = {}
+        metrics = self._of_text("eval")
         if self.reference_perplexity is not None:
             metrics["eval_reference_perplexity"] = self.reference_perplexity
-        of_texts = {"eval": self} | {f"eval_{name}": evaluation for name, evaluation in self.further.items()}
-        for prefix, evaluation in of_texts.items():
-            metrics[f"{prefix}_loss"] = evaluation.loss
-            metrics[f"{prefix}_perplexity"] = evaluation.perplexity
-            metrics[f"{prefix}_tokens"] = evaluation.tokens
-            if evaluation.bits_per_byte is not None:
-                metrics[f"{prefix}_bits_per_byte"] = evaluation.bits_per_byte
+        for name, evaluation in self.further.items():
+            metrics |= evaluation._of_text(f"eval_{name}")
+        return metrics
+
+    def _of_text(self, prefix: str) -> dict[str, float]:
+        """Return the values that every text has, under keys that begin so."""
+        metrics: dict[str, float] = {f"{prefix}_loss": self.loss, f"{prefix}_perplexity": self.perplexity}
+        if self.bits_per_byte is not None:
+            metrics[f"{prefix}_bits_per_byte"] = self.bits_per_byte
+        metrics[f"{prefix}_tokens"] = self.tokens
         return metrics
 
 
