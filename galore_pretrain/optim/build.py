@@ -1,6 +1,6 @@
 """From a method of the table to its rules, and to one optimizer for a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,6 +27,8 @@ from galore_pretrain.optim.own import composition_at, load_method
 from galore_pretrain.optim.rule import UpdateRule, option_names
 
 NamedParameter = tuple[str, torch.nn.Parameter]
+Targets = Callable[[str, torch.nn.Module], bool]
+"""Tells, of a module and its name, whether its weight is a matrix for a method's own rule."""
 
 
 def composition_of(name: str) -> Composition:
@@ -135,6 +137,8 @@ def build_optimizer(
     matrix_lr_scale: float = 1.0,
     rank_by_module: Mapping[str, float] | None = None,
     vector_lr_scale: float | None = None,
+    targets: Targets = is_projected,
+    undecayed: Collection[str] = (),
     seed: int = 0,
     **options: Any,
 ) -> RuleOptimizer:
@@ -143,9 +147,10 @@ def build_optimizer(
     The matrices are the weights of each ``torch.nn.Linear`` with ``attn`` or ``mlp`` somewhere in its name, the choice
     of the paper and the published code. A GaLore row projects them; everything else gets the row's companion rule. Some
     rows have companions for the embedding, for the head (``get_output_embeddings()``, also where it is tied to the
-    embedding) and for vectors: each is a group of its own. For another choice, make the groups yourself, as
-    `GaLoreAdamW` takes them. ``matrix_lr_scale`` multiplies the matrices' learning rate, ``vector_lr_scale`` replaces
-    the factor on that of the vectors where these have a companion. A schedule writes
+    embedding) and for vectors: each is a group of its own. ``targets`` chooses other matrices: it is called with the
+    name of each module and the module, and says whether its weight is one. Parameters whose names are in ``undecayed``
+    get no weight decay, in groups of their own. ``matrix_lr_scale`` multiplies the matrices' learning rate,
+    ``vector_lr_scale`` replaces the factor on that of the vectors where these have a companion. A schedule writes
     ``group["lr"] = lr * group["lr_scale"]``.
 
     ``rank_by_module`` multiplies the rank of some matrices: ``{"down": 2, "q": 0.5}`` that of ``down_proj`` by 2 and of
@@ -166,12 +171,9 @@ def build_optimizer(
         if value is not None and option not in METHODS[name].options:
             raise ValueError(f"{option} has no meaning for optimizer {name}; leave it out")
     rules = rules_by_role(name, numerics, **options)
-    by_role = _by_role(model, rules)
-    if rules[MATRIX].projects and not by_role[MATRIX]:
-        raise ValueError(
-            f"{row} found no matrix to project: no trained torch.nn.Linear of the model has attn or mlp in its name; "
-            "put the matrices of your choice into a group with a rank, as GaLoreAdamW takes it"
-        )
+    by_role = _by_role(model, rules, targets)
+    if not by_role[MATRIX] and (rules[MATRIX].projects or targets is not is_projected):
+        raise ValueError(_no_matrix(row, targets))
     groups = _matrix_groups(by_role.pop(MATRIX), rules[MATRIX], rank_by_module or {})
     for group in groups:
         group["lr_scale"] = matrix_lr_scale
@@ -182,10 +184,9 @@ def build_optimizer(
         if role == "vector" and vector_lr_scale is not None:
             lr_scale = vector_lr_scale
         groups.append({"params": named, "rule": rules[role], "lr_scale": lr_scale})
-    groups = [group for group in groups if group["params"]]
+    groups = _by_decay(groups, weight_decay, undecayed)
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
-        group["weight_decay"] = weight_decay
     return _RowOptimizer(groups, lr=lr, rounding=rounding_of(numerics), seed=seed)
 
 
@@ -257,18 +258,22 @@ def _with_betas(rule: UpdateRule, betas: Sequence[float]) -> UpdateRule:
     return changed
 
 
-# A tied weight is embedding and head in one, and counts as the head: there a gradient has noise in every row.
-def _by_role(model: torch.nn.Module, rules: Mapping[str, UpdateRule]) -> dict[str, list[NamedParameter]]:
+# A tied weight is embedding and head in one, and counts as the head: there a gradient has noise in every row. A head of
+# its own is a matrix where the caller's targets say so.
+def _by_role(
+    model: torch.nn.Module, rules: Mapping[str, UpdateRule], targets: Targets
+) -> dict[str, list[NamedParameter]]:
     """Return the trained parameters of ``model`` by their role, one of those that have ``rules``."""
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
     roles: dict[Tensor, str] = {}
     for name, module in model.named_modules():
-        if is_projected(name, module):
+        if targets(name, module):
             roles[module.weight] = MATRIX
-        elif isinstance(module, torch.nn.Embedding):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
             roles[module.weight] = "embedding"
-    if head is not None:
+    if head is not None and roles.get(head.weight) != MATRIX:
         roles[head.weight] = "head"
     by_role: dict[str, list[NamedParameter]] = {role: [] for role in rules}
     for name, p in model.named_parameters():
@@ -280,6 +285,36 @@ def _by_role(model: torch.nn.Module, rules: Mapping[str, UpdateRule]) -> dict[st
         if p.requires_grad:
             by_role[role].append((name, p))
     return by_role
+
+
+def _no_matrix(row: str, targets: Targets) -> str:
+    """Return what to say where a model has no matrix for a method's own rule."""
+    why = "no trained torch.nn.Linear of the model has attn or mlp in its name"
+    if targets is not is_projected:
+        why = "no trained module of the model is one of the targets"
+    return (
+        f"{row} found no matrix to project, or to update by its own rule: {why}; name other targets, or put the matrices "
+        "of your choice into a group with a rank, as GaLoreAdamW takes it"
+    )
+
+
+def _by_decay(
+    groups: Iterable[dict[str, Any]], weight_decay: float, undecayed: Collection[str]
+) -> list[dict[str, Any]]:
+    """Return the groups that have parameters, with their weight decay; ``undecayed`` parameters are groups apart."""
+    parts: list[dict[str, Any]] = []
+    for group in groups:
+        decayed: list[NamedParameter] = []
+        others: list[NamedParameter] = []
+        for name, p in group["params"]:
+            if weight_decay and name in undecayed:
+                others.append((name, p))
+            else:
+                decayed.append((name, p))
+        for named, decay in ((decayed, weight_decay), (others, 0.0)):
+            if named:
+                parts.append({**group, "params": named, "weight_decay": decay})
+    return parts
 
 
 def _matrix_groups(
