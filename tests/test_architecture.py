@@ -31,6 +31,7 @@ ROOMS: dict[str, str] = {  # a room, and what it may import
     "run": "config dist errors meters model optim planning rundir signals tensors text train",
     "check": "config errors meters model optim planning rundir signals tensors text train",
     "pytest_plug": "",
+    "trainers": "optim",
     "cli": "check config dist errors optim planning run rundir study text train",
     "__main__": "cli",
     "__init__": "model",

@@ -252,3 +252,26 @@ def test_losses_of_a_model_are_those_of_global(
         assert whole == layerwise == alternating
     assert layerwise == pytest.approx(whole, rel=1e-5)
     assert alternating == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("row", ["galore_adamw", "adamw", "fira"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_an_update_may_end_before_the_micro_batches_that_were_announced(row: str, clip: float) -> None:
+    """As others' trainers end an epoch: it is the update of as many micro-batches as there were."""
+    results = []
+    for announced in (2, 4):
+        optimizer = optimizer_for(row, torch.float32)
+        execution = Layerwise(optimizer, clip, projected=METHODS[row].projects)
+        params = parameters(optimizer)
+        for number in range(5):
+            for i in range(2):
+                generator = torch.Generator().manual_seed(10 * number + i)
+                grads = [torch.randn(p.shape, generator=generator) for p in params]
+                execution.begin(i, announced)
+                torch.autograd.backward(params, grads)
+            execution.complete()
+            results.append((number, [p.detach().clone() for p in params], execution.outcome().grad_norm))
+    for (_, exact, norm), (_, early, norm_early) in zip(results[:5], results[5:], strict=True):
+        assert norm == pytest.approx(norm_early, rel=1e-6)
+        for a, b in zip(exact, early, strict=True):
+            assert torch.equal(a, b)

@@ -467,6 +467,34 @@ def test_groups(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
     assert (matrices["lr"], rest["lr"]) == (0.005, 0.01)
 
 
+def test_targets_and_decay(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
+    """A caller chooses the matrices, and the parameters that no weight decay reaches; nothing is left out or doubled."""
+    model = build_tiny()
+    norms = [name for name, _ in model.named_parameters() if "norm" in name]
+
+    def is_target(name: str, module: torch.nn.Module) -> bool:
+        return isinstance(module, torch.nn.Linear) and name.endswith(("q_proj", "lm_head"))
+
+    undecayed = [*norms, "model.layers.1.self_attn.q_proj.weight"]
+    built: dict[str, Any] = {"rank": 4, "weight_decay": 0.1, "targets": is_target, "undecayed": undecayed}
+    groups = build_optimizer(model, "galore_adamw", lr=0.01, **built).param_groups
+    assert [(group["param_names"], group["weight_decay"]) for group in groups[:2]] == [
+        (["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"], 0.1),
+        (["model.layers.1.self_attn.q_proj.weight"], 0.0),
+    ]
+    assert groups[0]["settings"] == groups[1]["settings"] != groups[2]["settings"] == groups[3]["settings"]
+    assert set(groups[3]["param_names"]) == set(norms)
+    assert groups[3]["weight_decay"] == 0.0
+    names = [name for group in groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+    model.lm_head.weight = model.model.embed_tokens.weight
+    tied = build_optimizer(model, "galore_adamw", lr=0.01, **built).param_groups
+    assert tied[0]["param_names"] == ["model.layers.0.self_attn.q_proj.weight"]  # a tied head is the embedding too
+    with pytest.raises(ValueError, match="muon found no matrix to project, or to update by its own rule"):
+        build_optimizer(model, "muon", lr=0.01, targets=lambda name, module: False)
+
+
 def test_refusals(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
     model = build_tiny()
     with pytest.raises(ValueError, match="did you mean galore_adam"):

@@ -648,10 +648,10 @@ class Outcome:
 class Execution(ABC):
     """Decides when updates are made: the base of both executions, `GlobalStep` and `Layerwise`.
 
-    A caller calls `begin` before each backward pass of an update, and `complete` after the last. The norm of all
-    gradients is clipped to ``grad_clip`` (0: off). ``projected`` takes the norm of compressed gradients where the rule
-    projects; nothing is left of the full ones once they are compressed. ``host_sums`` keeps sums of full gradients over
-    several micro-batches on the host; without it they lie on the device.
+    A caller calls `begin` before each backward pass of an update, and `complete` after the last, which may come earlier
+    than `begin` was told. The norm of all gradients is clipped to ``grad_clip`` (0: off). ``projected`` takes the norm
+    of compressed gradients where the rule projects; nothing is left of the full ones once they are compressed.
+    ``host_sums`` keeps sums of full gradients over several micro-batches on the host; without it they lie on the device.
     """
 
     def __init__(
@@ -918,7 +918,8 @@ class Layerwise(Execution):
             p.grad = None
 
     def _compresses_first(self) -> bool:
-        return self._pending.distributor is not None
+        ends_early = self._micro_batch < self._micro_batches - 1
+        return ends_early or self._pending.distributor is not None
 
     def _keeps_full_sum(self, p: Tensor) -> bool:
         return not self._optimizer.slots[p].projects or self._optimizer.is_due(p)
