@@ -305,3 +305,16 @@ def test_layerwise_updates_are_of_one_process(tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
     with pytest.raises(ValueError, match="the trainer's mode is distributed"):
         set_optimizer(trainer, layerwise=True)
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "galore_adafactor", "galore_adamw_layerwise"])
+def test_reference_numerics_are_galore_torchs(optim: str, tmp_path: Path) -> None:
+    """The trainer as transformers has it, with the authors' package, comes to the same losses."""
+    pytest.importorskip("galore_torch")
+    changes = {"weight_decay": 0.0, "max_grad_norm": 0.0 if "layerwise" in optim else 0.5}
+    theirs = trainer_for(tmp_path / "theirs", optim, **changes)
+    theirs.train()
+    ours = trainer_for(tmp_path / "ours", optim, **changes)
+    set_optimizer(ours, numerics="reference")
+    ours.train()
+    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-6)
