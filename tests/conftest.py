@@ -19,6 +19,7 @@ from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import METHODS, is_own
 from runs import run
+from warm import WarmHub
 
 hypothesis.settings.register_profile("whatever the load", deadline=None)
 hypothesis.settings.load_profile("whatever the load")
@@ -62,6 +63,14 @@ def build_tiny(tiny_config: str) -> Callable[..., LlamaForCausalLM]:
         return build_model(load_model_config(tiny_config), **({"dtype": torch.float32} | kwargs))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def warm_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmHub]:
+    """A hub for tests to fill, and processes that know its address."""
+    with WarmHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+        hub.stop()
 
 
 @pytest.fixture(scope="session")

@@ -60,9 +60,13 @@ class FakeHub(ThreadingHTTPServer):
 
     def __init__(self, root: Path, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self.root, self.url = root, f"http://127.0.0.1:{self.server_port}"
-        self.fault, self.commit = Fault(times=0), _COMMIT
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self._lock = threading.Lock()
+        self.hold(root)
+
+    def hold(self, root: Path) -> None:
+        """Serve another folder from now on, without a fault."""
+        self.root, self.fault, self.commit = root, Fault(times=0), _COMMIT
         for repository in (C4, T5):
             (root / repository).mkdir(parents=True, exist_ok=True)
         if not (card := root / C4 / "README.md").exists():

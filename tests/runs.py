@@ -79,12 +79,12 @@ def start(
 ) -> BaseProcess:
     """Start ``python -c script arguments``, whose output goes to files."""
     environment = dict(os.environ if env is None else env)
-    process = _WARM.Process(target=_execute, args=(script, arguments, stdout, stderr, environment, Path.cwd()))
+    process = _WARM.Process(target=execute, args=(script, arguments, stdout, stderr, environment, Path.cwd()))
     process.start()
     return process
 
 
-def _execute(
+def execute(
     script: str, arguments: tuple[str, ...], stdout: Path, stderr: Path, environment: dict[str, str], folder: Path
 ) -> None:
     for file, number in ((stdout, 1), (stderr, 2)):

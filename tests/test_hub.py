@@ -1,11 +1,11 @@
 """Text of the hub, C4 above all: the real command line and the real hub libraries, against a loopback hub.
 
-The libraries read HF_ENDPOINT when they are imported, so each test runs a process of its own.
+The libraries read HF_ENDPOINT when they are imported: warm.py has processes that know one hub's. A hub that comes and
+goes has tests whose processes begin from nothing, as a user's do.
 """
 
 import gzip
 import json
-import os
 import random
 import re
 import shutil
@@ -16,8 +16,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ import torch
 from safetensors.torch import load_file
 
 from fakehub import C4, FakeHub, Fault
-from runs import lines
+from runs import COMMAND_LINE, Done, lines
+from warm import WarmHub, without_this_machine
 
 pytestmark = pytest.mark.network
 
@@ -59,23 +59,29 @@ def texts() -> Texts:
     return {"train": [shard(f"train {i}", 300) for i in range(3)], "validation": [shard("validation", 200)]}
 
 
-@pytest.fixture
-def hub(tmp_path: Path, texts: Texts) -> Iterator[FakeHub]:
+def _write_texts(root: Path, texts: Texts) -> Path:
     for split, shards in texts.items():
         for number, shard in enumerate(shards):
-            _write_shard(tmp_path / "hub", split, number, shard)
-    with FakeHub(tmp_path / "hub") as hub:
-        yield hub
+            _write_shard(root, split, number, shard)
+    return root
 
 
-def _python(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process without this machine's own hub settings, cache or proxy."""
-    own = re.compile(r"HF_.*|WANDB_.*|.*_PROXY", re.IGNORECASE)
-    inherited = {key: value for key, value in os.environ.items() if not own.fullmatch(key)}
-    fixed = {"HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "WANDB_MODE": "disabled"}
+@pytest.fixture
+def hub(warm_hub: WarmHub, tmp_path: Path, texts: Texts) -> WarmHub:
+    warm_hub.hold(_write_texts(tmp_path / "hub", texts))
+    return warm_hub
+
+
+TRAIN = "--model llama_1m --data c4 --steps 4 --total-batch-size 4 --max-length 64 --eval-tokens 2000 --dtype float32"
+SOON = {"HF_HUB_DOWNLOAD_TIMEOUT": "3", "HF_HUB_ETAG_TIMEOUT": "3"}
+"""Settings of the hub's libraries with which they wait three seconds for an answer."""
+
+
+def _python(tmp_path: Path, *arguments: str, **environment: str) -> Done:
+    """What a process comes to that begins from nothing."""
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**inherited, **fixed, **environment},
+        env=without_this_machine(tmp_path / "hf") | environment,
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -84,20 +90,18 @@ def _python(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.C
     )
 
 
-def _train(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    flags = "--model llama_1m --data c4 --steps 4 --total-batch-size 4 --max-length 64 --eval-tokens 2000"
-    flags += " --dtype float32 --output run"
-    return _python(tmp_path, "-m", "galore_pretrain", *flags.split(), **environment)
+def _train(tmp_path: Path, **environment: str) -> Done:
+    return _python(tmp_path, "-m", "galore_pretrain", *TRAIN.split(), "--output", "run", **environment)
 
 
-def _result(tmp_path: Path, hub: FakeHub, script: str, **environment: str) -> tuple[Any, str]:
+def _result(tmp_path: Path, hub: WarmHub, script: str, **environment: str) -> tuple[Any, str]:
     """What ``script`` prints, as JSON, and what it says on stderr."""
-    done = _python(tmp_path, "-c", script, HF_ENDPOINT=hub.url, **environment)
+    done = hub.python(tmp_path, script, **environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 
 
-def test_trains_on_c4_with_the_tokenizer_of_t5(hub: FakeHub, tmp_path: Path) -> None:
+def test_trains_on_c4_with_the_tokenizer_of_t5(hub: WarmHub, tmp_path: Path) -> None:
     done = _train(tmp_path, HF_ENDPOINT=hub.url)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -128,7 +132,7 @@ print(json.dumps([*whole, tails]))
 """
 
 
-def test_reads_every_document_of_a_split_from_any_position(hub: FakeHub, tmp_path: Path, texts: Texts) -> None:
+def test_reads_every_document_of_a_split_from_any_position(hub: WarmHub, tmp_path: Path, texts: Texts) -> None:
     (train, validation, tails), _ = _result(tmp_path, hub, READ_EVERYTHING)
     for read, shards in ((train, texts["train"]), (validation, texts["validation"])):
         assert read == [[[n, text] for n, text in enumerate(shard, 1)] for shard in shards]
@@ -158,7 +162,7 @@ print(json.dumps([whole, {k: documents(batches.Position.of(whole[k - 1][1]), 120
 """
 
 
-def test_resumed_documents_are_the_rest_of_the_uninterrupted_ones(hub: FakeHub, tmp_path: Path, texts: Texts) -> None:
+def test_resumed_documents_are_the_rest_of_the_uninterrupted_ones(hub: WarmHub, tmp_path: Path, texts: Texts) -> None:
     (whole, resumed), _ = _result(tmp_path, hub, RESUME)
     position = whole[499][1]
     assert min(position["shard"], position["document"], position["taken"]) > 0, "not in the middle of everything"
@@ -192,6 +196,26 @@ print(json.dumps([[position, zlib.crc32(text.encode())] for position, text in do
 """
 
 
+@dataclass(frozen=True)
+class Large:
+    """A hub whose one shard of ``size`` bytes has these documents: each one's number and checksum."""
+
+    root: Path
+    size: int
+    documents: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Large:
+    """``datasets`` parses 10 MB at a time: of 24 MB, some has been read before a fault at three quarters, and some
+    comes after."""
+    root, rng = tmp_path_factory.mktemp("large"), random.Random(0)
+    texts = [rng.randbytes(10_000).hex() for _ in range(1200)]
+    size = _write_shard(root, "train", 0, texts).stat().st_size
+    _write_shard(root, "validation", 0, ["validation"])
+    return Large(root, size, [[n, zlib.crc32(text.encode())] for n, text in enumerate(texts, 1)])
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -202,20 +226,18 @@ print(json.dumps([[position, zlib.crc32(text.encode())] for position, text in do
         pytest.param(Fault(times=7, status=500), id="a long outage"),
     ],
 )
-def test_goes_on_at_the_same_document_when_the_hub_fails(fault: Fault, tmp_path: Path) -> None:
-    """``datasets`` parses 10 MB at a time: of 24 MB, some has been read before the fault, and some comes after."""
-    rng = random.Random(0)
-    large = [rng.randbytes(10_000).hex() for _ in range(1200)]
-    size = _write_shard(tmp_path / "hub", "train", 0, large).stat().st_size
-    _write_shard(tmp_path / "hub", "validation", 0, ["validation"])
-    with FakeHub(tmp_path / "hub") as hub:
-        hub.fault = replace(fault, at=size * 3 // 4)
-        read, stderr = _result(tmp_path, hub, READ_LARGE, HF_HUB_DOWNLOAD_TIMEOUT="3")
-        assert hub.fault.times == 0
-    assert read == [[n, zlib.crc32(text.encode())] for n, text in enumerate(large, 1)]
+def test_goes_on_at_the_same_document_when_the_hub_fails(
+    fault: Fault, large: Large, warm_hub: WarmHub, tmp_path: Path
+) -> None:
+    hub = warm_hub
+    hub.hold(large.root)
+    hub.fault = replace(fault, at=large.size * 3 // 4)
+    read, stderr = _result(tmp_path, hub, READ_LARGE, **SOON)
+    assert hub.fault.times == 0
+    assert read == large.documents
     reconnected = [int(n) for n in re.findall(r"reconnecting at document (\d+)", stderr)]
     assert len(reconnected) == fault.times
-    assert all(0 < n < len(large) for n in reconnected)
+    assert all(0 < n < len(large.documents) for n in reconnected)
 
 
 IMPATIENT = f"""
@@ -225,7 +247,7 @@ from galore_pretrain import cli, run
 from galore_pretrain.text import batches
 from galore_pretrain.train import trainer
 
-batches.BLOCK, sources.PATIENCE = 64, 2
+batches.BLOCK, sources.PATIENCE = 24, 2
 run._planned_peak = lambda *_: None  # half the time of so small a run
 advance = trainer.Trainer._advance
 def deadly(self, batches):
@@ -239,30 +261,31 @@ cli.main()
 
 
 @pytest.mark.parametrize("layout", ["pad", "pack"])
-def test_a_run_on_c4_goes_on_bit_for_bit(layout: str, hub: FakeHub, tmp_path: Path, texts: Texts) -> None:
+def test_a_run_on_c4_goes_on_bit_for_bit(layout: str, hub: WarmHub, tmp_path: Path, texts: Texts) -> None:
     """First the second of three shards cannot be had: what was trained on the first is saved, with a clear error. When
     the hub is back, with a newer commit too, the run goes on, is killed, and goes on, as if nothing had happened."""
-    flags = f"--model llama_1m --data c4 --steps 90 --total-batch-size 4 --max-length 64 --eval-tokens 500 --rank 4 \
-        --layout {layout} --layerwise --batch-size 2 --dtype float32 --save-every 75 --eval-every 40 --output"
+    flags = f"--model llama_1m --data c4 --steps 30 --total-batch-size 4 --max-length 64 --eval-tokens 500 --rank 4 \
+        --layout {layout} --layerwise --batch-size 2 --dtype float32 --save-every 27 --eval-every 13 --output"
     for number, shard in enumerate(texts["train"]):
-        _write_shard(tmp_path / "hub", "train", number, shard if layout == "pad" else [text[:120] for text in shard])
+        hundred = shard[:100] if layout == "pad" else [text[:120] for text in shard[:100]]
+        _write_shard(tmp_path / "hub", "train", number, hundred)
     order = np.random.default_rng([0, 0]).permutation(3).tolist()
     hub.fault = Fault(times=10**6, status=503, suffix=f"c4-train.{order[1]:05}.json.gz")
 
-    def train(output: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return _python(tmp_path, "-c", IMPATIENT, *flags.split(), output, HF_ENDPOINT=hub.url, **environment)
+    def train(output: str, **environment: str) -> Done:
+        return hub.python(tmp_path, IMPATIENT, *flags.split(), output, **environment)
 
     cut = train("run")
     assert cut.returncode == 2, cut.stderr
     assert re.search(r"Error: --data: allenai/c4 train shard \d cannot be read from the hub \(.*503", cut.stderr)
     trained = len(lines(tmp_path / "run"))
-    assert 30 < trained < 85
+    assert 10 < trained < 27
     assert (tmp_path / "run" / "checkpoints" / f"step_{trained:08}").is_dir()
     hub.fault = Fault(times=0)
     undisturbed = train("undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr
     hub.commit = "0" * 40  # somebody has edited the data set's card
-    assert train("run", KILL_AT="86").returncode == -signal.SIGKILL
+    assert train("run", KILL_AT="29").returncode == -signal.SIGKILL
     again = train("run")
     assert again.returncode == 0, again.stderr
     assert "going on from" in again.stderr
@@ -271,30 +294,27 @@ def test_a_run_on_c4_goes_on_bit_for_bit(layout: str, hub: FakeHub, tmp_path: Pa
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 
-def test_a_hub_that_is_gone_for_a_while(tmp_path: Path) -> None:
+def test_a_hub_that_is_gone_for_a_while(large: Large, tmp_path: Path) -> None:
     """It drops the connection in the middle of a shard, and for three seconds nothing listens at its address."""
-    rng = random.Random(0)
-    large = [rng.randbytes(10_000).hex() for _ in range(1200)]
-    size = _write_shard(tmp_path / "hub", "train", 0, large).stat().st_size
-    _write_shard(tmp_path / "hub", "validation", 0, ["validation"])
-    found: list[Any] = []
-    with FakeHub(tmp_path / "hub") as hub:
-        hub.fault = Fault(times=1, at=size * 3 // 4)
-        reader = threading.Thread(
-            target=lambda: found.append(_result(tmp_path, hub, READ_LARGE, HF_HUB_DOWNLOAD_TIMEOUT="3"))
-        )
+    found: list[Done] = []
+    with FakeHub(large.root) as hub:
+        hub.fault = Fault(times=1, at=large.size * 3 // 4)
+        arguments = ("-c", READ_LARGE)
+        environment = {"HF_ENDPOINT": hub.url, **SOON}
+        reader = threading.Thread(target=lambda: found.append(_python(tmp_path, *arguments, **environment)))
         reader.start()
         while hub.fault.times and reader.is_alive():
             time.sleep(0.01)
     time.sleep(3)
-    with FakeHub(tmp_path / "hub", hub.server_port):
+    with FakeHub(large.root, hub.server_port):
         reader.join()
-    ((read, stderr),) = found
-    assert read == [[n, zlib.crc32(text.encode())] for n, text in enumerate(large, 1)]
-    assert "refused" in stderr
+    (done,) = found
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == large.documents
+    assert "refused" in done.stderr
 
 
-def test_bad_documents_of_the_hub_are_named_or_left_out(hub: FakeHub, tmp_path: Path) -> None:
+def test_bad_documents_of_the_hub_are_named_or_left_out(hub: WarmHub, tmp_path: Path) -> None:
     """One without a text, and the rest of a shard that breaks off."""
     shard = tmp_path / "hub" / C4 / "en" / "c4-train.00001.json.gz"
     rows = gzip.decompress(shard.read_bytes()).splitlines()
@@ -321,7 +341,7 @@ print(json.dumps([read(shard, policy) for policy in ("raise", "skip") for shard 
     assert (kept, rest) == (299, 0), stderr
 
 
-def test_an_outage_that_ends_in_a_cut_stream_is_no_bad_document(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_outage_that_ends_in_a_cut_stream_is_no_bad_document(hub: WarmHub, tmp_path: Path) -> None:
     """Failures of the connection, then a page of HTML under the shard's name, then the shard."""
     script = f"""
 import gzip, json
@@ -395,7 +415,7 @@ configs:
 
 
 @pytest.fixture
-def library(hub: FakeHub, texts: Texts) -> FakeHub:
+def library(hub: WarmHub, texts: Texts) -> WarmHub:
     """A hub with two repositories more: parquet without a validation split, and compressed lines of JSON with one."""
     books = hub.root / "acme" / "books"
     (books / "data").mkdir(parents=True)
@@ -434,8 +454,8 @@ print(json.dumps(found))
 """
 
 
-def _library(tmp_path: Path, hub: FakeHub, *arguments: Any) -> Any:
-    done = _python(tmp_path, "-c", READ_LIBRARY, json.dumps(arguments), HF_ENDPOINT=hub.url)
+def _library(tmp_path: Path, hub: WarmHub, *arguments: Any) -> Any:
+    done = hub.python(tmp_path, READ_LIBRARY, json.dumps(arguments))
     assert done.returncode == 0, done.stderr
     splits = json.loads(done.stdout)
     for whole, tails, _ in splits:
@@ -445,7 +465,7 @@ def _library(tmp_path: Path, hub: FakeHub, *arguments: Any) -> Any:
 
 
 def test_where_the_hub_has_no_validation_one_document_in_fifty_is(
-    library: FakeHub, tmp_path: Path, texts: Texts
+    library: WarmHub, tmp_path: Path, texts: Texts
 ) -> None:
     (train, _, trained), (validation, _, evaluated) = _library(tmp_path, library, "acme/books", None, "body", True)
     for trained_on, held_out, shard in zip(train, validation, texts["train"], strict=True):
@@ -458,14 +478,14 @@ def test_where_the_hub_has_no_validation_one_document_in_fifty_is(
     assert train == [[[n, text] for n, text in enumerate(texts["train"][0], 1)]]
 
 
-def test_the_hubs_own_validation_is_used_where_there_is_one(library: FakeHub, tmp_path: Path, texts: Texts) -> None:
+def test_the_hubs_own_validation_is_used_where_there_is_one(library: WarmHub, tmp_path: Path, texts: Texts) -> None:
     splits = _library(tmp_path, library, "acme/notes", None, "content", True)
     for (whole, _, title), split in zip(splits, ("train", "validation"), strict=True):
         assert whole == [[[n, text] for n, text in enumerate(shard, 1)] for shard in texts[split]]
         assert title == f"split {split}"
 
 
-def test_what_the_hub_has_not_is_refused_with_what_it_has(library: FakeHub, tmp_path: Path) -> None:
+def test_what_the_hub_has_not_is_refused_with_what_it_has(library: WarmHub, tmp_path: Path) -> None:
     script = """
 import json, sys
 from galore_pretrain.errors import InputError
@@ -501,14 +521,14 @@ print(json.dumps([
     assert "--text-key body: --data sample is plain text, which has no keys" in sample
 
 
-def test_a_run_on_any_text_of_the_hub_goes_on_bit_for_bit(library: FakeHub, tmp_path: Path) -> None:
+def test_a_run_on_any_text_of_the_hub_goes_on_bit_for_bit(library: WarmHub, tmp_path: Path) -> None:
     """It is killed, and resumed where its commit is not the newest any more; plan and eval take the same flags."""
     text = "--data hub:acme/books --text-key body --tokenizer sample"
     size = "--max-length 64 --eval-tokens 500"
     flags = f"--model llama_1m {text} {size} --steps 12 --total-batch-size 4 --dtype float32 --save-every 5 --output"
 
-    def train(output: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return _python(tmp_path, "-c", IMPATIENT, *flags.split(), output, HF_ENDPOINT=library.url, **environment)
+    def train(output: str, **environment: str) -> Done:
+        return library.python(tmp_path, IMPATIENT, *flags.split(), output, **environment)
 
     whole = train("whole")
     assert whole.returncode == 0, whole.stderr
@@ -522,14 +542,13 @@ def test_a_run_on_any_text_of_the_hub_goes_on_bit_for_bit(library: FakeHub, tmp_
     assert again.returncode == 0, again.stderr
     assert "going on from" in again.stderr
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
-    command_line = ("-m", "galore_pretrain")
-    planned = _python(tmp_path, *command_line, "plan", *flags.split(), "run", "--json", HF_ENDPOINT=library.url)
+    planned = library.python(tmp_path, COMMAND_LINE, "plan", *flags.split(), "run", "--json")
     assert planned.returncode == 0, planned.stderr
-    evaluated = _python(tmp_path, *command_line, "eval", "run", "--json", HF_ENDPOINT=library.url)
+    evaluated = library.python(tmp_path, COMMAND_LINE, "eval", "run", "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["eval_loss"] == lines(tmp_path / "run")[-1]["eval_loss"]
     other = ("--data", "hub:acme/notes", "--text-key", "content")
-    evaluated = _python(tmp_path, *command_line, "eval", "run", *other, HF_ENDPOINT=library.url)
+    evaluated = library.python(tmp_path, COMMAND_LINE, "eval", "run", *other)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "hub:acme/notes (validation)" in evaluated.stdout
 
@@ -560,40 +579,40 @@ print(json.dumps([text for _, text in source.read(0, 0)]))
     ],
 )
 def test_a_hub_that_fails_while_a_text_is_opened_is_waited_for(
-    fault: Fault, library: FakeHub, tmp_path: Path, texts: Texts
+    fault: Fault, library: WarmHub, tmp_path: Path, texts: Texts
 ) -> None:
     first = library.root / "acme" / "books" / "data" / "train-00000.parquet"
     at = first.stat().st_size - 1 if fault.suffix else 0  # parquet is read from its end
     library.fault = replace(fault, at=at)
-    read, stderr = _result(tmp_path, library, OPEN, HF_HUB_DOWNLOAD_TIMEOUT="3", HF_HUB_ETAG_TIMEOUT="3")
+    read, stderr = _result(tmp_path, library, OPEN, **SOON)
     assert library.fault.times == 0
     assert read == texts["train"][0]
     assert "opening it again" in stderr
 
 
-def test_a_first_start_passes_over_a_short_failure(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_first_start_passes_over_a_short_failure(hub: WarmHub, tmp_path: Path) -> None:
     hub.fault = Fault(times=2, status=503, suffix=C4)
-    done = _train(tmp_path, HF_ENDPOINT=hub.url)
+    done = hub.python(tmp_path, COMMAND_LINE, *TRAIN.split(), "--output", "run")
     assert done.returncode == 0, done.stderr
     assert hub.fault.times == 0
 
 
-def test_a_run_that_goes_on_waits_for_a_hub_that_is_gone(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_waits_for_a_hub_that_is_gone(hub: WarmHub, tmp_path: Path) -> None:
     """Nothing listens when it starts again, where a first start is refused at once."""
-    begun = _train(tmp_path, HF_ENDPOINT=hub.url)
+    begun = hub.python(tmp_path, COMMAND_LINE, *TRAIN.split(), "--output", "run")
     assert begun.returncode == 0, begun.stderr
     whole = lines(tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
         shutil.rmtree(folder)
-    port = hub.server_port
-    hub.__exit__()
-    found: list[subprocess.CompletedProcess[str]] = []
-    again = threading.Thread(target=lambda: found.append(_train(tmp_path, HF_ENDPOINT=hub.url)))
+    gone = FakeHub(hub.root)
+    gone.server_close()
+    found: list[Done] = []
+    again = threading.Thread(target=lambda: found.append(_train(tmp_path, HF_ENDPOINT=gone.url)))
     again.start()
     time.sleep(12)
     assert again.is_alive()
-    with FakeHub(tmp_path / "hub", port):
+    with FakeHub(hub.root, gone.server_port):
         again.join()
     (done,) = found
     assert done.returncode == 0, done.stderr

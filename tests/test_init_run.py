@@ -1,12 +1,7 @@
 """Runs that begin from runs of ours, and from models of the hub: --init RUN, --init ORG/NAME."""
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fakehub import FakeHub, Fault
+from fakehub import Fault
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
@@ -23,6 +18,7 @@ from pretrained import begin_texts, make_folder, transformers_loss
 from runs import COMMAND_LINE, Done, lines, python
 from test_dist import run_all
 from test_init import SHORT, begin, first_loss
+from warm import WarmHub
 
 BEFORE: dict[str, list[str]] = {
     "galore_adamw": ["--rank", "4"],
@@ -157,26 +153,14 @@ def test_a_decay_has_its_defaults() -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[FakeHub]:
+def hub(warm_hub: WarmHub, tmp_path: Path) -> WarmHub:
     make_folder(tmp_path / "hub" / "org" / "small-1.5B", num_key_value_heads=2, shard_size="100KB")
-    with FakeHub(tmp_path / "hub") as hub:
-        yield hub
+    warm_hub.hold(tmp_path / "hub")
+    return warm_hub
 
 
-def at_hub(tmp_path: Path, hub: FakeHub, *arguments: str) -> Done:
-    """A process without this machine's own hub settings, cache or proxy."""
-    own = re.compile(r"HF_.*|WANDB_.*|.*_PROXY", re.IGNORECASE)
-    inherited = {key: value for key, value in os.environ.items() if not own.fullmatch(key)}
-    fixed = {"HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "WANDB_MODE": "disabled", "HF_ENDPOINT": hub.url}
-    return subprocess.run(
-        [sys.executable, "-m", "galore_pretrain", *arguments],
-        env={**inherited, **fixed},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def at_hub(tmp_path: Path, hub: WarmHub, *arguments: str) -> Done:
+    return hub.python(tmp_path, COMMAND_LINE, *arguments)
 
 
 def downloaded(tmp_path: Path) -> set[str]:
@@ -188,7 +172,7 @@ MODEL = ["--init", "org/small-1.5B", "--optim", "adamw", "--output", "run", *SHO
 
 
 @pytest.mark.network
-def test_a_model_of_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_model_of_the_hub(hub: WarmHub, tmp_path: Path) -> None:
     """A plan takes config.json alone; a run takes safetensors and tokenizer, and needs no hub to go on."""
     planned = at_hub(tmp_path, hub, "plan", "--init", "org/small-1.5B", "--optim", "adamw", "--lr", "1", "--steps", "1",
                      "--max-length", "48")  # fmt: skip
@@ -212,7 +196,7 @@ def test_a_model_of_the_hub(hub: FakeHub, tmp_path: Path) -> None:
 @pytest.mark.network
 @pytest.mark.parametrize("status", [429, 503, None])
 def test_a_busy_hub_and_a_connection_that_drops_are_asked_again(
-    status: int | None, hub: FakeHub, tmp_path: Path
+    status: int | None, hub: WarmHub, tmp_path: Path
 ) -> None:
     hub.fault = Fault(times=2, status=status, at=50_000 if status is None else 0, suffix=".safetensors")
     done = at_hub(tmp_path, hub, *MODEL)
@@ -225,7 +209,7 @@ def test_a_busy_hub_and_a_connection_that_drops_are_asked_again(
 
 
 @pytest.mark.network
-def test_what_the_hub_has_not_is_told(hub: FakeHub, tmp_path: Path) -> None:
+def test_what_the_hub_has_not_is_told(hub: WarmHub, tmp_path: Path) -> None:
     model = tmp_path / "hub" / "org" / "small-1.5B"
     unknown = at_hub(tmp_path, hub, "--init", "org/smal", *MODEL[2:])
     assert unknown.returncode == 2
