@@ -50,8 +50,9 @@ def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.Comp
 
 
 def flags(model: str, output: Path, *more: str) -> list[str]:
-    """Of a run of 14 updates, of 8 rows each: bases are made three times, and merged once."""
-    changed = {"--steps": "14", "--total-batch-size": "8", "--save-every": "100", "--eval-every": "100"}
+    """Of a run of 8 updates, of 8 rows each: bases are made three times, and factors merged twice."""
+    changed = {"--steps": "8", "--total-batch-size": "8", "--save-every": "100", "--eval-every": "100"}
+    changed |= {"--update-proj-gap": "3", "--eval-tokens": "600", "--max-length": "32"}
     words = command(model, output, *more)[3:]
     for name, value in changed.items():
         words[words.index(name) + 1] = value
@@ -114,7 +115,7 @@ def case(model: str, output: Path, row: str, *more: str) -> list[str]:
         del words[(i := words.index(name)) : i + 2]
     if row in METHODS and any("weights" in recipe.values for recipe in METHODS[row].recipes):
         words += ["--weights", "dense"]  # codes are one process's
-    return words + (["--relora-every", "6"] if "relora" in row else [])
+    return words + (["--relora-every", "3"] if "relora" in row else [])
 
 
 def compare(one: Path, other: Path, tolerance: float) -> str | None:
@@ -171,7 +172,7 @@ OWN = Path(__file__).parent / "own_methods.py"
 def test_methods_of_files_are_those_of_one_process(tiny_config: str, tmp_path: Path) -> None:
     """A class of torch's, one of one's own, and a rule around GaLore, which is the shipped row that it repeats."""
     rate = ("--lr", "0.003")
-    low_rank = ("--rank", "4", "--update-proj-gap", "5")
+    low_rank = ("--rank", "4", "--update-proj-gap", "3")
     own = {
         "lion": (f"{OWN}:Lion", *rate),
         "adagrad": ("torch.optim:Adagrad", *rate),
@@ -263,9 +264,9 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
         return [
             *case(tiny_config, output, row, "--keep", "9", *more, *clipped),
             "--save-every",
-            "6",
+            "4",
             "--eval-every",
-            "6",
+            "4",
         ]
 
     modes = dict(zip(ELASTIC, itertools.cycle(("--layerwise", "--no-layerwise")), strict=False))
@@ -277,8 +278,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
             folder = tmp_path / f"{row}-4-{processes}"
             shutil.copytree(tmp_path / f"{row}-4", folder)
             (folder / "summary.json").unlink()
-            for later in ("step_00000012", "step_00000014"):
-                shutil.rmtree(folder / "checkpoints" / later)
+            shutil.rmtree(folder / "checkpoints" / "step_00000008")
             again[folder] = words(row, folder)
         run_all(processes, again, tmp_path)
         found = [
@@ -399,8 +399,9 @@ def test_a_signal_stops_all_after_the_same_update(tiny_config: str, tmp_path: Pa
     chinese.write_text("".join(json.dumps({"text": f"{i} 从前有一个人住在河边的小村子里"}) + "\n" for i in range(200)))
     arguments = flags(tiny_config, tmp_path / "refused", "--tokenizer", "sample")
     arguments[arguments.index("--data") + 1] = str(chinese)
-    refused = torchrun(2, "-m", "galore_pretrain", *arguments)
-    assert refused.stderr.count("are unknown to --tokenizer sample") == 1, refused.stderr
+    codes, said = ended(2, COMMAND_LINE, tmp_path, *arguments)
+    assert codes == [2, 2], said
+    assert said.count("are unknown to --tokenizer sample") == 1, said
     assert not (tmp_path / "refused").exists()
 
 

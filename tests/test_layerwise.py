@@ -215,8 +215,8 @@ def batches() -> Iterator[Tensor]:
 def test_losses_of_a_model_are_those_of_global(
     row: str, micro_batches: int, clip: str | None, build_tiny: Callable[..., LlamaForCausalLM]
 ) -> None:
-    """30 updates in fp32; a third run changes over every ten updates, by way of a saved state."""
-    options: dict[str, Any] = meant_for(row, rank=4, update_proj_gap=11, basis="svd")
+    """12 updates in fp32; a third run changes over every four updates, by way of a saved state."""
+    options: dict[str, Any] = meant_for(row, rank=4, update_proj_gap=5, basis="svd")
     # Adam turns a gradient near 0 into ±1, so that two roundings part: a large ε, where a row has one, prevents that.
     options |= {"eps": 1e-3} if "eps" in METHODS[row].options else {}
 
@@ -231,7 +231,7 @@ def test_losses_of_a_model_are_those_of_global(
             if saved:
                 optimizer.load_state_dict(saved)
             execution = mode(optimizer, 0.5 if clip else 0.0, projected=bool(clip))
-            for _ in range(30 // len(modes)):
+            for _ in range(12 // len(modes)):
                 rows = next(data)
                 parts = rows.split(len(rows) // micro_batches)
                 total = 0.0
