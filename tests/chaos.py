@@ -134,7 +134,9 @@ def ended(pid: int, after: float | None = None) -> int:
 def remains(output: Path) -> dict[str, Any]:
     """What two runs that are the same have in common."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    last = max((output / "checkpoints").iterdir())
+    newest = checkpoint.newest(output / "checkpoints", set_aside=False)
+    assert newest is not None
+    last = newest.folder
     state = json.loads((last / "state.json").read_text())
     return {
         "metrics.jsonl": [{k: v for k, v in line.items() if k not in MEASURED} for line in lines],
