@@ -1,24 +1,28 @@
 """What makes a run fit the memory: found in the order of what it costs, planned, named, and taken where asked."""
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.resolve import left_out, resolve
+from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.planning import changes, choice, fit, layers
 from galore_pretrain.planning.budget import budget_of
 from galore_pretrain.planning.changes import changed, cheapest_change
 from galore_pretrain.planning.choice import choose
-from galore_pretrain.planning.fit import planned
+from galore_pretrain.planning.fit import fitted, planned
 from galore_pretrain.planning.layers import measure_by_layers, uncertain_bytes
-from galore_pretrain.planning.plan import OUTSIDE, Outline, measure
+from galore_pretrain.planning.plan import OUTSIDE, Outline, Plan, measure
 from runs import lines, run
 
 SHAPE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
@@ -39,6 +43,23 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
     return model_of(tmp_path_factory.mktemp("model"), 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def planned_once() -> Iterator[None]:
+    """What searches plan is planned once: they ask for the same plans again and again. Tests measure anew."""
+    plans: dict[str, Plan] = {}
+
+    def once(config: RunConfig, architecture: Any, *more: Any, **options: Any) -> Plan:
+        key = f"{config} {architecture.to_json_string()}"
+        if key not in plans:
+            plans[key] = measure(config, architecture, *more, **options)
+        return plans[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (choice, changes, fit, layers):
+            patch.setattr(module, "measure", once)
+        yield
 
 
 def config_for(model: str, row: str, **given: Any) -> RunConfig:
@@ -86,14 +107,24 @@ def least(config: RunConfig) -> int:
     return peak
 
 
-@settings(max_examples=4, deadline=None)
+@settings(
+    max_examples=int(os.environ.get("FUZZ", "1")),
+    deadline=None,
+    phases=[Phase.explicit, *[Phase.generate] * ("FUZZ" in os.environ)],
+)
 @given(
     row=st.sampled_from(["adamw", "galore_adamw", "scale", "fira", "lora"]),
     share=st.floats(0.5, 0.99),
     total=st.sampled_from([1, 4, 16]),
     layerwise=st.sampled_from([None, False]),
 )
+@example("adamw", 0.95, 4, None)
+@example("galore_adamw", 0.8, 4, False)
+@example("scale", 0.7, 16, None)
+@example("fira", 0.9, 1, None)
+@example("lora", 0.6, 4, False)
 def test_what_is_said_to_fit_fits(row: str, share: float, total: int, layerwise: bool | None, shallow: str) -> None:
+    """Of each row once; with FUZZ=20, of twenty random ones too."""
     flags = {"total_batch_size": total} | ({} if layerwise is None else {"layerwise": layerwise})
     config = config_for(shallow, row, **flags)
     budget = int(share * least(config))
@@ -140,14 +171,18 @@ def test_7b_of_rank_1024_is_told_of_rank_768_on_a_card_of_12_gb() -> None:
 
 def test_a_run_takes_the_change_says_so_and_goes_on_with_it(tiny_config: str, tmp_path: Path) -> None:
     flags = {"model": tiny_config, "optim": "galore_adamw", "rank": 4, "max_length": 48, "dtype": "float32"}
-    config, _ = resolve(flags | {"steps": 12, "total_batch_size": 4, "update_proj_gap": 5}, {})
-    budget = ("--memory-budget", str(OUTSIDE + least(config) - 1))
-    refused = run(tiny_config, tmp_path / "refused", *budget)
-    assert refused.returncode == 2
-    assert "what helps: --moment-store 8bit: 0.00 GiB planned (--fit anything takes it)" in refused.stderr
+    flags |= {"steps": 12, "total_batch_size": 4, "update_proj_gap": 5}
+    flags |= {"layerwise": True, "activation_checkpointing": True, "batch_size": 1}
+    config, _ = resolve(flags, {})
+    budget = OUTSIDE + least(config) - 1
+    asked, _ = resolve(flags | {"memory_budget": budget}, {})
+    words = r"what helps: --moment-store 8bit: 0.00 GiB planned \(--fit anything takes it\)"
+    with pytest.raises(InputError, match=words):
+        fitted(asked, Outline.of(asked, load_model_config(tiny_config)), runs_as_before=False)
 
     output = tmp_path / "taken"
-    taken = run(tiny_config, output, *budget, "--fit", "anything")
+    execution = ("--layerwise", "--activation-checkpointing", "--batch-size", "1")
+    taken = run(tiny_config, output, *execution, "--memory-budget", str(budget), "--fit", "anything")
     assert taken.returncode == 0, taken.stderr
     assert "--fit anything takes --moment-store 8bit (asked for: None)" in taken.stderr
     values = json.loads((output / "config.json").read_text())["config"]
@@ -159,13 +194,13 @@ def test_a_run_takes_the_change_says_so_and_goes_on_with_it(tiny_config: str, tm
     whole = lines(output)
     shutil.rmtree(output / "checkpoints" / "step_00000012")
     (output / "summary.json").unlink()
-    again = run(tiny_config, output, "--fit", "anything")  # with all of the machine's memory
+    again = run(tiny_config, output, *execution, "--fit", "anything")  # with all of the machine's memory
     assert again.returncode == 0, again.stderr
     assert "--fit anything took moment_store 8bit, as before" in again.stderr
     assert [line["loss"] for line in lines(output)] == [line["loss"] for line in whole]
     assert json.loads((output / "config.json").read_text())["config"]["moment_store"]["origin"] == "fit"
     (output / "summary.json").unlink()
     shutil.rmtree(output / "checkpoints" / "step_00000012")
-    other = run(tiny_config, output)  # as asked: that is not what the folder holds
+    other = run(tiny_config, output, *execution)  # as asked: that is not what the folder holds
     assert other.returncode == 2
     assert "made with other options" in other.stderr
