@@ -1,8 +1,10 @@
 """The kernels of an update: compiled for GPUs without one, and run by Triton's interpreter in another process."""
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="the extra `kernels` is not installed")
 
+FULL = bool(os.environ.get("FULL"))
 INTERPRETED = Path(__file__).parent / "interpreted"
 FLOATS = dict.fromkeys(("lr", "beta1", "rest1", "beta2", "rest2", "factor", "root", "eps", "decay"), "fp32")
 FLOATS |= dict.fromkeys(("product_rate", "dense_rate", "keep"), "fp32")
@@ -23,6 +26,8 @@ OTHERS |= {"scales": "*bf16", "new_scales": "*bf16", "largest": "*i32", "group":
 OTHERS |= {"codes": "*u8", "zeros": "*u8"}
 OTHERS |= {"labels": "*i64", "losses": "*fp32", "scale": "fp32", "mask": "*u8", "limit": "i32", "key": "i64"}
 OTHERS |= {"factors": "*fp32", "last": "*fp32", "multiple": "fp32", "growth": "fp32", "share": "fp32"}
+SHARES = 3
+"""Of the tests for the interpreter; each share is a process."""
 TILE = {"TILE_ROWS": 64, "TILE_COLUMNS": 128, "TILE_RANK": 32}
 
 
@@ -33,18 +38,40 @@ def absent(*names: str) -> dict[str, None]:
 DENSE = {"BLOCKS": 2, **absent("m_scales", "m_code", "v_scales", "v_code")}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
-@pytest.mark.parametrize(
-    ("name", "constants"),
-    [
-        ("adam", {"HAS_WEIGHT": True, "EIGHT_BIT": False, "L2": False, **DENSE, **absent("direction")}),
-        ("adam", {"HAS_WEIGHT": False, "EIGHT_BIT": False, "L2": False, **DENSE, **absent("weight")}),
-        ("adam", {"HAS_WEIGHT": True, "EIGHT_BIT": True, "L2": True, "BLOCKS": 2, **absent("direction")}),
-        ("adam", {"HAS_WEIGHT": False, "EIGHT_BIT": True, "L2": False, "BLOCKS": 2, **absent("weight")}),
+KERNELS: list[tuple[str, dict[str, Any]]] = [
+    ("adam", {"HAS_WEIGHT": True, "EIGHT_BIT": False, "L2": False, **DENSE, **absent("direction")}),
+    ("adam", {"HAS_WEIGHT": False, "EIGHT_BIT": False, "L2": False, **DENSE, **absent("weight")}),
+    ("adam", {"HAS_WEIGHT": True, "EIGHT_BIT": True, "L2": True, "BLOCKS": 2, **absent("direction")}),
+    ("adam", {"HAS_WEIGHT": False, "EIGHT_BIT": True, "L2": False, "BLOCKS": 2, **absent("weight")}),
+    (
+        "subtract",
+        {
+            "HAS_PRODUCT": True,
+            "HAS_DENSE": False,
+            "HAS_ROW": False,
+            "HAS_COLUMN": False,
+            **TILE,
+            **absent("dense", "row_scales", "column_scales"),
+        },
+    ),
+    ("subtract", {"HAS_PRODUCT": True, "HAS_DENSE": True, "HAS_ROW": True, "HAS_COLUMN": True, **TILE}),
+    (
+        "subtract",
+        {
+            "HAS_PRODUCT": False,
+            "HAS_DENSE": True,
+            "HAS_ROW": True,
+            "HAS_COLUMN": False,
+            **TILE,
+            **absent("left", "right", "column_scales"),
+        },
+    ),
+    *[
         (
             "subtract",
             {
+                "CODED": True,
+                "WRITES": writes,
                 "HAS_PRODUCT": True,
                 "HAS_DENSE": False,
                 "HAS_ROW": False,
@@ -52,47 +79,32 @@ DENSE = {"BLOCKS": 2, **absent("m_scales", "m_code", "v_scales", "v_code")}
                 **TILE,
                 **absent("dense", "row_scales", "column_scales"),
             },
-        ),
-        ("subtract", {"HAS_PRODUCT": True, "HAS_DENSE": True, "HAS_ROW": True, "HAS_COLUMN": True, **TILE}),
-        (
-            "subtract",
-            {
-                "HAS_PRODUCT": False,
-                "HAS_DENSE": True,
-                "HAS_ROW": True,
-                "HAS_COLUMN": False,
-                **TILE,
-                **absent("left", "right", "column_scales"),
-            },
-        ),
-        *[
-            (
-                "subtract",
-                {
-                    "CODED": True,
-                    "WRITES": writes,
-                    "HAS_PRODUCT": True,
-                    "HAS_DENSE": False,
-                    "HAS_ROW": False,
-                    "HAS_COLUMN": False,
-                    **TILE,
-                    **absent("dense", "row_scales", "column_scales"),
-                },
-            )
-            for writes in (False, True)
-        ],
-        ("add_all", {"HALVINGS": 7, "SIZE": 2048}),
-        ("store", {"SIZE": 512}),
-        ("cross_entropy", {"SIZE": 8192}),
-        ("dropout_mask", {"SIZE": 512}),
-        ("gaussian", {"SIZE": 1024}),
-        ("read_codes", {"SIZE": 1024}),
-        ("unpack", {"BITS": 4, "GROUP": 256, "SIZE": 1024}),
-        ("unpack", {"BITS": 8, "GROUP": 256, "SIZE": 1024}),
-        ("channel_factors", {"SIZE": 1024, "CHANNELWISE": True}),
-        ("channel_factors", {"SIZE": 1024, "CHANNELWISE": False}),
+        )
+        for writes in (False, True)
     ],
-)
+    ("add_all", {"HALVINGS": 7, "SIZE": 2048}),
+    ("store", {"SIZE": 512}),
+    ("cross_entropy", {"SIZE": 8192}),
+    ("dropout_mask", {"SIZE": 512}),
+    ("gaussian", {"SIZE": 1024}),
+    ("read_codes", {"SIZE": 1024}),
+    ("unpack", {"BITS": 4, "GROUP": 256, "SIZE": 1024}),
+    ("unpack", {"BITS": 8, "GROUP": 256, "SIZE": 1024}),
+    ("channel_factors", {"SIZE": 1024, "CHANNELWISE": True}),
+    ("channel_factors", {"SIZE": 1024, "CHANNELWISE": False}),
+]
+TARGETS = list(itertools.product(("*bf16", "*fp32"), (80, 90)))
+
+
+def cases() -> Iterator[tuple[str, dict[str, Any], str, int]]:
+    """Each kernel for each card and of each dtype once; for both cards of both dtypes with FULL=1."""
+    for number, (name, constants) in enumerate(KERNELS):
+        for dtype, capability in TARGETS:
+            if FULL or (number + (dtype == "*bf16") + (capability == 80)) % 2:
+                yield name, constants, dtype, capability
+
+
+@pytest.mark.parametrize(("name", "constants", "dtype", "capability"), cases())
 def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: str, capability: int) -> None:
     """For an A100 and an H100, by Triton's own compiler and ptxas; what a GPU makes of it is not seen here."""
     import triton.language as tl
@@ -126,9 +138,11 @@ def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: s
     assert len(compiled.asm["cubin"]) > 1000
 
 
-def test_kernels_are_right_under_the_interpreter() -> None:
-    """Triton looks at TRITON_INTERPRET when it is imported, which libraries do: so the tests have their own process."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+@pytest.mark.slow
+@pytest.mark.parametrize("share", range(SHARES))
+def test_kernels_are_right_under_the_interpreter(share: int) -> None:
+    """Triton looks at TRITON_INTERPRET when it is imported, which libraries do: so the tests have their own processes."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "SHARE": f"{share}/{SHARES}"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
