@@ -1,4 +1,4 @@
-"""Optimizers of others' training, in two processes: for torchrun, see test_protocol.py."""
+"""Optimizers of others' training, in two processes, for test_protocol.py."""
 
 import copy
 import tempfile

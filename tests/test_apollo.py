@@ -6,9 +6,8 @@ Run by torchrun, this file checks the last of these: ``torchrun … tests/test_a
 import copy
 import itertools
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +30,7 @@ from galore_pretrain.tensors.rounding import NoiseTables
 from galore_pretrain.tensors.shards import whole
 from own_rules import NewtonSchulz
 from prescribed import gradients
+from test_dist import forked
 
 SEED = 5
 SHAPES = [(40, 12), (12, 40), (16, 16), (1, 30), (30, 1)]
@@ -391,12 +391,9 @@ def test_what_it_cannot_update_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_parts_of_a_matrix_are_updated_as_the_whole() -> None:
+def test_parts_of_a_matrix_are_updated_as_the_whole(tmp_path: Path) -> None:
     """By rows and by columns, of even and uneven lengths and of none at all; then the saved state is one process's."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    words += ["--rdzv-endpoint", "localhost:0", "--rdzv-backend", "c10d", __file__]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
+    forked(2, "test_apollo", tmp_path)
 
 
 def check_parts(
@@ -462,6 +459,3 @@ def main() -> None:
     check_refusal(mesh)
     distributed.destroy_process_group()
 
-
-if __name__ == "__main__":
-    main()

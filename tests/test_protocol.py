@@ -35,7 +35,7 @@ from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.sgd import SGD
 from galore_pretrain.optim.update import Step
 from prescribed import gradients, meant_for, parameters, train
-from test_dist import torchrun
+from test_dist import forked
 
 CLASSES = [GaLoreAdamW, GaLoreAdamW8bit, GaLoreAdafactor, NaturalGaLoreAdamW]
 SHAPES: list[tuple[int, ...]] = [(24, 40), (40, 24), (17,)]
@@ -56,10 +56,9 @@ def assert_equal(params: list[Tensor], others: list[Tensor]) -> None:
         assert torch.equal(p, q)
 
 
-def test_processes_save_and_load_what_they_share() -> None:
+def test_processes_save_and_load_what_they_share(tmp_path: Path) -> None:
     """FSDP2 and tensor parallelism, by torch.distributed.checkpoint: a run that was stopped goes on alike."""
-    result = torchrun(2, str(Path(__file__).with_name("protocols.py")))
-    assert result.returncode == 0, result.stderr[-4000:]
+    forked(2, "protocols", tmp_path)
 
 
 @pytest.mark.parametrize("optimizer_class", CLASSES)
