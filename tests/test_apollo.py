@@ -1,6 +1,6 @@
 """APOLLO against an fp64 oracle, its limits, the life of its state, and parts of a matrix that processes share.
 
-Run by torchrun, this file checks the last of these: ``torchrun … tests/test_apollo.py``.
+`main` checks the last of these, in each of two processes.
 """
 
 import copy
@@ -458,4 +458,3 @@ def main() -> None:
         check_parts(mesh, in_8_bits, shape, dim, torch.float32, 0.05)
     check_refusal(mesh)
     distributed.destroy_process_group()
-
