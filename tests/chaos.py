@@ -16,6 +16,7 @@ The command line is called as a user would, in a process of its own, forked from
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -112,6 +113,7 @@ def start(flags: list[str], log: Path, prepare: Callable[[], None]) -> int:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        gc.freeze()
         run._planned_peak = lambda *_: None  # half the time of so small a run, and no part of what must survive
         prepare()
         sys.argv = ["galore-pretrain", *flags]

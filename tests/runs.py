@@ -4,6 +4,7 @@ To start Python and import torch takes longer than such a run. So a run is a pro
 in which all is imported already. Where the start itself is what is tested, `command` is for subprocess.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -87,6 +88,7 @@ def start(
 def execute(
     script: str, arguments: tuple[str, ...], stdout: Path, stderr: Path, environment: dict[str, str], folder: Path
 ) -> None:
+    gc.freeze()  # as the command line does with what it imports: no search for garbage goes through all of that
     for file, number in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()

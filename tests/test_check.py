@@ -44,12 +44,10 @@ SAID = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _known_garbage() -> Iterator[None]:
+def _known_garbage() -> None:
     """Nothing that other tests have made is searched for garbage, again and again, by the check of plans."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
