@@ -322,17 +322,17 @@ def test_bad_text_stops_with_a_checkpoint_and_can_be_left_out(tiny_config: str, 
     lines_of_text[5000] = '{"text": "half of a pair: \\ud83d"}'
     (tmp_path / "text.jsonl").write_text("\n".join(lines_of_text))
     (tmp_path / "held-out.jsonl").write_text("\n".join(lines_of_text[:500]))
-    flags = ("--data", str(tmp_path / "text.jsonl"), "--tokenizer", "sample", "--steps", "1200", "--eval-every", "2000")
+    flags = ("--data", str(tmp_path / "text.jsonl"), "--tokenizer", "sample", "--steps", "300", "--eval-every", "500")
     flags += ("--eval-data", str(tmp_path / "held-out.jsonl"))
-    flags += ("--save-every", "2000", "--max-length", "4")
+    flags += ("--save-every", "500", "--max-length", "4", "--total-batch-size", "16")
     stopped = run(tiny_config, tmp_path / "run", *flags)
     assert stopped.returncode == 2, stopped.stderr
     assert "text.jsonl line 5001 has half a surrogate pair" in stopped.stderr.splitlines()[-1]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert saved.name == f"step_{len(lines(tmp_path / 'run')):08d}" > "step_00001000"
+    assert saved.name == f"step_{len(lines(tmp_path / 'run')):08d}" > "step_00000250"
     done = run(tiny_config, tmp_path / "run", *flags, "--bad-data", "skip")
     assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 1201))
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 301))
 
 
 class Bomb:
