@@ -417,9 +417,10 @@ def _count_empty(before: int, documents: int, contents: Sequence[Sized]) -> int:
 class Batch:
     """A process's rows of one update, and the position after the rows of all processes.
 
-    ``input_ids`` and ``labels`` are (sequences × length, int64), in which ``tokens`` ids are not padding. ``check`` is
-    a checksum of what all processes should have read alike. ``places``, of the same shape, has each token's place in
-    its document, counted from 0; None where documents are joined.
+    ``input_ids`` and ``labels`` are (sequences × length, int64), in which ``tokens`` ids are not padding. Of labelled
+    texts, ``labels`` are one a sequence: classes (int64) or scores (float32). ``check`` is a checksum of what all
+    processes should have read alike. ``places``, of the shape of ``input_ids``, has each token's place in its document,
+    counted from 0; None where documents are joined.
     """
 
     input_ids: Tensor

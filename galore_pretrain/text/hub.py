@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -18,6 +18,8 @@ from galore_pretrain.errors import InputError, did_you_mean
 
 C4 = "allenai/c4"
 """The repository of the GaLore paper's data set."""
+GLUE = "nyu-mll/glue"
+"""The repository of GLUE, the benchmark of the paper's fine-tuning."""
 T5 = ("google-t5/t5-base", "spiece.model")
 """The repository and the file of the tokenizer of the GaLore paper's C4 runs."""
 PATIENCE = 30 * 60.0
@@ -129,6 +131,38 @@ def download_model(repository: str, file: str, *, revision: str | None = None, g
     Where the hub is busy, broken or cut off it is asked again, for seconds, or for half an hour by what ``goes_on``; a
     file of which a part is there is gone on with. Raises InputError where it cannot be fetched.
     """
+
+    def told(error: Exception) -> InputError:
+        return unreachable_model(repository, file, error)
+
+    return _patiently_downloaded("model", repository, file, revision, f"--init {repository}", told, goes_on=goes_on)
+
+
+def download_glue(file: str, flag: str, *, revision: str | None = None) -> Path:
+    """Return the path of a file of GLUE's repository, from the cache if it is there. ``flag`` is what messages name.
+
+    Of a ``revision``, which only a hub that has answered before can have told, the hub is asked for half an hour; else
+    for seconds. Raises InputError where the file cannot be fetched.
+    """
+
+    def told(error: Exception) -> InputError:
+        return unreachable_glue(file, flag, error)
+
+    goes_on = revision is not None
+    return _patiently_downloaded("dataset", GLUE, file, revision, flag, told, goes_on=goes_on)
+
+
+def _patiently_downloaded(
+    kind: str,
+    repository: str,
+    file: str,
+    revision: str | None,
+    flag: str,
+    told: Callable[[Exception], InputError],
+    *,
+    goes_on: bool,
+) -> Path:
+    """Do the work of `download_model` for a repository of this ``kind``; raise what is ``told`` of the last error."""
     import huggingface_hub
 
     patience = PATIENCE if goes_on else _FIRST_PATIENCE
@@ -136,15 +170,15 @@ def download_model(repository: str, file: str, *, revision: str | None = None, g
     wait = 1.0
     while True:
         try:
-            found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+            found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision, repo_type=kind)
             if isinstance(found, str):
                 return Path(found)
-            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, repo_type=kind))
         except Exception as error:  # the hub library raises classes of two HTTP clients besides its own
             is_over = time.monotonic() + wait - began > patience
             if is_over or not is_passing(error) or (_is_refusal(error) and not goes_on):
-                raise unreachable_model(repository, file, error) from error
-            log.warning("--init %s: %s does not come (%s); asking again", repository, file, first_line(error))
+                raise told(error) from error
+            log.warning("%s: %s does not come (%s); asking again", flag, file, first_line(error))
         time.sleep(wait)
         wait = min(2 * wait, LONGEST)
 
@@ -164,6 +198,16 @@ def unreachable_model(repository: str, file: str, error: Exception) -> InputErro
         f"--init {repository}: no such folder here, and {file} cannot be fetched from the hub ({first_line(error)}); "
         "try again, which goes on with what is there, or name a folder"
     )
+
+
+def unreachable_glue(file: str, flag: str, error: Exception) -> InputError:
+    """Return the error that a file of GLUE's repository cannot be fetched; it names the way on without a hub."""
+    import huggingface_hub
+
+    way_out = "give --data FOLDER with files of your own"
+    if isinstance(error, huggingface_hub.errors.RemoteEntryNotFoundError):
+        return AbsentError(f"{flag}: {GLUE} of the hub has no {file}; {way_out}")
+    return InputError(f"{flag}: {file} of {GLUE} cannot be fetched from the hub ({first_line(error)}); {way_out}")
 
 
 def unreachable_data(what: str, error: Exception) -> InputError:

@@ -122,7 +122,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def _open(path: Path) -> Any:
+def open_decompressed(path: Path) -> Any:
     """Open a file for reading the bytes that it holds once decompressed."""
     opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
@@ -163,7 +163,7 @@ def _lines_of_bytes(path: Path) -> Iterator[bytes]:
     number = 0
     unfinished: list[bytes] = []  # parts of a line whose end was not read yet
     try:
-        with _open(path) as stream:
+        with open_decompressed(path) as stream:
             while part := stream.read1(_PART):
                 *ends, rest = part.split(b"\n")
                 for end in ends:
@@ -215,7 +215,7 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
         if isinstance(document, list):
             way_out += "; jq -c '.[]' makes them of a JSON array"
         if isinstance(document, dict):
-            way_out += f"; its keys: {_listed(document)}"
+            way_out += f"; its keys: {listed(document)}"
             if key not in document:
                 way_out += f"; {_OTHER_KEY}, as with jq -c '{{\"{key}\": .KEY}}'"
         return Flaw(f'line {number} has no string under "{key}"', way_out=way_out)
@@ -280,10 +280,10 @@ def _text_of_cell(row: list[str], column: int, number: int) -> str | Flaw:
 
 def _no_column(key: str, columns: list[str]) -> tuple[str, str]:
     """Return what is wrong with a file without the column of the text, and the way out."""
-    return f'has no column "{key}"', f"its columns: {_listed(columns)}; {_OTHER_KEY}"
+    return f'has no column "{key}"', f"its columns: {listed(columns)}; {_OTHER_KEY}"
 
 
-def _listed(names: Collection[str]) -> str:
+def listed(names: Collection[str]) -> str:
     """Return keys or columns for a message: the first few, each shortened, since they may be text of any length."""
     shown = [_shortened(name) for name in islice(names, _NAMED)]
     more = len(names) - len(shown)
