@@ -102,8 +102,10 @@ def test_help_needs_no_torch() -> None:
         "config",
         "errors",
         "optim.methods",
+        "text.glue",
         "text.hub",
         "text.sources",
+        "text.tables",
         "text.tokenizer",
         "study.sweep",
     )

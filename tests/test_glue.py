@@ -243,7 +243,7 @@ def test_a_folder_without_the_split_is_told(tmp_path: Path) -> None:
     missing = refused(tmp_path / "rtf")
     assert f"no such folder; did you mean {tmp_path / 'rte'}? give one with files named train*" in missing
     write(tmp_path / "train.csv", records())
-    assert "no such folder" in refused(tmp_path / "train.csv")
+    assert "train.csv: is a file; give the folder of the files that are named train*" in refused(tmp_path / "train.csv")
 
 
 @pytest.mark.parametrize("other", ["train.csv.gz", "train-00000-of-00001.parquet"])

@@ -203,6 +203,8 @@ def _files(task: Task, data: str, split: str) -> list[Path]:
     Raises InputError where there are none, or where they are of several kinds, which mostly hold the same.
     """
     folder = Path(data)
+    if folder.is_file():
+        raise InputError(f"--data {data}: is a file; give the folder of the files that are named {split}*")
     if not folder.is_dir():
         raise InputError(
             f"--data {data}: no such folder; {did_you_mean(data)}give one with files named {split}*, or leave it out "
