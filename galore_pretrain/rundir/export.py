@@ -68,7 +68,7 @@ def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenize
     mode = (aside / "config.json").stat().st_mode
     for file in aside.glob("*.safetensors"):
         file.chmod(mode)
-    for file in aside.iterdir():
+    for file in aside.rglob("*"):
         sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
@@ -110,6 +110,9 @@ def _name_beginning(file: Path) -> None:
     if not file.exists():  # a SentencePiece model alone
         return
     settings = json.loads(file.read_text())
+    templates = [*file.parent.glob("chat_template*.jinja"), *file.parent.glob("chat_templates/*")]
+    if any("bos_token" in template.read_text() for template in templates):  # which would write it then
+        return
     if settings.get("bos_token") is None and settings.get("eos_token") is not None:
         _amend(file, {"bos_token": settings["eos_token"], "add_bos_token": False})
 
@@ -138,7 +141,9 @@ def try_export(architecture: Architecture, tokenizer: Tokenizer, texts: Sequence
             error,
         )
         return
-    special = [token.content for token in exported.added_tokens_decoder.values()]
+    special: list[str] = []
+    if exported.split_special_tokens:  # where there is a chat template, they are for prompts to write
+        special = [token.content for token in exported.added_tokens_decoder.values()]
     samples = [*PROBES, *special, *(f"a {token} b" for token in special), *texts]
     differing: list[str] = []
     for sample in samples:

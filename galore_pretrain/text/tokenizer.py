@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 import tempfile
+import threading
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -44,6 +45,8 @@ _CHARACTERS = 6  # of a text that are tried for each token wanted: English has s
 _MODEL_FILES = ("spiece.model", "tokenizer.model")  # as T5's and LLaMA's classes of transformers look for them
 _OTHER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")  # of which transformers makes one
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # what a vocabulary with bytes to fall back on calls them
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks answers in a chat template, for transformers too
+_RENDERING = threading.Lock()  # what is marked, transformers notes in an object that all users of a template share
 
 log = logging.getLogger(__name__)
 
@@ -255,15 +258,14 @@ def _not_normalized(form: str) -> str:
 
 
 def _save_plain(form: "tokenizers.Tokenizer", folder: Path, model_max_length: int, settings: dict[str, Any]) -> None:
-    """Save a tokenizer as a plain fast one of transformers. It adds no marker to a text, and takes none from it."""
+    """Save a tokenizer as a plain fast one of transformers, with ``settings``.
+
+    It adds no marker to a text. It takes none from it either, unless they say so.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    plain = PreTrainedTokenizerFast(
-        tokenizer_object=form,
-        model_max_length=model_max_length,
-        split_special_tokens=True,
-        **settings,
-    )
+    settings = {"split_special_tokens": True, **settings}
+    plain = PreTrainedTokenizerFast(tokenizer_object=form, model_max_length=model_max_length, **settings)
     plain.save_pretrained(folder)
 
 
@@ -410,6 +412,63 @@ class HuggingFaceTokenizer:
         """Return the text of token ids, without control tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
+    @property
+    def has_template(self) -> bool:
+        """Return whether the tokenizer has a chat template."""
+        return bool(self._tokenizer.chat_template)
+
+    @property
+    def template_fingerprint(self) -> str:
+        """Return the SHA-256 of all that decides on what the chat template writes."""
+        content = json.dumps([self._tokenizer.chat_template, self._tokenizer.special_tokens_map], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def added_ids(self) -> list[int]:
+        """List the ids of all added tokens, those of markers among them."""
+        return sorted(self._tokenizer.added_tokens_decoder)
+
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, asks: bool
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """Return what the chat template writes of messages, and the spans of characters that it marks as generated.
+
+        It is what ``apply_chat_template`` tokenizes. ``asks``: with what stands before an answer. The spans are None
+        where the template marks none. Raises whatever the template does, and InputError where jinja2 is too old.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self._tokenizer.get_chat_template(None, tools)
+        marks = _GENERATION.search(template) is not None
+        try:
+            with _RENDERING:
+                rendered, spans = render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=template,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=asks,
+                    **self._tokenizer.special_tokens_map,
+                )
+        except ImportError as error:
+            raise InputError(f"--tokenizer {self.name}: no chat template can be used ({first_line(error)})") from error
+        return rendered[0], spans[0] if marks else None
+
+    def encode_rendered(self, text: str) -> tuple[Ids, Ids]:
+        """Return the ids of what a chat template wrote, and the first character of each token and the one behind it.
+
+        Special tokens stand for themselves, whoever wrote them. Ids are (tokens), characters (tokens × 2).
+        """
+        encoding = self._rendered_form.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+
+    @cached_property
+    def _rendered_form(self) -> "tokenizers.Tokenizer":
+        """Return the plain form that takes special tokens from a text."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(self._plain.to_str())
+
     def _without_control(self, ids: list[int]) -> list[int]:
         """Return ids with the unknown token, if there is one, in place of each control token."""
         # The last guard: a control token of one character (``!`` for padding) cannot be spelled by others.
@@ -455,6 +514,9 @@ class HuggingFaceTokenizer:
         for role, token in self._tokenizer.special_tokens_map.items():
             if isinstance(token, str) and self.vocabulary.get(token, vocabulary) < vocabulary:
                 settings[role] = token
+        if self.has_template:  # which writes special tokens into what is tokenized
+            settings["chat_template"] = self._tokenizer.chat_template
+            settings["split_special_tokens"] = False
         _save_plain(form, folder, model_max_length, settings)
 
     def added_words(self) -> list[str]:
@@ -469,7 +531,7 @@ class Begun:
     def __init__(self, plain: Tokenizer) -> None:
         if plain.bos_id is None:
             raise InputError(f"--bos yes: --tokenizer {plain.name} has no token for a beginning; leave it out")
-        self._plain = plain
+        self.plain = plain
         self._marker = np.array([plain.bos_id], np.int32)
         self.name = plain.name
         self.vocab_size = max(plain.vocab_size, plain.bos_id + 1)
@@ -482,32 +544,32 @@ class Begun:
     @property
     def vocabulary_fingerprint(self) -> str:
         """Return the other tokenizer's."""
-        return self._plain.vocabulary_fingerprint
+        return self.plain.vocabulary_fingerprint
 
     def encode(self, texts: list[str], first: int | None = None) -> list[Ids]:
         """Return the marker and the token ids of each text."""
-        all_ids = self._plain.encode(texts, first)
+        all_ids = self.plain.encode(texts, first)
         return [np.concatenate([self._marker, ids]) if len(ids) else ids for ids in all_ids]
 
     def byte_ends(self, text: str, first: int | None = None) -> Ends:
         """Return where the marker ends, which is at once, and where the text of each token does."""
-        ends = self._plain.byte_ends(text, first)
+        ends = self.plain.byte_ends(text, first)
         return np.concatenate([[0], ends]) if len(ends) else ends
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, without control tokens."""
-        return self._plain.decode(ids)
+        return self.plain.decode(ids)
 
     def files(self) -> dict[str, bytes]:
         """Return the other tokenizer's files."""
-        return self._plain.files()
+        return self.plain.files()
 
     def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
         """Write what ``AutoTokenizer`` needs to begin each text with the marker too."""
         from tokenizers import Tokenizer as Form
         from tokenizers import processors
 
-        self._plain.save(folder, model_max_length, vocabulary)
+        self.plain.save(folder, model_max_length, vocabulary)
         file = folder / "tokenizer.json"
         if not file.is_file():  # a SentencePiece model that transformers has no like of
             return
@@ -549,10 +611,11 @@ def _makes(form: "tokenizers.Tokenizer", token: str, is_unknown: bool) -> bool:
     return False
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, with_template: bool = False) -> Tokenizer:
     """Load ``t5`` (from the hub), ``sample`` (shipped), a ``.model`` file, or a folder's, a run's or a repository's.
 
-    Raises InputError for what is none of these, and where the hub is needed and cannot be reached.
+    ``with_template``: where it has a chat template, by what knows it. Raises InputError for what is none of these, and
+    where the hub is needed and cannot be reached.
     """
     path = find_tokenizer(name)
     if name == "t5":
@@ -562,16 +625,17 @@ def load_tokenizer(name: str) -> Tokenizer:
         return HuggingFaceTokenizer(name, name)
     if path.is_file():
         return SentencePieceTokenizer(path, name)
-    return load_folder(path, name)
+    return load_folder(path, name, with_template=with_template)
 
 
 # A folder may hold a SentencePiece model and what transformers makes of it. What transformers gives is what the folder
 # is known by: it has the tokens that were added, and a file named tokenizer.model may be of another kind (tiktoken's).
 # SentencePiece's own is the faster one. So it is used where both are the same.
-def load_folder(folder: Path, name: str) -> Tokenizer:
+def load_folder(folder: Path, name: str, *, with_template: bool = False) -> Tokenizer:
     """Load the tokenizer that transformers finds in a folder, by SentencePiece itself where that gives the same ids.
 
-    ``name`` is what messages call it. Raises InputError where the folder holds none that can be used.
+    ``name`` is what messages call it. ``with_template``: SentencePiece, which knows no chat template, is not used where
+    there is one. Raises InputError where the folder holds none that can be used.
     """
     models = [folder / file for file in _MODEL_FILES if (folder / file).is_file()]
     has_json = (folder / "tokenizer.json").is_file()
@@ -590,6 +654,8 @@ def load_folder(folder: Path, name: str) -> Tokenizer:
             raise
         log.warning("%s; %s is used by itself, without what tokenizer_config.json says", error, models[0])
         return SentencePieceTokenizer(models[0], name)
+    if with_template and whole.has_template:
+        return whole
     try:
         direct = SentencePieceTokenizer(models[0], name)
     except InputError:
