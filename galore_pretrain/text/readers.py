@@ -1,6 +1,7 @@
 """The documents of one local file: lines of JSON, parquet or plain text, compressed or not.
 
-A position is a number of lines, rows or passages, so reading goes on anywhere; what is no document has a position too.
+A document is the text under a key, or what a `Record` makes of a whole object. A position is a number of lines, rows or
+passages, so reading goes on anywhere; what is no document has a position too.
 """
 
 import bz2
@@ -12,8 +13,8 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,16 +53,20 @@ class Flaw:
 
 Entries = Iterator[tuple[int, str | Flaw]]
 """Documents and flaws, each with the position after it."""
+Record = Callable[[object], str | Flaw]
+"""Makes the text of a whole object or row, or says what is wrong with it in words that may follow ``line 7``."""
 
 
-def read(path: Path, start: int, key: str = TEXT_KEY, passages: int = CUT_LINES) -> Entries:
+def read(path: Path, start: int, key: str | Record = TEXT_KEY, passages: int = CUT_LINES) -> Entries:
     """Yield the documents of a file from position ``start`` on, each with the position after it.
 
-    ``key`` is the key or the column of the text; a ``.txt`` has none, and is cut by the rule ``passages``. Raises
-    OSError where the system cannot read the file, which may pass.
+    ``key`` is the key or the column of the text, or makes it of the whole object or row. A ``.txt`` has none, and is
+    cut by the rule ``passages``. Raises OSError where the system cannot read the file, which may pass.
     """
     kind = kind_of(path)
     if kind == ".txt":
+        if not isinstance(key, str):
+            return iter([(start, Flaw("is plain text, which has no keys", is_end=True, way_out="leave it out"))])
         return _read_txt(path, start, passages)
     reader = _READERS[kind]
     return reader(path, start, key)
@@ -99,6 +104,14 @@ def is_text(value: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def text_of(document: object, where: str, record: Record) -> str | Flaw:
+    """Return the text that ``record`` makes of an object or a row, or a flaw that says ``where`` it is."""
+    text = record(document)
+    if isinstance(text, Flaw):
+        return replace(text, what=f"{where} {text.what}")
+    return text
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -184,7 +197,7 @@ def _lines_of_bytes(path: Path) -> Iterator[bytes]:
 # -- kinds of files ---------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(path: Path, start: int, key: str) -> Entries:
+def _read_jsonl(path: Path, start: int, key: str | Record) -> Entries:
     """Yield the text of each line's object; a position is a number of lines, blank ones included."""
     number = start
     lines = islice(_lines(path), start, None)
@@ -196,8 +209,8 @@ def _read_jsonl(path: Path, start: int, key: str) -> Entries:
         yield number, error.flaw
 
 
-def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
-    """Return the string under ``key`` of a line of JSON."""
+def _text_of_line(line: bytes, number: int, key: str | Record) -> str | Flaw:
+    """Return the string under ``key`` of a line of JSON, or what it makes of the line."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -207,6 +220,8 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
         if isinstance(error, UnicodeDecodeError) and error.encoding == "utf-8":
             way_out = _FROM_LATIN_1
         return Flaw(f"line {number} is not JSON ({error})", way_out=way_out)
+    if not isinstance(key, str):
+        return text_of(document, f"line {number}", key)
     text = None
     if isinstance(document, dict):
         text = document.get(key)
@@ -224,8 +239,11 @@ def _text_of_line(line: bytes, number: int, key: str) -> str | Flaw:
     return text
 
 
-def _read_csv(path: Path, start: int, key: str) -> Entries:
-    """Yield the texts of the column ``key`` of a file of comma-separated values; a position is a number of rows."""
+def _read_csv(path: Path, start: int, key: str | Record) -> Entries:
+    """Yield the texts of the column ``key`` of a file of comma-separated values, or what it makes of rows.
+
+    A position is a number of rows.
+    """
     # A field in quotes may hold line ends, so rows can only be counted from the file's beginning. Bytes that are no
     # UTF-8 become half surrogate pairs on the way through the parser, which show in the text of their own row alone. A
     # quote that is never closed would take the rest of the file into one field; `strict` makes that an error.
@@ -236,14 +254,17 @@ def _read_csv(path: Path, start: int, key: str) -> Entries:
         header = next((row for row in rows if row), None)
         if header is None:
             return
-        if key not in header:
+        if isinstance(key, str) and key not in header:
             what, way_out = _no_column(key, header)
             yield start, Flaw(what, is_end=True, way_out=way_out)
             return
-        column = header.index(key)
         for number, row in enumerate(rows, 1):
-            if number > start and row:
-                yield number, _text_of_cell(row, column, number)
+            if number <= start or not row:
+                continue
+            if isinstance(key, str):
+                yield number, _text_of_cell(row, header.index(key), number)
+            else:
+                yield number, text_of(dict(zip(header, row, strict=False)), f"row {number}", key)
     except csv.Error as error:
         yield number, Flaw(f"cannot be read after row {number} ({_explained(error)})", is_end=True)
     except _BrokenError as error:
@@ -299,8 +320,8 @@ def _shortened(name: str) -> str:
     return repr(name)
 
 
-def _read_parquet(path: Path, start: int, key: str) -> Entries:
-    """Yield the texts of the column ``key``; a position is a number of rows."""
+def _read_parquet(path: Path, start: int, key: str | Record) -> Entries:
+    """Yield the texts of the column ``key``, or what it makes of rows; a position is a number of rows."""
     # Rows are decoded a row group at a time, so one that cannot be decoded takes all rows of its group with it. Groups
     # that end before `start` are passed over by their number of rows, which stands in the file's footer.
     import pyarrow.parquet
@@ -314,7 +335,7 @@ def _read_parquet(path: Path, start: int, key: str) -> Entries:
             raise
         yield start, Flaw(f"cannot be read as parquet ({error})", is_end=True)
         return
-    if key not in names:
+    if isinstance(key, str) and key not in names:
         what, way_out = _no_column(key, names)
         yield start, Flaw(what, is_end=True, way_out=way_out)
         return
@@ -327,23 +348,27 @@ def _read_parquet(path: Path, start: int, key: str) -> Entries:
             continue
         skipped = max(0, start - group_start)
         try:
-            column = file.read_row_group(group, columns=[key]).column(0)
+            table = file.read_row_group(group, columns=[key] if isinstance(key, str) else None)
         except unreadable as error:
             if not _is_fault_of_file(error):
                 raise
             what = f"rows {group_start + 1} to {group_end} cannot be read ({error})"
             yield group_end, Flaw(what, documents=rows)
             continue
-        for row, text in enumerate(column[skipped:], group_start + skipped + 1):
-            yield row, _text_of_row(text, row)
+        columns = [column[skipped:] for column in table.columns]
+        for row, scalars in enumerate(zip(*columns, strict=True), group_start + skipped + 1):
+            yield row, _text_of_row(dict(zip(table.column_names, scalars, strict=True)), row, key)
 
 
-def _text_of_row(scalar: Any, row: int) -> str | Flaw:
-    """Return the string that a scalar of pyarrow holds."""
+def _text_of_row(scalars: Mapping[str, Any], row: int, key: str | Record) -> str | Flaw:
+    """Return the string that a row of scalars of pyarrow holds under ``key``, or what it makes of the row."""
     try:
-        text = scalar.as_py()
+        values = {name: scalar.as_py() for name, scalar in scalars.items()}
     except UnicodeDecodeError as error:
         return Flaw(f"row {row} is not UTF-8 ({error.reason} at byte {error.start})")
+    if not isinstance(key, str):
+        return text_of(values, f"row {row}", key)
+    text = values[key]
     if not isinstance(text, str):
         return Flaw(f"row {row} has no text ({type(text).__name__}: {repr(text)[:40]})")
     return text
@@ -457,7 +482,7 @@ def _in_parts(line: str) -> Iterator[str]:
     yield line[start:]
 
 
-_READERS: dict[str, Callable[[Path, int, str], Entries]] = {
+_READERS: dict[str, Callable[[Path, int, str | Record], Entries]] = {
     ".json": _read_jsonl,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,

@@ -35,7 +35,7 @@ from galore_pretrain.text.hub import (
     status_of,
     unreachable_data,
 )
-from galore_pretrain.text.readers import TEXT_KEY, Flaw
+from galore_pretrain.text.readers import TEXT_KEY, Flaw, Record
 
 Split = str  # "train" or "validation"
 _HELD_OUT = 50  # one document in so many is validation where no file is
@@ -76,14 +76,15 @@ def open_source(
     eval_data: str | Sequence[str] | None = None,
     bad_data: str = "raise",
     revision: str | None = None,
-    text_key: str = TEXT_KEY,
+    text_key: str | Record = TEXT_KEY,
 ) -> DocumentSource:
     """Open the documents of ``--data``: ``c4``, ``hub:ORG/NAME[:CONFIG]``, ``sample``, or a file, folder or glob.
 
     Several paths are one text of all their files. The two splits are disjoint. ``eval_data`` is a path, or several,
     whose documents are all validation, and whose files are left out of the training split. ``bad_data`` says what
     becomes of documents that cannot be read: see `BadData`. ``revision`` is the hub's commit. ``text_key`` names the
-    key or the column of the text. Raises InputError where ``--data`` is none of these, or nothing is left to train on.
+    key or the column of the text, or makes it of a whole object or row. Raises InputError where ``--data`` is none of
+    these, or nothing is left to train on.
     """
     # What makes the splits disjoint: those of the hub are, and where it has no validation split, a checksum decides as
     # it does for local files. The sample is split by file. Of local files, the validation split is what --eval-data
@@ -101,7 +102,7 @@ def open_source(
             text.repository, text.config, split, BadData(bad_data), revision, text_key, holds_out=not eval_paths
         )
     if data == "sample":
-        if not eval_paths:
+        if not eval_paths or not isinstance(text_key, str):
             _refuse_key(data, text_key)
         return sample_source(split)
     paths = [data] if isinstance(data, str) else data
@@ -335,9 +336,10 @@ class LocalFiles:
     """Files of ``.json``/``.jsonl`` lines, ``.csv``, ``.parquet``, or ``.txt``.
 
     Each may be compressed (``.gz .bz2 .xz .zst``). ``keep`` decides by its text whether a document is of this split.
-    ``text_key`` is the text's key or column. Of files that are ``whole``, all documents are of this split. Plain text
-    is cut by the rule ``passages``: see `readers.CUT_LINES`. ``titles`` are lines for the log, which say what is read
-    of each path, and ``parts`` the shards of each. Raises InputError where a file cannot be read.
+    ``text_key`` is the text's key or column, or makes it of a whole object or row. Of files that are ``whole``, all
+    documents are of this split. Plain text is cut by the rule ``passages``: see `readers.CUT_LINES`. ``titles`` are
+    lines for the log, which say what is read of each path, and ``parts`` the shards of each. Raises InputError where a
+    file cannot be read.
     """
 
     def __init__(
@@ -345,7 +347,7 @@ class LocalFiles:
         files: list[Path],
         bad_data: BadData | None = None,
         keep: Callable[[str], bool] | None = None,
-        text_key: str = TEXT_KEY,
+        text_key: str | Record = TEXT_KEY,
         whole: Collection[Path] = (),
         passages: int = readers.CUT_LINES,
     ) -> None:
@@ -416,7 +418,7 @@ def local_source(
     split: Split,
     bad_data: BadData,
     evaluated: list[TextFile] | None = None,
-    text_key: str = TEXT_KEY,
+    text_key: str | Record = TEXT_KEY,
 ) -> LocalFiles:
     """Open local files: of each path by its own rule, and all of them as one list of shards.
 
@@ -426,7 +428,8 @@ def local_source(
     selections = [select(path) for path in paths]
     _refuse_shared(paths, selections)
     training = [file for selection in selections for file in selection.training]
-    if evaluated is None and all(readers.kind_of(file.path) == ".txt" for file in training):
+    is_plain = all(readers.kind_of(file.path) == ".txt" for file in training)
+    if is_plain and (evaluated is None or not isinstance(text_key, str)):
         _refuse_key(" + ".join(paths), text_key)
     evaluated_texts = frozenset(file.text for file in evaluated or [])
     files: list[Path] = []
@@ -462,8 +465,10 @@ def _refuse_shared(paths: Sequence[str], selections: Sequence[Selection]) -> Non
             holders[text] = path
 
 
-def _refuse_key(data: str, text_key: str) -> None:
-    """Raise InputError where a key is named for text that has none."""
+def _refuse_key(data: str, text_key: str | Record) -> None:
+    """Raise InputError where a key is named for text that has none, or whole objects are wanted."""
+    if not isinstance(text_key, str):
+        raise InputError(f"--data {data} is plain text, which has no keys; give lines of JSON")
     if text_key != TEXT_KEY:
         raise InputError(f"--text-key {text_key}: --data {data} is plain text, which has no keys; leave it out")
 
@@ -531,7 +536,8 @@ class HubDataset:
 
     Its splits are the hub's own. Where there is no validation split, one document in fifty of the training split is
     held out by its checksum, unless ``holds_out`` is False. ``config`` is None for the repository's only or default
-    one. ``revision`` is the commit that is read, by default the newest. ``text_key`` names the column of the text.
+    one. ``revision`` is the commit that is read, by default the newest. ``text_key`` names the column of the text,
+    or makes it of a whole row.
 
     A hub that fails is asked again for half an hour. Raises InputError where it cannot be reached then, or where the
     repository has no such config, split or column.
@@ -544,7 +550,7 @@ class HubDataset:
         split: Split,
         bad_data: BadData | None = None,
         revision: str | None = None,
-        text_key: str = TEXT_KEY,
+        text_key: str | Record = TEXT_KEY,
         holds_out: bool = True,
     ) -> None:
         from huggingface_hub import HfApi
@@ -565,7 +571,7 @@ class HubDataset:
                 self.title = f"split train but for 1 document in {_HELD_OUT}"
         self._stream = streams.get(split, streams["train"])
         columns = self._stream.column_names
-        if columns is not None and text_key not in columns:
+        if columns is not None and isinstance(text_key, str) and text_key not in columns:
             raise InputError(f"--text-key {text_key}: {text} has no such column; choose one of {', '.join(columns)}")
         self.bad_data = bad_data or BadData()
         name = C4 if text == HubText(C4, "en") else str(text)
@@ -596,10 +602,9 @@ class HubDataset:
                     position += 1
                     failures = 0
                     cuts = 0
-                    text = row.get(self._text_key)
-                    if not readers.is_text(text):
-                        flaw = Flaw(f'document {position} has no string "{self._text_key}"')
-                        self.bad_data.bad(flaw, shard, self.shards)
+                    text = self._text_of(row, position)
+                    if isinstance(text, Flaw):
+                        self.bad_data.bad(text, shard, self.shards)
                     else:
                         self.bad_data.good()
                         if self._keep is None or self._keep(text):
@@ -622,6 +627,15 @@ class HubDataset:
                     raise unreachable_data(name, error) from error
                 log.warning("%s: %s; reconnecting at document %d", name, first_line(error), position)
                 time.sleep(min(2.0 ** (failures - 1), LONGEST))
+
+    def _text_of(self, row: Mapping[str, Any], position: int) -> str | Flaw:
+        """Return the text of a row."""
+        if not isinstance(self._text_key, str):
+            return readers.text_of(row, f"document {position}", self._text_key)
+        text = row.get(self._text_key)
+        if not isinstance(text, str) or not readers.is_text(text):
+            return Flaw(f'document {position} has no string "{self._text_key}"')
+        return text
 
 
 def _patiently(ask: Callable[[], Answer], text: HubText) -> Answer:
