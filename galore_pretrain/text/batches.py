@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby, islice, pairwise
 from operator import itemgetter
 from queue import Full, Queue
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -201,6 +201,19 @@ class Share:
 
 ALL = Share()
 _Tokenized = list[tuple[Position, Ids]]
+
+
+class Rows(Protocol):
+    """Lays out documents in rows: `TokenRows` those of text, `chat.ChatRows` conversations."""
+
+    @property
+    def kept(self) -> int | None:
+        """Return how many tokens of a document a row has room for; None where rows cut nothing away."""
+        ...
+
+    def __call__(self, documents: Iterable[_PlacedText], share: Share = ALL) -> Iterator[Row]:
+        """Yield all rows. Those outside of ``share`` may be empty."""
+        ...
 
 
 class TokenRows:
@@ -463,7 +476,7 @@ class TrainingData:
     def __init__(
         self,
         source: DocumentSource,
-        rows: TokenRows,
+        rows: Rows,
         sequences: int,
         seed: int,
         rank: int = 0,
@@ -548,7 +561,7 @@ def _checksum(rows: Sequence[Row]) -> int:
     return check
 
 
-def validation_rows(source: DocumentSource, rows: TokenRows, tokens: int, flag: str = "--data") -> list[Row]:
+def validation_rows(source: DocumentSource, rows: Rows, tokens: int, flag: str = "--data") -> list[Row]:
     """Return the source's first rows, as `in_turn` orders them, until they hold ``tokens`` real tokens, or all rows.
 
     Their ``label_bytes`` are counted. Their positions count the documents in that order. Raises InputError, which names

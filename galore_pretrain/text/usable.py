@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from galore_pretrain.text.tokenizer import Tokenizer
+from galore_pretrain.text.tokenizer import Ids, Tokenizer
 
 # All characters of Unicode's class Cc, but tab, newline, form feed and carriage return.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
@@ -67,11 +67,16 @@ def measure(texts: Sequence[str], tokenizer: Tokenizer, kept: int | None) -> Tex
     ``kept`` tokens of each have a place in a row; None where all have. What a tokenizer drops without an unknown token,
     or puts together in one, is not seen.
     """
+    return shares(texts, tokenizer.encode(list(texts)), tokenizer, kept)
+
+
+def shares(texts: Sequence[str], encoded: Sequence[Ids], tokenizer: Tokenizer, kept: int | None) -> TextShares:
+    """Measure the same of texts whose token ids are known."""
     unknown: list[int] = []
     control: list[int] = []
     cut = 0
     tokens = 0
-    for text, ids in zip(texts, tokenizer.encode(list(texts)), strict=True):
+    for text, ids in zip(texts, encoded, strict=True):
         tokens += len(ids)
         if kept is not None:
             cut += len(ids[kept:])

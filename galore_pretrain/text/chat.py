@@ -1,0 +1,529 @@
+"""Conversations to rows of tokens, in which the answers alone have labels.
+
+`ChatRows` stands where `batches.TokenRows` does. A document is an object of JSON: messages, which the tokenizer's own
+chat template turns to text, or a prompt and its completion. `ChatRows.record` makes such documents of the objects and
+rows that a source reads, and says which are none.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galore_pretrain.errors import InputError
+from galore_pretrain.text.batches import ALL, IGNORE, Position, Row, Share
+from galore_pretrain.text.hub import first_line
+from galore_pretrain.text.readers import Flaw, is_text
+from galore_pretrain.text.tokenizer import Begun, HuggingFaceTokenizer, Ids, Tokenizer
+from galore_pretrain.text.usable import TextShares, shares
+
+Message = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may say something. Which of them a chat template knows, it says by itself."""
+_ANSWERING = "assistant"
+_LINE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+_STRINGS = '{"prompt": "…", "completion": "…"}'
+_EXPECTED = f"each line is {_LINE} or {_STRINGS}"
+_PROBE = "answer"  # what is answered where it is tried how a template ends an answer
+_NAMED = 20  # keys that an error names at most
+_SHOWN = 40  # characters of a value that an error shows
+_BARREN = 100_000  # conversations in a row without a label, after which the data are refused rather than read for ever
+
+log = logging.getLogger(__name__)
+
+
+# -- conversations ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, the last of which answers, and the ``tools`` that they may use; labels begin at message ``first``."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    first: int = 0
+
+    @property
+    def answers(self) -> list[int]:
+        """List the numbers of the messages that have labels. One that nothing stands before answers nothing."""
+        numbers = range(max(1, self.first), len(self.messages))
+        return [number for number in numbers if self.messages[number]["role"] == _ANSWERING]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `conversation_of` makes this conversation of."""
+        document: dict[str, Any] = {"messages": self.messages}
+        if self.first:
+            document = {"prompt": self.messages[: self.first], "completion": self.messages[self.first :]}
+        if self.tools is not None:
+            document["tools"] = self.tools
+        return document
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text and how it goes on, without a template; the ``completion`` has labels."""
+
+    prompt: str
+    completion: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `conversation_of` makes this of."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
+
+class _UnfitError(Exception):
+    """An object that is no conversation: ``what`` is wrong, in words that may follow ``line 7``, and the way out."""
+
+    def __init__(self, what: str, way_out: str = _EXPECTED) -> None:
+        super().__init__(f"{what}; {way_out}")
+        self.what = what
+        self.way_out = way_out
+
+
+def record(document: object) -> str | Flaw:
+    """Return the conversation that an object or a row holds, as JSON without what else it holds; or what is wrong.
+
+    This is a `readers.Record` that knows no template: see `ChatRows.record`.
+    """
+    try:
+        text = json.dumps(conversation_of(document).as_json(), ensure_ascii=False)
+    except _UnfitError as error:
+        return Flaw(error.what, way_out=error.way_out)
+    except (TypeError, ValueError, RecursionError) as error:  # bytes or dates in a column, or what is nested too deep
+        return Flaw(f"cannot be written as JSON ({error})")
+    if not is_text(text):
+        return Flaw("has half a surrogate pair, which is no character")
+    return text
+
+
+def conversation_of(document: object) -> Conversation | Completion:
+    """Return what an object of JSON holds: messages, or a prompt and its completion.
+
+    These two are both strings or both messages. What comes behind the last answer is left out. Raises _UnfitError
+    where the object holds neither.
+    """
+    if not isinstance(document, dict):
+        raise _UnfitError("holds no object")
+    tools = document.get("tools") or None
+    if tools is not None and not _is_list_of_objects(tools):
+        raise _UnfitError('has "tools" that are no list of objects', 'write "tools" as a list of JSON schemas')
+    if document.get("messages") is not None:
+        messages = _messages(document["messages"], "messages")
+        return _conversation(messages, tools, first=0)
+    prompt, completion = document.get("prompt"), document.get("completion")
+    if prompt is None or completion is None:
+        keys = ", ".join(repr(str(key)[:_SHOWN]) for key in list(document)[:_NAMED])
+        raise _UnfitError('has neither "messages" nor "prompt" and "completion"', f"{_EXPECTED}; its keys: {keys}")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if tools is not None:
+            raise _UnfitError('has "tools", and no messages that a template writes', "leave them out")
+        if not completion.strip():
+            raise _UnfitError('has an empty "completion"')
+        return Completion(prompt, completion)
+    before = _messages(prompt, "prompt")
+    return _conversation(before + _messages(completion, "completion"), tools, first=len(before))
+
+
+def _conversation(messages: list[Message], tools: list[dict[str, Any]] | None, first: int) -> Conversation:
+    """Return messages as a conversation, up to the last answer. Raises _UnfitError where there is none."""
+    answers = Conversation(messages, tools, first).answers
+    if not answers:
+        raise _UnfitError(f'has no answer: no message of role "{_ANSWERING}" behind another')
+    return Conversation(messages[: answers[-1] + 1], tools, first)
+
+
+def _messages(value: object, key: str) -> list[Message]:
+    """Return the messages under a key, each without what is null. Raises _UnfitError where one is not as it must be."""
+    if not isinstance(value, list) or not value:
+        raise _UnfitError(f'has no list of messages under "{key}"')
+    return [_message(message, f'message {number} of "{key}"') for number, message in enumerate(value, 1)]
+
+
+def _message(value: object, which: str) -> Message:
+    """Return a message without what is null, as transformers passes it to a template; _UnfitError where it is none."""
+    if not isinstance(value, dict):
+        raise _UnfitError(f"has no object as {which}")
+    message = {key: content for key, content in value.items() if content is not None}
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise _UnfitError(f"has {which} of role {repr(role)[:_SHOWN]}", f"rename it to one of {', '.join(ROLES)}")
+    if content is None and message.get("tool_calls"):
+        return message
+    if not isinstance(content, str):
+        raise _UnfitError(f"has {which} whose content is no string ({repr(content)[:_SHOWN]})")
+    if role == _ANSWERING and not content.strip() and not message.get("tool_calls"):
+        raise _UnfitError(f"has {which}, an answer, without content")
+    return message
+
+
+def _is_list_of_objects(value: object) -> bool:
+    """Return whether ``value`` is a list of objects."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+# -- the template -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A ``text``, its token ids, and which of them are an answer's (tokens, bool)."""
+
+    text: str
+    ids: Ids
+    is_answer: NDArray[np.bool_]
+
+
+def template_of(tokenizer: Tokenizer) -> "ChatTemplate | None":
+    """Return a tokenizer's chat template, or None where it has none."""
+    if isinstance(tokenizer, Begun):  # a template writes the marker of a beginning by itself
+        tokenizer = tokenizer.plain
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.has_template:
+        return ChatTemplate(tokenizer)
+    return None
+
+
+class ChatTemplate:
+    """A tokenizer's own template of conversations, rendered by transformers' sandbox.
+
+    A model that has learned its answers ends them with one of the ids ``ends``: the end of a turn, as far as the
+    template has a token for it, and the tokenizer's end marker. ``fingerprint`` changes when the template does.
+    ``vocab_size`` is one more than the largest id of any token, since a template may write each.
+    """
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added = tokenizer.added_ids
+        self._is_told = False
+        self.ends = self._ends()
+        self.fingerprint = tokenizer.template_fingerprint
+        self.vocab_size = max(tokenizer.vocab_size, max(tokenizer.vocabulary.values()) + 1)
+
+    def _ends(self) -> list[int]:
+        """Return the end marker's id, and that of the first added token that the template writes behind an answer."""
+        ends = [self._tokenizer.eos_id]
+        tried = [{"role": "user", "content": "question"}, {"role": _ANSWERING, "content": _PROBE}]
+        text = self._prefix(tried, None, asks=False)
+        if text is None or _PROBE not in text:
+            return ends
+        ids, places = self._tokenizer.encode_rendered(text)
+        behind = text.rindex(_PROBE) + len(_PROBE)
+        for number, first in zip(ids.tolist(), places[:, 0].tolist(), strict=True):
+            if first >= behind and number in self._added:
+                return list(dict.fromkeys([*ends, number]))
+        return ends
+
+    def refusal(self, conversation: Conversation) -> str | None:
+        """Return why the template does not take a conversation; None where it does."""
+        try:
+            self._tokenizer.render(conversation.messages, conversation.tools, asks=False)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a template of somebody else's raises
+            return first_line(error)
+        return None
+
+    def asked(self, question: str) -> list[int]:
+        """Return the ids behind which the model answers a user's question. InputError where the template refuses it."""
+        messages = [{"role": "user", "content": question}]
+        text = self._prefix(messages, None, asks=True)
+        if text is None:
+            why = self.refusal(Conversation(messages))
+            raise InputError(f"--tokenizer {self._tokenizer.name}: its chat template refuses the question ({why})")
+        ids, _ = self._tokenizer.encode_rendered(text)
+        return [int(number) for number in ids]
+
+    # The whole conversation is tokenized as one, so that its ids are those of `apply_chat_template`. Answers are spans
+    # of its characters. A token that lies in one and in what stands before it (a word's space that ends the prompt)
+    # counts as the answer's, as it does for transformers; but not a marker, which may swallow the space behind it. An
+    # answer ends with the marker of its end: what the template writes behind that, a model never gets to write.
+    def tokenize(self, conversation: Conversation) -> Answered:
+        """Return a conversation's ids, and which of them are its answers', the marker of an answer's end included.
+
+        Raises InputError where the template does not tell the answers apart.
+        """
+        try:
+            text, marked = self._tokenizer.render(conversation.messages, conversation.tools, asks=False)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a template of somebody else's raises
+            raise InputError(
+                f"--tokenizer {self._tokenizer.name}: its chat template refuses a conversation ({first_line(error)})"
+            ) from error
+        if marked is None:
+            spans = self._spans(conversation, text)
+        else:
+            spans = self._spans_marked(conversation, text, marked)
+        ids, places = self._tokenizer.encode_rendered(text)
+        firsts, behinds = places[:, 0], places[:, 1]
+        is_added = np.isin(ids, self._added)
+        is_end = np.isin(ids, self.ends)
+        is_answer = np.zeros(len(ids), np.bool_)
+        for start, stop in spans:
+            is_inside = (behinds > start) & (firsts < stop) & ~(is_added & (firsts < start))
+            inside = np.flatnonzero(is_inside)
+            ends = np.flatnonzero(is_inside & is_end)
+            if len(ends):
+                is_inside[ends[-1] + 1 :] = False
+            elif len(inside) and is_end[inside[-1] + 1 : inside[-1] + 2].any():  # a template may mark the words alone
+                is_inside[inside[-1] + 1] = True
+            is_answer |= is_inside
+        return Answered(text, ids, is_answer)
+
+    # An answer is what is added to the conversation before it by its message, but for what already asks for it. That
+    # holds where the text of the whole conversation begins with both. Some templates write an earlier answer otherwise
+    # once the conversation goes on (Qwen3's leaves out thoughts). Such an answer stands there as no model has written
+    # it, so it has no label.
+    def _spans(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
+        """Return where the answers stand in the conversation's ``text``, found by rendering what comes before each."""
+        messages, tools = conversation.messages, conversation.tools
+        spans: list[tuple[int, int]] = []
+        for number in conversation.answers:
+            before = self._prefix(messages[:number], tools, asks=True)
+            through: str | None = text
+            if number + 1 < len(messages):
+                through = self._prefix(messages[: number + 1], tools, asks=False)
+            if before is None or through is None or not through.startswith(before) or not text.startswith(through):
+                continue
+            spans.append((len(before), len(through)))
+        if not spans:
+            raise self._error("does not extend: with an answer it does not begin as it does without")
+        if len(spans) < len(conversation.answers) and not self._is_told:
+            self._is_told = True
+            log.warning(
+                "--tokenizer %s: its chat template writes an answer otherwise once the conversation goes on, so there "
+                "the last answer alone has labels; to learn from all of them, end a conversation with each",
+                self._tokenizer.name,
+            )
+        return spans
+
+    def _spans_marked(
+        self, conversation: Conversation, text: str, marked: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Return those of the spans that the template itself has marked which have labels."""
+        begin = 0
+        if conversation.first:
+            before = self._prefix(conversation.messages[: conversation.first], conversation.tools, asks=True)
+            if before is None or not text.startswith(before):
+                raise self._error("does not extend: with a completion it does not begin as it does without")
+            begin = len(before)
+        spans = [(start, stop) for start, stop in marked if stop > max(begin, start)]
+        if not spans:
+            raise self._error("has {% generation %}, and marks no answer by it")
+        return spans
+
+    def _error(self, what: str) -> InputError:
+        """Return the error that the template does not tell answers apart."""
+        return InputError(
+            f"--tokenizer {self._tokenizer.name}: its chat template {what}; put {{% generation %}} and "
+            f"{{% endgeneration %}} around an answer in its chat_template.jinja, or give lines of {_STRINGS}"
+        )
+
+    def _prefix(self, messages: list[Message], tools: list[dict[str, Any]] | None, *, asks: bool) -> str | None:
+        """Return the text of the beginning of a conversation; None where the template does not take it."""
+        try:
+            text, _ = self._tokenizer.render(messages, tools, asks=asks)
+        except InputError:
+            raise
+        except Exception:  # whatever a template of somebody else's raises
+            return None
+        return text
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """The ids and labels of a conversation, of one length, as they stand in a row."""
+
+    input_ids: Ids
+    labels: Ids
+
+
+class ChatRows:
+    """Conversations as rows of ``max_length`` tokens, whole but for what is longer than a row, whose end is cut.
+
+    ``pad``: one conversation a row. ``pack``: as many as fit, in the order in which they come. The rest of a row is
+    padding. Answers have labels, and nothing else. A conversation whose answers are all cut away is left out, which a
+    warning says. ``tokenizer`` has to be loaded with its template, where it has one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, layout: str, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._template = template_of(tokenizer)
+        self._layout = layout
+        self._max_length = max_length
+
+    @property
+    def kept(self) -> int:
+        """Return how many tokens of a conversation a row has room for. The last of them is a label alone."""
+        return self._max_length + 1
+
+    @property
+    def ends(self) -> list[int]:
+        """List the ids by which a model that learned from these rows ends an answer."""
+        if self._template is None:
+            return [self._tokenizer.eos_id]
+        return self._template.ends
+
+    @property
+    def vocab_size(self) -> int:
+        """Return one more than the largest id that a row can have: see `ChatTemplate`."""
+        if self._template is None:
+            return self._tokenizer.vocab_size
+        return max(self._tokenizer.vocab_size, self._template.vocab_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what changes when the template does; empty where there is none."""
+        if self._template is None:
+            return ""
+        return self._template.fingerprint
+
+    def record(self, document: object) -> str | Flaw:
+        """Return the conversation that an object or a row holds, as JSON; or what is wrong with it.
+
+        This is a `readers.Record`: ``open_source(…, text_key=rows.record)``. Raises InputError for messages where the
+        tokenizer has no chat template.
+        """
+        text = record(document)
+        if isinstance(text, Flaw):
+            return text
+        conversation = conversation_of(json.loads(text))
+        if isinstance(conversation, Conversation):
+            why = self._template_for_messages().refusal(conversation)
+            if why is not None:
+                return Flaw(f"is refused by the chat template of --tokenizer {self._tokenizer.name} ({why})")
+        return text
+
+    def measure(self, documents: Sequence[str]) -> TextShares:
+        """Measure how much of the texts of conversations cannot be used. A document that was cut is passed over."""
+        answered: list[Answered] = []
+        for document in documents:
+            try:
+                conversation = conversation_of(json.loads(document))
+            except (ValueError, _UnfitError):
+                continue
+            answered.append(self._tokenize(conversation))
+        texts = [one.text for one in answered]
+        return shares(texts, [one.ids for one in answered], self._tokenizer, self.kept)
+
+    # Next fit: a conversation that does not fit in the row begins the next one. So a row is decided by where it begins
+    # in the stream alone, and a run goes on at any row. Every process reads and tokenizes all conversations, since
+    # which of them stand in a row shows only then.
+    def __call__(self, documents: Iterable[tuple[Position, str, Position]], share: Share = ALL) -> Iterator[Row]:
+        """Yield all rows, in every process. The last one of documents that end may hold few conversations."""
+        del share
+        open_row: list[_Placed] = []
+        used = 0
+        after = Position()
+        for placed, position in self._placed(documents):
+            if placed is not None:
+                size = len(placed.input_ids)
+                fits = self._layout == "pack" and used + size <= self._max_length
+                if open_row and not fits:
+                    yield self._row(open_row, after)
+                    open_row = []
+                    used = 0
+                open_row.append(placed)
+                used += size
+            after = position
+        if open_row:
+            yield self._row(open_row, after)
+
+    def _placed(
+        self, documents: Iterable[tuple[Position, str, Position]]
+    ) -> Iterator[tuple[_Placed | None, Position]]:
+        """Yield each document's tokens and the position after it; None for the tokens of one without a label.
+
+        Raises InputError where none has a label for too long.
+        """
+        left_out = 0  # conversations of the first epoch; later ones leave out the same
+        barren = 0  # in a row, up to here
+        since = 0  # the epoch in which these began
+        for position, document, after in documents:
+            placed = self._place(document)
+            yield placed, after
+            if placed is not None:
+                barren = 0
+                continue
+            since = position.epoch if barren == 0 else since
+            barren += 1
+            if position.epoch == 0:
+                left_out += 1
+                self._warn(left_out)
+            if barren > _BARREN or position.epoch > since + 1:  # a whole epoch lies between
+                raise InputError(
+                    f"--data: of {barren} conversations in a row, none has an answer within --max-length "
+                    f"{self._max_length}; give a larger one"
+                )
+
+    def _warn(self, left_out: int) -> None:
+        """Log how many conversations were left out, at 1, 10, 100 and so on."""
+        if str(left_out).strip("0") == "1":
+            log.warning(
+                "of the conversations read so far, %d without an answer within --max-length %d: left out",
+                left_out,
+                self._max_length,
+            )
+
+    def _place(self, document: str) -> _Placed | None:
+        """Return a conversation as it stands in a row; None where it has no label there."""
+        try:
+            conversation = conversation_of(json.loads(document))
+        except (ValueError, _UnfitError) as error:
+            raise InputError(f"--data: a document {error}, in {document[:_SHOWN]!r}") from error
+        answered = self._tokenize(conversation)
+        input_ids = answered.ids[: self._max_length]
+        targets = answered.ids[1 : self.kept]
+        is_answer = answered.is_answer[1 : self.kept]
+        if not is_answer.any():
+            return None
+        labels = np.full(len(input_ids), IGNORE, np.int32)  # nothing comes behind the last token of a conversation
+        labels[: len(targets)] = np.where(is_answer, targets, IGNORE)
+        return _Placed(input_ids, labels)
+
+    def _tokenize(self, conversation: Conversation | Completion) -> Answered:
+        """Return a conversation's ids, and which of them are answers'."""
+        if isinstance(conversation, Conversation):
+            return self._template_for_messages().tokenize(conversation)
+        return self._complete(conversation)
+
+    # A prompt's ids are those that it has by itself, as at inference. Where the completion changes the last of them,
+    # labels begin with the first that is another one.
+    def _complete(self, told: Completion) -> Answered:
+        """Return the ids of a prompt with its completion and the end marker, no special token but what `encode` adds."""
+        text = told.prompt + told.completion
+        before, whole = self._tokenizer.encode([told.prompt, text])
+        common = min(len(before), len(whole))
+        differing = np.flatnonzero(before[:common] != whole[:common])
+        if len(differing):
+            common = int(differing[0])
+        ids = np.append(whole, np.int32(self._tokenizer.eos_id)).astype(np.int32)
+        return Answered(text, ids, np.arange(len(ids)) >= common)
+
+    def _row(self, conversations: Sequence[_Placed], after: Position) -> Row:
+        """Return a row of conversations, filled up with padding without labels."""
+        # Any id may stand for padding, since no label comes behind it.
+        input_ids = np.full(self._max_length, self._tokenizer.eos_id, np.int32)
+        labels = np.full(self._max_length, IGNORE, np.int32)
+        real = 0
+        for placed in conversations:
+            stop = real + len(placed.input_ids)
+            input_ids[real:stop] = placed.input_ids
+            labels[real:stop] = placed.labels
+            real = stop
+        return Row(input_ids, labels, real, after)
+
+    def _template_for_messages(self) -> ChatTemplate:
+        """Return the template; InputError where there is none."""
+        if self._template is None:
+            raise InputError(
+                f"--tokenizer {self._tokenizer.name}: has no chat template, which messages need; put one in its folder "
+                f"as chat_template.jinja, or give lines of {_STRINGS}"
+            )
+        return self._template
