@@ -656,23 +656,29 @@ def export(path: Path, folder: Path) -> int:
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("prompt")
+@click.option("--chat", is_flag=True, help="Answer PROMPT, put to the model by its chat template.")
 @click.option("--tokens", type=click.IntRange(1), default=100, show_default=True, help="Written at most.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0: the likeliest token.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True)
-def generate(path: Path, prompt: str, tokens: int, temperature: float, top_p: float, seed: int, device: str) -> int:
+def generate(
+    path: Path, prompt: str, chat: bool, tokens: int, temperature: float, top_p: float, seed: int, device: str
+) -> int:
     """Continue PROMPT with a trained model.
 
-    PATH is a run, a checkpoint or a Hugging Face folder.
+    PATH is a run, a checkpoint or a Hugging Face folder. With --chat, the answer alone is printed.
     """
     with _importing():
         from galore_pretrain.rundir import loaded
         from galore_pretrain.train import build
 
-    model = loaded.load(path, {}, build.device_named(device))
-    text = loaded.continue_text(model, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
-    click.echo(text)
+    model = loaded.load(path, {}, build.device_named(device), with_template=chat)
+    drawing = loaded.Drawing(tokens, temperature, top_p, seed)
+    if chat:
+        click.echo(loaded.answer(model, prompt, drawing))
+    else:
+        click.echo(loaded.continue_text(model, prompt, drawing))
     return 0
 
 

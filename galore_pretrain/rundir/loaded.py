@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from galore_pretrain.model.llama import without_masks
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
+from galore_pretrain.text.chat import template_of
 from galore_pretrain.text.cloze import cloze_items
 from galore_pretrain.text.hub import check_hub, first_line
 from galore_pretrain.text.sources import DocumentSource, LocalFiles, first_documents, in_turn
@@ -68,11 +69,14 @@ def _evaluating(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {**overrides}
 
 
-def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
+def load(
+    path: Path, overrides: Mapping[str, Any], device: torch.device, *, with_template: bool = False
+) -> LoadedModel:
     """Load the model of a run's newest checkpoint, of a checkpoint, or of a Hugging Face folder.
 
     ``overrides`` replaces fields of the run's config. A Hugging Face folder says nothing of its text, so for one they
-    are added to defaults. Raises InputError where ``path`` is none of these.
+    are added to defaults. ``with_template``: a folder's tokenizer is one that knows its chat template. Raises
+    InputError where ``path`` is none of these.
     """
     check_bounds(overrides)
     overrides = _evaluating(overrides)
@@ -84,7 +88,7 @@ def load(path: Path, overrides: Mapping[str, Any], device: torch.device) -> Load
     architectures = _architectures(path / "config.json")
     for family in FAMILIES.values():
         if architectures == [family.class_name]:
-            return _load_hugging_face(path, family, overrides, device)
+            return _load_hugging_face(path, family, overrides, device, with_template=with_template)
     known = ", ".join(family.class_name for family in FAMILIES.values())
     raise InputError(f"{path}: neither a run, a checkpoint (a folder with state.json) nor a folder of one of {known}")
 
@@ -163,7 +167,9 @@ def _saved_architecture(saved: checkpoint.Saved, config: RunConfig) -> Architect
     return architecture_of(json.loads(kept))
 
 
-def _load_hugging_face(path: Path, family: Family, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
+def _load_hugging_face(
+    path: Path, family: Family, overrides: Mapping[str, Any], device: torch.device, *, with_template: bool
+) -> LoadedModel:
     """Load a plain Hugging Face folder, whoever wrote it."""
     values = {
         "model": str(path / "config.json"),
@@ -175,7 +181,7 @@ def _load_hugging_face(path: Path, family: Family, overrides: Mapping[str, Any],
     if "batch_size" in overrides:
         values["total_batch_size"] = overrides["batch_size"]  # of an update, which is not made here
     config, _ = resolve({**values, **overrides}, {})
-    tokenizer = begun(load_tokenizer(config.tokenizer), config.bos)
+    tokenizer = begun(load_tokenizer(config.tokenizer, with_template=with_template), config.bos)
     if "tokenizer" in overrides and (path / "tokenizer_config.json").is_file():
         _warn_of_tokenizer(tokenizer, load_tokenizer(str(path)).fingerprint)
     try:
@@ -286,16 +292,23 @@ def _warn_of_text(trained: LoadedModel, source: DocumentSource, layout: TokenRow
         log.warning("%s: %s", called, fault.what)
 
 
-@torch.no_grad()
-def continue_text(
-    trained: LoadedModel, prompt: str, *, tokens: int, temperature: float, top_p: float, seed: int
-) -> str:
-    """Return ``prompt`` and up to ``tokens`` tokens with which the model continues it.
+@dataclass(frozen=True)
+class Drawing:
+    """Says how text is drawn: up to ``tokens`` tokens.
 
     ``temperature`` 0 takes the likeliest token each time. Otherwise tokens are drawn, with torch's ``seed``, from the
-    likeliest ones that make up ``top_p`` of the probability. Raises InputError where the prompt leaves no room.
+    likeliest ones that make up ``top_p`` of the probability.
     """
-    model, tokenizer = trained.model, trained.tokenizer
+
+    tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def continue_text(trained: LoadedModel, prompt: str, drawing: Drawing) -> str:
+    """Return ``prompt`` and what the model continues it with. Raises InputError where the prompt leaves no room."""
+    tokenizer = trained.tokenizer
     prompt_ids = tokenizer.encode([prompt])[0].tolist()
     if not prompt_ids:
         # In training, a document begins with a marker, or else the end of another stands before it: there, any text may
@@ -303,22 +316,44 @@ def continue_text(
         prompt_ids = [tokenizer.eos_id]
         if isinstance(tokenizer, Begun) and tokenizer.bos_id is not None:
             prompt_ids = [tokenizer.bos_id]
+    continued = _continued(trained.model, prompt_ids, [tokenizer.eos_id], drawing)
+    return tokenizer.decode(prompt_ids + continued)
+
+
+def answer(trained: LoadedModel, question: str, drawing: Drawing) -> str:
+    """Return what the model answers to a user's ``question``, put to it by its tokenizer's chat template.
+
+    Raises InputError where it has none, or the question leaves no room.
+    """
+    template = template_of(trained.tokenizer)
+    if template is None:
+        raise InputError(
+            f"--chat: the tokenizer of the model, {trained.tokenizer.name}, has no chat template; leave --chat out"
+        )
+    ids = _continued(trained.model, template.asked(question), template.ends, drawing)
+    return trained.tokenizer.decode(ids)
+
+
+@torch.no_grad()
+def _continued(model: CausalLM, prompt_ids: list[int], ends: Sequence[int], drawing: Drawing) -> list[int]:
+    """Return the ids with which a model continues others, up to the first of ``ends``, or as far as there is room."""
     positions = positions_of(model.config)
     room = positions - len(prompt_ids)
     if room < 1:
         raise InputError(f"the prompt has {len(prompt_ids)} tokens; the model has {positions} positions")
-    is_sampled = temperature > 0
+    is_sampled = drawing.temperature > 0
     sampling: dict[str, float] = {}
     if is_sampled:
-        sampling = {"temperature": temperature, "top_p": top_p}
-    torch.manual_seed(seed)
+        sampling = {"temperature": drawing.temperature, "top_p": drawing.top_p}
+    torch.manual_seed(drawing.seed)
     output_ids = model.generate(
         torch.tensor([prompt_ids], device=model.device),
-        max_new_tokens=min(tokens, room),
+        max_new_tokens=min(drawing.tokens, room),
         use_cache=True,
         do_sample=is_sampled,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.eos_id,
+        eos_token_id=list(ends),
+        pad_token_id=ends[0],
         **sampling,
     )
-    return tokenizer.decode(output_ids[0].tolist())
+    ids: list[int] = output_ids[0].tolist()
+    return ids[len(prompt_ids) :]

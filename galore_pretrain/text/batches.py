@@ -215,6 +215,10 @@ class Rows(Protocol):
         """Yield all rows. Those outside of ``share`` may be empty."""
         ...
 
+    def counted(self, rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
+        """Return rows with their ``label_bytes``, as far as these can be counted in the texts of their documents."""
+        ...
+
 
 class TokenRows:
     """Documents as rows of ``max_length`` tokens.

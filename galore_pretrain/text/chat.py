@@ -1,168 +1,40 @@
 """Conversations to rows of tokens, in which the answers alone have labels.
 
-`ChatRows` stands where `batches.TokenRows` does. A document is an object of JSON: messages, which the tokenizer's own
-chat template turns to text, or a prompt and its completion. `ChatRows.record` makes such documents of the objects and
-rows that a source reads, and says which are none.
+`ChatRows` stands where `batches.TokenRows` does. A document is a conversation in JSON: messages, which the tokenizer's
+own chat template turns to text, or a prompt and its completion. `ChatRows.record` makes such documents of the objects
+and rows that a source reads, and says which are none.
 """
 
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from galore_pretrain.errors import InputError
 from galore_pretrain.text.batches import ALL, IGNORE, Position, Row, Share
+from galore_pretrain.text.conversations import (
+    ANSWERING,
+    STRINGS,
+    Completion,
+    Conversation,
+    Message,
+    Tool,
+    UnfitError,
+    parsed,
+    record,
+)
 from galore_pretrain.text.hub import first_line
-from galore_pretrain.text.readers import Flaw, is_text
+from galore_pretrain.text.readers import Flaw
 from galore_pretrain.text.tokenizer import Begun, HuggingFaceTokenizer, Ids, Tokenizer
 from galore_pretrain.text.usable import TextShares, shares
 
-Message = dict[str, Any]
-ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Who may say something. Which of them a chat template knows, it says by itself."""
-_ANSWERING = "assistant"
-_LINE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-_STRINGS = '{"prompt": "…", "completion": "…"}'
-_EXPECTED = f"each line is {_LINE} or {_STRINGS}"
 _PROBE = "answer"  # what is answered where it is tried how a template ends an answer
-_NAMED = 20  # keys that an error names at most
-_SHOWN = 40  # characters of a value that an error shows
+_SHOWN = 40  # characters of a document that an error shows
 _BARREN = 100_000  # conversations in a row without a label, after which the data are refused rather than read for ever
 
 log = logging.getLogger(__name__)
-
-
-# -- conversations ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages, the last of which answers, and the ``tools`` that they may use; labels begin at message ``first``."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
-    first: int = 0
-
-    @property
-    def answers(self) -> list[int]:
-        """List the numbers of the messages that have labels. One that nothing stands before answers nothing."""
-        numbers = range(max(1, self.first), len(self.messages))
-        return [number for number in numbers if self.messages[number]["role"] == _ANSWERING]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the object that `conversation_of` makes this conversation of."""
-        document: dict[str, Any] = {"messages": self.messages}
-        if self.first:
-            document = {"prompt": self.messages[: self.first], "completion": self.messages[self.first :]}
-        if self.tools is not None:
-            document["tools"] = self.tools
-        return document
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A text and how it goes on, without a template; the ``completion`` has labels."""
-
-    prompt: str
-    completion: str
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the object that `conversation_of` makes this of."""
-        return {"prompt": self.prompt, "completion": self.completion}
-
-
-class _UnfitError(Exception):
-    """An object that is no conversation: ``what`` is wrong, in words that may follow ``line 7``, and the way out."""
-
-    def __init__(self, what: str, way_out: str = _EXPECTED) -> None:
-        super().__init__(f"{what}; {way_out}")
-        self.what = what
-        self.way_out = way_out
-
-
-def record(document: object) -> str | Flaw:
-    """Return the conversation that an object or a row holds, as JSON without what else it holds; or what is wrong.
-
-    This is a `readers.Record` that knows no template: see `ChatRows.record`.
-    """
-    try:
-        text = json.dumps(conversation_of(document).as_json(), ensure_ascii=False)
-    except _UnfitError as error:
-        return Flaw(error.what, way_out=error.way_out)
-    except (TypeError, ValueError, RecursionError) as error:  # bytes or dates in a column, or what is nested too deep
-        return Flaw(f"cannot be written as JSON ({error})")
-    if not is_text(text):
-        return Flaw("has half a surrogate pair, which is no character")
-    return text
-
-
-def conversation_of(document: object) -> Conversation | Completion:
-    """Return what an object of JSON holds: messages, or a prompt and its completion.
-
-    These two are both strings or both messages. What comes behind the last answer is left out. Raises _UnfitError
-    where the object holds neither.
-    """
-    if not isinstance(document, dict):
-        raise _UnfitError("holds no object")
-    tools = document.get("tools") or None
-    if tools is not None and not _is_list_of_objects(tools):
-        raise _UnfitError('has "tools" that are no list of objects', 'write "tools" as a list of JSON schemas')
-    if document.get("messages") is not None:
-        messages = _messages(document["messages"], "messages")
-        return _conversation(messages, tools, first=0)
-    prompt, completion = document.get("prompt"), document.get("completion")
-    if prompt is None or completion is None:
-        keys = ", ".join(repr(str(key)[:_SHOWN]) for key in list(document)[:_NAMED])
-        raise _UnfitError('has neither "messages" nor "prompt" and "completion"', f"{_EXPECTED}; its keys: {keys}")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if tools is not None:
-            raise _UnfitError('has "tools", and no messages that a template writes', "leave them out")
-        if not completion.strip():
-            raise _UnfitError('has an empty "completion"')
-        return Completion(prompt, completion)
-    before = _messages(prompt, "prompt")
-    return _conversation(before + _messages(completion, "completion"), tools, first=len(before))
-
-
-def _conversation(messages: list[Message], tools: list[dict[str, Any]] | None, first: int) -> Conversation:
-    """Return messages as a conversation, up to the last answer. Raises _UnfitError where there is none."""
-    answers = Conversation(messages, tools, first).answers
-    if not answers:
-        raise _UnfitError(f'has no answer: no message of role "{_ANSWERING}" behind another')
-    return Conversation(messages[: answers[-1] + 1], tools, first)
-
-
-def _messages(value: object, key: str) -> list[Message]:
-    """Return the messages under a key, each without what is null. Raises _UnfitError where one is not as it must be."""
-    if not isinstance(value, list) or not value:
-        raise _UnfitError(f'has no list of messages under "{key}"')
-    return [_message(message, f'message {number} of "{key}"') for number, message in enumerate(value, 1)]
-
-
-def _message(value: object, which: str) -> Message:
-    """Return a message without what is null, as transformers passes it to a template; _UnfitError where it is none."""
-    if not isinstance(value, dict):
-        raise _UnfitError(f"has no object as {which}")
-    message = {key: content for key, content in value.items() if content is not None}
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise _UnfitError(f"has {which} of role {repr(role)[:_SHOWN]}", f"rename it to one of {', '.join(ROLES)}")
-    if content is None and message.get("tool_calls"):
-        return message
-    if not isinstance(content, str):
-        raise _UnfitError(f"has {which} whose content is no string ({repr(content)[:_SHOWN]})")
-    if role == _ANSWERING and not content.strip() and not message.get("tool_calls"):
-        raise _UnfitError(f"has {which}, an answer, without content")
-    return message
-
-
-def _is_list_of_objects(value: object) -> bool:
-    """Return whether ``value`` is a list of objects."""
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 # -- the template -----------------------------------------------------------------------------------------------------
@@ -205,7 +77,7 @@ class ChatTemplate:
     def _ends(self) -> list[int]:
         """Return the end marker's id, and that of the first added token that the template writes behind an answer."""
         ends = [self._tokenizer.eos_id]
-        tried = [{"role": "user", "content": "question"}, {"role": _ANSWERING, "content": _PROBE}]
+        tried = [{"role": "user", "content": "question"}, {"role": ANSWERING, "content": _PROBE}]
         text = self._prefix(tried, None, asks=False)
         if text is None or _PROBE not in text:
             return ends
@@ -290,12 +162,12 @@ class ChatTemplate:
                 continue
             spans.append((len(before), len(through)))
         if not spans:
-            raise self._error("does not extend: with an answer it does not begin as it does without")
+            raise self._error("does not extend: a conversation with its answer does not begin with the one that asks for it")
         if len(spans) < len(conversation.answers) and not self._is_told:
             self._is_told = True
             log.warning(
-                "--tokenizer %s: its chat template writes an answer otherwise once the conversation goes on, so there "
-                "the last answer alone has labels; to learn from all of them, end a conversation with each",
+                "--tokenizer %s: its chat template writes an answer otherwise once the conversation goes on: only the "
+                "last one has labels there; to learn from all of them, end a conversation with each",
                 self._tokenizer.name,
             )
         return spans
@@ -308,7 +180,7 @@ class ChatTemplate:
         if conversation.first:
             before = self._prefix(conversation.messages[: conversation.first], conversation.tools, asks=True)
             if before is None or not text.startswith(before):
-                raise self._error("does not extend: with a completion it does not begin as it does without")
+                raise self._error("does not extend: a prompt with its completion does not begin with the one that asks for it")
             begin = len(before)
         spans = [(start, stop) for start, stop in marked if stop > max(begin, start)]
         if not spans:
@@ -319,10 +191,10 @@ class ChatTemplate:
         """Return the error that the template does not tell answers apart."""
         return InputError(
             f"--tokenizer {self._tokenizer.name}: its chat template {what}; put {{% generation %}} and "
-            f"{{% endgeneration %}} around an answer in its chat_template.jinja, or give lines of {_STRINGS}"
+            f"{{% endgeneration %}} around an answer in its chat_template.jinja, or give lines of {STRINGS}"
         )
 
-    def _prefix(self, messages: list[Message], tools: list[dict[str, Any]] | None, *, asks: bool) -> str | None:
+    def _prefix(self, messages: list[Message], tools: list[Tool] | None, *, asks: bool) -> str | None:
         """Return the text of the beginning of a conversation; None where the template does not take it."""
         try:
             text, _ = self._tokenizer.render(messages, tools, asks=asks)
@@ -393,7 +265,7 @@ class ChatRows:
         text = record(document)
         if isinstance(text, Flaw):
             return text
-        conversation = conversation_of(json.loads(text))
+        conversation = parsed(text)
         if isinstance(conversation, Conversation):
             why = self._template_for_messages().refusal(conversation)
             if why is not None:
@@ -405,8 +277,8 @@ class ChatRows:
         answered: list[Answered] = []
         for document in documents:
             try:
-                conversation = conversation_of(json.loads(document))
-            except (ValueError, _UnfitError):
+                conversation = parsed(document)
+            except UnfitError:
                 continue
             answered.append(self._tokenize(conversation))
         texts = [one.text for one in answered]
@@ -474,9 +346,9 @@ class ChatRows:
     def _place(self, document: str) -> _Placed | None:
         """Return a conversation as it stands in a row; None where it has no label there."""
         try:
-            conversation = conversation_of(json.loads(document))
-        except (ValueError, _UnfitError) as error:
-            raise InputError(f"--data: a document {error}, in {document[:_SHOWN]!r}") from error
+            conversation = parsed(document)
+        except UnfitError as error:
+            raise InputError(f"--data: {document[:_SHOWN]!r} {error}") from error
         answered = self._tokenize(conversation)
         input_ids = answered.ids[: self._max_length]
         targets = answered.ids[1 : self.kept]
@@ -496,7 +368,7 @@ class ChatRows:
     # A prompt's ids are those that it has by itself, as at inference. Where the completion changes the last of them,
     # labels begin with the first that is another one.
     def _complete(self, told: Completion) -> Answered:
-        """Return the ids of a prompt with its completion and the end marker, no special token but what `encode` adds."""
+        """Return the ids of a prompt with its completion and the end marker; neither text makes a special token."""
         text = told.prompt + told.completion
         before, whole = self._tokenizer.encode([told.prompt, text])
         common = min(len(before), len(whole))
@@ -524,6 +396,6 @@ class ChatRows:
         if self._template is None:
             raise InputError(
                 f"--tokenizer {self._tokenizer.name}: has no chat template, which messages need; put one in its folder "
-                f"as chat_template.jinja, or give lines of {_STRINGS}"
+                f"as chat_template.jinja, or give lines of {STRINGS}"
             )
         return self._template
