@@ -21,7 +21,6 @@ from tokenizers import decoders as form_decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import make, write
-from galore_pretrain import cli
 from galore_pretrain.errors import InputError
 from galore_pretrain.rundir.export import try_export
 from galore_pretrain.text.batches import IGNORE, Row, TrainingData, validation_rows
@@ -56,7 +55,10 @@ MISTRAL = (
     "{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
     "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-FORGETFUL = CHATML.replace("{{ message.content }}", "{% if loop.last and message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message.content }}")  # fmt: skip
+FORGETFUL = CHATML.replace(
+    "{{ message.content }}",
+    "{% if loop.last and message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message.content }}",
+)
 MARKED = FORGETFUL.replace(
     "{{ message.content }}",
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
@@ -214,14 +216,12 @@ def test_ids_are_those_of_inference(place: Any, template: str, contents: list[st
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, MARKED])
 def test_an_answer_is_labelled_as_transformers_marks_it(place: Any, template: str) -> None:
     """By the template of others with marks around answers, and the token behind that ends the answer."""
-    marks = template.replace("{{ message.content }}", "{{ message.content }}")
+    marks = template
     if template != MARKED:
-        return_content = "{{ message.content | trim }}" if template == LLAMA3 else "{{ message.content }}"
-        marks = template.replace(
-            return_content,
-            f"{{% if message.role == 'assistant' %}}{{% generation %}}{return_content}{{% endgeneration %}}"
-            f"{{% else %}}{return_content}{{% endif %}}",
-        )
+        content = "{{ message.content | trim }}" if template == LLAMA3 else "{{ message.content }}"
+        answer = f"{{% generation %}}{content}{{% endgeneration %}}"
+        either = f"{{% if message.role == 'assistant' %}}{answer}{{% else %}}{content}{{% endif %}}"
+        marks = template.replace(content, either)
     theirs = AutoTokenizer.from_pretrained(place(template))
     found = theirs.apply_chat_template(
         TALK, chat_template=marks, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -244,6 +244,21 @@ def test_a_template_that_writes_an_answer_otherwise_later(place: Any, caplog: py
     assert texts == [[whole], [whole], ["<think>\n\n</think>\n\nfine, thanks<|im_end|>"]]
     (message,) = caplog.messages
     assert "only the last one has labels there" in message
+
+
+def test_what_a_template_writes_behind_the_last_answer_alone_has_no_label(place: Any) -> None:
+    """Phi-3's writes the tokenizer's end marker there; the earlier answers are none the less whole."""
+    closing = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    (row,) = rows_of(place(closing), [line(*TALK)])
+    assert labelled(place(closing), row) == ["fine, thanks<|im_end|>", "quick über 日本 🙂<|im_end|>"]
+    assert row.input_ids[row.real - 1] == load_tokenizer(place(closing)).eos_id
+
+
+def test_without_a_marker_of_its_end_an_answer_ends_as_it_is_written(place: Any) -> None:
+    plain = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant:{% endif %}"
+    (row,) = rows_of(place(plain), [line(*TALK)])
+    assert labelled(place(plain), row) == [" fine, thanks\n", " quick über 日本 🙂\n"]
 
 
 def labelled(folder: str, row: Row) -> list[str]:
@@ -677,4 +692,3 @@ def test_a_model_without_a_template_is_not_asked(tmp_path: Path) -> None:
     done = python(COMMAND_LINE, "generate", folder, "question", "--chat", "--device", "cpu")
     assert done.returncode == 2
     assert "has no chat template; leave --chat out" in done.stderr
-    assert cli.generate.params

@@ -6,6 +6,7 @@ and rows that a source reads, and says which are none.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -68,9 +69,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._added = tokenizer.added_ids
         self._is_told = False
         self.ends = self._ends()
+        ends = "|".join(re.escape(tokenizer.added[number]) for number in self.ends if number in tokenizer.added)
+        self._ending = re.compile(rf"(?:(?:{ends})\s*)+\Z") if ends else None
         self.fingerprint = tokenizer.template_fingerprint
         self.vocab_size = max(tokenizer.vocab_size, max(tokenizer.vocabulary.values()) + 1)
 
@@ -84,7 +86,7 @@ class ChatTemplate:
         ids, places = self._tokenizer.encode_rendered(text)
         behind = text.rindex(_PROBE) + len(_PROBE)
         for number, first in zip(ids.tolist(), places[:, 0].tolist(), strict=True):
-            if first >= behind and number in self._added:
+            if first >= behind and number in self._tokenizer.added:
                 return list(dict.fromkeys([*ends, number]))
         return ends
 
@@ -110,8 +112,8 @@ class ChatTemplate:
 
     # The whole conversation is tokenized as one, so that its ids are those of `apply_chat_template`. Answers are spans
     # of its characters. A token that lies in one and in what stands before it (a word's space that ends the prompt)
-    # counts as the answer's, as it does for transformers; but not a marker, which may swallow the space behind it. An
-    # answer ends with the marker of its end: what the template writes behind that, a model never gets to write.
+    # counts as the answer's, as it does for transformers; but not a marker, which may swallow the space behind it. The
+    # first marker of an end behind an answer is the model's to write. What the template writes behind that is not.
     def tokenize(self, conversation: Conversation) -> Answered:
         """Return a conversation's ids, and which of them are its answers', the marker of an answer's end included.
 
@@ -131,26 +133,23 @@ class ChatTemplate:
             spans = self._spans_marked(conversation, text, marked)
         ids, places = self._tokenizer.encode_rendered(text)
         firsts, behinds = places[:, 0], places[:, 1]
-        is_added = np.isin(ids, self._added)
+        is_added = np.isin(ids, list(self._tokenizer.added))
         is_end = np.isin(ids, self.ends)
         is_answer = np.zeros(len(ids), np.bool_)
         for start, stop in spans:
             is_inside = (behinds > start) & (firsts < stop) & ~(is_added & (firsts < start))
-            inside = np.flatnonzero(is_inside)
-            ends = np.flatnonzero(is_inside & is_end)
-            if len(ends):
-                is_inside[ends[-1] + 1 :] = False
-            elif len(inside) and is_end[inside[-1] + 1 : inside[-1] + 2].any():  # a template may mark the words alone
-                is_inside[inside[-1] + 1] = True
             is_answer |= is_inside
+            behind = int(np.flatnonzero(is_inside)[-1]) + 1
+            if behind < len(ids) and is_end[behind]:
+                is_answer[behind] = True
         return Answered(text, ids, is_answer)
 
-    # An answer is what is added to the conversation before it by its message, but for what already asks for it. That
-    # holds where the text of the whole conversation begins with both. Some templates write an earlier answer otherwise
-    # once the conversation goes on (Qwen3's leaves out thoughts). Such an answer stands there as no model has written
-    # it, so it has no label.
+    # An answer is what its message adds to the conversation before it, but for what already asks for it, and for the
+    # markers of its end. That holds where the text of the whole conversation begins with both. Some templates write an
+    # earlier answer otherwise once the conversation goes on (Qwen3's leaves out thoughts). Such an answer stands there
+    # as no model has written it, so it has no label.
     def _spans(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
-        """Return where the answers stand in the conversation's ``text``, found by rendering what comes before each."""
+        """Return where the answers stand in a conversation's ``text``, without their ends, by rendering its parts."""
         messages, tools = conversation.messages, conversation.tools
         spans: list[tuple[int, int]] = []
         for number in conversation.answers:
@@ -158,9 +157,11 @@ class ChatTemplate:
             through: str | None = text
             if number + 1 < len(messages):
                 through = self._prefix(messages[: number + 1], tools, asks=False)
-            if before is None or through is None or not through.startswith(before) or not text.startswith(through):
+            if before is None or through is None:
                 continue
-            spans.append((len(before), len(through)))
+            answered = through[: self._end(through)]
+            if len(answered) > len(before) and answered.startswith(before) and text.startswith(answered):
+                spans.append((len(before), len(answered)))
         if not spans:
             raise self._error("does not extend: a conversation with its answer does not begin with the one that asks for it")
         if len(spans) < len(conversation.answers) and not self._is_told:
@@ -175,17 +176,23 @@ class ChatTemplate:
     def _spans_marked(
         self, conversation: Conversation, text: str, marked: list[tuple[int, int]]
     ) -> list[tuple[int, int]]:
-        """Return those of the spans that the template itself has marked which have labels."""
+        """Return those of the spans that the template itself has marked which have labels, without their ends."""
         begin = 0
         if conversation.first:
             before = self._prefix(conversation.messages[: conversation.first], conversation.tools, asks=True)
             if before is None or not text.startswith(before):
                 raise self._error("does not extend: a prompt with its completion does not begin with the one that asks for it")
             begin = len(before)
-        spans = [(start, stop) for start, stop in marked if stop > max(begin, start)]
+        spans = [(start, self._end(text[:stop])) for start, stop in marked if start >= begin]
+        spans = [(start, stop) for start, stop in spans if stop > start]
         if not spans:
             raise self._error("has {% generation %}, and marks no answer by it")
         return spans
+
+    def _end(self, text: str) -> int:
+        """Return how many characters stand before the markers by which a text ends."""
+        ending = self._ending.search(text) if self._ending is not None else None
+        return ending.start() if ending else len(text)
 
     def _error(self, what: str) -> InputError:
         """Return the error that the template does not tell answers apart."""

@@ -423,10 +423,10 @@ class HuggingFaceTokenizer:
         content = json.dumps([self._tokenizer.chat_template, self._tokenizer.special_tokens_map], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    @property
-    def added_ids(self) -> list[int]:
-        """List the ids of all added tokens, those of markers among them."""
-        return sorted(self._tokenizer.added_tokens_decoder)
+    @cached_property
+    def added(self) -> dict[int, str]:
+        """Return how each added token is written, those of markers among them, by its id."""
+        return {number: token.content for number, token in self._tokenizer.added_tokens_decoder.items()}
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, asks: bool
