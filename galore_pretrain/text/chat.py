@@ -139,8 +139,8 @@ class ChatTemplate:
         for start, stop in spans:
             is_inside = (behinds > start) & (firsts < stop) & ~(is_added & (firsts < start))
             is_answer |= is_inside
-            behind = int(np.flatnonzero(is_inside)[-1]) + 1
-            if behind < len(ids) and is_end[behind]:
+            behind = int(np.flatnonzero(is_inside).max(initial=-1)) + 1
+            if 0 < behind < len(ids) and is_end[behind]:
                 is_answer[behind] = True
         return Answered(text, ids, is_answer)
 
@@ -163,7 +163,7 @@ class ChatTemplate:
             if len(answered) > len(before) and answered.startswith(before) and text.startswith(answered):
                 spans.append((len(before), len(answered)))
         if not spans:
-            raise self._error("does not extend: a conversation with its answer does not begin with the one that asks for it")
+            raise self._error("does not extend: with an answer, a text does not begin as without")
         if len(spans) < len(conversation.answers) and not self._is_told:
             self._is_told = True
             log.warning(
@@ -181,7 +181,7 @@ class ChatTemplate:
         if conversation.first:
             before = self._prefix(conversation.messages[: conversation.first], conversation.tools, asks=True)
             if before is None or not text.startswith(before):
-                raise self._error("does not extend: a prompt with its completion does not begin with the one that asks for it")
+                raise self._error("does not extend: with a completion, a text does not begin as without")
             begin = len(before)
         spans = [(start, self._end(text[:stop])) for start, stop in marked if start >= begin]
         spans = [(start, stop) for start, stop in spans if stop > start]
