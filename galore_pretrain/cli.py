@@ -21,9 +21,18 @@ from safetensors import SafetensorError
 from galore_pretrain import __version__
 from galore_pretrain.check.parts import PARTS
 from galore_pretrain.config.evaluated import further_texts
-from galore_pretrain.config.flags import RATE, RunCommand, flags, resolved, with_run_options
-from galore_pretrain.config.options import Processes, RunConfig, model_name, optim_settings, parse_place, texts_of
+from galore_pretrain.config.flags import OF_TASKS, RATE, RunCommand, flags, resolved, with_run_options
+from galore_pretrain.config.options import (
+    FLAGS,
+    Processes,
+    RunConfig,
+    model_name,
+    optim_settings,
+    parse_place,
+    texts_of,
+)
 from galore_pretrain.config.resolve import ALL, left_out, load_named
+from galore_pretrain.config.tasks import GLUE, TASKS
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError, did_you_mean
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, load_line, own_length
 from galore_pretrain.text.hub import check_hub, hub_text
@@ -81,7 +90,7 @@ def cli() -> None:
     """
 
 
-@cli.command(cls=RunCommand, params=flags())
+@cli.command(cls=RunCommand, params=flags(FLAGS.keys() - OF_TASKS))
 @with_run_options
 @click.pass_context
 def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
@@ -92,7 +101,33 @@ def train(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     if hub_text(config.data) is None:
         eval_paths = [text.path for text in config.eval_texts]
         open_source(config.data, "train", eval_paths, text_key=config.text_key)
+    return _run(ctx, config, origins)
 
+
+@cli.command(cls=RunCommand, params=flags())
+@with_run_options
+@click.pass_context
+def finetune(ctx: click.Context, /, debug: bool, **values: Any) -> int:
+    """Fine-tune a model that exists on a task.
+
+    \b
+    galore-pretrain finetune --task mrpc --rank 4              # RoBERTa on GLUE, as in GaLore's paper
+    galore-pretrain finetune --task chat --model FOLDER --data chats.jsonl
+
+    Its --model is a folder or a hub id with weights. Hyper-parameters come from the task's recipe.
+    """
+    if values["task"] is None:
+        raise InputError(f"--task is missing; choose from {', '.join(TASKS)}")
+    config, origins = resolved(ctx, values)
+    check_hub(config.data, config.tokenizer, goes_on=_goes_on(config))
+    find_tokenizer(config.tokenizer)
+    if config.task in GLUE:
+        load_metrics()  # which are first wanted when an epoch is over
+    return _run(ctx, config, origins)
+
+
+def _run(ctx: click.Context, config: RunConfig, origins: Mapping[str, str]) -> int:
+    """Make a run, and return its exit code."""
     _let_cuda_grow_segments()
     if config.deterministic:  # which cuBLAS reads when it is loaded
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -159,6 +194,8 @@ def plan(
     if paper:
         return _print_paper(ctx, as_json)
     processes = Processes(nodes * gpus_per_node, gpus_per_node)
+    if values["task"] in GLUE and (flops or card_name):
+        raise InputError(f"--task {values['task']}: the time of decoders alone is predicted; leave --flops and --time out")
     _check_rates(processes, flops, link, network, card_name)
     if card_name is not None:
         values["device"] = _device_of_cards(values["device"])
@@ -232,6 +269,7 @@ def _check_table(values: dict[str, Any], compare: str | None, processes: Process
             "the table is of one process; plan one method for several",
         ),
         "--flops": (flops, "give --time CARD"),
+        "--task": (values["task"], "the table is of pretraining"),
     }
     for flag, (value, reason) in why.items():
         if value:

@@ -6,6 +6,7 @@ trainer. When that has trained, `conclude` exports the model and writes the summ
 """
 
 import errno
+import json
 import logging
 import math
 import time
@@ -14,15 +15,18 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from galore_pretrain.config.options import RunConfig
-from galore_pretrain.config.resolve import AS_BEFORE, FIT
+from galore_pretrain.config.resolve import AS_BEFORE, FIT, with_epochs
+from galore_pretrain.config.tasks import GLUE
 from galore_pretrain.dist import World, joined
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.meters import peak_memory_bytes, ran_out
+from galore_pretrain.model.encoder import check_encoder_weights, is_encoder, seed_dropout
 from galore_pretrain.model.initial import InitialWeights, check_weights
 from galore_pretrain.model.int8 import check_int8
 from galore_pretrain.model.position import TrainingPosition
@@ -49,6 +53,7 @@ from galore_pretrain.rundir.resume import (
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
 from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
+from galore_pretrain.text.labelled import ExampleBatches
 from galore_pretrain.text.usable import TextShares
 from galore_pretrain.train import build
 from galore_pretrain.train.announce import announce
@@ -61,10 +66,12 @@ from galore_pretrain.train.build import (
     optimizer_for,
 )
 from galore_pretrain.train.evaluate import Evaluator
+from galore_pretrain.train.examples import ExampleInputs, open_examples
 from galore_pretrain.train.inputs import Inputs, check_text, open_inputs
 from galore_pretrain.train.metrics import MetricLogger, open_loggers
 from galore_pretrain.train.profile import Profile
 from galore_pretrain.train.schedule import schedule_of
+from galore_pretrain.train.scoring import ScoreEvaluator
 from galore_pretrain.train.trainer import NoWatch, Trainer, TrainState, Watch
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -75,7 +82,8 @@ log = logging.getLogger(__name__)
 class Prepared:
     """All that is known of a run before its weights exist.
 
-    ``tokenizer`` are the tokenizer's files, by name. ``shares`` are of the text that cannot be used. ``saved`` is the
+    ``tokenizer`` are the tokenizer's files, by name. ``shares`` are of the text that cannot be used;
+    None where the run reads examples. ``saved`` is the
     checkpoint that the run goes on from. ``weights`` are what a new run begins from; None where they are drawn.
     ``plan`` is the plan of its updates, where fitting them to the memory took one. ``outline`` is of the whole run,
     ``part`` of this process's share of it.
@@ -85,9 +93,9 @@ class Prepared:
     origins: Mapping[str, str]
     world: World
     directory: RunDirectory
-    inputs: Inputs
+    inputs: Inputs | ExampleInputs
     tokenizer: Mapping[str, bytes]
-    shares: TextShares
+    shares: TextShares | None
     saved: Saved | None
     weights: InitialWeights | None
     outline: Outline
@@ -135,26 +143,31 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     check_accumulation(config)
     if config.matmul == "int8":
         check_int8(device)
-    schedule = schedule_of(config.values())
     resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
     config, saved = resumption.config, resumption.saved
-    if saved and world.on_rank_zero(lambda: is_finished(output, saved, schedule)):
+    if saved and world.on_rank_zero(lambda: is_finished(output, saved, config)):
         world.on_rank_zero(lambda: check_model(config, saved))
         log.info("%s is finished; give another --output to train anew", output)
         return None
 
     revision = saved.state.get("revision") if saved else None
     if world.size > 1:  # all read what the first one finds
-        revision = world.on_rank_zero(lambda: open_inputs(config, revision).revision)
-    inputs = world.on_every_rank(lambda: open_inputs(config, revision), lambda opened: str(opened.fingerprints()))
+        revision = world.on_rank_zero(lambda: opened(config, revision).revision)
+    inputs = world.on_every_rank(lambda: opened(config, revision), lambda found: str(found.fingerprints()))
     if config.bos == "auto":
         config = replace(config, bos=inputs.bos)
         if config.init is not None:
             origins = {**origins, "bos": f"tokenizer {config.tokenizer}"}
+    if config.epochs is not None and config.steps is None:
+        config, of_epochs = with_epochs(config, inputs.updates_an_epoch(config.total_batch_size))
+        origins = {**origins, **of_epochs}
     if saved:
         check_inputs(config, saved, inputs.fingerprints(saved.format))
-    shares = world.on_rank_zero(lambda: check_text(config, inputs, is_new=saved is None))
-    world.on_rank_zero(lambda: try_export(inputs.model, inputs.tokenizer, inputs.first_texts()))
+    shares = None
+    if isinstance(inputs, Inputs):
+        text = inputs
+        shares = world.on_rank_zero(lambda: check_text(config, text, is_new=saved is None))
+        world.on_rank_zero(lambda: try_export(text.model, text.tokenizer, text.first_texts()))
     tokenizer = world.on_rank_zero(lambda: tokenizer_files(saved, inputs.tokenizer))
 
     weights = None
@@ -176,7 +189,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     origins = {**origins, **dict.fromkeys(resumption.restored, AS_BEFORE)}
     origins |= {name: FIT for name, _, _ in config.taken}
     log_config(config, origins)
-    if weights is not None and origins["lr"].startswith("recipe"):
+    if weights is not None and config.task is None and origins["lr"].startswith("recipe"):
         log.warning(
             "--lr %g is of training from new weights; weights that are trained mostly want a lower one", config.lr
         )
@@ -196,11 +209,21 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     )
 
 
-def initial_weights(config: RunConfig, inputs: Inputs) -> InitialWeights:
+def opened(config: RunConfig, revision: str | None) -> Inputs | ExampleInputs:
+    """Open what the run reads: examples where it is a task of GLUE, text where it is anything else."""
+    if config.task in GLUE:
+        return open_examples(config, revision)
+    return open_inputs(config, revision)
+
+
+def initial_weights(config: RunConfig, inputs: Inputs | ExampleInputs) -> InitialWeights:
     """Open the weights that ``--init`` names. InputError where they are not those of the run's model."""
     assert config.init is not None
     weights = open_weights(config.init)
-    check_weights(weights, inputs.model)
+    if isinstance(inputs, ExampleInputs):
+        check_encoder_weights(weights, inputs.model)
+    else:
+        check_weights(weights, inputs.model)
     return weights
 
 
@@ -227,15 +250,26 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     execution = execution_for(config, optimizer)
     announce(config, device, inputs, prepared.shares, optimizer, world)
 
-    sequences = config.total_batch_size
-    data = TrainingData(inputs.training, inputs.rows, sequences, config.seed, rank=world.rank, size=world.size)
+    evaluator: Evaluator | ScoreEvaluator
+    data: TrainingData | ExampleBatches
+    if isinstance(inputs, ExampleInputs):
+        seed_dropout(config.seed)
+        data = inputs.batches(config)
+        evaluator = ScoreEvaluator(config, model, inputs, device)
+        about_text: Mapping[str, Any] = inputs.as_json()
+    else:
+        assert prepared.shares is not None
+        sequences = config.total_batch_size
+        data = TrainingData(inputs.training, inputs.rows, sequences, config.seed, rank=world.rank, size=world.size)
+        evaluator = Evaluator(config, model, inputs, device, world)
+        about_text = prepared.shares.as_json()
     if saved:
         world.on_every_rank(lambda: restore(saved, model, optimizer, state, data), lambda done: "")
     # Only now: what the folder holds may be of another method, and is refused then.
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, "processes": world.size}
     if inputs.method is not None:
         environment["method_sha256"] = inputs.method
-    text = {"text": prepared.shares.as_json()}
+    text = {"text": about_text}
     directory.write_config(config, prepared.origins, text | environment | describe_environment(device))
 
     loggers = _loggers(prepared, state)
@@ -254,7 +288,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         execution=execution,
         schedule=schedule_of(config.values()),
         after_update=after_update,
-        evaluate=Evaluator(config, model, inputs, device, world).evaluate,
+        evaluate=evaluator.evaluate,
         checkpoints=saver,
         keep_rows=directory.keep_rows,
         loggers=loggers,
@@ -265,10 +299,11 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
         mean_of_means=config.numerics == "reference",
         max_loss=config.max_loss or math.inf,
         device=device,
+        loss=build.loss_of(inputs.model),
         world=world,
         position=position,
         watch=watch,
-        evaluates_first=config.init is not None,
+        evaluates_first=config.init is not None and config.task not in GLUE,  # a task's head is new
         peak_tokens_per_second=_peak_tokens_per_second(prepared, device),
     )
     return Assembled(trainer, batches, saver, totals)
@@ -299,7 +334,7 @@ def conclude(prepared: Prepared, assembled: Assembled) -> None:
 
     Bytes of weights and state are those of the method, whoever shares them; peaks those of the largest process.
     """
-    world, directory = prepared.world, prepared.directory
+    world, directory, config = prepared.world, prepared.directory, prepared.config
     trainer, state = assembled.trainer, assembled.trainer.state
     peaks = assembled.totals.peaks()  # before the export, which is not training
     export(directory.model, trainer.model, prepared.inputs.tokenizer, world)
@@ -317,7 +352,21 @@ def conclude(prepared: Prepared, assembled: Assembled) -> None:
         "checkpoint_stall_seconds": assembled.saver.stalled,
         "planned_peak_bytes": world.on_rank_zero(lambda: _planned_peak(prepared)),
     }
+    if config.task in GLUE:
+        summary |= world.on_rank_zero(lambda: {"task": config.task, **best_scores(directory.path)})
     directory.write_summary(summary)
+
+
+# The paper does not say whether its table has an epoch's best or the last: so both are told.
+def best_scores(folder: Path) -> dict[str, float]:
+    """Return the best score among a run's evaluations, and the update after which it was seen first."""
+    best: dict[str, float] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        score = metrics.get("eval_score")
+        if score is not None and score > best.get("best_eval_score", -math.inf):
+            best = {"best_eval_score": score, "best_step": metrics["step"]}
+    return best
 
 
 @contextmanager
@@ -366,7 +415,7 @@ def _planned_peak(prepared: Prepared) -> int | None:
 
 def _peak_tokens_per_second(prepared: Prepared, device: torch.device) -> float | None:
     """Return the tokens/s at which the model FLOP utilization is 1; None on a CPU, and on a card that no table has."""
-    if device.type != "cuda":
+    if device.type != "cuda" or is_encoder(prepared.inputs.model):  # whose products no formula here counts
         return None
     card = known_card(torch.cuda.get_device_name(device))
     if card is None:

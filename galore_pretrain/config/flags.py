@@ -47,6 +47,8 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+OF_TASKS = ("task", "epochs")
+"""The flags of fine-tuning alone."""
 RATE = _Parsed(parse_rate, "rate")
 _METAVARS: dict[Any, str] = {
     parse_count: "count",
@@ -173,6 +175,10 @@ def _read_run_json(ctx: click.Context, path: Path | None) -> None:
         # It is a run's own config.json, perhaps edited.
         values, ctx.meta["set_by_user"] = _values_of_a_run(values["config"])
     _check_run_json(path, values)
+    known = {parameter.name for parameter in ctx.command.params}
+    for name in OF_TASKS:
+        if name not in known and values.get(name) is not None:
+            raise InputError(f"--config {path}: sets {name}, which is fine-tuning's: give it to the command finetune")
     ctx.default_map = {}
     for key, value in values.items():
         name = key.replace("-", "_")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_pretrain.config.evaluated import EvalText, eval_texts, name_and_path, named_path, parse_eval_text
+from galore_pretrain.config.tasks import TASKS
 from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.optim import (
     BASIS_NAMES,
@@ -288,6 +289,7 @@ class RunConfig:
         METHOD,
         shown="new weights",
     )
+    task: str | None = _flag(None, f"Fine-tune for a task: {', '.join(TASKS)}.", TASKS, METHOD, shown="pretraining")
     optim: str = _flag("galore_adamw", f"Optimizer: {', '.join(METHODS)}, or FILE.py:NAME.", parse_place, METHOD)
     optim_option: str | tuple[str, ...] | None = _flag(
         None, "An option of the optimizer, KEY=VALUE; repeatable.", parse_setting, METHOD, shown="none", repeated=True
@@ -431,6 +433,9 @@ class RunConfig:
     )
     max_length: int = _flag(256, "Tokens a row.", int, TEXT, least=2)
 
+    epochs: int | None = _flag(
+        None, "Passes over a task's examples, instead of --steps.", int, LENGTH, least=1, shown="the task's recipe"
+    )
     steps: int | None = _flag(None, "Updates.", int, LENGTH, least=1)
     max_tokens: int | None = _flag(
         None,

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, replace
 from glob import has_magic
 from pathlib import Path
@@ -31,6 +31,14 @@ from galore_pretrain.config.options import (
     texts_of,
 )
 from galore_pretrain.config.recipes import printed_tokens, recipe
+from galore_pretrain.config.tasks import (
+    ENCODER,
+    GLUE,
+    LORA_WARMUP,
+    meaningless_for,
+    replaced_defaults,
+    task_recipe,
+)
 from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.optim import OPTIONS, is_own, method, resolve_name
 
@@ -42,6 +50,16 @@ FIT = "fit"
 """The origin of a value that ``--fit anything`` took in place of the one that was asked for."""
 AS_BEFORE = "as before"
 """The origin of such a value where the run was resumed."""
+BY_EPOCHS = (
+    "steps",
+    "warmup_steps",
+    "decay_steps",
+    "eval_every",
+    "save_every",
+    "relora_every",
+    "relora_warmup",
+)
+"""The flags that follow from how many updates an epoch has, where they are left out."""
 _LONG_RUN = 20_000
 """Updates. In longer runs, moments that are carried from basis to basis do better with a shorter memory of squares."""
 _TRANSPORTED = "moments project in more than 20,000 updates, LDAdam's scripts (arXiv 2410.16103) and arXiv 2607.05872"
@@ -59,6 +77,10 @@ def resolve(
     """
     values: dict[str, Any] = {name: flag.default for name, flag in FLAGS.items()} | dict(given)
     origins = {name: sources.get(name, "default") for name in FLAGS}
+    if values["task"] is not None:
+        _take_task(values, origins)
+    elif values["epochs"] is not None:
+        raise InputError(f"--epochs {values['epochs']}: only a task has them; give --steps, or --task")
     _take_model_of_init(values, origins)
     if values["model"] is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
@@ -82,7 +104,12 @@ def resolve(
     left_alone = _left_alone(values["optim"], meaningless)
     if values["max_tokens"] == RECIPE:
         values["max_tokens"], origins["max_tokens"] = printed_tokens(model)
+    without_recipe: set[str] = set()
+    if values["task"] is not None:
+        without_recipe = _fill_from_task(values, fill, left_alone)
     for name, (value, source) in recipe(model, values["optim"]).items():
+        if name in without_recipe:
+            continue
         length_is_known = name == "steps" and values["max_tokens"]
         has_no_group = name == "weight_group" and values["weights"] == "dense"
         if name not in left_alone and not length_is_known and not has_no_group:
@@ -117,6 +144,75 @@ def _left_alone(optim: str, meaningless: Container[str]) -> set[str]:
         of_recipes = {flag for entry in method(optim).recipes for flag in entry.values}
         flags |= OPTIONS.keys() - of_recipes
     return flags
+
+
+# A task begins from weights that are trained: what --model names is where these are.
+def _take_task(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Give a run the model, the text and the defaults of its task; InputError for flags that mean nothing to it."""
+    task = values["task"]
+    for name, why in meaningless_for(task).items():
+        if origins[name] != "default":
+            raise InputError(f"--{name.replace('_', '-')} has no meaning for --task {task}: {why}; leave it out")
+    if values["epochs"] and values["steps"]:
+        raise InputError(f"--epochs {values['epochs']} and --steps {values['steps']} both end the run; give one")
+    if values["init"] is None:
+        if values["model"] is None and task not in GLUE:
+            raise InputError(
+                f"--model is missing: --task {task} begins from a model that exists; name its folder or hub id"
+            )
+        if values["model"] is None:
+            values["model"] = ENCODER
+            origins["model"] = f"task {task}"
+        values["init"] = values["model"]
+        origins["init"] = "model"
+    for name, (value, source) in replaced_defaults(task).items():
+        if origins[name] == "default":
+            values[name] = value
+            origins[name] = f"recipe: {source}"
+    if task not in GLUE and origins["data"] == "default":
+        raise InputError(f"--data is missing: --task {task} has no text of its own; give a FILE.jsonl of conversations")
+
+
+def _fill_from_task(
+    values: Mapping[str, Any], fill: Callable[[str, Any, str], None], left_alone: Container[str]
+) -> set[str]:
+    """Fill in a task's recipe, and return the flags that no recipe of pretraining may fill."""
+    task, optim = values["task"], values["optim"]
+    of_task = task_recipe(task, optim, values["rank"])
+    length_is_known = values["steps"] or values["max_tokens"]
+    for name, (value, source) in of_task.items():
+        if name not in left_alone and not (name == "epochs" and length_is_known):
+            fill(name, value, f"recipe: {source}")
+    if values["lr"] is None:
+        raise InputError(
+            f"--lr is missing: no recipe has one for --optim {optim} on --task {task}; give one, such as 2e-5"
+        )
+    return {"lr", "steps", *of_task}
+
+
+# How many updates an epoch has is known when the examples are open.
+def with_epochs(config: RunConfig, updates: int) -> tuple[RunConfig, dict[str, str]]:
+    """Return the config of a run by epochs of so many ``updates`` each, and the origins of what was filled in."""
+    assert config.task is not None and config.epochs is not None
+    steps = config.epochs * updates
+    warmup = steps // 10
+    if config.task in GLUE:
+        warmup = round(LORA_WARMUP * steps) if config.optim == "lora" else 0
+    values = {
+        "steps": (steps, f"{config.epochs} epochs of {updates} updates"),
+        "warmup_steps": (warmup, "a share of steps"),
+        "eval_every": (updates, "an epoch"),
+        "save_every": (updates, "an epoch"),
+    }
+    if config.optim == "relora":
+        values["relora_every"] = (math.ceil(steps / 5), "chosen here: a fifth of the run")
+        values["relora_warmup"] = (min(100, steps // 50), "chosen here: a tenth of relora_every, at most 100")
+    if config.scheduler == "wsd":
+        values["decay_steps"] = (max(1, steps // 10), "a tenth of steps")
+    missing = {name: entry for name, entry in values.items() if getattr(config, name) is None}
+    filled = replace(config, **{name: value for name, (value, _) in missing.items()})
+    _check_length(filled.values())
+    return filled, {name: origin for name, (_, origin) in missing.items()}
 
 
 def _take_model_of_init(values: dict[str, Any], origins: dict[str, str]) -> None:
@@ -172,10 +268,15 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
     basis = ("svd" if is_reference else "randomized", numerics)
     refresh = ("together" if is_reference else "staggered", numerics)
 
-    updates = steps or math.ceil(values["max_tokens"] / (total * values["max_length"]))
-    relora_every = values["relora_every"] or math.ceil(updates / 5)
-    relora_warmup = min(100, relora_every // 10)
-    often = (min(1000, math.ceil(updates / 10)), "a tenth of the run, at most 1000")
+    updates = steps
+    if values["max_tokens"]:
+        updates = math.ceil(values["max_tokens"] / (total * values["max_length"]))
+    relora_every, relora_warmup, often = values["relora_every"], None, None
+    if updates:  # of a run by epochs, the examples have to be counted first: `with_epochs`
+        relora_every = relora_every or math.ceil(updates / 5)
+        often = min(1000, math.ceil(updates / 10))
+    if relora_every:
+        relora_warmup = min(100, relora_every // 10)
     min_lr_ratio = 0.1 if values["scheduler"] == "cosine" else 0.0
     warmup_steps = decay_steps = None
     if steps:
@@ -185,10 +286,11 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
 
     betas = None
     transports = values["moments"] == "project" and "eps" in method(values["optim"]).options
-    if transports and updates > _LONG_RUN:
+    if transports and updates and updates > _LONG_RUN:
         betas = (0.9, 0.99)
     optim = re.sub(r"[^\w.+]+", "-", Path(values["optim"]).name)  # of an own one, FILE.py:NAME without its folder
-    name = f"{model_name(values['model'])}-{optim}-{time.strftime('%Y%m%d-%H%M%S')}"
+    parts = (model_name(values["model"]), values["task"], optim, time.strftime("%Y%m%d-%H%M%S"))
+    name = "-".join(part for part in parts if part)
     tokenizer = {"c4": "t5", "sample": "sample"}.get(" + ".join(texts_of(values["data"])))
     source_of_tokenizer = f"data {values['data']}"
     if values["init"] is not None:
@@ -212,8 +314,8 @@ def _defaults(values: Mapping[str, Any], processes: Processes) -> dict[str, tupl
         "min_lr_ratio": (min_lr_ratio, f"scheduler {values['scheduler']}"),
         "warmup_steps": (warmup_steps, "a tenth of steps"),
         "decay_steps": (decay_steps, "a tenth of steps"),
-        "eval_every": often,
-        "save_every": often,
+        "eval_every": (often, "a tenth of the run, at most 1000"),
+        "save_every": (often, "a tenth of the run, at most 1000"),
         "batch_size": (max(micro_batch_sizes(total, processes), default=1), CHOSEN),
         "tokenizer": (tokenizer, source_of_tokenizer),
         "output": (f"runs/{name}", "default"),
@@ -378,6 +480,11 @@ def _check(values: Mapping[str, Any], processes: Processes) -> None:
         raise InputError(f"--lora-dropout {values['lora_dropout']} must be less than 1")
     if not values["output"]:
         raise InputError("--output is empty; give a folder")
+    if values["task"] in GLUE and processes.total > 1:
+        raise InputError(
+            f"--task {values['task']} is one process's work, and torchrun has started {processes.total}: an epoch's "
+            "last update may have fewer examples than processes; start it without torchrun"
+        )
     texts = texts_of(values["data"])
     if len(texts) > 1:
         _refuse_all_but_paths(texts)
@@ -445,7 +552,7 @@ def _refuse_full_norm(values: Mapping[str, Any], processes: int) -> NoReturn:
 
 def _check_length(values: Mapping[str, Any]) -> None:
     """Check what depends on the run's length and on its learning rate."""
-    if values["steps"] and values["warmup_steps"] > values["steps"]:
+    if values["steps"] and (values["warmup_steps"] or 0) > values["steps"]:
         raise InputError(f"--warmup-steps {values['warmup_steps']} exceeds --steps {values['steps']}")
     decay = values["decay_steps"]
     if decay and values["scheduler"] != "wsd":

@@ -77,6 +77,14 @@ def architecture_of(values: Mapping[str, Any]) -> Architecture:
     return family.config_class.from_dict(dict(values))
 
 
+def layers_of(model: CausalLM) -> Any:
+    """Return the layers of a decoder, or of an encoder, in their order."""
+    encoder = getattr(model, "roberta", None)
+    if encoder is not None:
+        return encoder.encoder.layer
+    return model.model.layers
+
+
 def head_width(architecture: Architecture) -> int:
     """Return the width of a head of attention."""
     of_config: int | None = getattr(architecture, "head_dim", None)

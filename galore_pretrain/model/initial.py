@@ -162,13 +162,13 @@ def check_weights(weights: InitialWeights, architecture: Architecture) -> None:
         hint = ""
         if missing == [_HEAD]:
             hint = "; where it is the embedding, config.json must say tie_word_embeddings true"
-        raise InputError(f"--init {weights.place}: lacks {_first(missing)} of {what}{hint}")
+        raise InputError(f"--init {weights.place}: lacks {first_of(missing)} of {what}{hint}")
     if surplus:
-        raise InputError(f"--init {weights.place}: has {_first(surplus)}, which {what} has not; name its own config")
+        raise InputError(f"--init {weights.place}: has {first_of(surplus)}, which {what} has not; name its own config")
     for name, shape in expected.items():
         if given[name] != shape:
             raise InputError(
-                f"--init {weights.place}: {name} is {_times(given[name])}, and {_times(shape)} in {what}; "
+                f"--init {weights.place}: {name} is {times(given[name])}, and {times(shape)} in {what}; "
                 "name its own config"
             )
 
@@ -184,14 +184,15 @@ def _check_tied(weights: InitialWeights) -> None:
         )
 
 
-def _first(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
     """Return the first of some names, and how many there are besides."""
     if len(names) == 1:
         return names[0]
     return f"{names[0]} and {len(names) - 1} more tensors"
 
 
-def _times(shape: tuple[int, ...]) -> str:
+def times(shape: tuple[int, ...]) -> str:
+    """Return a shape as it is read: 2 × 3."""
     return " × ".join(map(str, shape)) or "a number"
 
 
@@ -209,12 +210,12 @@ def take_weights(model: Any, weights: InitialWeights, factors: Factors | None) -
         of_factors |= {f"{name}.A.weight", f"{name}.B.weight"}
     for name, parameter in model.named_parameters():
         if name not in of_factors:
-            _take(parameter, weights, name)
+            take(parameter, weights, name)
     if factors is not None:
         factors.initialize(model, lambda name, dense: dense.copy_(weights.read(name)))
 
 
-def _take(parameter: Tensor, weights: InitialWeights, name: str) -> None:
+def take(parameter: Tensor, weights: InitialWeights, name: str) -> None:
     """Read one tensor into a parameter, in the parameter's dtype, or as codes."""
     coded = codes_of(parameter)
     if coded is not None:

@@ -1,6 +1,7 @@
 """GaLore (arXiv 2403.03507, Algorithm 2): any update rule, run in a low-rank subspace of the gradient."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -397,14 +398,20 @@ class GaLore(OuterRule):
         return low_step.placed()
 
 
+_OF_ENCODER = re.compile(r"(^|\.)layer\.\d+\.(attention|intermediate|output)\.")
+
+
 def is_projected(module_name: str, module: torch.nn.Module) -> bool:
     """Return whether the paper projects the weight of a module.
 
-    These are the linear layers of attention and MLP; not embeddings, norms or the head.
+    These are the linear layers of attention and MLP; not embeddings, norms or the head. They are known by their names:
+    ``attn`` or ``mlp``, or as BERT and its kin have them (``layer.0.attention.self.query``, ``layer.0.output.dense``).
     """
     if not isinstance(module, torch.nn.Linear):
         return False
-    return "attn" in module_name or "mlp" in module_name
+    if "attn" in module_name or "mlp" in module_name:
+        return True
+    return _OF_ENCODER.search(module_name) is not None
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

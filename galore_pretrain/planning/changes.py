@@ -9,7 +9,7 @@ from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.resolve import known_norm, micro_batch_sizes, with_execution
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.families import Architecture
-from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.optim import method
 from galore_pretrain.planning.choice import candidates, lower_bound
 from galore_pretrain.planning.layers import measure_by_layers
@@ -57,7 +57,7 @@ def cheapest_change(config: RunConfig, budget: int, mesh: Any = None) -> Change 
 
     None where no two of them do. The plan of what is returned is made of all layers, and fits.
     """
-    search = _Search(budget, load_model_config(config.model), mesh)
+    search = _Search(budget, architecture_of_run(config), mesh)
     families = [family for family in _families(config) if family]
     for count in (1, 2):
         chosen = sorted(itertools.combinations(range(len(families)), count), key=lambda numbers: numbers[::-1])

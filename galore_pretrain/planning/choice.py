@@ -11,8 +11,9 @@ from galore_pretrain.config.options import ExecutionSettings, RunConfig
 from galore_pretrain.config.resolve import known_norm, micro_batch_sizes, with_execution
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.documents import mask_bytes
+from galore_pretrain.model.encoder import is_encoder
 from galore_pretrain.model.families import Architecture
-from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.optim import method
 from galore_pretrain.planning.plan import Outline, Plan, Static, is_on_gpu, keeps_scores, measure
 
@@ -33,7 +34,7 @@ def choose(config: RunConfig, budget: int, mesh: Any = None, outline: Outline | 
 
     Where none fits, the choice is the one with the smallest peak among those measured, and its plan says so.
     """
-    architecture = load_model_config(config.model)
+    architecture = architecture_of_run(config)
     outline = outline or Outline.of(config, architecture, mesh)
     static = outline.static
     ways = candidates(config)
@@ -128,12 +129,14 @@ def lower_bound(config: RunConfig, architecture: Architecture, static: Static) -
     backward pass; of several micro-batches, the last one's beside the sum of the others.
     """
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
-    heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
+    heads = architecture.num_attention_heads
+    kv_heads = getattr(architecture, "num_key_value_heads", heads)
     head_size = getattr(architecture, "head_dim", None) or hidden // heads
+    inner_products = 2 if is_encoder(architecture) else 3
     if config.activation_checkpointing:
         numbers_a_token = hidden
     else:
-        numbers_a_token = 2 * hidden + 2 * (heads + kv_heads) * head_size + 3 * inner
+        numbers_a_token = 2 * hidden + 2 * (heads + kv_heads) * head_size + inner_products * inner
     tokens = config.batch_size * config.max_length
     item_bytes = getattr(torch, config.dtype).itemsize
     activations = tokens * architecture.num_hidden_layers * numbers_a_token * item_bytes
@@ -157,6 +160,8 @@ def upper_bound(config: RunConfig, architecture: Architecture, static: Static) -
     hidden, inner, heads = architecture.hidden_size, architecture.intermediate_size, architecture.num_attention_heads
     wide = max(hidden, heads * (getattr(architecture, "head_dim", None) or 1))
     layer = 24 * wide + 8 * inner + 2 * heads
+    if is_encoder(architecture):  # where what is attended to is dropped out, the weights of attention are written
+        layer += 6 * heads * config.max_length
     token = 4 * (layer * (architecture.num_hidden_layers + 2) + 4 * architecture.vocab_size)
     activations = config.batch_size * config.max_length * token
     if config.documents == "separate":  # the mask, and what it is made from

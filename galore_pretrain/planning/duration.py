@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from galore_pretrain.config.options import RunConfig
-from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.planning.cards import Card
 from galore_pretrain.planning.work import EVALUATION, PARTS, REFRESH, Work, count_work, peak_tokens_per_second
 
@@ -56,7 +56,7 @@ def predict(config: RunConfig, card: Card, messages: Mapping[str, float], mesh: 
 
     ``messages`` are the seconds at least that processes send, by what they are sent through; none of one process.
     """
-    peak_rate = peak_tokens_per_second(card, config, load_model_config(config.model))
+    peak_rate = peak_tokens_per_second(card, config, architecture_of_run(config))
     return Duration(config, card, count_work(config, mesh), messages, peak_rate)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.errors import InputError
-from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.optim import method
 from galore_pretrain.planning.budget import budget_of, source_of
 from galore_pretrain.planning.changes import Change, cheapest_change
@@ -44,7 +44,7 @@ class Fit:
 def planned(config: RunConfig, budget: int, mesh: Any = None) -> Fit:
     """Return the plan of the run that `choose` would choose, and what would make it fit. ``budget`` is in bytes."""
     choice = choose(config, budget, mesh)
-    plan = choice.plan or measure(choice.config, load_model_config(config.model), mesh)
+    plan = choice.plan or measure(choice.config, architecture_of_run(config), mesh)
     if plan.fits(budget):
         return Fit(plan)
     log.info("%s does not fit: looking for a change that does", config.optim)
@@ -52,7 +52,7 @@ def planned(config: RunConfig, budget: int, mesh: Any = None) -> Fit:
     if change is None or config.fit == "as-asked":
         return Fit(plan, change)
     choice = choose(with_change(config, change), budget, mesh)
-    return Fit(choice.plan or measure(choice.config, load_model_config(config.model), mesh), change)
+    return Fit(choice.plan or measure(choice.config, architecture_of_run(config), mesh), change)
 
 
 # A plan is arithmetic, and right for a model that has as many positions, be it one that is still to be written.
@@ -76,7 +76,7 @@ def fitted(config: RunConfig, outline: Outline, mesh: Any = None, *, runs_as_bef
     if not runs_as_before:
         choice = choose(config, budget, mesh, outline)
     elif config.memory_budget is not None or config.accumulate_on == "host":
-        choice = Choice(config, measure(config, load_model_config(config.model), mesh, outline=outline))
+        choice = Choice(config, measure(config, architecture_of_run(config), mesh, outline=outline))
     else:
         choice = Choice(config, None)
     plan = choice.plan

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from galore_pretrain.config.options import RunConfig
+from galore_pretrain.model.encoder import is_encoder
 from galore_pretrain.model.families import Architecture
 from galore_pretrain.planning.plan import Outline, Plan, heaviest_updates, host_budget, is_on_gpu, measure
 from galore_pretrain.tensors.ledger import KINDS
@@ -31,6 +32,8 @@ def measure_by_layers(config: RunConfig, architecture: Architecture, outline: Ou
     layers = architecture.num_hidden_layers
     is_checkpointed = config.activation_checkpointing  # without, what a place holds need not grow evenly
     is_plain = is_on_gpu(config) and is_checkpointed  # a CPU's tables of random bits grow by updates, not by layers
+    if is_encoder(architecture):  # whose layers have other names
+        is_plain = False
     if layers <= 4 or not (is_plain and config.layerwise) or config.compile or config.processes.total > 1:
         return measure(config, architecture, outline=outline)
     small_plans = []

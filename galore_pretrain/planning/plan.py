@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from galore_pretrain.config.options import RunConfig, model_name
 from galore_pretrain.meters import available_bytes
 from galore_pretrain.model.coded import CodedLinear
-from galore_pretrain.model.families import Architecture, CausalLM
-from galore_pretrain.model.head import mean_loss
+from galore_pretrain.model.encoder import is_encoder
+from galore_pretrain.model.families import Architecture, CausalLM, layers_of
 from galore_pretrain.model.int8 import Int8Linear
 from galore_pretrain.optim import Execution
 from galore_pretrain.tensors.capability import runs_on
@@ -29,7 +29,7 @@ from galore_pretrain.tensors.ledger import HOST, Ledger
 from galore_pretrain.tensors.place import planned_for_gpu
 from galore_pretrain.tensors.shards import local
 from galore_pretrain.tensors.transport import AtOnce
-from galore_pretrain.train.build import device_of, execution_for, model_for, optimizer_for, set_up_model
+from galore_pretrain.train.build import device_of, execution_for, loss_of, model_for, optimizer_for, set_up_model
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
@@ -298,7 +298,7 @@ def _held_by_compiled_layers(config: RunConfig, model: CausalLM) -> int:
     """
     if not (config.compile and config.layerwise):
         return 0
-    gradients = [[local(p).nbytes for p in layer.parameters() if p.requires_grad] for layer in model.model.layers]
+    gradients = [[local(p).nbytes for p in layer.parameters() if p.requires_grad] for layer in layers_of(model)]
     return max(sum(sizes) - max(sizes, default=0) for sizes in gradients)
 
 
@@ -345,8 +345,9 @@ def faked(
             model.to_empty(device=device)
             # `to_empty` has given tied weights storages of their own.
             model.tie_weights()
-        # Kinds of RoPE that grow with a text ask for its length, which fake tensors do not know. They hold no more.
-        model.model.rotary_emb.rope_type = "default"
+        if not is_encoder(architecture):
+            # Kinds of RoPE that grow with a text ask for its length, which fake tensors do not know. They hold no more.
+            model.model.rotary_emb.rope_type = "default"
         with kind("moments"):
             optimizer = optimizer_for(config, set_up_model(config, model), mesh)
         yield model, optimizer
@@ -370,9 +371,11 @@ def make_heaviest_updates(
 
 def make_update(config: RunConfig, model: CausalLM, execution: Execution, micro_batches: int) -> None:
     """Make one update of ``micro_batches``, whose tokens are all zero."""
+    loss_function = loss_of(model.config)
     for i in range(micro_batches):
         tokens = torch.zeros(config.batch_size, config.max_length, dtype=torch.long)
-        loss = mean_loss(model, tokens, tokens, tokens.numel(), places_of(config, tokens))
+        labels = tokens[:, 0] if is_encoder(model.config) else tokens
+        loss = loss_function(model, tokens, labels, labels.numel(), places_of(config, tokens))
         execution.begin(i, micro_batches)
         loss.backward()
         del loss
@@ -410,9 +413,12 @@ def _add_hooks(ledger: Ledger, model: CausalLM) -> None:
     def keeps_result(module: torch.nn.Linear, inputs: object, result: Tensor) -> None:
         ledger.assign(result, "activations")
 
-    for i, layer in enumerate(model.model.layers):
+    for i, layer in enumerate(layers_of(model)):
         layer.register_forward_pre_hook(says(f"forward of layer {i}"))
-    model.model.norm.register_forward_hook(says("head and loss"))
+    if is_encoder(model.config):
+        model.classifier.register_forward_pre_hook(says("head and loss"))
+    else:
+        model.model.norm.register_forward_hook(says("head and loss"))
     for layer in model.modules():
         if isinstance(layer, (Int8Linear, CodedLinear)):
             layer.register_forward_hook(keeps_result)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.model.families import Architecture
-from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.planning.plan import faked, make_update
 from galore_pretrain.tensors.chunks import ChunkSample
 from galore_pretrain.tensors.shards import local
@@ -125,7 +125,7 @@ def count(config: RunConfig, mesh: Any = None) -> Traffic:
 
     A refresh's products are not counted: decompositions have no formula, and every T updates they are few.
     """
-    architecture = load_model_config(config.model)
+    architecture = architecture_of_run(config)
     total = extrapolated(config, architecture, partial(_update_counts, mesh=mesh))
     for key, value in _refresh_counts(config, architecture, mesh).items():
         total[key] += value

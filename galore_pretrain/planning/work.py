@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.model.families import Architecture, CausalLM
 from galore_pretrain.model.head import token_losses
-from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.optim import Execution
 from galore_pretrain.planning.cards import Card
 from galore_pretrain.planning.plan import faked, make_update, places_of
@@ -96,7 +96,7 @@ def peak_tokens_per_second(card: Card, config: RunConfig, architecture: Architec
 # Each of these small updates is made twice, once without and once with all bases due. The difference is a refresh.
 def count_work(config: RunConfig, mesh: Any = None) -> dict[str, Work]:
     """Count the work of an update by its parts, of a refresh of all bases, and of a micro-batch of an evaluation."""
-    architecture = load_model_config(config.model)
+    architecture = architecture_of_run(config)
     counts = extrapolated(config, architecture, partial(_counts, mesh=mesh))
     return {part: Work.of(counts, part) for part in (*PARTS, REFRESH, EVALUATION)}
 

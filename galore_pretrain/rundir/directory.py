@@ -166,10 +166,16 @@ def _write_summary(output: Path, summary: Mapping[str, Any]) -> None:
         parts.append(f"{peak / 2**30:.2f} GiB of tensors on the device")
     parts.append(f"{process / 2**30:.2f} GiB of the process, its program and libraries included")
     log.info("peak memory: %s", ", ".join(parts))
-    bits = summary.get("eval_bits_per_byte")
-    per_byte = "" if bits is None else f", {bits:.4g} bits per byte,"
-    evaluated = f"{summary['eval_tokens']:,}"
-    log.info("validation perplexity %.4g%s over %s tokens", summary["eval_perplexity"], per_byte, evaluated)
+    if "eval_perplexity" in summary:
+        bits = summary.get("eval_bits_per_byte")
+        per_byte = "" if bits is None else f", {bits:.4g} bits per byte,"
+        evaluated = f"{summary['eval_tokens']:,}"
+        log.info("validation perplexity %.4g%s over %s tokens", summary["eval_perplexity"], per_byte, evaluated)
+    else:
+        log.info(
+            "score of the last epoch %.4f, the best %.4f after update %d",
+            *(summary["eval_score"], summary["best_eval_score"], summary["best_step"]),
+        )
 
 
 def read_summary(output: Path) -> dict[str, Any]:

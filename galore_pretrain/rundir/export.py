@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -34,7 +34,15 @@ _SHOWN_IDS = 8  # ids that come behind them
 log = logging.getLogger(__name__)
 
 
-def export(folder: Path, model: Any, tokenizer: Tokenizer, world: World = ALONE) -> None:
+class Saveable(Protocol):
+    """A tokenizer, of texts or of their pairs."""
+
+    def save(self, folder: Path, model_max_length: int, vocabulary: int) -> None:
+        """Write what ``AutoTokenizer.from_pretrained(folder)`` needs."""
+        ...
+
+
+def export(folder: Path, model: Any, tokenizer: Saveable, world: World = ALONE) -> None:
     """Write ``model`` and ``tokenizer`` to ``folder``: transformers loads it without this package.
 
     Factored matrices are written as dense ones. One process writes, to which the others give their parts of the
@@ -45,7 +53,7 @@ def export(folder: Path, model: Any, tokenizer: Tokenizer, world: World = ALONE)
 
 
 # As a checkpoint, the folder is whole or absent: it is written aside, forced to disk, and then renamed.
-def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenizer: Saveable) -> None:
     """Write the weights ``state``, the model's config and the tokenizer to ``folder``."""
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -63,7 +71,8 @@ def _write_model(folder: Path, model: Any, state: Mapping[str, Tensor], tokenize
         model.save_pretrained(aside, state_dict=state, max_shard_size=_SHARD_SIZE)
     _save_tokenizer(aside, model.config, tokenizer)
     for name in ("config.json", "generation_config.json"):
-        _amend(aside / name, {"use_cache": True})  # training has no use for a cache, generation has
+        if (aside / name).exists():  # an encoder generates nothing
+            _amend(aside / name, {"use_cache": True})  # training has no use for a cache, generation has
     # safetensors makes its files private to the user. They get the mode of every other file instead.
     mode = (aside / "config.json").stat().st_mode
     for file in aside.glob("*.safetensors"):
@@ -117,7 +126,7 @@ def _name_beginning(file: Path) -> None:
         _amend(file, {"bos_token": settings["eos_token"], "add_bos_token": False})
 
 
-def _save_tokenizer(folder: Path, architecture: Architecture, tokenizer: Tokenizer) -> None:
+def _save_tokenizer(folder: Path, architecture: Architecture, tokenizer: Saveable) -> None:
     """Write the tokenizer's files for a model of this architecture."""
     tokenizer.save(folder, architecture.max_position_embeddings, architecture.vocab_size)
     _name_beginning(folder / "tokenizer_config.json")

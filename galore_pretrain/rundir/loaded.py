@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from galore_pretrain.config.options import RunConfig, eval_text_seen_from, text_seen_from, texts_of
 from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.config.resolve import check_bounds, check_documents, resolve
+from galore_pretrain.config.tasks import GLUE
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.families import FAMILIES, Architecture, CausalLM, Family, architecture_of, positions_of
 from galore_pretrain.model.llama import without_masks
@@ -97,6 +98,12 @@ def load(
 # elsewhere, and is known again by its commit or its fingerprint.
 def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], device: torch.device) -> LoadedModel:
     """Load the model of a checkpoint, whatever version wrote it."""
+    task = saved.state["config"].get("task")
+    if task in GLUE:
+        raise InputError(
+            f"{saved.folder} is of --task {task}: its model labels sentences, and neither predicts nor continues text; "
+            "a run that has ended has it in its folder's model/, for transformers"
+        )
     if overrides.get("bos") == "auto":  # which is what the run has
         overrides = {name: value for name, value in overrides.items() if name != "bos"}
     config = replace(RunConfig.of(_fields(saved, overrides)), **overrides)

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from galore_pretrain.config.options import ExecutionSettings, RunConfig
-from galore_pretrain.config.resolve import known_norm, with_execution
+from galore_pretrain.config.resolve import BY_EPOCHS, known_norm, with_execution
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.meters import spare_bytes
-from galore_pretrain.model.llama_config import load_model_config
+from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import read_summary
 from galore_pretrain.text.batches import TrainingData
+from galore_pretrain.text.labelled import ExampleBatches
 from galore_pretrain.text.tokenizer import Tokenizer, load_folder
-from galore_pretrain.train.schedule import Schedule, schedule_of
+from galore_pretrain.train.schedule import schedule_of
 
 if TYPE_CHECKING:
     from galore_pretrain.optim import RuleOptimizer
@@ -62,9 +63,13 @@ def resolve_resume(config: RunConfig, output: Path) -> Resumption:
     if config.fit == "anything":
         config = _with_what_was_taken(config, saved)
     restored: frozenset[str] = frozenset()
+    if config.epochs is not None and config.epochs == before.get("epochs"):
+        of_epochs = {name: before[name] for name in BY_EPOCHS if getattr(config, name) is None}
+        config = replace(config, **of_epochs)
+        restored |= {name for name, value in of_epochs.items() if value is not None}
     if config.bos == "auto":  # what that came to is in the checkpoint
         config = replace(config, bos=before.get("bos", "no"))
-        restored = frozenset({"bos"} if config.bos == "yes" else ())
+        restored |= frozenset({"bos"} if config.bos == "yes" else ())
     saved_norm = before.get("clip_norm")
     if "clip_norm" in config.undecided and saved_norm is not None:  # another would be clipped, were it chosen anew
         restored |= {"clip_norm"}
@@ -199,7 +204,7 @@ def check_model(config: RunConfig, saved: Saved) -> None:
     known = saved.state.get("inputs", {}).get("model")
     if known is None:
         return
-    now = json.dumps(load_model_config(config.model).to_diff_dict())
+    now = json.dumps(architecture_of_run(config).to_diff_dict())
     differing = _differing(known, now)
     _refuse_changes(config, saved, ["model"] if differing else [], differing)
 
@@ -259,16 +264,23 @@ def _architecture(fingerprint: str) -> dict[str, Any]:
     return values
 
 
-def is_finished(output: Path, saved: Saved, schedule: Schedule) -> bool:
-    """Return whether ``output`` holds all that the run has to leave."""
+def is_finished(output: Path, saved: Saved, config: RunConfig) -> bool:
+    """Return whether ``output`` holds all that the run of ``config`` has to leave."""
     trained = saved.state["trainer"]
+    if config.steps is None and config.max_tokens is None:  # as many epochs as are asked for now were not made
+        return False
+    schedule = schedule_of(config.values())
     if not schedule.is_over(trained["step"], trained["tokens_seen"]):
         return False
     return read_summary(output).get("steps") == trained["step"] and (output / "model").is_dir()
 
 
 def restore(
-    saved: Saved, model: torch.nn.Module, optimizer: "RuleOptimizer", state: "TrainState", data: TrainingData
+    saved: Saved,
+    model: torch.nn.Module,
+    optimizer: "RuleOptimizer",
+    state: "TrainState",
+    data: TrainingData | ExampleBatches,
 ) -> None:
     """Put everything back as it was when the checkpoint was written."""
     tensors = checkpoint.named_tensors(model, optimizer, load=True)

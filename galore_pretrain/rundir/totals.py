@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from galore_pretrain.meters import peak_memory_bytes, process_peak_bytes
+from galore_pretrain.train.examples import ExampleInputs
 from galore_pretrain.train.inputs import Inputs
 from galore_pretrain.train.metrics import MetricLogger
 
@@ -21,7 +22,7 @@ class RunTotals:
     def __init__(
         self,
         device: torch.device,
-        inputs: Inputs,
+        inputs: Inputs | ExampleInputs,
         loggers: Sequence[MetricLogger],
         saved: Mapping[str, Any],
         started: float,

@@ -590,6 +590,17 @@ def validation_rows(source: DocumentSource, rows: Rows, tokens: int, flag: str =
     return rows.counted(chosen, texts)
 
 
+def count_rows(source: DocumentSource, rows: TokenRows) -> int:
+    """Return how many rows the source's documents fill, each taken once."""
+
+    def documents() -> Iterator[_PlacedText]:
+        for shard, position, text in in_turn(source):
+            yield Position(), text, Position(0, shard, position)
+
+    with source.bad_data.trial():
+        return sum(1 for _ in rows(documents()))
+
+
 # -- reading ahead ----------------------------------------------------------------------------------------------------
 
 

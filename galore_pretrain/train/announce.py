@@ -11,6 +11,7 @@ from galore_pretrain.optim import RuleOptimizer, describe
 from galore_pretrain.tensors.products import has_fast_bf16
 from galore_pretrain.text.sources import describe_text
 from galore_pretrain.text.usable import TextShares, percent
+from galore_pretrain.train.examples import ExampleInputs
 from galore_pretrain.train.inputs import Inputs
 
 log = logging.getLogger(__name__)
@@ -20,21 +21,28 @@ _MUCH = 0.25  # of a text's tokens
 def announce(
     config: RunConfig,
     device: torch.device,
-    inputs: Inputs,
-    shares: TextShares,
+    inputs: Inputs | ExampleInputs,
+    shares: TextShares | None,
     optimizer: RuleOptimizer,
     world: World,
 ) -> None:
-    """Log what is trained, on what and where, and which rule updates which tensors; warn of useless options."""
+    """Log what is trained, on what and where, and which rule updates which tensors; warn of useless options.
+
+    ``shares`` are of text that cannot be used; None where the run reads examples.
+    """
     if config.reduce == "projected" and world.size == 1:
         log.warning("--reduce projected: one process sums with nobody; it makes the updates layerwise, and no more")
     weights = 0
     for group in optimizer.param_groups:
         weights += sum(p.numel() for p in group["params"])
-    if world.is_main:
+    if isinstance(inputs, ExampleInputs):
+        counts = ", ".join(f"{count:,} of {split}" for split, count in inputs.as_json().items())
+        log.info("--task %s: examples of %s: %s", config.task, config.data, counts)
+    elif world.is_main:
         eval_paths = [text.path for text in config.eval_texts]
         for line in describe_text(config.data, eval_paths, inputs.training, inputs.validation):
             log.info("%s", line)
+    if shares is not None and world.is_main:
         _announce_shares(config, shares)
     hardware = _hardware(config, device, world)
     log.info("%s: %.1fM weights in %s on %s", config.model, weights / 1e6, config.dtype, hardware)

@@ -1,8 +1,9 @@
 """Build a run's model, optimizer and execution from its config, for training and for `plan` alike."""
 
+from collections.abc import Callable
 from inspect import signature
 from types import MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -10,8 +11,9 @@ from torch import nn
 from galore_pretrain.config.options import RunConfig, factors_by_module, optim_settings
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.coded import code_matrices
-from galore_pretrain.model.families import Architecture, CausalLM
-from galore_pretrain.model.head import loss_methods
+from galore_pretrain.model.encoder import HEAD, build_encoder, class_loss, draws, is_encoder, take_encoder_weights
+from galore_pretrain.model.families import Architecture, CausalLM, layers_of
+from galore_pretrain.model.head import loss_methods, mean_loss
 from galore_pretrain.model.initial import InitialWeights, take_weights
 from galore_pretrain.model.int8 import multiply_by_int8
 from galore_pretrain.model.llama import build_model
@@ -107,6 +109,8 @@ def model_for(
     def change(model: CausalLM) -> None:
         if factors:
             factors.apply(model, position)
+            if config.task is not None and factors.alpha is not None:
+                _freeze_all_but_factors(model)
         by_int8 = config.matmul == "int8"
         if config.weights == "int8":
             group = None if config.weight_group == "row" else int(config.weight_group)
@@ -116,6 +120,11 @@ def model_for(
         if mesh is not None:
             share_out(model, config, mesh)
 
+    if is_encoder(architecture):
+        encoder = build_encoder(architecture, device=device, dtype=getattr(torch, config.dtype), change=change)
+        if weights is not None and torch.device(device).type != "meta":
+            take_encoder_weights(encoder, weights, factors, config.seed)
+        return encoder
     model = build_model(
         architecture,
         device=device,
@@ -133,14 +142,36 @@ def model_for(
     return model
 
 
+# Fine-tuning by LoRA leaves a model as it is, but for what is added to its matrices: so its authors have it. In
+# pretraining, embeddings and norms begin from nothing, and GaLore's paper trains them beside the factors.
+def _freeze_all_but_factors(model: CausalLM) -> None:
+    """Have only the factors of ``model`` trained, and a new head where it has one."""
+    trained = ("A.weight", "B.weight")
+    for name, p in model.named_parameters():
+        if not (name.endswith(trained) or name.startswith(HEAD)):
+            p.requires_grad_(False)
+
+
+Loss: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor, int, torch.Tensor | None], torch.Tensor]
+"""Takes a model, rows of ids, their labels, what to divide by, and the places of tokens in their documents where these
+are apart; returns what the rows contribute to an update's loss."""
+
+
+def loss_of(architecture: Architecture) -> Loss:
+    """Return the loss by which a model of this architecture is trained: of each next token, or of each row's label."""
+    return class_loss if is_encoder(architecture) else mean_loss
+
+
 def set_up_model(config: RunConfig, model: CausalLM) -> CausalLM:
     """Set ``model`` and torch up for training, and return the model."""
     # By default, cuBLAS may add up the parts of a long product in bf16. The published numbers were made so.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = config.numerics == "reference"
     _set_determinism(config.deterministic)
     if config.activation_checkpointing:
-        # No layer draws from torch's generators, so their state need not be kept and set again for each one.
-        options = {"use_reentrant": False, "preserve_rng_state": False}
+        # A decoder's layers draw nothing from torch's generators, so their state need not be kept and set again for
+        # each one; and fake tensors have none.
+        is_fake = torch._guards.detect_fake_mode() is not None
+        options = {"use_reentrant": False, "preserve_rng_state": draws(model) and not is_fake}
         model.gradient_checkpointing_enable(options)
     model.train()
     return model
@@ -158,8 +189,8 @@ def _set_determinism(wanted: bool) -> None:
 
 def compile_layers(model: CausalLM) -> None:
     """Have torch compile each decoder layer when it first runs. All layers share the code compiled for one."""
-    for decoder in model.model.layers:
-        decoder.compile()
+    for layer in layers_of(model):
+        layer.compile()
 
 
 def optimizer_for(config: RunConfig, model: torch.nn.Module, mesh: Any = None) -> RuleOptimizer:

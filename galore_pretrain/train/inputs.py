@@ -11,7 +11,7 @@ from galore_pretrain.errors import InputError
 from galore_pretrain.model.families import Architecture, window_of
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
-from galore_pretrain.text.batches import TokenRows, shard_order, validation_rows
+from galore_pretrain.text.batches import TokenRows, count_rows, shard_order, validation_rows
 from galore_pretrain.text.sources import (
     DocumentSource,
     HubDataset,
@@ -58,6 +58,11 @@ class Inputs:
         if isinstance(self.training, HubDataset):
             return self.training.revision
         return None
+
+    def updates_an_epoch(self, sequences: int) -> int:
+        """Return how many updates of so many sequences the training text fills, by its rows in their first order."""
+        rows = count_rows(self.training, self.rows)
+        return max(1, rows // sequences)
 
     def first_texts(self) -> list[str]:
         """Return the beginnings of a few documents, on which the exported tokenizer is tried."""

@@ -22,7 +22,6 @@ from galore_pretrain.train.schedule import Schedule
 if TYPE_CHECKING:  # for their types alone: the trainer is handed its parts
     from galore_pretrain.optim import Execution, Outcome
     from galore_pretrain.text.batches import Batch
-    from galore_pretrain.train.evaluate import Evaluation
 
 MAX_SKIPPED = 10
 """Skipped updates in a row after which a run stops. Their loss or gradients were not finite, or the loss too large."""
@@ -65,6 +64,14 @@ class NoWatch:
     def close(self) -> str | None:
         """Return no text to log."""
         return None
+
+
+class Evaluated(Protocol):
+    """The numbers of an evaluation."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the values under their keys in ``metrics.jsonl``."""
+        ...
 
 
 class Checkpoints(Protocol):
@@ -111,6 +118,8 @@ class Trainer:
 
     ``batches`` yields one update's rows at a time; they are run ``batch_size`` sequences at a time. ``evaluate`` is
     called every ``eval_every`` updates, a checkpoint saved every ``save_every``, and both after the last update.
+    ``loss`` takes the model, rows, their labels, a divisor, and the places of tokens in their documents where these are
+    apart: a loss for each label, summed and divided.
     ``after_update`` is called with the number of each update but the last, and may change the model. ``mean_of_means``
     averages the loss as the published code does. An update whose loss exceeds ``max_loss`` is skipped; ``keep_rows`` is
     called with the number, the rows and the loss of each skipped update. The processes of ``world`` share the rows of
@@ -125,7 +134,7 @@ class Trainer:
     execution: "Execution"
     schedule: Schedule
     after_update: Callable[[int], None]
-    evaluate: "Callable[[], Evaluation]"
+    evaluate: "Callable[[], Evaluated]"
     checkpoints: Checkpoints
     keep_rows: "Callable[[int, Batch, float], None]"
     loggers: Sequence[MetricLogger]
@@ -136,6 +145,7 @@ class Trainer:
     mean_of_means: bool
     max_loss: float
     device: torch.device
+    loss: Callable[[Any, Tensor, Tensor, int, Tensor | None], Tensor] = mean_loss
     world: World = ALONE
     position: TrainingPosition = field(default_factory=TrainingPosition)
     watch: Watch = field(default_factory=NoWatch)
@@ -335,7 +345,7 @@ class Trainer:
                 places = None
                 if host_places is not None:
                     places = host_places.to(self.device, non_blocking=True)
-                loss = mean_loss(self.model, input_ids, targets, divisor, places)
+                loss = self.loss(self.model, input_ids, targets, divisor, places)
                 local_loss += loss.detach()
             if looks_at_each:
                 total_loss = world.sum(local_loss)
