@@ -32,7 +32,7 @@ from galore_pretrain.config.options import (
     texts_of,
 )
 from galore_pretrain.config.resolve import ALL, left_out, load_named
-from galore_pretrain.config.tasks import GLUE, TASKS
+from galore_pretrain.config.tasks import ENCODER, GLUE, TASKS
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError, did_you_mean
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, load_line, own_length
 from galore_pretrain.text.hub import check_hub, hub_text
@@ -122,6 +122,8 @@ def finetune(ctx: click.Context, /, debug: bool, **values: Any) -> int:
     check_hub(config.data, config.tokenizer, goes_on=_goes_on(config))
     find_tokenizer(config.tokenizer)
     if config.task in GLUE:
+        from galore_pretrain.train.scores import load_metrics
+
         load_metrics()  # which are first wanted when an epoch is over
     return _run(ctx, config, origins)
 
@@ -436,6 +438,15 @@ def sweep(
     """
     given = {name: value for name, value in values.items() if value is not None}
     output = Path(given.pop("output", "") or f"sweeps/{Path(kind).stem}")
+    tasks: Sequence[str] = GLUE
+    if kind == "glue":
+        given.setdefault("model", ENCODER)
+        task = given.pop("task", None)
+        if task is not None and task not in GLUE:
+            raise InputError(f"--task {task}: sweep glue has {', '.join(GLUE)}; name one, or leave it out for all")
+        tasks = [task] if task else GLUE
+    elif "task" in given and kind in KINDS:
+        raise InputError(f"--task {given['task']}: sweep {kind} pretrains; leave it out, or make sweep glue")
     model = given.get("model") or given.get("init")
     if model is None:
         raise InputError("--model is missing; name a shipped model such as llama_60m, or a JSON config")
@@ -448,7 +459,7 @@ def sweep(
     if allows_code and "allow_code" not in typed:
         raise InputError(f"{ctx.meta['run_json']} sets allow_code, which only a command line can: leave it out there")
     optim = given.pop("optim", None)
-    lines = entries(kind, model, optim)
+    lines = entries(kind, model, optim, tasks)
     for line in lines:
         load_line(line, optim if "optim" in typed else None, allow_code=allows_code)
     first = given.pop("seed", 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from galore_pretrain.config.options import model_name, texts_of
 from galore_pretrain.errors import InputError
-from galore_pretrain.study import paper
+from galore_pretrain.study import glue, paper
 from galore_pretrain.study.pictures import draw_comparison
 from galore_pretrain.study.results import (
     Comparison,
@@ -67,15 +67,21 @@ def write(comparisons: Sequence[Comparison], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     markdown = ["# Report"]
     page = ["<h1>Report</h1>"]
-    has_sections = len(comparisons) > 1
+    of_glue = [comparison for comparison in comparisons if glue.is_of_glue(comparison)]
+    of_text = [comparison for comparison in comparisons if not glue.is_of_glue(comparison)]
+    has_sections = len(of_text) > 1
     if has_sections:
         warning = (
-            f"These runs differ in {', '.join(_differing_settings(comparisons))}. "
+            f"These runs differ in {', '.join(_differing_settings(of_text))}. "
             "Numbers of different sections are not to be compared."
         )
         markdown.append(warning)
         page.append(_html_paragraph(warning))
-    for number, comparison in enumerate(comparisons, 1):
+    if of_glue:
+        section, html_section = _section_of_glue(of_glue)
+        markdown += section
+        page += html_section
+    for number, comparison in enumerate(of_text, 1):
         suffix = f"-{number}" if has_sections else ""
         section, html_section = _section(comparison, folder, suffix)
         markdown += section
@@ -105,6 +111,25 @@ def _section(comparison: Comparison, folder: Path, suffix: str) -> tuple[list[st
         escaped = html.escape(caption)
         markdown.append(f"![{caption}]({file.name})")
         page.append(f'<figure><img src="{file.name}" alt="{escaped}"><figcaption>{escaped}</figcaption></figure>')
+    return markdown, page
+
+
+def _section_of_glue(comparisons: Sequence[Comparison]) -> tuple[list[str], list[str]]:
+    """Return the paragraphs of all runs on tasks of GLUE, in Markdown and in HTML."""
+    heading = glue.heading(comparisons)
+    markdown = [f"## {heading}"]
+    page = [f"<h2>{html.escape(heading)}</h2>"]
+    for table in glue.tables(comparisons):
+        markdown.append(table.markdown())
+        page.append(table.html())
+    going = [run for comparison in comparisons for runs in comparison.methods.values() for run in runs]
+    going = [run for run in going if not run.is_over]
+    notes = list(glue.NOTES)
+    if going:
+        notes.insert(0, f"Not over, and not in the tables: {', '.join(str(run.folder) for run in going)}.")
+    for note in notes:
+        markdown.append(note)
+        page.append(_html_paragraph(note))
     return markdown, page
 
 

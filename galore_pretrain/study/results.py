@@ -18,6 +18,8 @@ from galore_pretrain.study.seeds import Spread
 SETTING = (
     "model",
     "init",
+    "task",
+    "epochs",
     "data",
     "eval_data",
     "text_key",

@@ -20,13 +20,14 @@ from typing import Any
 from galore_pretrain.config.flags import RunCommand, flags, resolved
 from galore_pretrain.config.options import FLAGS, find_model
 from galore_pretrain.config.resolve import AS_BEFORE, CHOSEN, load_named, without_meaning
+from galore_pretrain.config.tasks import GLUE
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim import METHODS, is_own
 from galore_pretrain.signals import on_stop
 from galore_pretrain.study.paper import printed
 from galore_pretrain.study.results import FROZEN, FROZEN_FLAGS
 
-KINDS = ("methods", "table2", "table3", "figure3", "natural", "lr")
+KINDS = ("methods", "table2", "table3", "figure3", "natural", "lr", "glue")
 
 GRID = (0.01, 0.005, 0.001, 0.0005, 0.0001)
 """Learning rates that the GaLore paper's authors tuned over (appendix C.1)."""
@@ -44,6 +45,12 @@ _ROWS = {
     "table3": ("adamw8bit", "galore_adamw8bit"),
     "natural": ("adamw", "low_rank", "lora", "relora", "galore_adamw", "natural_galore"),
 }
+
+_GLUE: tuple[tuple[str, int | None], ...] = (
+    ("adamw", None),
+    *((row, rank) for rank in (4, 8) for row in ("galore_adamw", "lora", "natural_galore")),
+)
+"""The methods and ranks of GaLore's and Natural GaLore's tables of GLUE."""
 
 _MOST_FURTHER_FACTORS = 3  # tried beyond those that were named
 
@@ -104,7 +111,10 @@ class Planned:
 
     def arguments(self) -> list[str]:
         """Return the command's words, without the program's name."""
-        return as_words({**self.flags, "output": self.folder})
+        words = as_words({**self.flags, "output": self.folder})
+        if self.flags.get("task") is not None:
+            words.insert(0, "finetune")
+        return words
 
 
 def as_words(flags: Mapping[str, Any]) -> list[str]:
@@ -126,10 +136,11 @@ def as_words(flags: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def entries(kind: str, model: str, optim: str | None) -> list[Entry]:
+def entries(kind: str, model: str, optim: str | None, tasks: Sequence[str] = GLUE) -> list[Entry]:
     """Return the lines of a sweep: of a kind, or of a JSON file, ``{"runs": {NAME: {FLAG: VALUE}}}``.
 
-    ``optim`` is the row of a grid of learning rates, and the row of a file's lines that name none.
+    ``optim`` is the row of a grid of learning rates, and the row of a file's lines that name none. ``tasks`` are those
+    of GLUE.
     """
     row = optim or "galore_adamw"
     lines = []
@@ -145,10 +156,26 @@ def entries(kind: str, model: str, optim: str | None) -> list[Entry]:
         raise InputError(f"--optim {optim}: sweep {kind} has rows of its own; only sweep lr takes one")
     if kind == "figure3":
         return _figure3(model)
+    if kind == "glue":
+        return _glue(tasks)
     for name in _ROWS[kind]:
         lines.append(Entry(name, {"optim": name}))
     if kind != "table3":  # of 7B, a control costs as much as a method
         lines.append(Entry(FROZEN, FROZEN_FLAGS))
+    return lines
+
+
+def _glue(tasks: Sequence[str]) -> list[Entry]:
+    """Return the lines of the tables of GLUE, task by task."""
+    lines = []
+    for task in tasks:
+        for row, rank in _GLUE:
+            flags_of_line: dict[str, Any] = {"task": task, "optim": row}
+            name = f"{task} {row}"
+            if rank is not None:
+                flags_of_line["rank"] = rank
+                name += f" r{rank}"
+            lines.append(Entry(name, flags_of_line))
     return lines
 
 
@@ -466,7 +493,7 @@ class Sweep:
 def _check_folder(run: Planned) -> None:
     """Raise InputError where the flags do not fit together, or the folder holds another run."""
     command = RunCommand("train", params=flags())
-    with command.make_context("train", run.arguments()) as context:
+    with command.make_context("train", as_words({**run.flags, "output": run.folder})) as context:
         config, _ = resolved(context, context.params)
     values = {}
     try:
