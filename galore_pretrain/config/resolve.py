@@ -166,7 +166,8 @@ def _take_task(values: dict[str, Any], origins: dict[str, str]) -> None:
         values["init"] = values["model"]
         origins["init"] = "model"
     for name, (value, source) in replaced_defaults(task).items():
-        if origins[name] == "default":
+        keeps_apart = name == "documents" and values["layout"] == "pad"  # a conversation a row sees no other
+        if origins[name] == "default" and not keeps_apart:
             values[name] = value
             origins[name] = f"recipe: {source}"
     if task not in GLUE and origins["data"] == "default":

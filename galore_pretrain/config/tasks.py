@@ -34,7 +34,7 @@ _LORA_BATCHES = dict.fromkeys(GLUE, 16) | {"cola": 32, "qnli": 32, "rte": 32}
 LORA_WARMUP = 0.06
 """The share of a LoRA run on GLUE in which the rate rises (Table 9)."""
 
-_OF_TEXT = ("layout", "text_key", "bos", "bad_data", "max_unknown", "eval_data", "eval_tokens")
+_OF_TEXT = ("layout", "documents", "text_key", "bos", "bad_data", "max_unknown", "eval_data", "eval_tokens")
 _NOT_OF_GLUE = {
     **dict.fromkeys(_OF_TEXT, "a task has examples of its own, each a row"),
     "max_tokens": "a task's length is told in --epochs, or in --steps",
@@ -43,7 +43,6 @@ _NOT_OF_GLUE = {
 _NOT_OF_CHAT = {
     "text_key": "a conversation is a whole line, with messages, or with prompt and completion",
     "bos": "the tokenizer's template says how a conversation begins",
-    "max_unknown": "a conversation is taken as it is",
 }
 
 
@@ -66,6 +65,7 @@ def replaced_defaults(task: str) -> dict[str, tuple[Any, str]]:
     if task == CHAT:
         return {
             "layout": ("pack", "task chat"),
+            "documents": ("separate", "task chat"),
             "max_length": (1024, _HERE),
             "eval_tokens": (200_000, _HERE),
         }

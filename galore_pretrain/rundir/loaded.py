@@ -13,19 +13,18 @@ from safetensors import SafetensorError
 from galore_pretrain.config.options import RunConfig, eval_text_seen_from, text_seen_from, texts_of
 from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.config.resolve import check_bounds, check_documents, resolve
-from galore_pretrain.config.tasks import GLUE
+from galore_pretrain.config.tasks import CHAT, GLUE
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.families import FAMILIES, Architecture, CausalLM, Family, architecture_of, positions_of
 from galore_pretrain.model.llama import without_masks
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.text.batches import TokenRows, validation_rows
-from galore_pretrain.text.chat import template_of
+from galore_pretrain.text.chat import ChatRows, template_of
 from galore_pretrain.text.cloze import cloze_items
 from galore_pretrain.text.hub import check_hub, first_line
 from galore_pretrain.text.sources import DocumentSource, LocalFiles, first_documents, in_turn
 from galore_pretrain.text.tokenizer import Begun, Tokenizer, begun, load_folder, load_tokenizer
-from galore_pretrain.text.usable import measure
 from galore_pretrain.train.build import model_for
 from galore_pretrain.train.cloze import ClozeScore, score_cloze
 from galore_pretrain.train.evaluate import Evaluation, evaluate
@@ -35,6 +34,7 @@ from galore_pretrain.train.inputs import (
     check_vocabulary,
     fit_together,
     further_key,
+    measured,
     open_validation,
     rows_for,
 )
@@ -222,7 +222,7 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     config = trained.config
     check_length(config, trained.model.config)
     layout = rows_for(config, trained.tokenizer)
-    source, further = _opened(trained)
+    source, further = _opened(trained, layout)
     _warn_of_changes(trained, source, further)
     if isinstance(source, LocalFiles) and not config.eval_texts:
         for title in source.titles:
@@ -247,7 +247,7 @@ def perplexity(trained: LoadedModel, device: torch.device) -> Evaluation:
     return replace(found, further=others)
 
 
-def _opened(trained: LoadedModel) -> tuple[DocumentSource, dict[str, DocumentSource]]:
+def _opened(trained: LoadedModel, layout: TokenRows | ChatRows) -> tuple[DocumentSource, dict[str, DocumentSource]]:
     """Open the validation text, and further ones by their names.
 
     Raises InputError where one is not there, with the way out if it is the run's own.
@@ -256,7 +256,7 @@ def _opened(trained: LoadedModel) -> tuple[DocumentSource, dict[str, DocumentSou
     try:
         if not config.eval_texts:
             check_hub(config.data, tokenizer=None)
-        return open_validation(config, trained.revision)
+        return open_validation(config, layout, trained.revision)
     except InputError as error:
         if not trained.fingerprints:
             raise
@@ -278,7 +278,9 @@ def cloze(trained: LoadedModel, device: torch.device, *, items: int, seed: int) 
     Raises InputError where that is not there, or too short.
     """
     config = trained.config
-    source, _ = _opened(trained)
+    if config.task == CHAT:
+        raise InputError("--cloze: the run learned conversations, and has no other text; name its folder model/ instead")
+    source, _ = _opened(trained, rows_for(config, trained.tokenizer))
     made = cloze_items((text for _, _, text in in_turn(source)), items, seed)
     if len(made) < items:
         log.warning("--cloze %d: the validation text has sentences for %d items", items, len(made))
@@ -292,9 +294,9 @@ def cloze(trained: LoadedModel, device: torch.device, *, items: int, seed: int) 
     )
 
 
-def _warn_of_text(trained: LoadedModel, source: DocumentSource, layout: TokenRows, called: str) -> None:
+def _warn_of_text(trained: LoadedModel, source: DocumentSource, layout: TokenRows | ChatRows, called: str) -> None:
     """Log a warning where more of a text cannot be used than a run would begin with: its perplexity says little."""
-    fault = measure(first_documents(source), trained.tokenizer, layout.kept).fault(trained.config.max_unknown)
+    fault = measured(first_documents(source), trained.tokenizer, layout).fault(trained.config.max_unknown)
     if fault is not None:
         log.warning("%s: %s", called, fault.what)
 

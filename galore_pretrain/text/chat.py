@@ -228,14 +228,16 @@ class ChatRows:
 
     ``pad``: one conversation a row. ``pack``: as many as fit, in the order in which they come. The rest of a row is
     padding. Answers have labels, and nothing else. A conversation whose answers are all cut away is left out, which a
-    warning says. ``tokenizer`` has to be loaded with its template, where it has one.
+    warning says. ``tokenizer`` has to be loaded with its template, where it has one. With ``separate``, packed rows say
+    where their conversations begin.
     """
 
-    def __init__(self, tokenizer: Tokenizer, layout: str, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, layout: str, max_length: int, *, separate: bool = False) -> None:
         self._tokenizer = tokenizer
         self._template = template_of(tokenizer)
         self._layout = layout
         self._max_length = max_length
+        self._separate = separate
 
     @property
     def kept(self) -> int:
@@ -391,12 +393,19 @@ class ChatRows:
         input_ids = np.full(self._max_length, self._tokenizer.eos_id, np.int32)
         labels = np.full(self._max_length, IGNORE, np.int32)
         real = 0
+        begins: list[int] = []
         for placed in conversations:
+            begins.append(real)
             stop = real + len(placed.input_ids)
             input_ids[real:stop] = placed.input_ids
             labels[real:stop] = placed.labels
             real = stop
-        return Row(input_ids, labels, real, after)
+        starts = np.array(begins, np.int32) if self._separate else None
+        return Row(input_ids, labels, real, after, starts=starts)
+
+    def counted(self, rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
+        """Return the rows as they are: answers are a part of their texts, whose bytes nobody counts."""
+        return list(rows)
 
     def _template_for_messages(self) -> ChatTemplate:
         """Return the template; InputError where there is none."""

@@ -2,16 +2,19 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from galore_pretrain.config.options import RunConfig, texts_of
+from galore_pretrain.config.tasks import CHAT
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.families import Architecture, window_of
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import method
 from galore_pretrain.text.batches import TokenRows, count_rows, shard_order, validation_rows
+from galore_pretrain.text.chat import ChatRows
+from galore_pretrain.text.readers import Record
 from galore_pretrain.text.sources import (
     DocumentSource,
     HubDataset,
@@ -43,7 +46,7 @@ class Inputs:
     training: DocumentSource
     validation: DocumentSource
     tokenizer: Tokenizer
-    rows: TokenRows
+    rows: TokenRows | ChatRows
     method: str | None = None
     further: Mapping[str, DocumentSource] = field(default_factory=dict)
 
@@ -87,6 +90,8 @@ class Inputs:
         }
         for name, source in self.further.items():
             fingerprints[further_key(name)] = source.fingerprint
+        if isinstance(self.rows, ChatRows):
+            fingerprints["chat template"] = self.rows.fingerprint
         if self.method is not None:
             fingerprints["method"] = self.method
         return fingerprints
@@ -97,15 +102,17 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
 
     Raises InputError where something is missing or does not fit the rest.
     """
-    eval_paths = [text.path for text in config.eval_texts]
-    training = open_source(config.data, "train", eval_paths, config.bad_data, revision, config.text_key)
-    validation, further = open_validation(config, revision)
     bos = config.bos
     if bos == "auto" and config.init is None:  # new weights learn what they see, and the published runs have no marker
         bos = "no"
     tokenizer = begun(load_tokenizer(config.tokenizer), bos)
-    architecture = architecture_for(config, tokenizer)
     rows = rows_for(config, tokenizer)
+    eval_paths = [text.path for text in config.eval_texts]
+    training = open_source(config.data, "train", eval_paths, config.bad_data, revision, key_of(config, rows))
+    validation, further = open_validation(config, rows, revision)
+    architecture = architecture_for(config, tokenizer)
+    if isinstance(rows, ChatRows):
+        check_vocabulary(config, architecture, tokenizer, rows.vocab_size)
     # Reading one row fails now, not hours later at the first evaluation, where there is no validation text.
     validation_rows(validation, rows, tokens=1)
     for name, source in further.items():
@@ -118,11 +125,14 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     return Inputs(architecture, training, validation, tokenizer, rows, method(config.optim).digest, further)
 
 
-def open_validation(config: RunConfig, revision: str | None) -> tuple[DocumentSource, dict[str, DocumentSource]]:
+def open_validation(
+    config: RunConfig, rows: TokenRows | ChatRows, revision: str | None
+) -> tuple[DocumentSource, dict[str, DocumentSource]]:
     """Open the validation text, and the further ones that ``--eval-data`` names, by their names."""
+    key = key_of(config, rows)
 
     def opened(eval_path: str | None) -> DocumentSource:
-        return open_source(config.data, "validation", eval_path, config.bad_data, revision, config.text_key)
+        return open_source(config.data, "validation", eval_path, config.bad_data, revision, key)
 
     if not config.eval_texts:
         return opened(None), {}
@@ -142,7 +152,7 @@ def check_text(config: RunConfig, inputs: Inputs, *, is_new: bool) -> TextShares
     Raises InputError where that is beyond ``--max-unknown`` and the run is new; of one that goes on, a warning tells.
     """
     first_shard = shard_order(inputs.training, config.seed)[0]
-    shares = measure(first_documents(inputs.training, first_shard), inputs.tokenizer, inputs.rows.kept)
+    shares = measured(first_documents(inputs.training, first_shard), inputs.tokenizer, inputs.rows)
     fault = shares.fault(config.max_unknown)
     if fault is None:
         return shares
@@ -168,20 +178,40 @@ def fit_together(config: RunConfig, architecture: Architecture, tokenizer: Token
     architecture.bos_token_id = tokenizer.bos_id if isinstance(tokenizer, Begun) else None
 
 
-def check_vocabulary(config: RunConfig, architecture: Architecture, tokenizer: Tokenizer) -> None:
-    """Raise InputError where the tokenizer can produce an id that the model has no embedding for."""
+def check_vocabulary(
+    config: RunConfig, architecture: Architecture, tokenizer: Tokenizer, size: int | None = None
+) -> None:
+    """Raise InputError where the tokenizer, or a template with it, produces an id that the model has no embedding for.
+
+    ``size`` is one more than the largest id; by default that of the tokenizer alone.
+    """
     vocabulary = architecture.vocab_size
-    if tokenizer.vocab_size > vocabulary:
+    produced = tokenizer.vocab_size if size is None else size
+    if produced > vocabulary:
         raise InputError(
-            f"--tokenizer {tokenizer.name} produces ids up to {tokenizer.vocab_size - 1}, but --model {config.model} "
+            f"--tokenizer {tokenizer.name} produces ids up to {produced - 1}, but --model {config.model} "
             f"has a vocabulary of {vocabulary}; use another of the two"
         )
 
 
-def rows_for(config: RunConfig, tokenizer: Tokenizer) -> TokenRows:
-    """Return how text becomes rows of tokens."""
+def rows_for(config: RunConfig, tokenizer: Tokenizer) -> TokenRows | ChatRows:
+    """Return how text, or conversations, become rows of tokens."""
     is_separate = config.documents == "separate"
+    if config.task == CHAT:
+        return ChatRows(tokenizer, config.layout, config.max_length, separate=is_separate)
     return TokenRows(tokenizer, config.layout, config.max_length, separate=is_separate)
+
+
+def key_of(config: RunConfig, rows: TokenRows | ChatRows) -> str | Record:
+    """Return the key of a document's text in an object or a row of ``--data``, or what makes it of the whole."""
+    return rows.record if isinstance(rows, ChatRows) else config.text_key
+
+
+def measured(documents: Sequence[str], tokenizer: Tokenizer, rows: TokenRows | ChatRows) -> TextShares:
+    """Measure how much of some documents cannot be used."""
+    if isinstance(rows, ChatRows):
+        return rows.measure(documents)
+    return measure(documents, tokenizer, rows.kept)
 
 
 def check_length(config: RunConfig, architecture: Architecture) -> None:
