@@ -590,7 +590,7 @@ def validation_rows(source: DocumentSource, rows: Rows, tokens: int, flag: str =
     return rows.counted(chosen, texts)
 
 
-def count_rows(source: DocumentSource, rows: TokenRows) -> int:
+def count_rows(source: DocumentSource, rows: Rows) -> int:
     """Return how many rows the source's documents fill, each taken once."""
 
     def documents() -> Iterator[_PlacedText]:
