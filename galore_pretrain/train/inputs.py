@@ -111,8 +111,6 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     training = open_source(config.data, "train", eval_paths, config.bad_data, revision, key_of(config, rows))
     validation, further = open_validation(config, rows, revision)
     architecture = architecture_for(config, tokenizer)
-    if isinstance(rows, ChatRows):
-        check_vocabulary(config, architecture, tokenizer, rows.vocab_size)
     # Reading one row fails now, not hours later at the first evaluation, where there is no validation text.
     validation_rows(validation, rows, tokens=1)
     for name, source in further.items():
@@ -172,9 +170,12 @@ def architecture_for(config: RunConfig, tokenizer: Tokenizer) -> Architecture:
 
 def fit_together(config: RunConfig, architecture: Architecture, tokenizer: Tokenizer) -> None:
     """Give an architecture the tokenizer's control tokens; InputError where the two, or the rows, do not fit."""
-    check_vocabulary(config, architecture, tokenizer)
+    rows = rows_for(config, tokenizer)
+    check_vocabulary(config, architecture, tokenizer, rows.vocab_size if isinstance(rows, ChatRows) else None)
     check_length(config, architecture)
     architecture.eos_token_id = tokenizer.eos_id
+    if isinstance(rows, ChatRows) and len(rows.ends) > 1:  # an answer ends with the end of its turn
+        architecture.eos_token_id = rows.ends
     architecture.bos_token_id = tokenizer.bos_id if isinstance(tokenizer, Begun) else None
 
 
