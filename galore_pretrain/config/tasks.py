@@ -136,4 +136,6 @@ def _of_chat(optim: str) -> dict[str, tuple[Any, str]]:
         values["rank"] = (16, _HERE)
     elif entry.projects or optim in ("adamw", "adamw8bit"):
         values["lr"] = (2e-5, _HERE)
+    if entry.projects:
+        values["galore_scale"] = (2.0, f"{_GALORE}, rank 8")
     return values
