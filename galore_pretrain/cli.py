@@ -197,7 +197,9 @@ def plan(
         return _print_paper(ctx, as_json)
     processes = Processes(nodes * gpus_per_node, gpus_per_node)
     if values["task"] in GLUE and (flops or card_name):
-        raise InputError(f"--task {values['task']}: the time of decoders alone is predicted; leave --flops and --time out")
+        raise InputError(
+            f"--task {values['task']}: the time of decoders alone is predicted; leave --flops and --time out"
+        )
     _check_rates(processes, flops, link, network, card_name)
     if card_name is not None:
         values["device"] = _device_of_cards(values["device"])

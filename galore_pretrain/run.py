@@ -154,13 +154,8 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
     if world.size > 1:  # all read what the first one finds
         revision = world.on_rank_zero(lambda: opened(config, revision).revision)
     inputs = world.on_every_rank(lambda: opened(config, revision), lambda found: str(found.fingerprints()))
-    if config.bos == "auto":
-        config = replace(config, bos=inputs.bos)
-        if config.init is not None:
-            origins = {**origins, "bos": f"tokenizer {config.tokenizer}"}
-    if config.epochs is not None and config.steps is None:
-        config, of_epochs = with_epochs(config, inputs.updates_an_epoch(config.total_batch_size))
-        origins = {**origins, **of_epochs}
+    config, told = _as_inputs_tell(config, inputs)
+    origins = {**origins, **told}
     if saved:
         check_inputs(config, saved, inputs.fingerprints(saved.format))
     shares = None
@@ -207,6 +202,19 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         part=part,
         plan=choice.plan,
     )
+
+
+def _as_inputs_tell(config: RunConfig, inputs: Inputs | ExampleInputs) -> tuple[RunConfig, dict[str, str]]:
+    """Return the config with what is known when the inputs are open, and the origins of that."""
+    origins: dict[str, str] = {}
+    if config.bos == "auto" and isinstance(inputs, Inputs):
+        config = replace(config, bos=inputs.bos)
+        if config.init is not None:
+            origins["bos"] = f"tokenizer {config.tokenizer}"
+    if config.epochs is not None and config.steps is None:
+        config, of_epochs = with_epochs(config, inputs.updates_an_epoch(config.total_batch_size))
+        origins |= of_epochs
+    return config, origins
 
 
 def opened(config: RunConfig, revision: str | None) -> Inputs | ExampleInputs:
@@ -340,7 +348,7 @@ def conclude(prepared: Prepared, assembled: Assembled) -> None:
     export(directory.model, trainer.model, prepared.inputs.tokenizer, world)
     static = prepared.outline.static
     allocator_peak, process_peak = world.largest(*peaks)
-    summary = {
+    summary: dict[str, Any] = {
         "steps": state.step,
         "tokens_seen": state.tokens_seen,
         **state.evaluation,

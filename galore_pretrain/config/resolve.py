@@ -199,7 +199,7 @@ def with_epochs(config: RunConfig, updates: int) -> tuple[RunConfig, dict[str, s
     warmup = steps // 10
     if config.task in GLUE:
         warmup = round(LORA_WARMUP * steps) if config.optim == "lora" else 0
-    values = {
+    values: dict[str, tuple[Any, str]] = {
         "steps": (steps, f"{config.epochs} epochs of {updates} updates"),
         "warmup_steps": (warmup, "a share of steps"),
         "eval_every": (updates, "an epoch"),

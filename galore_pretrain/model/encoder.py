@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 def is_encoder(architecture: Architecture) -> bool:
     """Return whether a model by this configuration tells the labels of sentences, and predicts no tokens."""
-    return architecture.model_type == "roberta"
+    return bool(architecture.model_type == "roberta")
 
 
 def load_encoder_config(place: str, classes: Sequence[str]) -> Architecture:

@@ -20,9 +20,7 @@ _BLOCKS = 16
 """Blocks that the logit gradients of a batch are made in, where memory does not want fewer tokens at a time."""
 
 
-def mean_loss(
-    model: CausalLM, input_ids: Tensor, labels: Tensor, divisor: int, places: Tensor | None = None
-) -> Tensor:
+def mean_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, divisor: int, places: Tensor | None = None) -> Tensor:
     """Return Σ cross-entropy / ``divisor``, in nats: what a micro-batch of a training step contributes.
 
     ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: already shifted; −100 is not counted. ``places``

@@ -8,8 +8,8 @@ from typing import Any
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.resolve import known_norm, micro_batch_sizes, with_execution
 from galore_pretrain.errors import InputError
-from galore_pretrain.model.families import Architecture
 from galore_pretrain.model.architecture import architecture_of_run
+from galore_pretrain.model.families import Architecture
 from galore_pretrain.optim import method
 from galore_pretrain.planning.choice import candidates, lower_bound
 from galore_pretrain.planning.layers import measure_by_layers

@@ -10,10 +10,10 @@ import torch
 from galore_pretrain.config.options import ExecutionSettings, RunConfig
 from galore_pretrain.config.resolve import known_norm, micro_batch_sizes, with_execution
 from galore_pretrain.errors import InputError
+from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.model.documents import mask_bytes
 from galore_pretrain.model.encoder import is_encoder
 from galore_pretrain.model.families import Architecture
-from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.optim import method
 from galore_pretrain.planning.plan import Outline, Plan, Static, is_on_gpu, keeps_scores, measure
 

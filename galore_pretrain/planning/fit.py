@@ -59,7 +59,7 @@ def planned(config: RunConfig, budget: int, mesh: Any = None) -> Fit:
 def warn_of_length(config: RunConfig) -> None:
     """Log a warning where a run would refuse rows of this length."""
     try:
-        check_length(config, load_model_config(config.model))
+        check_length(config, architecture_of_run(config))
     except InputError as error:
         log.warning("planned all the same, but a run is refused: %s", error)
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from galore_pretrain.config.options import RunConfig
-from galore_pretrain.model.families import Architecture
 from galore_pretrain.model.architecture import architecture_of_run
+from galore_pretrain.model.families import Architecture
 from galore_pretrain.planning.plan import faked, make_update
 from galore_pretrain.tensors.chunks import ChunkSample
 from galore_pretrain.tensors.shards import local

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_pretrain.config.options import RunConfig
+from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.model.families import Architecture, CausalLM
 from galore_pretrain.model.head import token_losses
-from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.optim import Execution
 from galore_pretrain.planning.cards import Card
 from galore_pretrain.planning.plan import faked, make_update, places_of

@@ -70,9 +70,7 @@ def _evaluating(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {**overrides}
 
 
-def load(
-    path: Path, overrides: Mapping[str, Any], device: torch.device, *, with_template: bool = False
-) -> LoadedModel:
+def load(path: Path, overrides: Mapping[str, Any], device: torch.device, *, with_template: bool = False) -> LoadedModel:
     """Load the model of a run's newest checkpoint, of a checkpoint, or of a Hugging Face folder.
 
     ``overrides`` replaces fields of the run's config. A Hugging Face folder says nothing of its text, so for one they
@@ -279,7 +277,9 @@ def cloze(trained: LoadedModel, device: torch.device, *, items: int, seed: int) 
     """
     config = trained.config
     if config.task == CHAT:
-        raise InputError("--cloze: the run learned conversations, and has no other text; name its folder model/ instead")
+        raise InputError(
+            "--cloze: the run learned conversations, and has no other text; name its folder model/ instead"
+        )
     source, _ = _opened(trained, rows_for(config, trained.tokenizer))
     made = cloze_items((text for _, _, text in in_turn(source)), items, seed)
     if len(made) < items:

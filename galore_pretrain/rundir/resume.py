@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from galore_pretrain.train.trainer import TrainState
 
 log = logging.getLogger(__name__)
+
+
+class Kept(Protocol):
+    """A tokenizer whose files a checkpoint holds."""
+
+    fingerprint: str
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files by name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,7 @@ def _kept_tokenizer(saved: Saved, config: RunConfig) -> str | None:
 
 # Making the files of 128,000 tokens takes seconds, and what is made must be loaded to see that it is this tokenizer. A
 # checkpoint's files were, when they were made.
-def tokenizer_files(saved: Saved | None, tokenizer: Tokenizer) -> dict[str, bytes]:
+def tokenizer_files(saved: Saved | None, tokenizer: Kept) -> dict[str, bytes]:
     """Return the tokenizer's files for the run's checkpoints, those of the one that it goes on from if it holds them.
 
     Raises InputError where they have to be made and cannot be, or cannot be read.

@@ -24,9 +24,9 @@ _NAMES = {
 """What tables call the tasks, in their order."""
 
 NOTES = (
-    "Per cent: Matthews' coefficient of CoLA, Pearson's of STS-B, F1 of MRPC, the mean accuracy of MNLI's two validation "
-    "splits, accuracy of all others. The paper does not say whether its table has the last epoch or the best, so both "
-    "are here. A best epoch is chosen on the examples that it is scored on, and reads higher for it.",
+    "Per cent: Matthews' coefficient of CoLA, Pearson's of STS-B, F1 of MRPC, the mean accuracy of MNLI's two "
+    "validation splits, accuracy of all others. The paper does not say whether its table has the last epoch or the "
+    "best, so both are here. A best epoch is chosen on the examples that it is scored on, and reads higher for it.",
     "GaLore's rows are of 30 epochs, and its LoRA rows are said to have Hu et al.'s hyper-parameters, of 25 to 80. "
     "Natural GaLore's rows are of 3 epochs, beside GaLore's of 30: those two are not like with like.",
 )
@@ -44,9 +44,7 @@ def heading(comparisons: Sequence[Comparison]) -> str:
 
 
 def tables(comparisons: Sequence[Comparison]) -> list[Table]:
-    """Return two tables of the runs of ``comparisons``, those that have come to their end: of the last epoch, and of the
-    best one. Without such runs, there is none.
-    """
+    """Return a table of the last epoch and one of the best, of runs that have come to their end; none without such."""
     by_row: dict[tuple[str, int | None, int | None], dict[str, list[Result]]] = {}
     for comparison in comparisons:
         for runs in comparison.methods.values():
@@ -59,9 +57,7 @@ def tables(comparisons: Sequence[Comparison]) -> list[Table]:
     return [_table(by_row, "eval_score", "last epoch"), _table(by_row, "best_eval_score", "best epoch")]
 
 
-def _table(
-    by_row: dict[tuple[str, int | None, int | None], dict[str, list[Result]]], key: str, title: str
-) -> Table:
+def _table(by_row: dict[tuple[str, int | None, int | None], dict[str, list[Result]]], key: str, title: str) -> Table:
     """Return the table of one kind of score, each row above what a paper prints of it."""
     columns = [title, "epochs", *_NAMES.values(), "mean", "weights + state, 10⁶ B", "peak GiB"]
     rows = []
@@ -84,7 +80,9 @@ def _table(
         if theirs:
             of_tasks = [f"{theirs['scores'][task]:.2f}" for task in _NAMES]
             memory = str(theirs.get("memory", ""))
-            rows.append([f"– {theirs['source']}", str(theirs["epochs"]), *of_tasks, f"{theirs['mean']:.2f}", memory, ""])
+            rows.append(
+                [f"– {theirs['source']}", str(theirs["epochs"]), *of_tasks, f"{theirs['mean']:.2f}", memory, ""]
+            )
     return Table(columns, rows)
 
 

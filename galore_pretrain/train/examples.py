@@ -81,9 +81,7 @@ class ExampleInputs:
     def batches(self, config: RunConfig) -> ExampleBatches:
         """Return the training examples in batches, one an update."""
         labels = self.training.examples.labels
-        return ExampleBatches(
-            self.training.ids, labels, config.total_batch_size, config.seed, self.tokenizer.pad_id
-        )
+        return ExampleBatches(self.training.ids, labels, config.total_batch_size, config.seed, self.tokenizer.pad_id)
 
     def updates_an_epoch(self, sequences: int) -> int:
         """Return how many updates of so many sequences take each training example once; the last may have fewer."""
@@ -112,7 +110,8 @@ def open_examples(config: RunConfig, revision: str | None = None) -> ExampleInpu
 
     Raises InputError where something is missing or does not fit the rest.
     """
-    assert config.task is not None and isinstance(config.data, str)
+    assert config.task is not None
+    assert isinstance(config.data, str)
     task = TASKS[config.task]
     folder = None if config.data == GLUE_DATA else config.data
     architecture = architecture_of_run(config)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from galore_pretrain.config.evaluated import further_texts
 from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.tasks import GLUE
 
 Metrics = dict[str, float | int | None]
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def open_loggers(
         log.warning("no checkpoint was written here: starting anew; the lines of before are in %s", older)
     lines = JsonLines(path, size=saved.get("metrics_bytes", 0))
     if config.steps:
-        progress = Progress(config.steps, "step", step)
+        progress = Progress(config.steps, "step", step, predicts_text=config.task not in GLUE)
     else:
         progress = Progress(config.max_tokens or 0, "token", tokens_seen)
     wandb = Wandb(
@@ -168,10 +169,12 @@ def _read_lines(path: Path, size: int) -> Iterator[tuple[int, Metrics]]:
 class Progress:
     """A tqdm bar on a terminal; elsewhere a line every ten seconds and at every evaluation.
 
-    ``total`` and ``done`` count what ``unit`` names: ``step`` (updates) or ``token`` (real tokens).
+    ``total`` and ``done`` count what ``unit`` names: ``step`` (updates) or ``token`` (real tokens). Of a model that
+    ``predicts_text``, the perplexity is told.
     """
 
-    def __init__(self, total: int, unit: str, done: int) -> None:
+    def __init__(self, total: int, unit: str, done: int, *, predicts_text: bool = True) -> None:
+        self._predicts_text = predicts_text
         self._total = total
         self._unit = unit
         self._bar = tqdm(
@@ -196,6 +199,10 @@ class Progress:
         else:
             self._move_bar(metrics, done, step)
 
+    def _described(self, metrics: Metrics) -> str:
+        """Return the numbers of one update as a person reads them."""
+        return describe(metrics, predicts_text=self._predicts_text)
+
     def _log_line(self, metrics: Metrics, done: int) -> None:
         """Log a line with an evaluation, at the end, and ten seconds after the last one."""
         now = time.monotonic()
@@ -205,12 +212,12 @@ class Progress:
         seconds_a_unit = (now - self._started) / max(1, done - self._done_before)
         seconds_left = seconds_a_unit * (self._total - done)
         time_left = tqdm.format_interval(seconds_left)
-        log.info("%s %d/%d  %s  left %s", self._unit, done, self._total, describe(metrics), time_left)
+        log.info("%s %d/%d  %s  left %s", self._unit, done, self._total, self._described(metrics), time_left)
         self._next_line = now + 10
 
     def _move_bar(self, metrics: Metrics, done: int, step: int) -> None:
         """Move the bar on; leave a line above it at an evaluation."""
-        text = describe(metrics)
+        text = self._described(metrics)
         with contextlib.suppress(OSError):  # the terminal may be gone
             self._bar.update(done - self._bar.n)
             self._bar.set_postfix_str(text)
@@ -230,20 +237,24 @@ class Progress:
 
 def _has_evaluation(metrics: Metrics) -> bool:
     """Return whether the numbers are of an update after which the model was evaluated."""
-    return "eval_perplexity" in metrics
+    return "eval_loss" in metrics
 
 
-def describe(metrics: Metrics) -> str:
-    """Return the numbers of one update as a person reads them."""
+def describe(metrics: Metrics, *, predicts_text: bool = True) -> str:
+    """Return the numbers of one update as a person reads them; the perplexity of a model that ``predicts_text``."""
     parts = []
     if "loss" in metrics:  # what a run begins from is evaluated before the first update
         loss = metrics["loss"]
         rate = metrics["tokens_per_second"] or 0
         memory = (metrics["peak_memory_bytes"] or 0) / 2**30
-        parts.append("loss none" if loss is None else f"loss {loss:.4f}  ppl {_exp(loss):.4g}")
+        parts.append("loss none" if loss is None else f"loss {loss:.4f}")
+        if predicts_text and loss is not None:
+            parts.append(f"ppl {_exp(loss):.4g}")
         parts.append(f"lr {metrics['lr']:.3g}")
         parts.append(f"{rate:,.0f} tok/s")
         parts.append(f"mem {memory:.2f} GiB")
+    if metrics.get("eval_score") is not None:
+        parts.append(f"| validation loss {metrics['eval_loss']:.4f}, score {metrics['eval_score']:.4f}")
     if metrics.get("eval_perplexity") is not None:
         parts.append(f"| validation loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.4g}")
         if metrics.get("eval_bits_per_byte") is not None:
