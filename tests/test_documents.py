@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -254,9 +253,10 @@ def test_the_plan_has_the_mask(
     assert planned.peak_bytes == pytest.approx(real_peak(config), rel=0.03)
     assert lower_bound(config, architecture, static) <= planned.peak_bytes <= upper_bound(config, architecture, static)
     joined = config_for(str(model), row, max_length=512, layout="pack", grad_clip=0.0, **given)
-    more = planned.peak_bytes - measure(joined, architecture).peak_bytes
-    mask = mask_bytes(size, 512, getattr(torch, dtype))
-    assert 0.9 * mask <= more
+    in_last_layer = [
+        sum(plan.highs["forward of layer 1"].values()) for plan in (planned, measure(joined, architecture))
+    ]
+    assert in_last_layer[0] - in_last_layer[1] >= mask_bytes(size, 512, getattr(torch, dtype))
 
 
 @pytest.mark.slow
@@ -347,32 +347,24 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_config: str, tmp_path: Path) -> N
     assert "--documents joined (was separate)" in refused.stderr
     done = run(tiny_config, killed, "--batch-size", "2", *SEPARATE)
     assert done.returncode == 0, done.stderr
-    assert "resum" in done.stderr or "goes on" in done.stderr
+    assert "at update 4" in done.stderr
     assert lines(killed) == lines(whole)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     pairs = list(zip(lines(whole), lines(joined), strict=True))
     assert all(one["tokens_seen"] == other["tokens_seen"] for one, other in pairs)
-    assert all(one["loss"] != other["loss"] for one, other in pairs)
+    assert all(one["loss"] != other["loss"] for one, other in pairs[1:])
 
 
-def test_a_run_of_before_was_joined(tiny_config: str, tmp_path: Path) -> None:
+def test_a_run_of_before_was_joined() -> None:
     """Its checkpoint says nothing of documents: it goes on as it was, and no other way."""
-    output = tmp_path / "run"
-    assert run(tiny_config, output, "--layout", "pack").returncode == 0
-    expected = lines(output)
-    shutil.rmtree(output / "model")
-    shutil.rmtree(sorted((output / "checkpoints").iterdir())[-1])
-    state = sorted((output / "checkpoints").iterdir())[-1] / "state.json"
-    values = json.loads(state.read_text())
-    assert values["config"].pop("documents") == "joined"
-    state.write_text(json.dumps(values))
-    refused = run(tiny_config, output, *SEPARATE)
-    assert refused.returncode == 2
-    assert "--documents separate (was joined)" in refused.stderr
-    done = run(tiny_config, output, "--layout", "pack")
-    assert done.returncode == 0, done.stderr
-    assert lines(output) == expected
+    values = {"model": "llama_1m", "optim": "adamw", "data": "sample", "steps": 10, "layout": "pack"}
+    config, _ = resolve(values, {})
+    saved = config.values()
+    assert saved.pop("documents") == "joined"
+    assert config.differences(saved) == []
+    separate, _ = resolve(values | {"documents": "separate", "output": config.output}, {})
+    assert separate.differences(saved) == ["--documents separate (was joined)"]
 
 
 def test_a_run_is_evaluated_as_it_was_trained(tiny_config: str, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def _passes(model: CausalLM, pieces: list[_Piece]) -> tuple[float, Tensor]:
     for piece in pieces:
         inputs, labels = piece.tokens[:, :-1], piece.tokens[:, 1:]
         loss = mean_loss(model, inputs, labels, len(_STARTS) * _LENGTH, piece.places)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.item()
     gradients = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
     return total, torch.cat(gradients)

@@ -205,8 +205,8 @@ def is_on_gpu(config: RunConfig) -> bool:
     return config.device.startswith("cuda")
 
 
-# By torch's sources (sdp_utils.cpp), FlashAttention takes neither fp32 nor a mask, and is deterministic. The kernels that
-# take these are not, so that plain products are left.
+# By torch's sources (sdp_utils.cpp), FlashAttention takes neither fp32 nor a mask, and is deterministic. The kernels
+# that take these are not, so that plain products are left.
 def keeps_scores(config: RunConfig) -> bool:
     """Return whether attention keeps the scores of all pairs of tokens, as plain products on a GPU do."""
     has_no_kernel = config.documents == "separate" or config.dtype == "float32"
