@@ -230,8 +230,9 @@ class LayerwiseUpdates(TrainerCallback):  # type: ignore[misc]
             return
         outcome = self._execution.outcome()
         for line in (logs, state.log_history[-1]):
-            del line["grad_norm"]
-            if outcome.grad_norm is not None:
+            if outcome.grad_norm is None:
+                del line["grad_norm"]
+            else:
                 line["grad_norm"] = outcome.grad_norm
             if outcome.skipped:
                 line["skipped_tensors"] = outcome.skipped

@@ -468,7 +468,7 @@ def test_groups(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
 
 
 def test_targets_and_decay(build_tiny: Callable[..., LlamaForCausalLM]) -> None:
-    """A caller chooses the matrices, and the parameters that no weight decay reaches; nothing is left out or doubled."""
+    """A caller chooses the matrices, and the parameters that no weight decay reaches; nothing is left out."""
     model = build_tiny()
     norms = [name for name, _ in model.named_parameters() if "norm" in name]
 

@@ -135,9 +135,7 @@ def test_losses_are_those_of_a_loop_by_hand(optim: str, micro_batches: int, tmp_
     """Schedule, clipping, sums, weight decay, seed: what the arguments say is what is done, without galore_torch."""
     monkeypatch.setitem(sys.modules, "galore_torch", None)
     recorder = Recorder()
-    trainer = trained(
-        tmp_path, optim, recorder=recorder, gradient_accumulation_steps=micro_batches, max_grad_norm=0.5
-    )
+    trainer = trained(tmp_path, optim, recorder=recorder, gradient_accumulation_steps=micro_batches, max_grad_norm=0.5)
     assert len(recorder.batches) == EPOCHS * MICRO_BATCHES
     losses = logged(trainer, "loss")
     assert losses == pytest.approx(losses_by_hand(recorder, ROWS.get(optim, optim), micro_batches, 0.5), rel=1e-6)
@@ -151,7 +149,7 @@ def test_layerwise_is_global(optim: str, micro_batches: int, clip: float, tmp_pa
     common = {"gradient_accumulation_steps": micro_batches, "max_grad_norm": clip}
     whole = trained(tmp_path / "global", optim, **common)
     layerwise = trained(tmp_path / "layerwise", optim, layerwise=True, **common)
-    if micro_batches == 1:
+    if micro_batches == 1 and not clip:  # the trainer's own norm is summed in another order
         assert logged(layerwise, "loss") == logged(whole, "loss")
     assert logged(layerwise, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-6)
     if clip:
@@ -167,7 +165,7 @@ def test_bf16(autocast: bool, tmp_path: Path) -> None:
     results = []
     for optim in ("galore_adamw_8bit", "galore_adamw_8bit_layerwise"):
         model = mistral(torch.float32 if autocast else torch.bfloat16)
-        results.append(trained(tmp_path / optim, optim, model=model, bf16=autocast, max_grad_norm=0.5))
+        results.append(trained(tmp_path / optim, optim, model=model, bf16=autocast, max_grad_norm=0.0))
     whole, layerwise = results
     assert logged(layerwise, "loss") == logged(whole, "loss")
     assert logged(whole, "loss")[-1] < logged(whole, "loss")[0] - 0.1
@@ -259,7 +257,11 @@ def test_arguments_of_the_trainer_are_obeyed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"gradient_accumulation_steps": 4}, {"layerwise": True}, "of 4 micro-batches keep low-rank sums.*max_grad_norm=0"),
+        (
+            {"gradient_accumulation_steps": 4},
+            {"layerwise": True},
+            "of 4 micro-batches keep low-rank sums.*max_grad_norm=0",
+        ),
         ({}, {"clip_norm": "projected"}, "leave it out"),
         ({}, {"optim": "adamw_layerwise", "clip_norm": "projected"}, "leave it out"),
         ({"max_grad_norm": 0.0}, {"layerwise": True, "clip_norm": "projected"}, "leave it out"),
@@ -309,9 +311,14 @@ def test_layerwise_updates_are_of_one_process(tmp_path: Path, monkeypatch: Any) 
 
 @pytest.mark.parametrize("optim", ["galore_adamw", "galore_adafactor", "galore_adamw_layerwise"])
 def test_reference_numerics_are_galore_torchs(optim: str, tmp_path: Path) -> None:
-    """The trainer as transformers has it, with the authors' package, comes to the same losses."""
+    """The trainer as transformers has it, with the authors' package, comes to the same losses.
+
+    Layerwise, theirs clips nothing, and follows no schedule: accelerate's wrapper hides from it what it looks for.
+    """
     pytest.importorskip("galore_torch")
-    changes = {"weight_decay": 0.0, "max_grad_norm": 0.0 if "layerwise" in optim else 0.5}
+    changes: dict[str, Any] = {"weight_decay": 0.0, "max_grad_norm": 0.5}
+    if optim.endswith("layerwise"):
+        changes |= {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
     theirs = trainer_for(tmp_path / "theirs", optim, **changes)
     theirs.train()
     ours = trainer_for(tmp_path / "ours", optim, **changes)

@@ -13,7 +13,8 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 from galore_pretrain.trainers import set_optimizer
 
 trl = pytest.importorskip("trl")
-WORDS = "the film was a long and very dull story of two old men who never laugh but for one good scene".split()
+LINE = "the film was a long and very dull story of two old men who never laugh but for one good scene"
+WORDS = LINE.split()
 TEXTS = [" ".join(WORDS[(i + j * (1 + i % 3)) % len(WORDS)] for j in range(8 + i % 9)) for i in range(40)]
 
 

@@ -293,8 +293,8 @@ def _no_matrix(row: str, targets: Targets) -> str:
     if targets is not is_projected:
         why = "no trained module of the model is one of the targets"
     return (
-        f"{row} found no matrix to project, or to update by its own rule: {why}; name other targets, or put the matrices "
-        "of your choice into a group with a rank, as GaLoreAdamW takes it"
+        f"{row} found no matrix to project, or to update by its own rule: {why}; name other targets, or put the "
+        "matrices of your choice into a group with a rank, as GaLoreAdamW takes it"
     )
 
 

@@ -651,7 +651,7 @@ class Execution(ABC):
     A caller calls `begin` before each backward pass of an update, and `complete` after the last, which may come earlier
     than `begin` was told. The norm of all gradients is clipped to ``grad_clip`` (0: off). ``projected`` takes the norm
     of compressed gradients where the rule projects; nothing is left of the full ones once they are compressed.
-    ``host_sums`` keeps sums of full gradients over several micro-batches on the host; without it they lie on the device.
+    ``host_sums`` keeps sums of full gradients over several micro-batches on the host; without it, on the device.
     """
 
     def __init__(
