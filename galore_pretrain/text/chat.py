@@ -59,6 +59,10 @@ def template_of(tokenizer: Tokenizer) -> "ChatTemplate | None":
     return None
 
 
+class _RefusedError(Exception):
+    """Raised for messages that a template does not take. The message is its reason."""
+
+
 class ChatTemplate:
     """A tokenizer's own template of conversations, rendered by transformers' sandbox.
 
@@ -93,20 +97,19 @@ class ChatTemplate:
     def refusal(self, conversation: Conversation) -> str | None:
         """Return why the template does not take a conversation; None where it does."""
         try:
-            self._tokenizer.render(conversation.messages, conversation.tools, asks=False)
-        except InputError:
-            raise
-        except Exception as error:  # whatever a template of somebody else's raises
-            return first_line(error)
+            self._render(conversation.messages, conversation.tools, asks=False)
+        except _RefusedError as error:
+            return str(error)
         return None
 
     def asked(self, question: str) -> list[int]:
         """Return the ids behind which the model answers a user's question. InputError where the template refuses it."""
-        messages = [{"role": "user", "content": question}]
-        text = self._prefix(messages, None, asks=True)
-        if text is None:
-            why = self.refusal(Conversation(messages))
-            raise InputError(f"--tokenizer {self._tokenizer.name}: its chat template refuses the question ({why})")
+        try:
+            text, _ = self._render([{"role": "user", "content": question}], None, asks=True)
+        except _RefusedError as error:
+            raise InputError(
+                f"--tokenizer {self._tokenizer.name}: its chat template refuses a question by itself ({error})"
+            ) from error
         ids, _ = self._tokenizer.encode_rendered(text)
         return [int(number) for number in ids]
 
@@ -120,12 +123,10 @@ class ChatTemplate:
         Raises InputError where the template does not tell the answers apart.
         """
         try:
-            text, marked = self._tokenizer.render(conversation.messages, conversation.tools, asks=False)
-        except InputError:
-            raise
-        except Exception as error:  # whatever a template of somebody else's raises
+            text, marked = self._render(conversation.messages, conversation.tools, asks=False)
+        except _RefusedError as error:
             raise InputError(
-                f"--tokenizer {self._tokenizer.name}: its chat template refuses a conversation ({first_line(error)})"
+                f"--tokenizer {self._tokenizer.name}: its chat template refuses a conversation ({error})"
             ) from error
         if marked is None:
             spans = self._spans(conversation, text)
@@ -160,7 +161,7 @@ class ChatTemplate:
             if before is None or through is None:
                 continue
             answered = through[: self._end(through)]
-            if len(answered) > len(before) and answered.startswith(before) and text.startswith(answered):
+            if answered.startswith(before) and text.startswith(answered):
                 spans.append((len(before), len(answered)))
         if not spans:
             raise self._error("does not extend: with an answer, a text does not begin as without")
@@ -184,7 +185,6 @@ class ChatTemplate:
                 raise self._error("does not extend: with a completion, a text does not begin as without")
             begin = len(before)
         spans = [(start, self._end(text[:stop])) for start, stop in marked if start >= begin]
-        spans = [(start, stop) for start, stop in spans if stop > start]
         if not spans:
             raise self._error("has {% generation %}, and marks no answer by it")
         return spans
@@ -204,12 +204,21 @@ class ChatTemplate:
     def _prefix(self, messages: list[Message], tools: list[Tool] | None, *, asks: bool) -> str | None:
         """Return the text of the beginning of a conversation; None where the template does not take it."""
         try:
-            text, _ = self._tokenizer.render(messages, tools, asks=asks)
-        except InputError:
-            raise
-        except Exception:  # whatever a template of somebody else's raises
+            text, _ = self._render(messages, tools, asks=asks)
+        except _RefusedError:
             return None
         return text
+
+    def _render(
+        self, messages: list[Message], tools: list[Tool] | None, *, asks: bool
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """Return what `HuggingFaceTokenizer.render` does. Raises _RefusedError where the template takes no such."""
+        try:
+            return self._tokenizer.render(messages, tools, asks=asks)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a template of somebody else's raises
+            raise _RefusedError(first_line(error)) from error
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
