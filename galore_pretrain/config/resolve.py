@@ -104,20 +104,7 @@ def resolve(
     left_alone = _left_alone(values["optim"], meaningless)
     if values["max_tokens"] == RECIPE:
         values["max_tokens"], origins["max_tokens"] = printed_tokens(model)
-    without_recipe: set[str] = set()
-    if values["task"] is not None:
-        without_recipe = _fill_from_task(values, fill, left_alone)
-    for name, (value, source) in recipe(model, values["optim"]).items():
-        if name in without_recipe:
-            continue
-        length_is_known = name == "steps" and values["max_tokens"]
-        has_no_group = name == "weight_group" and values["weights"] == "dense"
-        if name not in left_alone and not length_is_known and not has_no_group:
-            fill(name, value, f"recipe: {source}")
-    if values["steps"] and values["max_tokens"]:
-        raise InputError(
-            f"--steps {values['steps']} and --max-tokens {values['max_tokens']} both end the run; give one"
-        )
+    _fill_from_recipes(values, fill, left_alone)
     for name, (value, origin) in _defaults(values, processes).items():
         if name not in left_alone:
             fill(name, value, origin)
@@ -144,6 +131,25 @@ def _left_alone(optim: str, meaningless: Container[str]) -> set[str]:
         of_recipes = {flag for entry in method(optim).recipes for flag in entry.values}
         flags |= OPTIONS.keys() - of_recipes
     return flags
+
+
+def _fill_from_recipes(
+    values: Mapping[str, Any], fill: Callable[[str, Any, str], None], left_alone: Container[str]
+) -> None:
+    """Fill in what the recipes of the task, the model and the method say. InputError for two lengths of a run."""
+    of_pretraining = recipe(model_name(values["model"]), values["optim"])
+    if values["task"] is not None:
+        for name in _fill_from_task(values, fill, left_alone):
+            of_pretraining.pop(name, None)
+    for name, (value, source) in of_pretraining.items():
+        length_is_known = name == "steps" and values["max_tokens"]
+        has_no_group = name == "weight_group" and values["weights"] == "dense"
+        if name not in left_alone and not length_is_known and not has_no_group:
+            fill(name, value, f"recipe: {source}")
+    if values["steps"] and values["max_tokens"]:
+        raise InputError(
+            f"--steps {values['steps']} and --max-tokens {values['max_tokens']} both end the run; give one"
+        )
 
 
 # A task begins from weights that are trained: what --model names is where these are.

@@ -154,7 +154,7 @@ def _saved_tokenizer(saved: checkpoint.Saved, config: RunConfig) -> Tokenizer:
     """Return the tokenizer that a checkpoint holds. One up to format 2 holds none: it is where its config says."""
     folder = saved.folder / checkpoint.TOKENIZER
     if folder.is_dir():
-        return load_folder(folder, config.tokenizer)
+        return load_folder(folder, config.tokenizer, with_template=config.task == CHAT)
     tokenizer = load_tokenizer(config.tokenizer)
     known = saved.state.get("inputs", {}).get("tokenizer")
     if known not in (None, tokenizer.vocabulary_fingerprint):

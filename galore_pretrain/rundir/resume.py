@@ -13,6 +13,7 @@ import torch
 
 from galore_pretrain.config.options import ExecutionSettings, RunConfig
 from galore_pretrain.config.resolve import BY_EPOCHS, known_norm, with_execution
+from galore_pretrain.config.tasks import CHAT
 from galore_pretrain.dist import ALONE, World
 from galore_pretrain.errors import InputError, TrainingFailedError
 from galore_pretrain.meters import spare_bytes
@@ -22,7 +23,7 @@ from galore_pretrain.rundir.checkpoint import Saved
 from galore_pretrain.rundir.directory import read_summary
 from galore_pretrain.text.batches import TrainingData
 from galore_pretrain.text.labelled import ExampleBatches
-from galore_pretrain.text.tokenizer import Tokenizer, load_folder
+from galore_pretrain.text.tokenizer import load_folder
 from galore_pretrain.train.schedule import schedule_of
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def _kept_tokenizer(saved: Saved, config: RunConfig) -> str | None:
     folder = saved.folder / checkpoint.TOKENIZER
     if not folder.is_dir():
         return None
-    return load_folder(folder, config.tokenizer).fingerprint
+    return load_folder(folder, config.tokenizer, with_template=config.task == CHAT).fingerprint
 
 
 # Making the files of 128,000 tokens takes seconds, and what is made must be loaded to see that it is this tokenizer. A

@@ -105,7 +105,7 @@ def open_inputs(config: RunConfig, revision: str | None = None) -> Inputs:
     bos = config.bos
     if bos == "auto" and config.init is None:  # new weights learn what they see, and the published runs have no marker
         bos = "no"
-    tokenizer = begun(load_tokenizer(config.tokenizer), bos)
+    tokenizer = begun(load_tokenizer(config.tokenizer, with_template=config.task == CHAT), bos)
     rows = rows_for(config, tokenizer)
     eval_paths = [text.path for text in config.eval_texts]
     training = open_source(config.data, "train", eval_paths, config.bad_data, revision, key_of(config, rows))
