@@ -212,6 +212,8 @@ def test_recipes_and_plans(model: str, chats: str) -> None:
         *SHORT[:-2],
         "--device",
         "cuda",
+        "--memory-budget",
+        "8GB",
         "--json",
     )
     assert planned.returncode == 0, planned.stderr
