@@ -66,8 +66,8 @@ class _Root(click.Group):
         named = (*self.commands, "-h", "--help", "--version")
         if not args or args[0] not in named:
             args = ["train", *args]
-        is_subcommand = args[0] in self.commands and args[0] != "train"
-        if is_subcommand and "RANK" in os.environ:
+        is_run = args[0] in ("train", "finetune")
+        if args[0] in self.commands and not is_run and "RANK" in os.environ:
             raise InputError(f"{args[0]} is one process's work: start it without torchrun")
         return super().parse_args(ctx, args)
 
