@@ -26,7 +26,7 @@ from galore_pretrain.config.options import (
     parse_share,
     parse_tokens,
 )
-from galore_pretrain.config.resolve import resolve
+from galore_pretrain.config.resolve import BY_EPOCHS, resolve
 from galore_pretrain.errors import InputError
 
 
@@ -202,6 +202,9 @@ def _values_of_a_run(config: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
         origin = str(entry.get("origin", "flag"))
         if origin == "flag" or origin.endswith(".json"):
             set_by_user.add(name)
+    if "epochs" in values:  # from which they follow anew
+        for name in set(BY_EPOCHS) - set_by_user:
+            values.pop(name, None)
     return values, set_by_user
 
 

@@ -157,7 +157,7 @@ def _take_task(values: dict[str, Any], origins: dict[str, str]) -> None:
     """Give a run the model, the text and the defaults of its task; InputError for flags that mean nothing to it."""
     task = values["task"]
     for name, why in meaningless_for(task).items():
-        if origins[name] != "default":
+        if values[name] != FLAGS[name].default:  # a run's own config.json has all values, those of no meaning too
             raise InputError(f"--{name.replace('_', '-')} has no meaning for --task {task}: {why}; leave it out")
     if values["epochs"] and values["steps"]:
         raise InputError(f"--epochs {values['epochs']} and --steps {values['steps']} both end the run; give one")

@@ -90,7 +90,8 @@ def _write_read(folder: Path, model: Any, state: Mapping[str, Tensor], codes: Ma
     architecture.architectures = [type(model).__name__]
     architecture.dtype = str(model.dtype).removeprefix("torch.")
     architecture.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
     tied = set()
     if architecture.tie_word_embeddings:
         tied.add("lm_head.weight")
