@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import TrainerCallback
+from transformers import trainer as transformers_trainer
 from transformers.trainer_utils import check_target_module_exists
 
 from galore_pretrain.optim import Layerwise, RuleOptimizer, build_optimizer, is_projected, load_method, resolve_name
@@ -78,6 +80,11 @@ def set_optimizer(
 def _check(trainer: "Trainer", layerwise: bool) -> None:
     """Raise ValueError for a trainer whose way to train does not go together with these updates."""
     args = trainer.args
+    if not hasattr(transformers_trainer, "is_optimizer_factory"):
+        raise ValueError(
+            f"transformers {transformers.__version__} makes optimizers of classes alone, which do not know the model: "
+            "update it to 5.2 or later"
+        )
     if trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed keeps parameters flattened, which have no matrices: train without it")
     if not layerwise:

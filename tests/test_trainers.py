@@ -32,7 +32,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         ids = torch.arange(16).mul(1 + i % 3).add(i).remainder(60)
         labels = ids.clone()
-        labels[: i % 13] = -100
+        labels[: 1 + i % 12] = -100  # the first is no row's target, and transformers counted it up to 5.2 at least
         return {"input_ids": ids, "labels": labels}
 
 
@@ -183,11 +183,11 @@ def test_resumes_bit_for_bit(optim: str, layerwise: bool, tmp_path: Path) -> Non
 
 
 def test_the_projected_norm_is_clipped_where_that_is_said(tmp_path: Path) -> None:
-    common = {"gradient_accumulation_steps": 4, "max_grad_norm": 0.5}
+    common = {"gradient_accumulation_steps": 4, "max_grad_norm": 0.1}
     whole = trained(tmp_path / "global", "galore_adamw", **common)
     layerwise = trained(tmp_path / "layerwise", "galore_adamw_layerwise", clip_norm="projected", **common)
-    for norm, projected in zip(logged(whole, "grad_norm")[:1], logged(layerwise, "grad_norm")[:1], strict=True):
-        assert 0.5 < projected < norm  # of the same weights
+    norm, projected = logged(whole, "grad_norm")[0], logged(layerwise, "grad_norm")[0]
+    assert 0.1 < projected < norm  # of the same weights
     assert logged(layerwise, "loss")[-1] < logged(layerwise, "loss")[0] - 0.1
 
 
@@ -290,6 +290,13 @@ def test_a_trainer_has_one_optimizer(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)
     trainer.optimizer = torch.optim.AdamW(trainer.model.parameters())  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="has an optimizer already"):
+        set_optimizer(trainer)
+
+
+def test_transformers_that_takes_classes_alone_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    trainer = trainer_for(tmp_path)
+    monkeypatch.delattr("transformers.trainer.is_optimizer_factory")
+    with pytest.raises(ValueError, match=r"transformers .* update it to 5\.2"):
         set_optimizer(trainer)
 
 
