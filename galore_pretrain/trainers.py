@@ -83,7 +83,7 @@ def _check(trainer: "Trainer", layerwise: bool) -> None:
     if not hasattr(transformers_trainer, "is_optimizer_factory"):
         raise ValueError(
             f"transformers {transformers.__version__} makes optimizers of classes alone, which do not know the model: "
-            "update it to 5.2 or later"
+            "update it to 5.6 or later"
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError("deepspeed keeps parameters flattened, which have no matrices: train without it")
