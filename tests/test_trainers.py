@@ -282,6 +282,24 @@ def test_what_cannot_be_is_refused_before_training(
         set_optimizer(trainer, **options)
 
 
+def test_each_training_of_a_new_model_has_a_new_optimizer(tmp_path: Path) -> None:
+    """As in a search of hyper-parameters: the model, and what the arguments say, are taken when training begins."""
+
+    def new_model() -> MistralForCausalLM:
+        return mistral()
+
+    results = []
+    for layerwise, rates in ((True, (0.1, 0.01)), (False, (0.01,))):
+        arguments = trainer_for(tmp_path, max_grad_norm=0.0).args
+        trainer = Trainer(model_init=new_model, args=arguments, train_dataset=Rows())
+        set_optimizer(trainer, layerwise=layerwise)
+        for rate in rates:
+            trainer.args.learning_rate = rate
+            trainer.train()
+        results.append(logged(trainer, "loss"))
+    assert results[0] == results[1]
+
+
 def test_a_trainer_has_one_optimizer(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)
     set_optimizer(trainer)
