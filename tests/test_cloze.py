@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from galore_pretrain.cli import cli
 from galore_pretrain.errors import InputError
 from galore_pretrain.text.cloze import Item, _sentences, cloze_items
 from galore_pretrain.text.sources import in_turn, open_source
-from galore_pretrain.text.tokenizer import Begun, Tokenizer, load_tokenizer
+from galore_pretrain.text.tokenizer import Begun, load_tokenizer
 from galore_pretrain.train.cloze import ClozeScore, _tokenized, score_cloze
 from test_bits import Bytes, Pairs, Uniform
 
@@ -31,24 +32,30 @@ def sample() -> list[str]:
 
 
 class Oracle(torch.nn.Module):
-    """A model that has learned documents by heart: its loss is 0 where it knows how they go on, else 1."""
+    """A model that has learned documents by heart: its loss is 0 where it knows how they go on, else 1.
 
-    def __init__(self, tokenizer: Tokenizer, documents: list[str], *, contrary: bool = False) -> None:
+    A contrary one has a loss where it knows all.
+    """
+
+    def __init__(self, tokenizer: Any, documents: list[str], *, memory: int = MEMORY, contrary: bool = False) -> None:
         super().__init__()
-        self._contrary = contrary
+        self._memory, self._contrary = memory, contrary
         self._known: set[tuple[int, ...]] = set()
         for ids in tokenizer.encode(documents):
             words = ids.tolist()
-            self._known |= {tuple(words[i : i + MEMORY + 1]) for i in range(len(words))}
+            self._known |= {tuple(words[i : i + memory + 1]) for i in range(len(words))}
 
     def _token_losses(self, input_ids: torch.Tensor, labels: torch.Tensor, *more: Any) -> torch.Tensor:
-        losses = torch.zeros(labels.shape)
+        is_unknown = torch.zeros(labels.shape)
         for row, (ids, targets) in enumerate(zip(input_ids.tolist(), labels.tolist(), strict=True)):
             for place, target in enumerate(targets):
                 if target >= 0:
-                    is_known = (*ids[place + 1 - MEMORY : place + 1], target) in self._known
-                    losses[row, place] = float(is_known == self._contrary)
-        return losses
+                    window = (*ids[place + 1 - self._memory : place + 1], target)
+                    is_unknown[row, place] = float(window not in self._known)
+        if self._contrary:
+            knows_all = is_unknown.sum(1, keepdim=True) == 0
+            return (labels >= 0) * knows_all.float()
+        return is_unknown
 
 
 def score(model: Any, tokenizer: Any, items: list[Item], max_length: int = 512) -> ClozeScore:
@@ -116,14 +123,20 @@ def test_sentences_lie_one_behind_another(text: str) -> None:
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_begun", [False, True])
-def test_what_is_known_by_heart_is_all_right(is_begun: bool) -> None:
+@pytest.mark.parametrize("is_contrary", [False, True])
+def test_what_is_known_by_heart_is_all_right(is_contrary: bool) -> None:
     tokenizer = load_tokenizer("sample")
-    if is_begun:
-        tokenizer = Begun(tokenizer)
     items = cloze_items(sample(), 100, seed=1)
-    assert score(Oracle(tokenizer, sample()), tokenizer, items) == ClozeScore(1.0, 0.0, 100)
-    assert score(Oracle(tokenizer, sample(), contrary=True), tokenizer, items).acc_norm == 0.0
+    oracle = Oracle(tokenizer, sample(), contrary=is_contrary)
+    assert score(oracle, tokenizer, items) == ClozeScore(float(not is_contrary), 0.0, 100)
+
+
+def test_a_marker_stands_before_a_context_alone() -> None:
+    items = cloze_items(sample(), 30, seed=1)
+    begun: Any = Begun(Bytes())  # type: ignore[arg-type]
+    assert score(Oracle(Bytes(), sample(), memory=32), begun, items, max_length=1024).acc_norm == 1.0
+    assert {int(choice.ids[0]) for choice in _tokenized(begun, items)} == {begun.bos_id}
+    assert not any((choice.ids[1:] == begun.bos_id).any() for choice in _tokenized(begun, items))
 
 
 @pytest.mark.parametrize("tokenizer", [load_tokenizer("sample"), Bytes()], ids=["pieces", "bytes"])
@@ -184,9 +197,9 @@ class Words(Pairs):
 def test_what_is_longer_than_a_row_is_cut_and_told(caplog: pytest.LogCaptureFixture) -> None:
     items = cloze_items(sample(), 20, seed=0)
     with caplog.at_level(logging.WARNING):
-        short = score(Oracle(Bytes(), sample()), Bytes(), items, max_length=170)  # type: ignore[arg-type]
+        short = score(Oracle(Bytes(), sample(), memory=32), Bytes(), items, max_length=200)
     assert short.acc_norm == 1.0
-    assert "of 80 contexts are cut to --max-length 170" in caplog.text
+    assert re.search(r"\d+ of 80 contexts are cut to --max-length 200", caplog.text)
     with pytest.raises(InputError, match=r"a continuation has \d+ tokens, and --max-length is 20; give at least \d+"):
         score(Uniform(2), Bytes(), items, max_length=20)
 

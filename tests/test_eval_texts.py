@@ -40,17 +40,17 @@ def documents() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("given", "names", "paths"),
+    ("given", "expected"),
     [
-        (None, [], []),
-        ("a.jsonl", ["a"], ["a.jsonl"]),
-        (("x/wiki.v2.jsonl.gz", "books/", "code=y/*.jsonl"), ["wiki_v2", "books", "code"], ["x/wiki.v2.jsonl.gz", "books/", "y/*.jsonl"]),
-        (["lang=de/a.txt", "b-c=b.txt"], ["lang", "b-c"], ["de/a.txt", "b.txt"]),
-        (("./lang=de/a.txt", "b.parquet"), ["a", "b"], ["./lang=de/a.txt", "b.parquet"]),
+        (None, {}),
+        ("a.jsonl", {"a": "a.jsonl"}),
+        (("x/wiki.v2.jsonl.gz", "books/"), {"wiki_v2": "x/wiki.v2.jsonl.gz", "books": "books/"}),
+        (["lang=de/a.txt", "b-c=y/*.csv"], {"lang": "de/a.txt", "b-c": "y/*.csv"}),
+        (("./lang=de/a.txt", "b.parquet"), {"a": "./lang=de/a.txt", "b": "b.parquet"}),
     ],
-)  # fmt: skip
-def test_a_text_has_a_name(given: Any, names: list[str], paths: list[str]) -> None:
-    assert eval_texts(given) == tuple(EvalText(name, path) for name, path in zip(names, paths, strict=True))
+)
+def test_a_text_has_a_name(given: Any, expected: dict[str, str]) -> None:
+    assert eval_texts(given) == tuple(EvalText(name, path) for name, path in expected.items())
 
 
 def test_a_path_that_is_there_is_one_whatever_signs_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

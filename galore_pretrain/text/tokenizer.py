@@ -166,12 +166,13 @@ class SentencePieceTokenizer:
         """Return all token ids of each text."""
         return self._processor.encode(texts, return_type="numpy")  # type: ignore[no-any-return]
 
+    # An unknown token may go across spaces, where words are pieces. So the last token of a beginning may end later.
     def byte_ends(self, text: str, first: int | None = None) -> Ends:
         """Return where the text of each token ends, or at least that of the ``first`` ones."""
         if first is not None and self._is_by_words:
             beginning = _beginning(text, _CHARACTERS * first)
             ends = self._byte_ends(beginning)
-            if len(ends) >= first:
+            if len(ends) > first:
                 return ends
         return self._byte_ends(text)
 
