@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ LLAMA3 = (
 )
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}"
     "{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
     "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
@@ -83,7 +85,8 @@ def folder_of(folder: Path, template: str | None, **settings: Any) -> str:
     form.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     form.decoder = form_decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    form.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    form.train_from_iterator(CORPUS, trainer)
     form.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     begin = (SPECIAL[0], form.token_to_id(SPECIAL[0]))
     form.post_processor = processors.Sequence(
@@ -109,6 +112,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return folders[template]
 
     return folder
+
+
+@cache
+def theirs_of(folder: str) -> Any:
+    """What transformers makes of a folder."""
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def line(*messages: dict[str, Any], **others: Any) -> str:
@@ -172,7 +181,7 @@ def test_answers_alone_have_labels(place: Any, template: str, parts: Any, turns:
             pytest.skip("has no system message")
         messages = [SYSTEM, *messages]
     (row,) = rows_of(place(template), [line(*messages)])
-    theirs = AutoTokenizer.from_pretrained(place(template))
+    theirs = theirs_of(place(template))
     ids: list[int] = []
     is_answer: list[bool] = []
     for part, has_labels in parts(*((message["role"], message["content"]) for message in messages)):
@@ -189,7 +198,7 @@ def test_answers_alone_have_labels(place: Any, template: str, parts: Any, turns:
 @settings(max_examples=80, deadline=None)
 @given(
     template=st.sampled_from([CHATML, LLAMA3, MISTRAL, FORGETFUL, MARKED]),
-    contents=st.lists(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=6).map("".join), min_size=2, max_size=6),
+    contents=st.lists(st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join), min_size=2, max_size=6),
 )
 def test_ids_are_those_of_inference(place: Any, template: str, contents: list[str]) -> None:
     """Of the conversation as of the question: markers that a message spells included."""
@@ -197,7 +206,7 @@ def test_ids_are_those_of_inference(place: Any, template: str, contents: list[st
     contents = contents[: len(contents) // 2 * 2]
     messages = [{"role": role, "content": f"{said}x"} for role, said in zip(roles, contents, strict=False)]
     (row,) = rows_of(place(template), [line(*messages)], length=500)
-    theirs = AutoTokenizer.from_pretrained(place(template))
+    theirs = theirs_of(place(template))
     expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     assert row.input_ids[: row.real].tolist() == expected
     labels = row.labels[: row.real - 1]
@@ -215,22 +224,23 @@ def test_ids_are_those_of_inference(place: Any, template: str, contents: list[st
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, MARKED])
 def test_an_answer_is_labelled_as_transformers_marks_it(place: Any, template: str) -> None:
-    """By the template of others with marks around answers, and the token behind that ends the answer."""
+    """And so is the token behind that ends it. Of a last character of several tokens, transformers marks the first."""
+    messages = [*TALK[:3], {"role": "assistant", "content": "über 日本 🙂 quick"}]
     marks = template
     if template != MARKED:
         content = "{{ message.content | trim }}" if template == LLAMA3 else "{{ message.content }}"
         answer = f"{{% generation %}}{content}{{% endgeneration %}}"
         either = f"{{% if message.role == 'assistant' %}}{answer}{{% else %}}{content}{{% endif %}}"
         marks = template.replace(content, either)
-    theirs = AutoTokenizer.from_pretrained(place(template))
+    theirs = theirs_of(place(template))
     found = theirs.apply_chat_template(
-        TALK, chat_template=marks, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        messages, chat_template=marks, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     is_answer = np.array(found["assistant_masks"], bool)
     ends = np.flatnonzero(is_answer[:-1] & ~is_answer[1:]) + 1
     is_answer[ends] = True
     for folder in (template, marks):
-        (row,) = rows_of(place(folder), [line(*TALK)])
+        (row,) = rows_of(place(folder), [line(*messages)])
         ids = np.array(found["input_ids"])
         expected = np.where(is_answer[1:], ids[1:], IGNORE)
         assert row.labels[: len(expected)].tolist() == expected.tolist()
@@ -263,7 +273,7 @@ def test_without_a_marker_of_its_end_an_answer_ends_as_it_is_written(place: Any)
 
 def labelled(folder: str, row: Row) -> list[str]:
     """The runs of labels, as text."""
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = theirs_of(folder)
     runs: list[list[int]] = [[]]
     for label in row.labels.tolist():
         if label == IGNORE:
@@ -302,7 +312,7 @@ def test_tools_and_calls_are_for_the_template_to_write(place: Any) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "fox", "arguments": {}}}]}
     messages = [TALK[0], call, {"role": "tool", "content": "brown"}, TALK[1]]
     (row,) = rows_of(place(LLAMA3), [line(*messages, tools=tools)])
-    theirs = AutoTokenizer.from_pretrained(place(LLAMA3))
+    theirs = theirs_of(place(LLAMA3))
     expected = theirs.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True)["input_ids"]
     assert row.input_ids[: row.real].tolist() == expected
     assert labelled(place(LLAMA3), row) == [
@@ -330,9 +340,9 @@ def test_a_completion_has_labels_and_the_end_marker(place: Any, bos: str) -> Non
 
 
 def test_a_completion_that_changes_the_prompts_last_token_has_it_as_label() -> None:
-    """SentencePiece drops the space at a prompt's end."""
+    """The two make one piece together."""
     tokenizer = load_tokenizer("sample")
-    prompt, completion = "the state of the un", "ion"
+    prompt, completion = "of the gov", "ernment"
     (row,) = rows_of(tokenizer, [json.dumps({"prompt": prompt, "completion": completion})])
     before, ids = (ids.tolist() for ids in tokenizer.encode([prompt, prompt + completion]))
     common = next(i for i in range(len(before)) if before[i] != ids[i])
@@ -396,7 +406,7 @@ def test_rows_are_filled_by_whole_conversations(place: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", ["pad", "pack"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(0, 30), min_size=2, max_size=20), sequences=st.integers(1, 3))
 def test_a_run_goes_on_at_every_row(place: Any, layout: str, lengths: list[int], sequences: int) -> None:
     """Conversations that are left out are among them."""
@@ -454,7 +464,7 @@ def test_what_cannot_be_used_is_measured_on_what_is_read(place: Any) -> None:
     found = rows.measure([*texts, texts[0][:50]])
     assert found.tokens == whole.real + other.real
     assert found.cut == pytest.approx((whole.real + other.real - 2 * 21) / found.tokens)
-    assert found.control > 0.2
+    assert found.control > 0.1
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
@@ -571,7 +581,7 @@ def test_what_json_cannot_write_is_told() -> None:
 def test_the_end_of_an_answer_is_found(place: Any, template: str) -> None:
     tokenizer = load_tokenizer(place(template))
     names = {CHATML: ["<|end|>", "<|im_end|>"], LLAMA3: ["<|end|>", "<|eot|>"], MISTRAL: ["<|end|>"]}[template]
-    theirs = AutoTokenizer.from_pretrained(place(template))
+    theirs = theirs_of(place(template))
     rows = ChatRows(begun(tokenizer, "yes"), "pack", 64)
     assert theirs.convert_ids_to_tokens(rows.ends) == names
     assert rows.vocab_size == len(theirs)
@@ -593,7 +603,7 @@ def test_an_exported_tokenizer_keeps_its_template(
     for name, content in tokenizer.files().items():
         (tmp_path / "kept" / name).write_bytes(content)
     for folder in (tmp_path / "exported", tmp_path / "kept"):
-        theirs = AutoTokenizer.from_pretrained(folder)
+        theirs = theirs_of(folder)
         ids = theirs.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
         assert ids == row.input_ids[: row.real].tolist()
         assert theirs("how are you?")["input_ids"] == tokenizer.encode(["how are you?"])[0].tolist()
@@ -604,8 +614,8 @@ def test_an_exported_tokenizer_keeps_its_template(
 
 def test_all_of_several_templates_are_kept(tmp_path: Path) -> None:
     folder = Path(folder_of(tmp_path / "own", CHATML))
-    (folder / "chat_templates").mkdir()
-    (folder / "chat_templates" / "tool_use.jinja").write_text(LLAMA3)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(LLAMA3)
     tokenizer = load_tokenizer(str(folder))
     tools = [{"type": "function", "function": {"name": "fox"}}]
     plain, with_tools = rows_of(tokenizer, [line(*TALK), line(*TALK, tools=tools)])
@@ -661,15 +671,15 @@ def test_a_model_answers_and_stops(tmp_path: Path) -> None:
     """The ids are those of transformers' own loop, up to the end of a turn, which is not the tokenizer's end marker."""
     folder = make_folder(tmp_path / "model", tokenizer=None)
     folder_of(tmp_path / "model", CHATML)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = theirs_of(folder)
     asked = theirs.apply_chat_template(
         [TALK[0]], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    common = ["generate", folder, TALK[0]["content"], "--chat", "--temperature", "0", "--tokens", "6", "--device", "cpu"]
+    flags = ["--chat", "--temperature", "0", "--tokens", "6", "--device", "cpu"]
 
     def answer() -> str:
-        done = python(COMMAND_LINE, *common)
+        done = python(COMMAND_LINE, "generate", folder, TALK[0]["content"], *flags)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

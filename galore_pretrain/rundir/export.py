@@ -120,8 +120,7 @@ def _name_beginning(file: Path) -> None:
     if not file.exists():  # a SentencePiece model alone
         return
     settings = json.loads(file.read_text())
-    templates = [*file.parent.glob("chat_template*.jinja"), *file.parent.glob("chat_templates/*")]
-    if any("bos_token" in template.read_text() for template in templates):  # which would write it then
+    if any("bos_token" in template.read_text() for template in file.parent.rglob("*.jinja")):  # which would write it
         return
     if settings.get("bos_token") is None and settings.get("eos_token") is not None:
         _amend(file, {"bos_token": settings["eos_token"], "add_bos_token": False})

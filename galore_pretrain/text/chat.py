@@ -78,7 +78,7 @@ class ChatTemplate:
         ends = "|".join(re.escape(tokenizer.added[number]) for number in self.ends if number in tokenizer.added)
         self._ending = re.compile(rf"(?:(?:{ends})\s*)+\Z") if ends else None
         self.fingerprint = tokenizer.template_fingerprint
-        self.vocab_size = max(tokenizer.vocab_size, max(tokenizer.vocabulary.values()) + 1)
+        self.vocab_size: int = max(tokenizer.vocab_size, max(tokenizer.vocabulary.values()) + 1)
 
     def _ends(self) -> list[int]:
         """Return the end marker's id, and that of the first added token that the template writes behind an answer."""
@@ -325,9 +325,7 @@ class ChatRows:
         if open_row:
             yield self._row(open_row, after)
 
-    def _placed(
-        self, documents: Iterable[tuple[Position, str, Position]]
-    ) -> Iterator[tuple[_Placed | None, Position]]:
+    def _placed(self, documents: Iterable[tuple[Position, str, Position]]) -> Iterator[tuple[_Placed | None, Position]]:
         """Yield each document's tokens and the position after it; None for the tokens of one without a label.
 
         Raises InputError where none has a label for too long.

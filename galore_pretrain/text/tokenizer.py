@@ -657,14 +657,19 @@ def load_folder(folder: Path, name: str, *, with_template: bool = False) -> Toke
         return SentencePieceTokenizer(models[0], name)
     if with_template and whole.has_template:
         return whole
+    return _faster(models[0], whole)
+
+
+def _faster(model: Path, whole: HuggingFaceTokenizer) -> Tokenizer:
+    """Return SentencePiece itself where it gives the ids of ``whole``, the tokenizer of its folder; or else that."""
     try:
-        direct = SentencePieceTokenizer(models[0], name)
+        direct = SentencePieceTokenizer(model, whole.name)
     except InputError:
         return whole
     if _are_alike(direct, whole):
         direct.adds_bos = whole.adds_bos
         return direct
-    log.warning("%s gives other ids than transformers gives its folder: those of transformers are used", models[0])
+    log.warning("%s gives other ids than transformers gives its folder: those of transformers are used", model)
     return whole
 
 
