@@ -56,6 +56,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Some libraries count at the end what was not freed."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a model small enough for a test to train: square, tall and wide matrices, the sample's vocabulary."""
@@ -94,6 +99,6 @@ def warm_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmHub]:
 def finished(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed. To be copied, not changed."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    result = run(tiny_config, output)
+    result = run(tiny_config, output, planned=True)
     assert result.returncode == 0, result.stderr
     return output

@@ -2,6 +2,9 @@
 
 To start Python and import torch takes longer than such a run. So a run is a process of its own that is forked from one
 in which all is imported already. Where the start itself is what is tested, `command` is for subprocess.
+
+A run ends with a plan of its memory, for its summary. That takes as long as the rest of so small a run, so it is left
+out here, but where a test asks for it.
 """
 
 import gc
@@ -15,6 +18,8 @@ from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from galore_pretrain import run as program
 
 MEASURED = {"tokens_per_second", "mfu", "peak_memory_bytes", "process_peak_bytes"}
 """Keys of metrics.jsonl that a clock, or the process's memory, put there."""
@@ -55,18 +60,18 @@ def command(model: str, output: Path, *flags: str) -> list[str]:
 
 
 def run(
-    model: str, output: Path, *flags: str, env: Mapping[str, str] | None = None
+    model: str, output: Path, *flags: str, env: Mapping[str, str] | None = None, planned: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    return python(COMMAND_LINE, *command(model, output, *flags)[3:], env=env)
+    return python(COMMAND_LINE, *command(model, output, *flags)[3:], env=env, planned=planned)
 
 
 def python(
-    script: str, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 300
+    script: str, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 300, planned: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """What ``python -c script arguments`` comes to."""
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = start(script, *arguments, stdout=said[0], stderr=said[1], env=env)
+        process = start(script, *arguments, stdout=said[0], stderr=said[1], env=env, planned=planned)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -76,18 +81,31 @@ def python(
 
 
 def start(
-    script: str, *arguments: str, stdout: Path, stderr: Path, env: Mapping[str, str] | None = None
+    script: str,
+    *arguments: str,
+    stdout: Path,
+    stderr: Path,
+    env: Mapping[str, str] | None = None,
+    planned: bool = False,
 ) -> BaseProcess:
     """Start ``python -c script arguments``, whose output goes to files."""
     environment = dict(os.environ if env is None else env)
-    process = _WARM.Process(target=execute, args=(script, arguments, stdout, stderr, environment, Path.cwd()))
+    process = _WARM.Process(target=execute, args=(script, arguments, stdout, stderr, environment, Path.cwd(), planned))
     process.start()
     return process
 
 
 def execute(
-    script: str, arguments: tuple[str, ...], stdout: Path, stderr: Path, environment: dict[str, str], folder: Path
+    script: str,
+    arguments: tuple[str, ...],
+    stdout: Path,
+    stderr: Path,
+    environment: dict[str, str],
+    folder: Path,
+    planned: bool = False,
 ) -> None:
+    if not planned:
+        program._planned_peak = _known_peak
     gc.freeze()  # as the command line does with what it imports: no search for garbage goes through all of that
     for file, number in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -96,6 +114,11 @@ def execute(
     os.chdir(folder)
     sys.argv = ["-c", *arguments]
     exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+
+
+def _known_peak(prepared: program.Prepared) -> int | None:
+    """The peak that a run's summary has, where it was planned to fit the run's updates to the memory."""
+    return prepared.plan.peak_bytes if prepared.plan else None
 
 
 def lines(output: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ ALIGNED = {"tall": (256, 128), "wide": (128, 1024), "square": (256, 256), "head"
 FEW = {"tall": (5, 4), "wide": (4, 5), "square": (5, 5), "head": (5, 4), "norm": (5,)}  # the last of four has none
 UNEVEN = {"tall": (101, 30), "wide": (30, 101), "square": (34, 34), "head": (33, 20), "norm": (33,)}
 RANKS = {(256, 128): 16}
-"""By the shape of the tall matrix; else 8. Low-rank moments of 4096 elements are the smallest that are kept in 8 bits."""
+"""By the shape of the tall matrix; else 8. Moments of 4096 elements are the smallest that are kept in 8 bits."""
 PAIRWISE = (0, 7, 9, 15, 16, 22)
 """Of `check_fira`'s cases, so many that each value of a setting meets each value of the others."""
 

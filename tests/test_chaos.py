@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from galore_pretrain.optim.methods import METHODS
 
 
@@ -17,11 +19,13 @@ def chaos(folder: Path, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_killed_ten_times_runs_end_bit_for_bit_as_undisturbed(tmp_path: Path) -> None:
     """Two kills a scenario."""
     assert chaos(tmp_path / "runs", "--kills", "10", "--seed", "7")["kills"] == 10
 
 
+@pytest.mark.slow
 def test_every_row_resumes_bit_for_bit(tmp_path: Path) -> None:
     """In one execution, since layerwise updates are global ones bit for bit; `make chaos` takes both."""
     assert chaos(tmp_path / "runs", "--every-row", "once")["runs"] == len(METHODS)

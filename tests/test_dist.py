@@ -244,13 +244,9 @@ def test_messages_are_those_of_the_plan(tiny_config: str, tmp_path: Path) -> Non
     assert projected < full / 3  # one reduction an update instead of three, and of matrices an eighth
 
 
-ELASTIC = {
-    "galore_adamw": 1e-5,
-    "adafactor": 1e-5,
-    "relora": 1e-5,
-    "galore_adamw8bit": 1e-3,
-    "natural_galore8bit": 1e-2,
-}
+ELASTIC = {"galore_adamw": 1e-5, "adafactor": 1e-5, "relora": 1e-5, "natural_galore8bit": 1e-2}
+if FULL:  # which the last has too, beside a history
+    ELASTIC["galore_adamw8bit"] = 1e-3
 
 
 @pytest.mark.slow

@@ -468,6 +468,7 @@ def test_a_marker_is_as_it_is_said(tmp_path: Path) -> None:
         assert open_inputs(resolve(values | more, {})[0]).bos == bos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_methods_take_any_family(family: str, tmp_path: Path) -> None:
     """Projected, factored or in codes; killed and gone on; evaluated, exported, and asked to write."""

@@ -33,6 +33,7 @@ def summary(output: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", BEFORE)
 def test_a_run_begins_where_another_ended(optim: str, tiny_config: str, tmp_path: Path) -> None:
     """Whatever the method kept the matrices as, with a new optimizer and the run's tokenizer; or in its middle."""
@@ -171,6 +172,7 @@ def downloaded(tmp_path: Path) -> set[str]:
 MODEL = ["--init", "org/small-1.5B", "--optim", "adamw", "--output", "run", *SHORT]
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_model_of_the_hub(hub: WarmHub, tmp_path: Path) -> None:
     """A plan takes config.json alone; a run takes safetensors and tokenizer, and needs no hub to go on."""

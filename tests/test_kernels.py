@@ -141,7 +141,7 @@ def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: s
 @pytest.mark.slow
 @pytest.mark.parametrize("share", range(SHARES))
 def test_kernels_are_right_under_the_interpreter(share: int) -> None:
-    """Triton looks at TRITON_INTERPRET when it is imported, which libraries do: so the tests have their own processes."""
+    """Triton looks at TRITON_INTERPRET when it is imported, which libraries do: so these tests have own processes."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "SHARE": f"{share}/{SHARES}"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]

@@ -43,7 +43,7 @@ def test_profile_says_where_the_time_of_updates_goes(mode: str, tiny_config: str
 
 
 def test_a_run_that_ends_sooner_is_profiled_as_far_as_it_went(tiny_config: str, tmp_path: Path) -> None:
-    done = run(tiny_config, tmp_path / "run", "--profile", "100")
+    done = run(tiny_config, tmp_path / "run", "--profile", "100", planned=True)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "run" / "profile" / "table.txt").read_text()
     assert table.startswith("10 updates, ")

@@ -51,9 +51,11 @@ cli.main()
 """
 
 
-def run_with(preparation: str, model: str, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def run_with(
+    preparation: str, model: str, output: Path, *flags: str, planned: bool = False
+) -> subprocess.CompletedProcess[str]:
     """The command line in a process that something is done to first."""
-    return python(AFTER_IMPORTS.format(preparation), *command(model, output, *flags)[3:])
+    return python(AFTER_IMPORTS.format(preparation), *command(model, output, *flags)[3:], planned=planned)
 
 
 def assert_same(output: Path, finished: Path) -> None:
@@ -450,7 +452,8 @@ def tight(self, batch):
 trainer.Trainer.train_step = tight
 """
     flags = ("--total-batch-size", "64", "--batch-size", "64", "--max-length", "64", "--no-layerwise")
-    failed = run_with(limit, "llama_9m", tmp_path / "large", *flags, "--no-activation-checkpointing")
+    flags += ("--no-activation-checkpointing",)
+    failed = run_with(limit, "llama_9m", tmp_path / "large", *flags, planned=True)
     assert failed.returncode == 1, failed.stderr
     last = failed.stderr.splitlines()[-1]
     assert last.startswith("Error: out of memory: "), failed.stderr

@@ -155,6 +155,7 @@ def own(tmp_path: Path) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_a_sweep_tunes_goes_on_and_reports(tiny_config: str, own: str, tmp_path: Path) -> None:
     """A run that fails does not stop the others; what is finished is not made again."""
     output = tmp_path / "out"
@@ -186,6 +187,7 @@ def test_a_sweep_tunes_goes_on_and_reports(tiny_config: str, own: str, tmp_path:
     assert {file: file.stat().st_mtime_ns for file in output.glob("*/summary.json")} == before
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_runs_and_the_sweep_goes_on(tiny_config: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     file = tmp_path / "mine.json"

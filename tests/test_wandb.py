@@ -105,6 +105,7 @@ def test_online_without_a_key_logs_offline_and_never_asks(tmp_path: Path) -> Non
     assert "no API key" in stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["refused", "silent"])
 def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path: Path, kind: str) -> None:
     with socket.socket() as listener:

@@ -83,7 +83,7 @@ class WarmHub(FakeHub):
 
 
 def main() -> None:
-    """Import all, then execute one command after another: each line of stdin is one, each line of stdout its exit code."""
+    """Import all, then execute one command after another: a line of stdin is one, a line of stdout its exit code."""
     import datasets  # noqa: F401
     import transformers  # noqa: F401
 

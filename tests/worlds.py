@@ -56,9 +56,7 @@ def main() -> None:
     register()
     logging.getLogger("galore_pretrain").addHandler(logging.StreamHandler(sys.stderr))
     run.export, run.optimizer_for = check_replicas, noted  # type: ignore[attr-defined]
-    for number, arguments in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        if number == 1:  # half the time of so small a run; the first one is planned
-            run._planned_peak = lambda *_: None
+    for arguments in json.loads(Path(sys.argv[1]).read_text()):
         code = cli.cli.main(args=arguments, standalone_mode=False)
         assert code == 0, (code, arguments)
 

@@ -316,8 +316,9 @@ def test_a_value_is_stored_rounded(dtype: torch.dtype) -> None:
     assert torch.equal(target, value.to(dtype))
     fused.store_(target, -value, Noise(3), torch.tensor(False))
     assert torch.equal(target, value.to(dtype))
-    many = torch.zeros(400, 700, dtype=dtype)
-    fused.store_(many, value.expand(400, 700).contiguous(), Noise(3, 9), torch.tensor(True))
+    value = value[:70]
+    many = torch.zeros(400, 70, dtype=dtype)
+    fused.store_(many, value.expand(400, 70).contiguous(), Noise(3, 9), torch.tensor(True))
     if dtype == torch.float32:
         assert torch.equal(many[5], value)
     else:
@@ -325,5 +326,5 @@ def test_a_value_is_stored_rounded(dtype: torch.dtype) -> None:
         error = (many.double().mean(0) - value).abs()
         # A rounding up or down has a deviation of half a step at most, and there are 400: six standard errors.
         assert bool((error <= 6 * 0.5 / 20 * 2**-7 * value.abs()).all())
-    assert not capability.knows(target.double(), value)
-    assert not capability.knows(torch.zeros(700, 2, dtype=dtype)[:, 0], value)
+    assert not capability.knows(target[:70].double(), value)
+    assert not capability.knows(torch.zeros(70, 2, dtype=dtype)[:, 0], value)
