@@ -23,6 +23,7 @@ from galore_pretrain.signals import on_stop
 from galore_pretrain.text.hub import hub_text
 from galore_pretrain.text.sources import open_source
 from galore_pretrain.text.tokenizer import find_tokenizer
+from galore_pretrain.train.build import built
 
 _LEAST_SECONDS = 10.0
 """What a part needs to be begun; to start Python and import torch takes half of it."""
@@ -43,7 +44,7 @@ def settings_for(device: str, data: str, tokenizer: str | None) -> Settings:
     if not is_known:
         raise InputError(f"--device {device} is unknown; use auto, cpu, cuda or cuda:N")
     if device != "cpu" and int(number) >= count:
-        raise InputError(f"--device {device}: this machine has {count} CUDA devices; use --device auto")
+        raise InputError(f"--device {device}: this machine has {count} CUDA devices; use --device auto{built()}")
     if hub_text(data) is not None:
         raise InputError(f"--data {data}: the check reads no text of the hub; give a file or a folder, or sample")
     if data != "sample":

@@ -54,12 +54,19 @@ def device_named(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise InputError(f"--device {name}: this machine has {count} CUDA devices; use --device auto")
+            raise InputError(f"--device {name}: this machine has {count} CUDA devices; use --device auto{built()}")
         if device.index is not None:
             # Libraries that ask for the current device, as checkpoints written in the background do, would otherwise
             # make a second context of some 0.4 GiB on cuda:0.
             torch.cuda.set_device(device)
     return device
+
+
+def built() -> str:
+    """Return, as a remark, that torch itself knows of no GPU; empty where it does."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f" (torch {torch.__version__} is built for CPUs alone)"
+    return ""
 
 
 def check_accumulation(config: RunConfig) -> None:
