@@ -96,12 +96,18 @@ def update_for_kernel(direction: Direction, step: Step) -> fused.Update | None:
         has_scales = term.row is not None or term.column is not None
         if term.right is None and update.dense is None:
             dense = term.left.contiguous()
-            update = replace(update, dense=dense, row=term.row, column=term.column, dense_rate=rate * term.factor)
+            row, column = _contiguous(term.row), _contiguous(term.column)
+            update = replace(update, dense=dense, row=row, column=column, dense_rate=rate * term.factor)
         elif term.right is not None and update.left is None and not has_scales and _alike(term):
             update = replace(update, left=term.left, right=term.right, product_rate=rate * term.factor)
         else:
             return None
     return update
+
+
+def _contiguous(scales: Tensor | None) -> Tensor | None:
+    """Return scales as neighbours in memory, as the kernel reads them: a rule may give a column, or one number."""
+    return None if scales is None else scales.contiguous()
 
 
 def _alike(term: Direction) -> bool:

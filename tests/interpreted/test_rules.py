@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from galore_pretrain.optim import GlobalStep, HostSums, Layerwise, RuleOptimizer, build_optimizer
+from galore_pretrain.optim import Direction, GlobalStep, HostSums, Layerwise, RuleOptimizer, Step, build_optimizer
+from galore_pretrain.optim.weights import DenseWeights
 from galore_pretrain.tensors import capability
 from galore_pretrain.tensors.transport import AtOnce
 
@@ -280,3 +281,18 @@ def test_sums_on_the_host_are_those_of_one_launch_for_many(row: str, mode: Any) 
             execution.complete()
         results.append(params)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_may_lie_anywhere(dtype: torch.dtype) -> None:
+    """A column of a matrix, and one number for all rows: a kernel takes both for neighbours in memory."""
+    scales = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0], [3.0, 5.0, 7.0], [9.0, 11.0, 13.0]])
+    one = torch.full((), 3.0).expand(4)
+    for row, column in ((scales[:, 0], None), (one, scales.view(-1)[::2][:5]), (None, one.new_full((), 2.0).expand(5))):
+        direction = Direction(torch.ones(4, 5), row=row, column=column)
+        pair = []
+        for kernels in (True, False):
+            weight = torch.zeros(4, 5, dtype=dtype)
+            DenseWeights().subtract(weight, direction, 0.0, True, Step(1, lr=1.0, kernels=kernels))
+            pair.append(weight)
+        assert torch.equal(*pair)
