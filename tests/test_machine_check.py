@@ -321,6 +321,23 @@ def test_no_number_is_apart_from_all() -> None:
     assert prescribed.apart({"a": torch.full((3,), 1.5)}, {"a": torch.ones(3)}) == pytest.approx(0.5)
 
 
+def test_updates_that_come_to_no_number_are_found(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights, and of what a last bit makes of them: nothing is below a bound that is no number."""
+    made = prescribed.Small.weights
+
+    def weights(self: prescribed.Small) -> dict[str, Tensor]:
+        found = made(self)
+        found["model.layers.0.mlp.up_proj.weight"].fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(prescribed.Small, "weights", weights)
+    numerics.bias(part, METHODS["sgd"])
+    assert len(failed(part.found)) == 1
+    bound = prescribed.bound_for(part, METHODS["sgd"], 1)
+    part.check_below("of no bound", 0.0, bound)
+    assert failed(part.found)[1:] == ["of no bound"]
+
+
 # -- parts that end otherwise than well -------------------------------------------------------------------------------
 
 STUB = """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from galore_pretrain.check.part import Part
-from galore_pretrain.check.prescribed import Small, apart, bound_for, rows
+from galore_pretrain.check.prescribed import Small, apart, bound_for, largest, rows
 from galore_pretrain.check.updates import has_8bit, timed
 from galore_pretrain.optim import Adam, Blockwise8bit, Method, Step, random_basis, randomized_basis
 from galore_pretrain.tensors.capability import runs_on, small_updates_are_right
@@ -104,13 +104,14 @@ def eight_bit(part: Part) -> None:
 def _against_single_operations(part: Part, name: str, moments: _Moments) -> None:
     """Check directions and bytes over several updates."""
     composed = _Moments.zeros(_Composed(), part.device, by_kernels=False)
-    worst = 0.0
+    distances: list[float] = []
     for count in range(1, _UPDATES + 1):
         generator = torch.Generator().manual_seed(count)
         gradient = 1e-3 * torch.randn(_size(part.device), generator=generator).to(part.device)
         expected = composed.direction(gradient.clone(), count)
         direction = moments.direction(gradient.clone(), count)
-        worst = max(worst, float((direction - expected).norm() / expected.norm()))
+        distances.append(float((direction - expected).norm() / expected.norm()))
+    worst = largest(distances)
     part.check_below(f"{name}: 8-bit directions against single operations", worst, _EIGHT_BIT_BOUND)
     steps = (moments.state["exp_avg"].int() - composed.state["exp_avg"].int()).abs()
     share = float((steps > 1).float().mean())

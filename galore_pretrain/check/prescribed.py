@@ -1,6 +1,7 @@
 """Updates of a small LLaMA by prescribed gradients: what a row makes of them, on any device and in any dtype."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,9 +115,14 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     distances: list[float] = []
     for name, change in other.items():
         distances.append(float((one[name] - change).norm() / change.norm()))
-    if any(distance != distance for distance in distances):  # noqa: PLR0124
-        return float("nan")
-    return max(distances)
+    return largest(distances)
+
+
+def largest(values: Sequence[float]) -> float:
+    """Return the largest of ``values``; NaN if any is NaN, which `max` may pass over."""
+    if any(math.isnan(value) for value in values):
+        return math.nan
+    return max(values)
 
 
 # A basis magnifies last bits, by how much depends on the row. Another device has other last bits in every product and
@@ -124,7 +130,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def bound_for(part: Part, entry: Method, count: int, least: float = _LEAST_BOUND) -> float:
     """Return how far ``count`` updates of a row in fp32 may be off: times what a last bit of gradients does on a CPU.
 
-    It is ``least`` at the least.
+    It is ``least`` at the least, and NaN, which nothing is below, where one of the updates comes to no number.
     """
     cpu = torch.device("cpu")
     exact = Small.build(entry, cpu, torch.float32).without_kernels().update(count)
@@ -133,4 +139,4 @@ def bound_for(part: Part, entry: Method, count: int, least: float = _LEAST_BOUND
     for noise in (1, 2):
         moved = Small.build(entry, cpu, torch.float32).without_kernels().update(count, noise)
         found.append(times * apart(moved, exact))
-    return max(found)
+    return largest(found)
