@@ -1,6 +1,5 @@
 """The factors of an update's channels, limited in their growth, by one small kernel in place of many operations."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -75,7 +74,7 @@ def _factors(
     from galore_pretrain.tensors import kernels
 
     factors = _place(low)
-    # fp32's infinity times 0 is no number, as it ought to be where nothing limits; a large number does as well.
+    # An infinite growth times a last norm of 0 is no number, which limits nothing, as it ought to be.
     multiple, growth, share, eps = numbers
     with on(low.device):
         kernels.channel_factors[(1,)](
@@ -87,7 +86,7 @@ def _factors(
             None if valid is None else valid.view(torch.uint8),
             low.numel(),
             multiple,
-            min(growth, math.sqrt(torch.finfo(torch.float32).max)),
+            growth,
             share,
             eps,
             HAS_VALID=valid is not None,
