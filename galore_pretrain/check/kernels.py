@@ -59,7 +59,7 @@ class _Composed(Blockwise8bit):
 
 @dataclass
 class _Moments:
-    """Are Adam's two moments of a flat tensor in 8 bits, and the way in which they are updated."""
+    """Holds Adam's two moments of a flat tensor in 8 bits, and updates them by kernels of our own or without."""
 
     rule: Adam
     by_kernels: bool

@@ -38,7 +38,7 @@ _LEAST_SECONDS = 25.0
 
 @dataclass(frozen=True)
 class _Case:
-    """Is a run whose plan is checked."""
+    """Describes a run whose plan is checked."""
 
     model: str
     optim: str

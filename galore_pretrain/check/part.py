@@ -32,7 +32,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Check:
-    """Is one check: what was measured, the bound it has to hold in words, and whether it does."""
+    """Tells of one check: what was measured, the bound it has to hold in words, and whether it does."""
 
     name: str
     measured: Value

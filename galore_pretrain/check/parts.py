@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """Is a part: its name, what it is about, its function, its limit in seconds, and whether it is of GPUs alone."""
+    """Describes a part: its name, what it is about, its function, its limit in seconds, and whether it needs a GPU."""
 
     name: str
     about: str

@@ -44,7 +44,7 @@ def rows(part: Part) -> list[Method]:
 
 @dataclass
 class Small:
-    """Is a LLaMA of one layer and a row's optimizer of it."""
+    """Holds a LLaMA of one layer and a row's optimizer of it."""
 
     optimizer: RuleOptimizer
     params: dict[str, Tensor]

@@ -76,7 +76,7 @@ def _compare_runs(part: Part, model: Path, optim: str) -> None:
 
 @dataclass
 class _Run:
-    """Is a run of the real command line, in processes of its own."""
+    """Makes a run of the real command line, in processes of its own."""
 
     part: Part
     model: Path
@@ -306,7 +306,7 @@ def _read_beside(part: Part, text: "_Text", built: Built, rows: int, repeats: in
 
 @dataclass(frozen=True)
 class _Text:
-    """Is the text that parts read, and its tokenizer."""
+    """Holds the text that parts read, and its tokenizer."""
 
     source: DocumentSource
     tokenizer: Tokenizer

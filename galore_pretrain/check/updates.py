@@ -25,7 +25,7 @@ _LAUNCHING = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMems
 
 @dataclass
 class Built:
-    """Is a run's model, with its optimizer and the execution of its updates."""
+    """Holds a run's model, with its optimizer and the execution of its updates."""
 
     model: CausalLM
     optimizer: RuleOptimizer
@@ -106,7 +106,7 @@ def forget(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Times:
-    """Are median milliseconds of some work: until the device had done it, and until the host had asked for it."""
+    """Holds median milliseconds of some work: until the device had done it, and until the host had asked for it."""
 
     done: float
     asked: float

@@ -871,14 +871,17 @@ class GlobalStep(Execution):
     """Makes all updates after the last backward pass."""
 
     def _hook(self, p: Tensor) -> None:
+        """Add a gradient to its sum, where it is one of several."""
         if self._micro_batches > 1:  # torch would add them up in the gradient's dtype, rounded to nearest
             self._accumulate(p, compress=False)
             self._put_back(p)
 
     def _compresses_first(self) -> bool:
+        """Return whether the projected norm is clipped: what is pending is of full gradients here."""
         return self._projected
 
     def _keeps_full_sum(self, p: Tensor) -> bool:
+        """Return true: every sum is one of full gradients, until the update."""
         return True
 
 
@@ -898,6 +901,7 @@ class Layerwise(Execution):
     """
 
     def _hook(self, p: Tensor) -> None:
+        """Update ``p`` at once where that can be done; else add the gradient to what waits."""
         is_last = self._micro_batch == self._micro_batches - 1
         clips = self._grad_clip > 0
         waits = self._pending.distributor is not None and self._pending.waits_for_all(p)
@@ -918,10 +922,15 @@ class Layerwise(Execution):
             p.grad = None
 
     def _compresses_first(self) -> bool:
+        """Return whether gradients that wait are compressed when the update completes.
+
+        They wait as they are where processes share the update, and where it ends before its last micro-batch.
+        """
         ends_early = self._micro_batch < self._micro_batches - 1
         return ends_early or self._pending.distributor is not None
 
     def _keeps_full_sum(self, p: Tensor) -> bool:
+        """Return whether the sum of ``p`` is one of full gradients: it is not projected, or its basis is due."""
         return not self._optimizer.slots[p].projects or self._optimizer.is_due(p)
 
     def begin(self, micro_batch: int, micro_batches: int) -> None:

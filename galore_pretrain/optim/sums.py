@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from galore_pretrain.tensors.capability import knows
+from galore_pretrain.tensors.capability import kernels_take
 from galore_pretrain.tensors.fused import add_all_
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Sums:
         """Return whether a part can be added so: both as they came, in dtypes and layouts that the kernel knows."""
         if total.compressed or part.compressed:
             return False
-        return knows(total.grad, part.grad)
+        return kernels_take(total.grad, part.grad)
 
     def add(self, total: "PendingGradient", part: "PendingGradient", stream: str) -> None:
         """Add ``part`` to ``total`` by the next launch; in bf16, rounded by the bits of ``stream``."""

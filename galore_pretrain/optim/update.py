@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from galore_pretrain.tensors.capability import knows
+from galore_pretrain.tensors.capability import kernels_take
 from galore_pretrain.tensors.chunks import chunk_elements, chunks
 from galore_pretrain.tensors.fused import TO_NEAREST, Noise, store_
 from galore_pretrain.tensors.rounding import RandomBits, round_stochastic
@@ -103,7 +103,7 @@ class Step:
         """
         if value is target:  # arithmetic was done in place
             return
-        if self.kernels and knows(target, value):
+        if self.kernels and kernels_take(target, value):
             store_(target, value, self.noise(stream) if stream else TO_NEAREST, self.valid)
             return
         if self.bits is None or not stream or target.dtype != torch.bfloat16 or value.dtype != torch.float32:

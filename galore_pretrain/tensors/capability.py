@@ -64,7 +64,7 @@ def _run_on_cuda() -> bool:
     return is_right
 
 
-def knows(target: Tensor, value: Tensor) -> bool:
+def kernels_take(target: Tensor, value: Tensor) -> bool:
     """Return whether `store_` and `add_all_` do of such tensors what copying or adding in place would."""
     dtypes = (torch.float32, torch.bfloat16)
     if target.dtype not in dtypes or value.dtype not in dtypes:

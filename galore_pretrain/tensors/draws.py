@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_pretrain.tensors.fused import on
+from galore_pretrain.tensors.fused import on_device
 from galore_pretrain.tensors.operations import operation
 
 # The constants of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), as int64.
@@ -48,6 +48,7 @@ def _gaussian_operation() -> Callable[..., Any]:
 
 
 def _mask_of(like: Tensor, start: int, seed: int, limit: int) -> Tensor:
+    """Return a mask, as `dropout_mask` says, a byte an element."""
     mask = _mask_for(like, start, seed, limit)
     _launch_mask(mask, start, seed, limit)
     return mask
@@ -72,7 +73,7 @@ def _launch_mask(mask: Tensor, start: int, seed: int, limit: int) -> None:
         return
     elements = 4 * _NEIGHBOURS
     programs = (start + n - 1) // elements - start // elements + 1
-    with on(mask.device):
+    with on_device(mask.device):
         kernels.dropout_mask[(programs,)](mask, n, start, seed, limit, SIZE=_NEIGHBOURS)
 
 
@@ -84,5 +85,5 @@ def _launch_gaussian(matrix: Tensor, table: Tensor, start: int, key: int) -> Non
     if not matrix.numel():
         return
     programs = -(-matrix.numel() // _ENTRIES)
-    with on(matrix.device):
+    with on_device(matrix.device):
         kernels.gaussian[(programs,)](matrix, table, rows, columns, start, key, SIZE=_ENTRIES)

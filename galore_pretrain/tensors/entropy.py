@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_pretrain.tensors.fused import on
+from galore_pretrain.tensors.fused import on_device
 from galore_pretrain.tensors.operations import operation
 
 _PIECE = 1 << 13  # logits of a row that are looked at together, by 8 warps: none of their registers is spilled
@@ -44,7 +44,7 @@ def _launch(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
     rows, columns = logits.shape
     if not rows:
         return losses
-    with on(logits.device):
+    with on_device(logits.device):
         kernels.cross_entropy[(rows,)](
             logits,
             labels,

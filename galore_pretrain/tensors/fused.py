@@ -221,6 +221,7 @@ def _adam(
     seed: int,
     start: int,
 ) -> None:
+    """Update a weight and both moments, as `adam_` says."""
     _launch_adam(weight, grad, m, v, (m_code, v_code), None, valid, numbers, l2, seed, start)
 
 
@@ -235,6 +236,7 @@ def _direction_of_adam(
     seed: int,
     start: int,
 ) -> Tensor:
+    """Advance both moments and return the direction, as `adam_direction` says."""
     direction = torch.empty_like(grad)
     _launch_adam(None, grad, m, v, (m_code, v_code), direction, valid, numbers, False, seed, start)
     return direction
@@ -253,6 +255,7 @@ def _subtract(
     seed: int,
     start: int,
 ) -> None:
+    """Change a weight, as `subtract_` says."""
     _launch_subtract(weight, (left, right, dense, row, column), valid, rates, decay_first, seed, start)
 
 
@@ -271,11 +274,13 @@ def _subtract_codes(
     seed: int,
     start: int,
 ) -> None:
+    """Change codes and scales, as `subtract_codes_` says."""
     parts = (left, right, dense, row, column)
     _launch_subtract_codes(codes, scales, group, parts, valid, rates, decay_first, seed, start)
 
 
 def _read(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix of codes and scales, as `read_codes` says."""
     matrix = _matrix(codes, scales, group, dtype)
     _launch_read(matrix, codes, scales, group)
     return matrix
@@ -304,7 +309,7 @@ def _launch_read(matrix: Tensor, codes: Tensor, scales: Tensor, group: int) -> N
     if not n:
         return
     columns, groups = codes.shape[1], scales.shape[1]
-    with on(matrix.device):
+    with on_device(matrix.device):
         kernels.read_codes[(-(-n // _READ),)](matrix, codes, scales, n, columns, group, groups, SIZE=_READ)
 
 
@@ -331,7 +336,7 @@ def _launch_adam(
     m_values, m_scales = m if is_eight_bit else (m[0], None)
     v_values, v_scales = v if is_eight_bit else (v[0], None)
     m_code, v_code = codes
-    with on(grad.device):
+    with on_device(grad.device):
         kernels.adam[(-(-n // (BLOCK * _BLOCKS)),)](
             weight,
             grad,
@@ -363,7 +368,7 @@ def _launch_store(target: Tensor, value: Tensor, valid: Tensor | None, seed: int
     n = target.numel()
     if not n:
         return
-    with on(target.device):
+    with on_device(target.device):
         kernels.store[(-(-n // _ELEMENTS),)](
             target,
             value,
@@ -445,9 +450,9 @@ def _launch_of_update(
         strides = (*left.stride(), *right.stride())
     scales, new_scales, largest, group = of_codes
     groups = 1 if scales is None else scales.shape[1]
-    # A grid may be 2³¹ programs long in its first dimension, and 65,535 in the second.
-    grid = (-(-columns // _TILE_COLUMNS), -(-rows // _TILE_ROWS))
-    with on(weight.device):
+    # In one dimension, since a grid may be 2³¹ programs long in its first, and 65,535 in its second.
+    grid = (-(-columns // _TILE_COLUMNS) * -(-rows // _TILE_ROWS),)
+    with on_device(weight.device):
         kernels.subtract[grid](
             weight,
             scales,
@@ -508,8 +513,8 @@ def _launch_add_all(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequ
         first += -(-total.numel() // _SUMMED)
     for _ in range(len(pairs), 1 << halvings):  # no program comes to these
         words += [0, 0, first, 0, 0]
-    table = torch.tensor(words, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    with on(device):
+    table = torch.tensor(words, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    with on_device(device):
         kernels.add_all[(first,)](
             table,
             SUM=_element(pairs[0][0].dtype),
@@ -521,7 +526,7 @@ def _launch_add_all(sums: Sequence[Tensor], parts: Sequence[Tensor], seeds: Sequ
 
 
 # Triton launches on the current device, whatever device its tensors are on.
-def on(device: torch.device) -> AbstractContextManager[None]:
+def on_device(device: torch.device) -> AbstractContextManager[None]:
     """Make ``device`` the current one in a context; of a CPU there is one."""
     if device.type == "cuda":
         guard: AbstractContextManager[None] = torch.cuda.device(device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_pretrain.tensors.fused import on
+from galore_pretrain.tensors.fused import on_device
 from galore_pretrain.tensors.operations import operation
 
 _SIZE = 1024  # channels that the program looks at together
@@ -76,7 +76,7 @@ def _factors(
     factors = _place(low)
     # An infinite growth times a last norm of 0 is no number, which limits nothing, as it ought to be.
     multiple, growth, share, eps = numbers
-    with on(low.device):
+    with on_device(low.device):
         kernels.channel_factors[(1,)](
             factors,
             low,

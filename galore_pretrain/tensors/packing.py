@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from galore_pretrain.tensors.fused import on
+from galore_pretrain.tensors.fused import on_device
 from galore_pretrain.tensors.operations import operation
 
 GROUP = 256
@@ -90,6 +90,7 @@ def _op() -> Callable[..., Any]:
 
 
 def _unpack(codes: Tensor, scales: Tensor, zeros: Tensor, rows: int, columns: int, bits: int) -> Tensor:
+    """Return the matrix that codes, scales and zeros stand for."""
     matrix = _matrix(codes, scales, zeros, rows, columns, bits)
     _launch(matrix, codes, scales, zeros, bits)
     return matrix
@@ -108,5 +109,5 @@ def _launch(matrix: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bits: 
     n = matrix.numel()
     if not n:
         return
-    with on(matrix.device):
+    with on_device(matrix.device):
         kernels.unpack[(-(-n // _ELEMENTS),)](matrix, codes, scales, zeros, n, BITS=bits, GROUP=GROUP, SIZE=_ELEMENTS)

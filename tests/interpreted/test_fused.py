@@ -326,5 +326,5 @@ def test_a_value_is_stored_rounded(dtype: torch.dtype) -> None:
         error = (many.double().mean(0) - value).abs()
         # A rounding up or down has a deviation of half a step at most, and there are 400: six standard errors.
         assert bool((error <= 6 * 0.5 / 20 * 2**-7 * value.abs()).all())
-    assert not capability.knows(target[:70].double(), value)
-    assert not capability.knows(torch.zeros(70, 2, dtype=dtype)[:, 0], value)
+    assert not capability.kernels_take(target[:70].double(), value)
+    assert not capability.kernels_take(torch.zeros(70, 2, dtype=dtype)[:, 0], value)
