@@ -81,9 +81,9 @@ def _launch_gaussian(matrix: Tensor, table: Tensor, start: int, key: int) -> Non
     """Launch the kernel of a random matrix."""
     from galore_pretrain.tensors import kernels
 
-    rows, columns = matrix.shape
-    if not matrix.numel():
+    n, columns = matrix.numel(), matrix.shape[1]
+    if not n:
         return
-    programs = -(-matrix.numel() // _ENTRIES)
+    programs = -(-n // _ENTRIES)
     with on_device(matrix.device):
-        kernels.gaussian[(programs,)](matrix, table, rows, columns, start, key, SIZE=_ENTRIES)
+        kernels.gaussian[(programs,)](matrix, table, n, columns, start, key, SIZE=_ENTRIES)

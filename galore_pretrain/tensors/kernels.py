@@ -244,8 +244,10 @@ def subtract(
     TILE_RANK: tl.constexpr,
 ):
     """Subtract a direction from a weight in place, or only find the largest step of each group of codes after it."""
-    first_column = tl.program_id(0).to(tl.int64) * TILE_COLUMNS
-    row = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(columns, TILE_COLUMNS)  # of a row
+    first_column = program % tiles * TILE_COLUMNS
+    row = program // tiles * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = first_column + tl.arange(0, TILE_COLUMNS)
     if HAS_VALID:
         rows = tl.where(tl.load(valid) != 0, rows, 0)
@@ -256,7 +258,7 @@ def subtract(
     update = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     if HAS_PRODUCT:
         for first in range(0, rank, TILE_RANK):
-            inner = first + tl.arange(0, TILE_RANK)
+            inner = first + tl.arange(0, TILE_RANK).to(tl.int64)
             has_inner = inner < rank
             l = tl.load(
                 left + row[:, None] * left_row + inner[None, :] * left_column,
@@ -393,15 +395,15 @@ def dropout_mask(mask, n, start, seed, limit, SIZE: tl.constexpr):
 def gaussian(
     matrix,
     table,
-    rows,
+    n,
     columns,
     start,
     key,
     SIZE: tl.constexpr,
 ):
-    """Fill a matrix with values of the table that a hash of each entry's place chooses."""
+    """Fill a matrix of ``n`` entries with values of the table that a hash of each entry's place chooses."""
     entry = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = entry < rows * columns
+    inside = entry < n
     row = start + entry // columns
     column = entry % columns
     word = (row * 1048576 + column // 4) * _INCREMENT + key
