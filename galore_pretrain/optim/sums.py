@@ -20,6 +20,7 @@ class Sums:
 
     def __init__(self) -> None:
         self.waiting: list[tuple[PendingGradient, PendingGradient, int]] = []  # (sum, part, seed of its random bits)
+        self._totals: set[int] = set()  # which sums these are, by their ids
         self._bytes = 0
 
     def takes(self, total: "PendingGradient", part: "PendingGradient") -> bool:
@@ -39,9 +40,11 @@ class Sums:
         kind = (total.grad.device, total.grad.dtype, part.grad.dtype, is_rounded)
         if self.waiting:
             other, other_part, other_seed = self.waiting[-1]
-            if kind != (other.grad.device, other.grad.dtype, other_part.grad.dtype, other_seed >= 0):
+            is_other_kind = kind != (other.grad.device, other.grad.dtype, other_part.grad.dtype, other_seed >= 0)
+            if is_other_kind or id(total) in self._totals:  # programs of one launch have no order
                 self.flush()
         self.waiting.append((total, part, seed))
+        self._totals.add(id(total))
         self._bytes += part.grad.nbytes
         total.known_finite = total.own_norm = None
         if self._bytes >= _WAITING_BYTES:
@@ -54,4 +57,5 @@ class Sums:
         totals, parts, seeds = zip(*self.waiting, strict=True)
         add_all_([total.grad for total in totals], [part.grad for part in parts], seeds)
         self.waiting.clear()
+        self._totals.clear()
         self._bytes = 0
