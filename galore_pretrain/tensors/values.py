@@ -66,7 +66,7 @@ class HostCopy:
     def __init__(self, source: Tensor) -> None:
         self._source = source
         self._version = source._version
-        self._values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        self._values = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
         self._values.copy_(source, non_blocking=True)
         self._arrival = torch.cuda.Event()
         self._arrival.record(torch.cuda.current_stream(source.device))
