@@ -32,7 +32,7 @@ from galore_pretrain.model.int8 import check_int8
 from galore_pretrain.model.position import TrainingPosition
 from galore_pretrain.planning.cards import known_card
 from galore_pretrain.planning.choice import memory_advice
-from galore_pretrain.planning.fit import fitted
+from galore_pretrain.planning.fit import fitted, host_advice
 from galore_pretrain.planning.plan import Outline, Plan, measure
 from galore_pretrain.planning.work import peak_tokens_per_second
 from galore_pretrain.rundir.checkpoint import Saved
@@ -52,6 +52,7 @@ from galore_pretrain.rundir.resume import (
 )
 from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
+from galore_pretrain.tensors.transport import NotLockedError
 from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
 from galore_pretrain.text.labelled import ExampleBatches
 from galore_pretrain.text.usable import TextShares
@@ -386,8 +387,12 @@ def _failures_explained(prepared: Prepared) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
+        if isinstance(error, NotLockedError):  # which is of the host, and no peak tells of it
+            told = f"--accumulate-on {config.accumulate_on}: {error}; what helps: {host_advice(config)}"
+        else:
+            told = _out_of_memory(prepared)
         # Each process tells its own: in which of them it happens, the others do not know.
-        raise TrainingFailedError(_out_of_memory(prepared), reported_by=prepared.world.rank) from error
+        raise TrainingFailedError(told, reported_by=prepared.world.rank) from error
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_ROOM:
             raise

@@ -11,7 +11,9 @@ from bitsandbytes import functional
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from galore_pretrain import run
 from galore_pretrain.config.resolve import resolve
+from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.optim import moments
 from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.moments import Blockwise8bit
@@ -19,7 +21,7 @@ from galore_pretrain.optim.update import Step
 from galore_pretrain.planning import budget, choice
 from galore_pretrain.rundir import export
 from galore_pretrain.tensors import transport
-from galore_pretrain.tensors.transport import AtOnce, SideStream, transport_of
+from galore_pretrain.tensors.transport import AtOnce, NotLockedError, SideStream, transport_of
 from galore_pretrain.text.tokenizer import load_tokenizer
 from galore_pretrain.train import build
 
@@ -203,8 +205,17 @@ def test_page_locked_memory_is_as_large_as_asked_and_given_back(side_stream: Any
     del memory
     assert calls[1:] == [("unlock", address)]
     assert events == ["the host waits for side"]
-    with pytest.raises(MemoryError, match="could not be page-locked: CUDA error 2"):
+    with pytest.raises(NotLockedError, match="could not be page-locked: CUDA error 2") as raised:
         stream.host_memory(2000)
+    prepared: Any = SimpleNamespace(
+        config=config_of(accumulate_on="host", layerwise=False)[0], world=SimpleNamespace(rank=0)
+    )
+    with pytest.raises(TrainingFailedError) as told, run._failures_explained(prepared):
+        raise raised.value
+    assert str(told.value) == (
+        "--accumulate-on host: 0.00 GiB of the host's memory could not be page-locked: CUDA error 2; what helps: "
+        "--layerwise, whose sums are low-rank ones but for a few, --accumulate-on device"
+    )
 
 
 def test_a_device_has_its_transport(side_stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:

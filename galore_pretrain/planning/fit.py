@@ -86,7 +86,7 @@ def fitted(config: RunConfig, outline: Outline, mesh: Any = None, *, runs_as_bef
         raise InputError(
             f"--accumulate-on host: the sums take {plan.host_bytes:,} bytes of the host's memory "
             f"({describe(plan.config)}), and {plan.host_budget:,} are to be had, {OUTSIDE:,} less than are free; "
-            f"what helps: {_host_advice(plan.config)}"
+            f"what helps: {host_advice(plan.config)}"
         )
     if plan.peak_bytes > budget:
         change = None
@@ -134,7 +134,7 @@ def taken_in_words(config: RunConfig) -> str:
     return f"--fit anything takes {', '.join(parts)}"
 
 
-def _host_advice(config: RunConfig) -> str:
+def host_advice(config: RunConfig) -> str:
     """Return what would take less of the host's memory than the sums of ``config`` do."""
     ways = []
     if not config.layerwise and method(config.optim).projects:

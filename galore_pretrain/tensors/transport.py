@@ -82,6 +82,10 @@ class AtOnce:
         """Wait for nothing."""
 
 
+class NotLockedError(MemoryError):
+    """The host's memory could not be page-locked, so that no stream can copy to it or from it."""
+
+
 class SideStream:
     """Copies on a CUDA stream of its own, from and to page-locked memory: a card does that while it computes."""
 
@@ -92,11 +96,11 @@ class SideStream:
     # `torch.empty(pin_memory=True)` may take the next power of two of bytes: for 13 GB, 16. So this locks as many as it
     # is asked for.
     def host_memory(self, size: int) -> Tensor:
-        """Return ``size`` bytes of page-locked memory; MemoryError where the system does not lock so much."""
+        """Return ``size`` bytes of page-locked memory; NotLockedError where the system does not lock so much."""
         memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
         if error:
-            raise MemoryError(
+            raise NotLockedError(
                 f"{size / 2**30:.2f} GiB of the host's memory could not be page-locked: CUDA error {error}"
             )
         unlocked = weakref.finalize(memory, _unlock, memory.data_ptr(), self._stream)
