@@ -11,7 +11,7 @@ from galore_pretrain.check.part import Part
 from galore_pretrain.check.prescribed import Small, apart, bound_for, largest, rows
 from galore_pretrain.check.updates import has_8bit, timed
 from galore_pretrain.optim import Adam, Blockwise8bit, Method, Step, random_basis, randomized_basis
-from galore_pretrain.tensors.capability import runs_on, small_updates_are_right
+from galore_pretrain.tensors.capability import runs_on, small_updates_are_right, why_not_on
 
 _UPDATES = 4
 _EIGHT_BIT_BOUND = 5e-2  # of a direction; on an H200, 8.2e-5
@@ -25,10 +25,13 @@ _CYCLES = 50_000_000  # that a side stream sleeps: tens of milliseconds
 
 def kernels(part: Part) -> None:
     """Check that updates by kernels of our own are those by single operations, for each row."""
-    if not runs_on(part.device):
+    why_not = why_not_on(part.device)
+    if why_not is not None:
         if part.is_on_gpu:
-            part.check("Triton's kernels run here", False, "they do", False)
-        part.skip("kernels of our own", f"they do not run on {part.device}; TRITON_INTERPRET=1 runs them on a CPU")
+            part.check(
+                "Triton's kernels run here", why_not, "they do, by galore-pretrain[kernels] and a C compiler", False
+            )
+        part.skip("kernels of our own", f"they do not run on {part.device}: {why_not}")
         return
     is_right = small_updates_are_right(part.device)
     part.check("a small update by each kernel", is_right, "as by torch's operations", is_right)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_pretrain.optim.moments import _code_values
-from galore_pretrain.tensors import capability, fused
+from galore_pretrain.tensors import capability, fused, kernels
 from galore_pretrain.tensors.capability import runs_on
 from galore_pretrain.tensors.fused import (
     AdamNumbers,
@@ -29,6 +30,23 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 def numbers(count: int = 3, **more: Any) -> AdamNumbers:
     root = 1 / math.sqrt(1 - BETA2**count)
     return AdamNumbers(BETA1, BETA2, 1 / (1 - BETA1**count), root, EPS, **more)
+
+
+class Seen(TorchDispatchMode):
+    """Writes down the names of operations; ``ours`` are those of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.ours: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        name = func.overloadpacket.__name__
+        self.names.append(name)
+        if func.namespace == "galore_pretrain":
+            self.ours.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -279,7 +297,7 @@ def test_many_sums_are_one_launch(dtype: torch.dtype, count: int) -> None:
 
 
 def test_a_plan_sees_each_as_one_operation() -> None:
-    with FakeTensorMode():
+    with FakeTensorMode(), Seen() as seen:
         w, g, m, v = (torch.empty(2048, dtype=torch.bfloat16) for _ in range(4))
         adam_(w, g, Moment(m), Moment(v), numbers(), Noise(3), torch.empty((), dtype=torch.bool))
         assert adam_direction(g, Moment(m), Moment(v), numbers(), Noise(3)).shape == g.shape
@@ -289,6 +307,45 @@ def test_a_plan_sees_each_as_one_operation() -> None:
         byte, scale, code = torch.empty(2048, dtype=torch.uint8), torch.empty(8), torch.empty(256)
         moment = Moment(byte, scale, code)
         assert adam_direction(g, moment, moment, numbers(), Noise()).dtype == torch.bfloat16
+    assert seen.ours == ["adam_", "adam_direction", "subtract_", "add_all_", "adam_direction"]
+    # That of an update makes a place for its result, and tensors are made here.
+    assert {name for name in seen.names if name not in seen.ours} <= {"empty", "empty_like"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_trial_is_the_same_whatever_its_caller_has_set(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert capability.small_updates_are_right(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_sums_are_found_whatever_device_is_the_default() -> None:
+    total, part = torch.ones(5), torch.ones(5)
+    with torch.device("meta"):
+        add_all_([total], [part], [-1])
+    assert torch.equal(total, torch.full((5,), 2.0))
+
+
+@pytest.mark.parametrize("shape", [(5_000_000, 3), (3, 9_000_000)])
+def test_a_launch_has_as_many_programs_as_a_matrix_has_tiles(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grid has 2³¹ programs in its first dimension, and 65,535 in any other."""
+    grids: list[tuple[int, ...]] = []
+
+    class Launched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(kernels, "subtract", Launched())
+    weight = torch.empty(shape, device="meta")
+    fused._launch_subtract(weight, (None, None, weight, None, None), None, [0.0, 1.0, 1.0], True, -1, 0)
+    assert grids == [(math.ceil(shape[0] / 64) * math.ceil(shape[1] / 128),)]
 
 
 def test_the_trial_that_decides_on_a_gpu_tells_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

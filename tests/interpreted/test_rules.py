@@ -226,10 +226,10 @@ def test_the_trial_of_kernels_sees_no_fake_tensors(monkeypatch: pytest.MonkeyPat
     cpu = torch.device("cpu")
     right = capability.small_updates_are_right
     monkeypatch.setattr(capability, "small_updates_are_right", lambda device: right(cpu))
-    capability._run_on_cuda.cache_clear()
+    capability._why_not_on_cuda.cache_clear()
     with FakeTensorMode():
         assert capability.runs_on(torch.device("cuda"))
-    capability._run_on_cuda.cache_clear()
+    capability._why_not_on_cuda.cache_clear()
 
 
 def test_a_parameter_that_is_moved_has_the_kernels_of_its_place() -> None:
