@@ -18,10 +18,8 @@ FLOATS = dict.fromkeys(("lr", "beta1", "rest1", "beta2", "rest2", "factor", "roo
 FLOATS |= dict.fromkeys(("product_rate", "dense_rate", "keep"), "fp32")
 COUNTS = dict.fromkeys(("n", "start", "rows", "columns", "rank"), "i32")
 COUNTS |= dict.fromkeys(("left_row", "left_column", "right_row", "right_column"), "i32")
-IN_FP32 = dict.fromkeys(
-    ("m_scales", "v_scales", "signed_code", "unsigned_code", "row_scales", "column_scales"), "*fp32"
-)
-OTHERS = {"value": "*fp32", "seed": "i64", "valid": "*u8", "m_bytes": "*u8", "v_bytes": "*u8", "table": "*i64"}
+IN_FP32 = dict.fromkeys(("m_scales", "v_scales", "m_code", "v_code", "row_scales", "column_scales"), "*fp32")
+OTHERS = {"value": "*fp32", "seed": "i64", "valid": "*u8", "table": "*i64"}
 OTHERS |= {"scales": "*bf16", "new_scales": "*bf16", "largest": "*i32", "group": "i32", "groups": "i32"}
 OTHERS |= {"codes": "*u8", "zeros": "*u8"}
 OTHERS |= {"labels": "*i64", "losses": "*fp32", "scale": "fp32", "mask": "*u8", "limit": "i32", "key": "i64"}
@@ -102,6 +100,16 @@ def cases() -> Iterator[tuple[str, dict[str, Any], str, int]]:
         for dtype, capability in TARGETS:
             if FULL or (number + (dtype == "*bf16") + (capability == 80)) % 2:
                 yield name, constants, dtype, capability
+
+
+def test_tables_name_arguments_of_kernels() -> None:
+    """What they name otherwise is compiled with another dtype than it has."""
+    from galore_pretrain.tensors import kernels
+
+    found: set[str] = set()
+    for value in vars(kernels).values():
+        found |= set(getattr(value, "arg_names", ()))
+    assert {*FLOATS, *COUNTS, *IN_FP32, *OTHERS} <= found
 
 
 @pytest.mark.parametrize(("name", "constants", "dtype", "capability"), cases())
