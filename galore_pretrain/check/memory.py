@@ -30,6 +30,8 @@ _SHOWN = 23.64 * _GIB
 """What CUDA shows of a card that is sold with 24 GB (an RTX 4090)."""
 _CONTEXT = 0.5 * _GIB
 """What its context takes of that."""
+_DESKTOP = 0.5 * _GIB
+"""What a desktop takes of it, beside which the updates are to fit."""
 _LENGTH = 256
 _PROMISED = 4
 """Rows at a time that are to fit. Twice as many fitted an H200 with 0.06 GiB left, so that they are tried, and told."""
@@ -134,11 +136,12 @@ def _make_updates(config: RunConfig, device: torch.device) -> None:
 
 
 def seven(part: Part) -> None:
-    """Make real updates of llama_7b where the allocator may take no more than a 24 GB card leaves it."""
-    _, total = torch.cuda.mem_get_info(part.device)
-    cap = _SHOWN - _CONTEXT
-    if total < cap:
-        part.skip("updates of llama_7b", f"the card shows {total / _GIB:.2f} GiB, and {cap / _GIB:.2f} are tried")
+    """Make real updates of llama_7b where the allocator may take no more than a 24 GB card leaves it, or has free."""
+    free, total = torch.cuda.mem_get_info(part.device)
+    cap = min(_SHOWN - _CONTEXT, free)
+    least = _SHOWN - _CONTEXT - _DESKTOP
+    if free < least:
+        part.skip("updates of llama_7b", f"{free / _GIB:.2f} GiB of the card are free, and it takes {least / _GIB:.2f}")
         return
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), part.device)
     for rows in (_PROMISED, 2 * _PROMISED):

@@ -180,16 +180,17 @@ def _leading_vectors(gradient: Tensor, rank: int, from_left: bool) -> Tensor:
     return torch.as_tensor(vectors * vectors.gather(0, largest).sign())
 
 
-# Bases that are drawn are others on each device. And bitsandbytes' quantizer on a CPU is coarser than a GPU's
+# Bases that a device's generator draws are others on each device; a hash of an entry's place is the same on all. And
+# bitsandbytes' quantizer on a CPU is coarser than a GPU's
 # (docs/benchmarks/gpu.md).
 def against_cpu(part: Part, entry: Method) -> None:
     """Check a row's updates in fp32 on a GPU against those on the CPU."""
     name = f"{entry.name}: fp32 updates of the GPU against the CPU's"
-    has_bases = entry.projects or entry.has_low_rank
-    if has_bases and "basis" not in entry.options:
+    small = Small.build(entry, torch.device("cpu"), torch.float32)
+    if "basis" not in entry.options and small.holds_bases():
         part.skip(name, "its bases are drawn, by each device otherwise")
         return
-    on_cpu = Small.build(entry, torch.device("cpu"), torch.float32).update(_UPDATES)
+    on_cpu = small.update(_UPDATES)
     on_gpu = Small.build(entry, part.device, torch.float32).update(_UPDATES)
     if entry.moments_8bit:
         part.number(f"{name}, whose quantizer is coarser", apart(on_gpu, on_cpu))

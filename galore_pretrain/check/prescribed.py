@@ -72,6 +72,13 @@ class Small:
             slot.has_kernels = False
         return self
 
+    def holds_bases(self) -> bool:
+        """Return whether a rule holds a basis of a matrix; a projection that is computed from a hash is none."""
+        held: list[Tensor] = []
+        for p, slot in self.optimizer.slots.items():
+            held += slot.rule.held_bases(self.optimizer.tensors(p))
+        return bool(held)
+
     def update(self, count: int, noise: int = 0) -> dict[str, Tensor]:
         """Make so many updates, and return what they have changed of each weight, on the CPU in fp64.
 
