@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from galore_pretrain import cli
-from galore_pretrain.check import kernels, memory, numerics, prescribed, runner, runs, speed, updates
+from galore_pretrain.check import host, kernels, memory, numerics, prescribed, runner, runs, speed, updates
 from galore_pretrain.check.part import Found, Part, Settings
 from galore_pretrain.check.parts import PARTS, Entry
 from galore_pretrain.check.runner import Runner
@@ -27,6 +27,7 @@ from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import METHODS
 from galore_pretrain.optim import update as update_of_one
 from galore_pretrain.planning import plan as plans
+from galore_pretrain.tensors.transport import AtOnce
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.py"
 
@@ -226,11 +227,11 @@ def test_updates_of_7b_are_made_under_a_cap(part: Part, small_models: None, monk
     card = Card(monkeypatch, total=80, allocated=22)
     memory.seven(part)
     assert card.fractions == [pytest.approx((23.64 - 0.5) / 80)]
-    assert [(check.measured, check.ok) for check in part.found.checks] == [(True, True)]
     card = Card(monkeypatch, total=45.8, allocated=22)  # of which another program has half
     memory.seven(part)
     assert card.fractions == [pytest.approx(0.5)]
     part.found.checks.pop()
+    assert [(check.measured, check.ok) for check in part.found.checks] == [(True, True)]
     for rows in (4, 8):
         assert part.found.numbers[f"7B, {rows} rows at a time, clipped: GiB allocated"] == 22
     assert part.found.numbers["7B, 8 rows at a time, clipped: launches of an update"] == 7
@@ -293,6 +294,65 @@ def test_speed_on_a_card_tells_launches_and_idle_time(
     speed.speed(part)
     assert part.found.numbers["llama_60m 2 × 16 galore_adamw layerwise: launches of an update"] == 7
     assert 0 < part.found.numbers["llama_60m 2 × 16 adamw: share of the time that the GPU is idle"] < 1
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_compiled_layers_that_compute_something_else_are_found(
+    is_broken: bool, part: Part, small_models: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_layers(model: Any) -> None:
+        if is_broken:
+            model.lm_head.weight.data.mul_(1.5)
+
+    monkeypatch.setattr(speed, "compile_layers", compile_layers)
+    speed.compiled(part)
+    (check,) = part.found.checks
+    assert check.ok is not is_broken, check
+    assert "llama_60m 64 × 256 layerwise: seconds to compile" in part.found.numbers
+
+
+def test_the_price_of_deterministic_kernels_is_told(
+    part: Part, small_models: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def build(config: Any, device: torch.device) -> Any:
+        asked.append(config.deterministic)
+        return updates.build(config, device)
+
+    monkeypatch.setattr(speed, "build", build)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    try:
+        speed.deterministic(part)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+    assert asked == [False, True]
+    label = "llama_1m 2 × 64 galore_adamw: ms an update"
+    assert list(part.found.numbers) == [label, f"{label}, --deterministic", f"{label}: --deterministic takes, %"]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_sums_on_the_host_that_are_others_are_found(waits: bool, part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(AtOnce):
+        """Leaves out what is fetched, as if it came too late."""
+
+        def copy(self, target: Tensor, source: Tensor) -> None:
+            if waits:
+                super().copy(target, source)
+
+    monkeypatch.setattr(host, "transport_of", lambda tensor: Late(tensor.device))
+    host.host_sums(part)
+    assert [check.ok for check in part.found.checks] == [waits, waits]
+    assert part.found.checks[0].bound == "none of 18"
+
+
+def test_a_gpus_8_bits_are_not_compared_with_themselves(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    kernels.eight_bit(part)
+    assert part.found.checks == []
+    assert list(part.found.skipped) == ["bitsandbytes' way"]
 
 
 def test_rows_are_compared_with_the_cpu_where_they_can_be(part: Part) -> None:

@@ -93,9 +93,11 @@ def eight_bit(part: Part) -> None:
     if not has_8bit():
         part.skip("8 bits", "bitsandbytes is not installed")
         return
-    ways: dict[str, Callable[[], _Moments]] = {
-        "bitsandbytes' way": lambda: _Moments.zeros(Blockwise8bit(), part.device, by_kernels=False)
-    }
+    ways: dict[str, Callable[[], _Moments]] = {}
+    if part.is_on_gpu:
+        ways["bitsandbytes' way"] = lambda: _Moments.zeros(Blockwise8bit(), part.device, by_kernels=False)
+    else:
+        part.skip("bitsandbytes' way", "on a CPU, it is single operations too")
     if runs_on(part.device):
         ways["our kernel"] = lambda: _Moments.zeros(Blockwise8bit(), part.device, by_kernels=True)
     for name, begin in ways.items():

@@ -33,6 +33,7 @@ _ENTRIES = (
     Entry("numerics", "updates of every row, and rounding", "numerics:numerics", 300),
     Entry("kernels", "kernels against single operations", "kernels:kernels", 180),
     Entry("eight_bit", "moments in 8 bits, and side streams", "kernels:eight_bit", 80),
+    Entry("host_sums", "--accumulate-on host", "host:host_sums", 60, needs_gpu=True),
     Entry("seven", "updates of llama_7b with a 24 GB card's memory", "memory:seven", 300, needs_gpu=True),
     Entry("memory", "the plan against torch's allocator", "memory:memory", 300),
     Entry("documents", "packed documents against each by itself", "documents:documents", 60),
@@ -42,6 +43,7 @@ _ENTRIES = (
     Entry("export", "what saving and exporting take of the host", "runs:export", 110),
     Entry("reader", "whether text comes as fast as it is trained on", "runs:reader", 90),
     Entry("compiled", "--compile", "speed:compiled", 180, needs_gpu=True),
+    Entry("deterministic", "the price of --deterministic", "speed:deterministic", 60, needs_gpu=True),
 )
 PARTS: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 """The parts by name."""

@@ -1,8 +1,10 @@
-"""Parts about time: `speed`, tokens a second beside a loop by hand and galore_torch, and `compiled`."""
+"""Parts about time: `speed` beside a loop by hand and galore_torch, `compiled` layers, `deterministic` kernels."""
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from galore_pretrain.check.part import Part
 from galore_pretrain.check.updates import (
+    Built,
     build,
     busy_milliseconds,
     config_of,
@@ -29,6 +32,7 @@ from galore_pretrain.train.build import compile_layers
 _LEAST_SECONDS = 15.0
 _MICRO_BATCHES = 4
 _NO_REFRESH = 10_000
+_LOSS_BOUND = 1e-2  # of a loss; activations are bf16, of eight bits
 
 
 @dataclass(frozen=True)
@@ -153,16 +157,42 @@ def _time_galore_torch(part: Part, size: _Size) -> None:
 
 
 def compiled(part: Part) -> None:
-    """Tell how long a layerwise update takes without and with compiled layers, and how long compiling takes."""
+    """Check the loss of compiled layers, and tell how long a layerwise update takes with and without them."""
     size = _Size("llama_60m", 128, 64, 256)
     tokens = size.tokens(part.device)
     built = build(size.config(part.device, "galore_adamw", layerwise=True), part.device)
     plain = timed(lambda: built.update(tokens), part.device)
     part.number(f"{size} layerwise: ms an update", round(plain.done, 1))
+    expected = _loss_of(built, tokens)
     compile_layers(built.model)
     began = time.perf_counter()
+    loss = _loss_of(built, tokens)
     built.update(tokens)
     wait_for(part.device)
     part.number(f"{size} layerwise: seconds to compile", round(time.perf_counter() - began, 1))
+    part.check_below(f"{size}: the loss of compiled layers, of the loss without", abs(loss / expected - 1), _LOSS_BOUND)
     fast = timed(lambda: built.update(tokens), part.device)
     part.number(f"{size} layerwise, compiled: ms an update", round(fast.done, 1))
+
+
+def _loss_of(built: Built, tokens: Tensor) -> float:
+    """Return the loss of rows (rows × tokens) with the weights that a model has; no gradient comes of it."""
+    return float(mean_loss(built.model, tokens, tokens, tokens.numel()).detach())
+
+
+# What the flag costs is told by two runs that differ in nothing else: cuBLAS works with the same memory in both.
+def deterministic(part: Part) -> None:
+    """Tell what `--deterministic` costs an update, of one micro-batch in bf16."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before anything asks for a product
+    for size in _sizes(part)[:2]:
+        tokens = size.tokens(part.device)
+        times: list[float] = []
+        for wanted in (False, True):
+            forget(part.device)
+            built = build(replace(size.config(part.device, "galore_adamw"), deterministic=wanted), part.device)
+            times.append(timed(partial(built.update, tokens), part.device).done)
+            del built
+        label = f"{size} galore_adamw: ms an update"
+        part.number(label, round(times[0], 1))
+        part.number(f"{label}, --deterministic", round(times[1], 1))
+        part.number(f"{label}: --deterministic takes, %", round(100 * (times[1] / times[0] - 1), 1))
