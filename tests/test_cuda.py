@@ -1,6 +1,7 @@
 """What is asked of a GPU, checked on a machine that has none: stand-ins record it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from galore_pretrain import run
+from galore_pretrain.config.options import Processes
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import TrainingFailedError
 from galore_pretrain.optim import moments
@@ -19,6 +21,7 @@ from galore_pretrain.optim.adam import Adam
 from galore_pretrain.optim.moments import Blockwise8bit
 from galore_pretrain.optim.update import Step
 from galore_pretrain.planning import budget, choice
+from galore_pretrain.planning.plan import Plan
 from galore_pretrain.rundir import export
 from galore_pretrain.tensors import transport
 from galore_pretrain.tensors.transport import AtOnce, NotLockedError, SideStream, transport_of
@@ -97,6 +100,19 @@ def test_a_card_gives_no_more_than_it_shows(
     card(monkeypatch, free, total)
     assert budget.budget_of(config) == pytest.approx(expected, abs=2)
     assert f"shows {total:.2f} GiB and has {free:.2f} free" in budget.source_of(config)
+
+
+def test_several_processes_leave_room_for_their_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's buffers, and what FSDP2's side streams reserve, are in no plan of tensors."""
+    config, _ = config_of(memory_budget=None)
+    eight = replace(config, processes=Processes(8, 8))
+    for free in (79, 60):
+        card(monkeypatch, free, 80)
+        assert budget.budget_of(config) - budget.budget_of(eight) == budget.OUTSIDE_SHARED
+    assert budget.source_of(eight).endswith("less 0.84 for NCCL and FSDP2")
+    assert "NCCL" not in budget.source_of(config)
+    plan = Plan(eight, 60 * GIB, {}, "head and loss")
+    assert "NCCL and FSDP2 (0.8), 18.36 are left" in budget.left_on_card(plan, 70 * GIB)
 
 
 def test_micro_batches_on_a_card_are_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,10 @@ and a desktop (0.3 to 0.5 GiB) with some room."""
 OUTSIDE_FREE = 700_000_000
 """Bytes of what is free on a card once CUDA's context exists which tensors do not get: kernels that are loaded later
 (0.25 GiB), workspaces and fragments (0.3 GiB)."""
-
+OUTSIDE_SHARED = 900_000_000
+"""Bytes of each card more that tensors do not get where several processes share a run: 0.4 GiB of NCCL for a pair of
+communicators, and 0.4 that FSDP2's side streams keep from the others, since each has memory of its own. Estimated by
+reading their sources (0.2 to 0.4 and 0.3 to 0.5); no run on several GPUs has measured it."""
 
 _GIB = 2**30
 _SHOWN = {
@@ -41,11 +44,16 @@ def budget_of(config: RunConfig, card: Card | None = None) -> int:
         asked = total
         if config.memory_budget is not None and not names_card:
             asked = config.memory_budget
-        return min(min(asked, total) - OUTSIDE_CARD, free - OUTSIDE_FREE)
+        return min(min(asked, total) - OUTSIDE_CARD, free - OUTSIDE_FREE) - _outside_shared(config)
     device = device_of(config)
     if config.memory_budget is not None:
         return config.memory_budget - OUTSIDE
     return available_bytes(device) // config.processes.here - OUTSIDE
+
+
+def _outside_shared(config: RunConfig) -> int:
+    """Return the bytes of a card that several processes take beside tensors, and one alone does not."""
+    return OUTSIDE_SHARED if config.processes.total > 1 else 0
 
 
 def budgets_of_cards() -> dict[str, int]:
@@ -100,6 +108,8 @@ def source_of(config: RunConfig, card: Card | None = None) -> str:
             if sold is not None:
                 parts.append(f"a card of {sold} GB shows {total / _GIB:.2f} GiB")
             parts.append(f"less {OUTSIDE_CARD / 2**30:.2f} for what is no tensor")
+        if config.processes.total > 1:
+            parts.append(f"less {OUTSIDE_SHARED / 2**30:.2f} for NCCL and FSDP2")
         return ", ".join(parts)
     less = f"less {OUTSIDE / 2**30:.2f} for what is no tensor"
     if parts:
@@ -113,9 +123,11 @@ def left_on_card(plan: Plan, budget: int, card: Card | None = None) -> str:
     """Return what a plan leaves of a card, in words: beside its tensors, and beside what CUDA takes."""
     _, total = _free_and_total(plan.config, card)
     left = (budget - plan.peak_bytes) / _GIB
-    unplanned = (total - plan.peak_bytes - _CONTEXT - _WORKSPACES) / _GIB
+    shared = _outside_shared(plan.config)
+    unplanned = (total - plan.peak_bytes - _CONTEXT - _WORKSPACES - shared) / _GIB
+    of_shared = f", NCCL and FSDP2 ({shared / _GIB:.1f})" if shared else ""
     return (
         f"{'left':<13}{left:8.2f} GiB   of the budget. On the card's {total / _GIB:.2f}, beside CUDA's context and "
-        f"kernels ({_CONTEXT / _GIB:.1f}), workspaces and fragments ({_WORKSPACES / _GIB:.1f}), {unplanned:.2f} are "
-        "left: a desktop takes 0.3 to 0.5"
+        f"kernels ({_CONTEXT / _GIB:.1f}), workspaces and fragments ({_WORKSPACES / _GIB:.1f}){of_shared}, "
+        f"{unplanned:.2f} are left: a desktop takes 0.3 to 0.5"
     )
