@@ -90,7 +90,9 @@ def off(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def test_the_mask_is_what_it_says() -> None:
+@pytest.mark.parametrize("at_a_time", [512, 2])
+def test_the_mask_is_what_it_says(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("galore_pretrain.model.documents._LINES", at_a_time)
     places = torch.tensor([[0, 1, 0, 0, 1], [0, 1, 2, 3, 4]])
     mask = document_mask(places, torch.bfloat16)
     assert (mask.shape, mask.dtype, mask.nbytes) == ((2, 1, 5, 5), torch.bfloat16, mask_bytes(2, 5, torch.bfloat16))

@@ -5,6 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from galore_pretrain.tensors.chunks import chunks
+
+_LINES = 512  # of the mask that are made at a time
+
 
 # A token whose place in its document is k stands k tokens behind the first one. So the places tell where each token's
 # document begins, and the token may attend to all from there to itself.
@@ -21,9 +25,12 @@ def document_mask(places: Tensor, dtype: torch.dtype) -> Tensor:
     rows, length = places.shape
     tokens = torch.arange(length, device=places.device)
     firsts = tokens - places
-    may_attend = (tokens >= firsts[:, :, None]).tril_()
     mask = torch.full((rows, length, length), -math.inf, dtype=dtype, device=places.device)
-    return mask.masked_fill_(may_attend, 0.0).unsqueeze(1)
+    for start, stop in chunks(mask, length, _LINES):
+        may_attend = tokens >= firsts[:, start:stop, None]
+        may_attend &= tokens <= tokens[start:stop, None]
+        mask[:, start:stop].masked_fill_(may_attend, 0.0)
+    return mask.unsqueeze(1)
 
 
 def mask_bytes(rows: int, length: int, dtype: torch.dtype) -> int:

@@ -164,7 +164,7 @@ def upper_bound(config: RunConfig, architecture: Architecture, static: Static) -
         layer += 6 * heads * config.max_length
     token = 4 * (layer * (architecture.num_hidden_layers + 2) + 4 * architecture.vocab_size)
     activations = config.batch_size * config.max_length * token
-    if config.documents == "separate":  # the mask, and what it is made from
+    if config.documents == "separate":  # the mask, generously
         activations += 2 * mask_bytes(config.batch_size, config.max_length, torch.float32)
     if keeps_scores(config):  # before and after the softmax, and both of their gradients
         scores = mask_bytes(config.batch_size * heads, config.max_length, torch.float32)
