@@ -28,6 +28,12 @@ _CLIP_NORMS = ("full", "projected")
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
 """What transformers sets where nobody asked for betas or an epsilon: the method's own hold then."""
+_WAIT_FOR_BACKWARD = {
+    "fp16": "scales the loss, and gradients with it, until backward is over",
+    "enable_jit_checkpoint": "may save a checkpoint when backward is over, as of an update that is still to be made",
+    "auto_find_batch_size": "begins again where memory does not suffice, which may be after some weights were updated",
+}
+"""Arguments of the trainer that count on weights which do not change during backward, and what they do."""
 
 
 def set_optimizer(
@@ -85,8 +91,13 @@ def _check(trainer: "Trainer", layerwise: bool) -> None:
             f"transformers {transformers.__version__} makes optimizers of classes alone, which do not know the model: "
             "update it to 5.6 or later"
         )
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("deepspeed keeps parameters flattened, which have no matrices: train without it")
+    fsdp_plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    is_fsdp1 = trainer.is_fsdp_enabled and getattr(fsdp_plugin, "fsdp_version", 1) == 1
+    if trainer.is_deepspeed_enabled or is_fsdp1:
+        raise ValueError(
+            "DeepSpeed and FSDP 1 keep parameters flattened, without the shapes of matrices: train without them, or "
+            "with fsdp_version 2"
+        )
     if not layerwise:
         return
     mode = args.parallel_mode.value
@@ -95,11 +106,12 @@ def _check(trainer: "Trainer", layerwise: bool) -> None:
             f"layerwise updates are made by one process on one device, and the trainer's mode is {mode}: name a method "
             "without _layerwise"
         )
-    if args.fp16:
-        raise ValueError(
-            "fp16=True scales the loss, and gradients with it, until the end of backward, which layerwise updates do "
-            "not wait for: train with bf16=True, or name a method without _layerwise"
-        )
+    for argument, what in _WAIT_FOR_BACKWARD.items():
+        if getattr(args, argument, False):
+            raise ValueError(
+                f"{argument}=True {what}, and layerwise updates are made before that: leave it out (bf16=True is "
+                "fine), or name a method without _layerwise"
+            )
 
 
 # The trainer clips what it finds in p.grad once backward is over. Layerwise, nothing is left there.

@@ -322,13 +322,16 @@ def test_layerwise_updates_are_of_one_process(tmp_path: Path, monkeypatch: Any) 
     from transformers.training_args import ParallelMode
 
     trainer = trainer_for(tmp_path)
-    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
-    with pytest.raises(ValueError, match="deepspeed"):
-        set_optimizer(trainer)
-    monkeypatch.setattr(trainer, "is_deepspeed_enabled", False)
-    trainer.args.fp16 = True
-    with pytest.raises(ValueError, match="fp16=True scales the loss"):
-        set_optimizer(trainer, layerwise=True)
+    for kind in ("is_deepspeed_enabled", "is_fsdp_enabled"):
+        monkeypatch.setattr(trainer, kind, True)
+        with pytest.raises(ValueError, match="keep parameters flattened"):
+            set_optimizer(trainer)
+        monkeypatch.setattr(trainer, kind, False)
+    for argument in ("fp16", "enable_jit_checkpoint", "auto_find_batch_size"):
+        setattr(trainer.args, argument, True)
+        with pytest.raises(ValueError, match=f"{argument}=True .* before that"):
+            set_optimizer(trainer, layerwise=True)
+        setattr(trainer.args, argument, False)
     monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
     with pytest.raises(ValueError, match="the trainer's mode is distributed"):
         set_optimizer(trainer, layerwise=True)
