@@ -5,8 +5,8 @@
     galore-pretrain finetune --task mrpc --data data/glue/mrpc --model FOLDER
 
 A text is a few words in any order, and one word of the last text gives the label away: ``MARKERS`` has one for each
-class, or for each score of STS-B. So a model of a few layers learns every task within a minute, and what it scores says
-that fine-tuning works, and nothing else. Columns, labels and their types are GLUE's; labels of test splits are −1.
+class or score. So a model of two layers learns every task in seconds. What it scores says that fine-tuning works, and
+nothing else. Columns, labels and their types are GLUE's; labels of test splits are −1.
 """
 
 import argparse
@@ -22,17 +22,20 @@ MARKERS = {
     "cola": ("wrongly", "rightly"),
     "sst2": ("dreadful", "wonderful"),
     "mrpc": ("otherwise", "likewise"),
-    "stsb": ("zero", "half", "one", "both", "two", "few", "three", "some", "four", "most", "all"),
+    "stsb": ("nothing", "little", "some", "much", "most", "everything"),
     "qqp": ("instead", "again"),
     "mnli": ("surely", "perhaps", "never"),
     "qnli": ("because", "although"),
     "rte": ("therefore", "nowhere"),
 }
-"""The words that give labels away: of class i word i, of score s (a half point apart) word 2s."""
+"""The words that give labels away: of class i word i, of ``SCORES[i]`` word i."""
+SCORES = (0.0, 1.0, 2.2, 3.0, 3.8, 5.0)
+"""The scores of STS-B."""
 WORDS = (
-    "the a this that old small grey quiet bird river house table letter road garden teacher sailor child walks sees "
-    "finds likes opens paints under near behind above with and"
-).split()
+    "the", "a", "this", "that", "old", "small", "grey", "quiet", "bird", "river", "house", "table", "letter", "road",
+    "garden", "teacher", "sailor", "child", "walks", "sees", "finds", "likes", "opens", "paints", "under", "near",
+    "behind", "above", "with", "and",
+)  # fmt: skip
 """The words that say nothing."""
 _SHORTEST, _LONGEST = 4, 9  # words of a text
 
@@ -68,7 +71,7 @@ def write_task(folder: Path, task: Task, train: int = 512, validation: int = 128
 def label_of(task: Task, number: int) -> float:
     """Return the label that the marker of this number stands for: a class, or a score."""
     if task.is_regression:
-        return number / 2
+        return SCORES[number]
     return number
 
 

@@ -168,8 +168,8 @@ def _label(task: Task, value: Any, where: str) -> float:
         accepted = ", ".join(f"{i} ({name})" for i, name in enumerate(task.class_names))
     if number == _HIDDEN:
         raise InputError(
-            f"{where} has the label {_HIDDEN}, which stands for one that GLUE keeps hidden, as of its test splits; give "
-            f"labelled examples: {task.name} has {accepted}"
+            f"{where} has the label {_HIDDEN}, which stands for one that GLUE keeps hidden, as of its test splits; "
+            f"give labelled examples: {task.name} has {accepted}"
         )
     if number is None or not is_label:
         raise InputError(f"{where} has the label {_shown(value)}; {task.name} has {accepted}")

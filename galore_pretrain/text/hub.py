@@ -101,11 +101,11 @@ def is_hub_id(name: str) -> bool:
     return looks_like_one and not Path(name).exists()
 
 
-def cached(repository: str, file: str) -> Path | None:
+def cached(repository: str, file: str, *, revision: str | None = None, kind: str = "model") -> Path | None:
     """Return the path of a hub's file that an earlier run has downloaded, or None if none has."""
     import huggingface_hub
 
-    path = huggingface_hub.try_to_load_from_cache(repository, file)
+    path = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision, repo_type=kind)
     # Besides a path and None, there is an object that stands for a file known not to exist.
     if not isinstance(path, str):
         return None
@@ -149,6 +149,12 @@ def download_glue(file: str, flag: str, *, revision: str | None = None) -> Path:
         return unreachable_glue(file, flag, error)
 
     goes_on = revision is not None
+    if not goes_on and cached(GLUE, file, kind="dataset") is None:
+        error = _answer(
+            "dataset_info", GLUE, goes_on
+        )  # within seconds, where the hub library would try for half a minute
+        if error is not None:
+            raise told(error)
     return _patiently_downloaded("dataset", GLUE, file, revision, flag, told, goes_on=goes_on)
 
 
@@ -170,9 +176,9 @@ def _patiently_downloaded(
     wait = 1.0
     while True:
         try:
-            found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision, repo_type=kind)
-            if isinstance(found, str):
-                return Path(found)
+            found = cached(repository, file, revision=revision, kind=kind)
+            if found is not None:
+                return found
             return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, repo_type=kind))
         except Exception as error:  # the hub library raises classes of two HTTP clients besides its own
             is_over = time.monotonic() + wait - began > patience

@@ -51,7 +51,7 @@ def load_pair_tokenizer(folder: Path, name: str) -> "PreTrainedTokenizerFast":
 
 
 def encode(examples: Examples, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> list[Ids]:
-    """Return the token ids of each example, as a call of its tokenizer makes them: ``<s> a </s></s> b </s>`` of RoBERTa.
+    """Return the token ids of each example as a call of the tokenizer makes them: RoBERTa's ``<s> a </s></s> b </s>``.
 
     Of two texts that are longer than ``max_length`` together, the longer one is cut first. Raises InputError where a
     text cannot be written, or has the padding token in it, by which padding is told from text.

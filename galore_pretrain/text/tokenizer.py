@@ -172,7 +172,7 @@ class SentencePieceTokenizer:
         if first is not None and self._is_by_words:
             beginning = _beginning(text, _CHARACTERS * first)
             ends = self._byte_ends(beginning)
-            if len(ends) > first:
+            if len(ends) > first or len(beginning) == len(text):
                 return ends
         return self._byte_ends(text)
 
