@@ -774,7 +774,13 @@ def check_method(
 
 
 @cli.command()
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True, help="For its parts, at most.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="For its parts, at most.",
+)
 @click.option("--only", metavar="PART,…", help=f"Make these parts alone, of {', '.join(PARTS)}.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=Path("check"), show_default=True, help="Folder.")

@@ -200,7 +200,8 @@ def _fill_from_task(
 # How many updates an epoch has is known when the examples are open.
 def with_epochs(config: RunConfig, updates: int) -> tuple[RunConfig, dict[str, str]]:
     """Return the config of a run by epochs of so many ``updates`` each, and the origins of what was filled in."""
-    assert config.task is not None and config.epochs is not None
+    assert config.task is not None
+    assert config.epochs is not None
     steps = config.epochs * updates
     warmup = steps // 10
     if config.task in GLUE:
