@@ -171,11 +171,13 @@ def _write_summary(output: Path, summary: Mapping[str, Any]) -> None:
         per_byte = "" if bits is None else f", {bits:.4g} bits per byte,"
         evaluated = f"{summary['eval_tokens']:,}"
         log.info("validation perplexity %.4g%s over %s tokens", summary["eval_perplexity"], per_byte, evaluated)
-    else:
+    elif "best_eval_score" in summary:
         log.info(
             "score of the last epoch %.4f, the best %.4f after update %d",
             *(summary["eval_score"], summary["best_eval_score"], summary["best_step"]),
         )
+    else:
+        log.info("no epoch has a score: all that the model says is the same")
 
 
 def read_summary(output: Path) -> dict[str, Any]:
