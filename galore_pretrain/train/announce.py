@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from galore_pretrain.config.options import RunConfig
+from galore_pretrain.config.tasks import CHAT
 from galore_pretrain.dist import World
 from galore_pretrain.optim import RuleOptimizer, describe
 from galore_pretrain.tensors.products import has_fast_bf16
@@ -56,7 +57,9 @@ def announce(
 def _announce_shares(config: RunConfig, shares: TextShares) -> None:
     """Log how much of the text cannot be used, and the way out where much of it is cut away."""
     way_out = ""
-    if shares.cut > _MUCH:
+    if shares.cut > _MUCH and config.task == CHAT:
+        way_out = " (a larger --max-length takes more)"
+    elif shares.cut > _MUCH:
         way_out = " (--layout pack takes all)"
     log.info(
         "of %s tokens at the beginning of the text, %s are unknown to --tokenizer %s, and --layout %s cuts %s away%s; "
