@@ -175,6 +175,7 @@ def _environment() -> dict[str, str]:
 
 
 def _last_lines(log: Path) -> str:
-    """Return the end of what a part printed, without the user's home."""
+    """Return the end of what a part printed, without the user's home and the place of this package."""
     lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-    return "\n".join(lines).replace(str(Path.home()), "~")
+    package = str(Path(__file__).parents[1])
+    return "\n".join(lines).replace(package, "galore_pretrain").replace(str(Path.home()), "~")
