@@ -75,7 +75,7 @@ def build(model: LlamaForCausalLM, steps: int, layerwise: bool) -> tuple[Trainer
         evaluate=lambda: Evaluation(1.0, 2.7, 2.7, 10), checkpoints=Kept(state, saved),
         keep_rows=lambda step, batch, loss: None, max_loss=math.inf,
         loggers=[lines], state=state, batch_size=2, eval_every=1000, save_every=2, mean_of_means=False,
-        device=torch.device("cpu"),
+        device=torch.device("cpu"), loss=lambda *args: module.mean_loss(*args),
     )  # fmt: skip
     return trainer, lines, saved
 
