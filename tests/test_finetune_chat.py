@@ -224,7 +224,7 @@ def test_what_makes_no_sense_is_refused(model: str, chats: str, tmp_path: Path) 
     refusals: list[tuple[dict[str, Any], str]] = [
         ({"model": model}, r"--data is missing: --task chat has no text of its own"),
         ({"data": chats}, r"--model is missing: --task chat begins from a model that exists"),
-        ({"model": model, "data": chats, "text_key": "text"}, r"--text-key has no meaning for --task chat"),
+        ({"model": model, "data": chats, "text_key": "body"}, r"--text-key has no meaning for --task chat"),
         ({"model": model, "data": chats, "optim": "muon"}, r"--lr is missing: no recipe has one for --optim muon"),
         ({"model": "llama_1m", "data": chats}, r"--init llama_1m: no such folder"),
     ]
