@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from galore_pretrain.cli import _is_reported_here, cli
-from galore_pretrain.config.flags import RunCommand, with_run_options
+from galore_pretrain.config.flags import OF_TASKS, RunCommand, with_run_options
 from galore_pretrain.config.flags import flags as flags_of_a_run
 from galore_pretrain.config.flags import resolved as resolve_options
 from galore_pretrain.config.options import FLAGS, RunConfig, parse_count
@@ -485,8 +485,11 @@ def test_help_groups_every_flag() -> None:
         "Commands:",
     ):
         assert group in text
+    tuned = CliRunner().invoke(cli, ["finetune", "--help"]).output
     for name in FLAGS:
-        assert f"--{name.replace('_', '-')}" in text
+        flag = f"--{name.replace('_', '-')} "
+        assert flag in tuned
+        assert (flag in text) is (name not in OF_TASKS)
 
 
 def test_run_json_is_below_flags_and_above_the_recipe(tmp_path: Path, tiny_config: str) -> None:
