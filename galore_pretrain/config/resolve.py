@@ -34,10 +34,10 @@ from galore_pretrain.config.recipes import printed_tokens, recipe
 from galore_pretrain.config.tasks import (
     ENCODER,
     GLUE,
-    LORA_WARMUP,
     meaningless_for,
     replaced_defaults,
     task_recipe,
+    warmup_share,
 )
 from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.optim import OPTIONS, is_own, method, resolve_name
@@ -203,16 +203,14 @@ def with_epochs(config: RunConfig, updates: int) -> tuple[RunConfig, dict[str, s
     assert config.task is not None
     assert config.epochs is not None
     steps = config.epochs * updates
-    warmup = steps // 10
-    if config.task in GLUE:
-        warmup = round(LORA_WARMUP * steps) if config.optim == "lora" else 0
+    warmup = round(warmup_share(config.task, config.optim) * steps)
     values: dict[str, tuple[Any, str]] = {
         "steps": (steps, f"{config.epochs} epochs of {updates} updates"),
         "warmup_steps": (warmup, "a share of steps"),
         "eval_every": (updates, "an epoch"),
         "save_every": (updates, "an epoch"),
     }
-    if config.optim == "relora":
+    if "relora_every" in method(config.optim).options:
         values["relora_every"] = (math.ceil(steps / 5), "chosen here: a fifth of the run")
         values["relora_warmup"] = (min(100, steps // 50), "chosen here: a tenth of relora_every, at most 100")
     if config.scheduler == "wsd":

@@ -31,8 +31,33 @@ _GALORE_SCALES = {4: 4.0, 8: 2.0}
 _LORA_RATES = dict.fromkeys(GLUE, 5e-4) | dict.fromkeys(("mrpc", "cola", "qnli", "stsb"), 4e-4)
 _LORA_EPOCHS = {"mnli": 30, "sst2": 60, "mrpc": 30, "cola": 80, "qnli": 25, "qqp": 25, "rte": 80, "stsb": 40}
 _LORA_BATCHES = dict.fromkeys(GLUE, 16) | {"cola": 32, "qnli": 32, "rte": 32}
-LORA_WARMUP = 0.06
-"""The share of a LoRA run on GLUE in which the rate rises (Table 9)."""
+_FULL = {"lr": (2e-5, f"{_HERE}: between the rates of {_GALORE}")}
+_NATURALLY = {"epochs": (3, _NATURAL), "total_batch_size": (32, _NATURAL), "lr": (2e-5, _NATURAL)}
+_ON_GLUE: Mapping[str, Mapping[str, tuple[Any, str]]] = {
+    "adamw": _FULL,
+    "adamw8bit": _FULL,
+    "natural_galore": _NATURALLY,
+    "natural_galore8bit": _NATURALLY,
+    "lora": {
+        "rank": (8, _LORA),
+        "lora_alpha": (8.0, _LORA),
+        "lora_dropout": (0.0, f"{_LORA} has none"),
+        "epochs": (_LORA_EPOCHS, _LORA),
+        "total_batch_size": (_LORA_BATCHES, _LORA),
+        "lr": (_LORA_RATES, _LORA),
+        "warmup_steps": (None, _LORA),  # a share of a length that is not known here: `warmup_share`
+    },
+}
+"""What methods have of their own on GLUE: values, or a table of them by tasks, and their sources."""
+_WARMUP_ON_GLUE = {"lora": 0.06}
+"""The share of a run in which the rate rises (Table 9)."""
+_TINY_AGENT = "TinyAgent (arXiv 2409.00608)"
+_ON_CHAT: Mapping[str, Mapping[str, tuple[Any, str]]] = {
+    "adamw": {"lr": (2e-5, _HERE)},
+    "adamw8bit": {"lr": (2e-5, _HERE)},
+    "lora": {"lr": (7e-5, _TINY_AGENT), "rank": (16, _HERE)},
+}
+"""What methods have of their own on conversations."""
 
 _OF_TEXT = ("layout", "documents", "text_key", "bos", "bad_data", "max_unknown", "eval_data", "eval_tokens")
 _NOT_OF_GLUE = {
@@ -92,50 +117,36 @@ def task_recipe(task: str, optim: str, rank: int | None) -> dict[str, tuple[Any,
         "grad_clip": (0.0, _GALORE_SCRIPT),
     }
     entry = method(optim)
-    if entry.factors_updated_by:
-        if optim == "lora":
-            values |= _of_lora(task)
-        return values
     if entry.projects:
         near = 4 if rank is None or rank < 6 else 8
         values["rank"] = (4, _GALORE)
         values["galore_scale"] = (_GALORE_SCALES[near], _GALORE)
         values["update_proj_gap"] = (500, "GaLore README")
         values["lr"] = (_GALORE_RATES[near][task], f"{_GALORE}, rank {near}")
-        if optim.startswith("natural_galore"):
-            values |= {"epochs": (3, _NATURAL), "total_batch_size": (32, _NATURAL), "lr": (2e-5, _NATURAL)}
-    elif optim in ("adamw", "adamw8bit"):
-        values["lr"] = (2e-5, f"{_HERE}: between the rates of {_GALORE}")
-    return values
+    of_method = _ON_GLUE.get(optim, {})
+    return values | {name: (_of_task(value, task), source) for name, (value, source) in of_method.items()}
 
 
-def _of_lora(task: str) -> dict[str, tuple[Any, str]]:
-    """Return LoRA's own hyper-parameters on GLUE. Its warm-up is a share of a length that is not known here."""
-    return {
-        "rank": (8, _LORA),
-        "lora_alpha": (8.0, _LORA),
-        "lora_dropout": (0.0, f"{_LORA} has none"),
-        "epochs": (_LORA_EPOCHS[task], _LORA),
-        "total_batch_size": (_LORA_BATCHES[task], _LORA),
-        "lr": (_LORA_RATES[task], _LORA),
-        "warmup_steps": (None, _LORA),
-    }
+def _of_task(value: Any, task: str) -> Any:
+    """Return the value that a table by tasks has for a task; any other value is all tasks'."""
+    return value[task] if isinstance(value, Mapping) else value
+
+
+def warmup_share(task: str, optim: str) -> float:
+    """Return the share of a run by epochs in which the learning rate rises."""
+    if task == CHAT:
+        return 0.1
+    return _WARMUP_ON_GLUE.get(optim, 0.0)
 
 
 def _of_chat(optim: str) -> dict[str, tuple[Any, str]]:
     """Return the hyper-parameters of conversations: length and batch are TinyAgent's, the rest is chosen here."""
-    source = "TinyAgent (arXiv 2409.00608)"
     values: dict[str, tuple[Any, str]] = {
-        "epochs": (3, source),
-        "total_batch_size": (32, source),
+        "epochs": (3, _TINY_AGENT),
+        "total_batch_size": (32, _TINY_AGENT),
         "grad_clip": (1.0, _HERE),
     }
-    entry = method(optim)
-    if optim == "lora":
-        values["lr"] = (7e-5, source)
-        values["rank"] = (16, _HERE)
-    elif entry.projects or optim in ("adamw", "adamw8bit"):
+    if method(optim).projects:
         values["lr"] = (2e-5, _HERE)
-    if entry.projects:
         values["galore_scale"] = (2.0, f"{_GALORE}, rank 8")
-    return values
+    return values | dict(_ON_CHAT.get(optim, {}))
