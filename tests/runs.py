@@ -25,6 +25,20 @@ MEASURED = {"tokens_per_second", "mfu", "peak_memory_bytes", "process_peak_bytes
 """Keys of metrics.jsonl that a clock, or the process's memory, put there."""
 Done = subprocess.CompletedProcess[str]
 COMMAND_LINE = "from galore_pretrain import cli; cli.main()"
+KILLED = """
+import os, signal
+from galore_pretrain import cli
+from galore_pretrain.train import trainer
+advance, calls = trainer.Trainer._advance, []
+def deadly(self, batches):
+    calls.append(1)
+    if len(calls) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    advance(self, batches)
+trainer.Trainer._advance = deadly
+cli.main()
+"""
+"""The command line, killed when it is to make its seventh update."""
 _WARM = multiprocessing.get_context("forkserver")
 _WARM.set_forkserver_preload(["galore_pretrain.run", "galore_pretrain.rundir.loaded", "transformers", "pytest"])
 

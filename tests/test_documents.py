@@ -32,7 +32,7 @@ from galore_pretrain.text.batches import TokenRows, TrainingData, stack, validat
 from galore_pretrain.text.sources import in_turn, open_source
 from galore_pretrain.train.inputs import check_length
 from pretrained import transformers_loss
-from runs import COMMAND_LINE, command, lines, python, run
+from runs import COMMAND_LINE, KILLED, command, lines, python, run
 from test_data import Letters, Lists
 from test_dist import case, compare, run_all
 from test_plan import config_for, real_peak
@@ -321,20 +321,6 @@ def test_a_cards_time_counts_the_mask(tmp_path: Path) -> None:
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
-
-KILLED = """
-import os, signal
-from galore_pretrain import cli
-from galore_pretrain.train import trainer
-advance, calls = trainer.Trainer._advance, []
-def deadly(self, batches):
-    calls.append(1)
-    if len(calls) == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    advance(self, batches)
-trainer.Trainer._advance = deadly
-cli.main()
-"""
 
 
 @pytest.fixture(scope="session")

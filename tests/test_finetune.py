@@ -1,11 +1,8 @@
 """``finetune`` on GLUE's tasks: what it learns, that a loop by hand does the same, resuming, exporting, refusals."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from galore_pretrain.study.sweep import entries
 from galore_pretrain.text.glue import TASKS, read_examples
 from galore_pretrain.text.labelled import ExampleBatches, encode, load_pair_tokenizer
 from roberta import make_glue, make_roberta
-from runs import COMMAND_LINE, Done, lines, python, start
+from runs import COMMAND_LINE, KILLED, Done, lines, python
 from test_init_run import at_hub
 from warm import WarmHub
 
@@ -48,9 +45,9 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_roberta(tmp_path_factory.mktemp("roberta"))
 
 
-def finetune(task: str, model: str, data: Path, output: Path, *flags: str) -> Done:
+def finetune(task: str, model: str, data: Path, output: Path, *flags: str, script: str = COMMAND_LINE) -> Done:
     given = ("--task", task, "--model", model, "--data", str(data / task), "--output", str(output))
-    return python(COMMAND_LINE, "finetune", *given, *flags)
+    return python(script, "finetune", *given, *flags)
 
 
 def summary(output: Path) -> dict[str, Any]:
@@ -217,15 +214,8 @@ def test_a_killed_run_goes_on_bit_for_bit(optim: str, glue: Path, roberta: str, 
     flags = flags[:-2] if optim == "lora" else flags
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert finetune("mnli", roberta, glue, whole, *flags).returncode == 0
-    given = ("--task", "mnli", "--model", roberta, "--data", str(glue / "mnli"), "--output", str(killed))
-    process = start(COMMAND_LINE, "finetune", *given, *flags, stdout=tmp_path / "stdout", stderr=tmp_path / "stderr")
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("checkpoints/step_*3/state.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert not (killed / "summary.json").exists()
+    died = finetune("mnli", roberta, glue, killed, *flags, script=KILLED)
+    assert died.returncode == -9, died.stderr
     done = finetune("mnli", roberta, glue, killed, *flags)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr

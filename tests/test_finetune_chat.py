@@ -1,11 +1,8 @@
 """``finetune --task chat``: three commands from a model's folder to an answer, what is learnt, resuming, refusals."""
 
 import json
-import os
 import random
 import re
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from pretrained import make_folder
-from runs import COMMAND_LINE, Done, lines, python, start
+from runs import COMMAND_LINE, KILLED, Done, lines, python
 from test_chat import CHATML, LLAMA3, folder_of
 
 WORDS = ["hello", "how", "are", "you", "quick", "brown", "fox", "fine"]
@@ -64,9 +61,9 @@ def model_folder(folder: Path, template: str, family: str = "Llama", **changes: 
     return folder_of(folder, template)
 
 
-def finetune(model: str, data: str, output: Path, *flags: str) -> Done:
+def finetune(model: str, data: str, output: Path, *flags: str, script: str = COMMAND_LINE) -> Done:
     given = ("--task", "chat", "--model", model, "--data", data, "--output", str(output))
-    return python(COMMAND_LINE, "finetune", *given, *SHORT, *flags)
+    return python(script, "finetune", *given, *SHORT, *flags)
 
 
 @pytest.mark.parametrize("optim", [("adamw", "1e-2"), ("galore_adamw", "1e-2"), ("lora", "3e-2")])
@@ -132,15 +129,8 @@ def test_a_killed_run_goes_on_bit_for_bit(flags: tuple[str, ...], model: str, ch
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     common = (*flags, "--lr", "1e-3", "--epochs", "2", "--save-every", "3")
     assert finetune(model, chats, whole, *common).returncode == 0
-    given = ("--task", "chat", "--model", model, "--data", chats, "--output", str(killed))
-    out, err = tmp_path / "stdout", tmp_path / "stderr"
-    process = start(COMMAND_LINE, "finetune", *given, *SHORT, *common, stdout=out, stderr=err)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("checkpoints/step_*3/state.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    died = finetune(model, chats, killed, *common, script=KILLED)
+    assert died.returncode == -9, died.stderr
     done = finetune(model, chats, killed, *common)
     assert done.returncode == 0, done.stderr
     assert lines(killed) == lines(whole)

@@ -88,10 +88,9 @@ def test_saved_folder_gives_the_same_ids(sp_model: Path, tmp_path: Path) -> None
     assert exported.model_max_length == 77
 
 
+@pytest.mark.parametrize("sp_model", ["bpe"], indirect=True)
 def test_a_marker_of_the_beginning_is_the_folders(sp_model: Path, tmp_path: Path) -> None:
     """Llama 2's: SentencePiece gives the ids. That a marker stands before them, only tokenizer.json says."""
-    if sp_model.stem != "bpe":
-        pytest.skip("has none")
     alone = load_tokenizer(str(sp_model))
     alone.save(tmp_path, model_max_length=77, vocabulary=alone.vocab_size)
     assert not load_tokenizer(str(tmp_path)).adds_bos

@@ -41,7 +41,7 @@ _ON_GLUE: Mapping[str, Mapping[str, tuple[Any, str]]] = {
     "lora": {
         "rank": (8, _LORA),
         "lora_alpha": (8.0, _LORA),
-        "lora_dropout": (0.0, f"{_LORA} has none"),
+        "lora_dropout": (0.0, _HERE),
         "epochs": (_LORA_EPOCHS, _LORA),
         "total_batch_size": (_LORA_BATCHES, _LORA),
         "lr": (_LORA_RATES, _LORA),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from galore_pretrain.config.options import find_model
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.families import Architecture
-from galore_pretrain.model.initial import InitialWeights, first_of, take, times
+from galore_pretrain.model.initial import InitialWeights, check_shapes, take
 from galore_pretrain.model.llama import draw
 from galore_pretrain.model.lowrank import Factors, layers
 from galore_pretrain.tensors.rounding import derive_seed
@@ -114,27 +114,13 @@ def fill_buffers(model: Encoder) -> None:
 
 
 def check_encoder_weights(weights: InitialWeights, architecture: Architecture) -> None:
-    """Raise InputError that names what is missing or misshapen among ``weights``; the head's are new in any case."""
-    expected = _encoder_shapes(architecture)
-    given = weights.shapes()
-    missing = sorted(expected.keys() - given.keys())
-    what = "the encoder of its config.json"
-    if missing:
-        raise InputError(f"--init {weights.place}: lacks {first_of(missing)} of {what}")
+    """Raise InputError that names what is missing, surplus or misshapen among ``weights``, those of the head aside."""
     passed_over = (*_NOT_TAKEN, HEAD)
-    surplus = [
-        name
-        for name in sorted(given.keys() - expected.keys())
-        if not name.startswith(passed_over) and not name.endswith(_OF_CONFIG)
-    ]
-    if surplus:
-        raise InputError(f"--init {weights.place}: has {first_of(surplus)}, which {what} has not; name its own config")
-    for name, shape in expected.items():
-        if given[name] != shape:
-            raise InputError(
-                f"--init {weights.place}: {name} is {times(given[name])}, and {times(shape)} in {what}; "
-                "name its own config"
-            )
+    given: dict[str, tuple[int, ...]] = {}
+    for name, shape in weights.shapes().items():
+        if not name.startswith(passed_over) and not name.endswith(_OF_CONFIG):
+            given[name] = shape
+    check_shapes(weights.place, given, _encoder_shapes(architecture), "the encoder of its config.json")
 
 
 def _encoder_shapes(architecture: Architecture) -> Mapping[str, tuple[int, ...]]:

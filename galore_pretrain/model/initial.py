@@ -151,25 +151,36 @@ def check_weights(weights: InitialWeights, architecture: Architecture) -> None:
         model = family_of(architecture).model_class(architecture)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     given = {name: shape for name, shape in weights.shapes().items() if not name.endswith(_OF_CONFIG)}
-    is_tied = bool(architecture.tie_word_embeddings)
+    if architecture.tie_word_embeddings and _HEAD in given:
+        _check_tied(weights)
+        del given[_HEAD]
+    hint = ""
+    if expected.keys() - given.keys() == {_HEAD}:
+        hint = "; where it is the embedding, config.json must say tie_word_embeddings true"
+    check_shapes(weights.place, given, expected, f"the {type(model).__name__} of its config.json", hint)
+
+
+def check_shapes(
+    place: str,
+    given: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    what: str,
+    hint: str = "",
+) -> None:
+    """Raise InputError that names what is missing, surplus or misshapen among the tensors of ``place``.
+
+    ``what`` has the ``expected`` ones. ``hint`` is told where some are missing.
+    """
     missing = sorted(expected.keys() - given.keys())
     surplus = sorted(given.keys() - expected.keys())
-    if is_tied and _HEAD in surplus:
-        _check_tied(weights)
-        surplus.remove(_HEAD)
-    what = f"the {type(model).__name__} of its config.json"
     if missing:
-        hint = ""
-        if missing == [_HEAD]:
-            hint = "; where it is the embedding, config.json must say tie_word_embeddings true"
-        raise InputError(f"--init {weights.place}: lacks {first_of(missing)} of {what}{hint}")
+        raise InputError(f"--init {place}: lacks {_first_of(missing)} of {what}{hint}")
     if surplus:
-        raise InputError(f"--init {weights.place}: has {first_of(surplus)}, which {what} has not; name its own config")
+        raise InputError(f"--init {place}: has {_first_of(surplus)}, which {what} has not; name its own config")
     for name, shape in expected.items():
         if given[name] != shape:
             raise InputError(
-                f"--init {weights.place}: {name} is {times(given[name])}, and {times(shape)} in {what}; "
-                "name its own config"
+                f"--init {place}: {name} is {_times(given[name])}, and {_times(shape)} in {what}; name its own config"
             )
 
 
@@ -184,14 +195,14 @@ def _check_tied(weights: InitialWeights) -> None:
         )
 
 
-def first_of(names: list[str]) -> str:
+def _first_of(names: list[str]) -> str:
     """Return the first of some names, and how many there are besides."""
     if len(names) == 1:
         return names[0]
     return f"{names[0]} and {len(names) - 1} more tensors"
 
 
-def times(shape: tuple[int, ...]) -> str:
+def _times(shape: tuple[int, ...]) -> str:
     """Return a shape as it is read: 2 × 3."""
     return " × ".join(map(str, shape)) or "a number"
 

@@ -37,6 +37,10 @@ def is_of_glue(comparison: Comparison) -> bool:
     return comparison.setting.get("task") in GLUE
 
 
+_Rows = dict[tuple[str, int | None, int | None], dict[str, list[Result]]]
+"""Runs by method, rank and epochs, and by task."""
+
+
 def heading(comparisons: Sequence[Comparison]) -> str:
     """Return the heading of the tables of GLUE."""
     models = dict.fromkeys(model_name(str(comparison.setting["model"])) for comparison in comparisons)
@@ -45,7 +49,7 @@ def heading(comparisons: Sequence[Comparison]) -> str:
 
 def tables(comparisons: Sequence[Comparison]) -> list[Table]:
     """Return a table of the last epoch and one of the best, of runs that have come to their end; none without such."""
-    by_row: dict[tuple[str, int | None, int | None], dict[str, list[Result]]] = {}
+    by_row: _Rows = {}
     for comparison in comparisons:
         for runs in comparison.methods.values():
             for run in finished(runs):
@@ -57,20 +61,18 @@ def tables(comparisons: Sequence[Comparison]) -> list[Table]:
     return [_table(by_row, "eval_score", "last epoch"), _table(by_row, "best_eval_score", "best epoch")]
 
 
-def _table(by_row: dict[tuple[str, int | None, int | None], dict[str, list[Result]]], key: str, title: str) -> Table:
+def _table(by_row: _Rows, key: str, title: str) -> Table:
     """Return the table of one kind of score, each row above what a paper prints of it."""
     columns = [title, "epochs", *_NAMES.values(), "mean", "weights + state, 10⁶ B", "peak GiB"]
     rows = []
     for (base, rank, epochs), by_task in sorted(by_row.items(), key=lambda item: str(item[0])):
-        ours = {}
-        cells = [f"{base} r{rank}" if rank else base, str(epochs or "")]
+        cells = [_called(base, rank), str(epochs or "")]
+        ours: dict[str, float] = {}
         for task in _NAMES:
-            if task in by_task:
-                scores = [100 * float(run.summary[key]) for run in by_task[task] if key in run.summary]
+            scores = _scores(by_task.get(task, []), key)
+            cells.append(_in_words(scores))
+            if scores:
                 ours[task] = mean(scores)
-                cells.append(_in_words(scores))
-            else:
-                cells.append("")
         cells.append(_mean_of_all(ours))
         runs = [run for of_task in by_task.values() for run in of_task]
         held = max(run.summary["weights_bytes"] + run.summary["optimizer_bytes"] for run in runs)
@@ -86,8 +88,21 @@ def _table(by_row: dict[tuple[str, int | None, int | None], dict[str, list[Resul
     return Table(columns, rows)
 
 
+def _called(base: str, rank: int | None) -> str:
+    """Return what tables call a method with a rank."""
+    return f"{base} r{rank}" if rank else base
+
+
+def _scores(runs: Sequence[Result], key: str) -> list[float]:
+    """Return the scores of runs in per cent; a run in which all that the model said was the same has none."""
+    values = [run.summary.get(key) for run in runs]
+    return [100 * float(value) for value in values if value is not None]
+
+
 def _in_words(scores: Sequence[float]) -> str:
     """Return the mean of a task's scores over its seeds, and their deviation if there are several."""
+    if not scores:
+        return ""
     spread = Spread.of(scores)
     if spread.deviation is None:
         return f"{spread.mean:.2f}"
@@ -104,5 +119,4 @@ def _mean_of_all(scores: dict[str, float]) -> str:
 def _printed(base: str, rank: int | None) -> dict[str, Any] | None:
     """Return what a paper prints of a method with this rank; None where none does."""
     table: dict[str, dict[str, Any]] = printed()["glue"]
-    name = f"{base} r{rank}" if rank else base
-    return table.get(name)
+    return table.get(_called(base, rank))

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from operations import Operations
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from galore_pretrain.model.coded import code_matrices
@@ -101,24 +101,11 @@ def test_what_is_not_valid_changes_nothing() -> None:
     assert not torch.equal(changed(made, sound, 1, 0.1, torch.tensor(True)).codes, made.codes)
 
 
-class Seen(TorchDispatchMode):
-    """Writes down the names of operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_on_fake_tensors_nothing_is_computed() -> None:
     with FakeTensorMode():
         made = Coded.empty(4, 300, None)
         update = Update(dense=torch.empty(4, 300))
-        with Seen() as seen:
+        with Operations() as seen:
             subtract_codes_(made.codes, made.scales, 300, update, 0.0, True, Noise(1))
     assert seen.names == ["galore_pretrain.subtract_codes_.default"]
 

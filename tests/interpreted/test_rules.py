@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from operations import Operations
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -155,25 +156,13 @@ def test_a_gradient_that_is_not_finite_changes_its_tensor_in_nothing(row: str) -
 
 def test_an_update_is_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix that is projected takes its norm, the product, two kernels and little else."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: list[str] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            del types
-            self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     model, optimizer = built("galore_adamw", torch.bfloat16, weight_decay=0.0)
     train(model, optimizer, range(4))
     execution = GlobalStep(optimizer, 0.0)
     for p, grad in zip(model.parameters(), gradients(model, 9), strict=True):
         p.grad = grad
     execution.begin(0, 1)
-    with Count() as count:
+    with Operations() as count:
         execution.complete()
     views = ("view", "detach", "alias", "slice", "aten.t.", "transpose", "expand", "select", "is_same_size")
     launched = [name for name in count.names if not any(view in name for view in views)]
