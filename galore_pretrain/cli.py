@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -486,10 +487,37 @@ def sweep(
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), default=Path("report"), show_default=True, help="Folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print what a program can read, and write nothing.")
-def report(runs: tuple[Path, ...], output: Path, as_json: bool) -> int:
-    """Compare runs: tables and pictures, as Markdown and HTML. A folder of runs stands for all of them."""
+@click.option(
+    "--watch", type=float, metavar="SECONDS", help="Write a page of runs that go on, index.html, anew so often instead."
+)
+def report(runs: tuple[Path, ...], output: Path, as_json: bool, watch: float | None) -> int:
+    """Compare runs: tables and pictures, as Markdown and HTML. A folder of runs stands for all of them.
+
+    With --watch, index.html shows how far the runs are, until all have ended or Ctrl-C is pressed. It needs no
+    JavaScript. Runs that begin later in a folder of runs appear.
+    """
+    if watch is not None:
+        return _watch(runs, output, watch, as_json)
     click.echo(_report(runs, output, as_json=as_json))
     return 0
+
+
+def _watch(runs: Sequence[Path], output: Path, seconds: float, as_json: bool) -> int:
+    """Write a page of the runs every so many seconds, and return the exit code."""
+    if not 0 < seconds < math.inf:
+        raise InputError(f"--watch {seconds:g}: a page is written every so many seconds; give more than 0, such as 10")
+    if as_json:
+        raise InputError(f"--json with --watch {seconds:g}: a page is written and nothing printed; leave one out")
+    from galore_pretrain.study.watch import Watch, check_paths
+
+    check_paths(runs)
+    watching = Watch(runs, output, seconds)
+    click.echo(f"watching: {watching.file}, anew every {seconds:g} s until all runs have ended, or Ctrl-C")
+    with _writing(f"--output {output}", "folder"):
+        code = watching.run()
+    if code == 0:
+        click.echo(f"all runs have ended: {watching.file}")
+    return code
 
 
 def _report(runs: Sequence[Path], output: Path, *, as_json: bool = False) -> str:

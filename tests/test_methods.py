@@ -26,7 +26,7 @@ from galore_pretrain.optim.methods import MOMENT_STORES, NUMERICS, Companion, Me
 from galore_pretrain.optim.moments import State
 from galore_pretrain.optim.rule import Decay, Direction, UpdateRule
 from galore_pretrain.optim.update import Step
-from galore_pretrain.study.pictures import _PALETTE, _styles
+from galore_pretrain.study.pictures import _PALETTE, styles_of
 from galore_pretrain.tensors.shards import Shard
 from galore_pretrain.train.build import optimizer_for
 
@@ -73,7 +73,7 @@ def test_names_aliases_and_colours_are_told_apart() -> None:
     assert len(set(names)) == len(names)
     for name in names:
         assert resolve_name(name) == (method(name).name, False)
-    lines = [(style.colour, style.strokes) for style in _styles(list(METHODS)).values()]
+    lines = [(style.colour, style.strokes) for style in styles_of(list(METHODS)).values()]
     assert len(set(lines)) == len(lines)
 
 

@@ -91,14 +91,14 @@ def _mark_budget(axes: Any, label: str, budget: float, line: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Style:
+class Style:
     """The look of a method's lines: colour, and matplotlib's sign for the strokes."""
 
     colour: str
     strokes: str = "-"
 
 
-def _styles(labels: Sequence[str]) -> dict[str, _Style]:
+def styles_of(labels: Sequence[str]) -> dict[str, Style]:
     """Return a style for each label: a method's own, or one that is left over."""
     # A method of the table has its own colour, its 8-bit form the same in broken strokes. Labels that name flags as
     # well ("galore_adamw, lr 0.005") are in no table. They share out the colours that are not taken, first in whole
@@ -110,26 +110,26 @@ def _styles(labels: Sequence[str]) -> dict[str, _Style]:
             styles[label] = style
     taken = {style.colour for style in styles.values()}
     free = [colour for colour in _PALETTE if colour not in taken]
-    spare = [_Style(colour, strokes) for strokes, colour in product(_STROKES, free)]
+    spare = [Style(colour, strokes) for strokes, colour in product(_STROKES, free)]
     for strokes, colour in product(_STROKES, _PALETTE):
-        style = _Style(colour, strokes)
+        style = Style(colour, strokes)
         if style not in spare and style not in styles.values():
             spare.append(style)
-    supply = cycle(spare or map(_Style, _PALETTE))
+    supply = cycle(spare or map(Style, _PALETTE))
     for label in labels:
         if label not in styles:
             styles[label] = next(supply)
     return styles
 
 
-def _own_style(label: str) -> _Style | None:
+def _own_style(label: str) -> Style | None:
     """Return the style of the control or of a method; None where the label is neither, or the method has no colour."""
     if label == FROZEN:
-        return _Style(_CONTROL)
+        return Style(_CONTROL)
     method = METHODS.get(label)
     if method is None or not method.colour:
         return None
-    return _Style(method.colour, "--" if method.moments_8bit else "-")
+    return Style(method.colour, "--" if method.moments_8bit else "-")
 
 
 Lines = Sequence[Mapping[str, Any]]
@@ -242,7 +242,7 @@ def draw_comparison(folder: Path, suffix: str, comparison: Comparison) -> list[t
     A line is the mean of a method's seeds, a band spans them. The runs that have come to their end are shown, or all
     runs of a method where none has.
     """
-    styles = _styles(list(comparison.methods))
+    styles = styles_of(list(comparison.methods))
     drawn = []
     for name, (caption, panels) in _PICTURES.items():
         path = folder / f"{name}{suffix}.png"
@@ -264,7 +264,7 @@ def draw_comparison(folder: Path, suffix: str, comparison: Comparison) -> list[t
     return drawn
 
 
-def _draw_curve(axes: Any, label: str, runs: Sequence[Result], x: _Axis, y: _Axis, style: _Style) -> None:
+def _draw_curve(axes: Any, label: str, runs: Sequence[Result], x: _Axis, y: _Axis, style: Style) -> None:
     """Draw the mean of the runs' curves and the band that they span, at the updates that all have come to."""
     curves = []
     for run in runs:
@@ -293,7 +293,7 @@ def _draw_curve(axes: Any, label: str, runs: Sequence[Result], x: _Axis, y: _Axi
 
 
 def _perplexity_against_memory(
-    path: Path, comparison: Comparison, styles: Mapping[str, _Style]
+    path: Path, comparison: Comparison, styles: Mapping[str, Style]
 ) -> tuple[Path, str] | None:
     """Draw a point for each method with a finished run; return (file, what it shows), None where there is no method."""
     methods: dict[str, list[Result]] = {}

@@ -97,7 +97,7 @@ def write(comparisons: Sequence[Comparison], folder: Path) -> str:
 
 def _section(comparison: Comparison, folder: Path, suffix: str) -> tuple[list[str], list[str]]:
     """Draw the pictures of one comparison into ``folder``; return its paragraphs in Markdown and in HTML."""
-    heading = _heading(comparison)
+    heading = heading_of(comparison)
     markdown = [f"## {heading}"]
     page = [f"<h2>{html.escape(heading)}</h2>"]
     for table in (ranking(comparison), differences(comparison)):
@@ -345,7 +345,7 @@ def _memory_by_the_papers_rule(setting: Mapping[str, Any], run: Result) -> str:
     return f"{weights + optimizer:.3f}"
 
 
-def _heading(comparison: Comparison) -> str:
+def heading_of(comparison: Comparison) -> str:
     """Return the setting in words."""
     setting = comparison.setting
     if not setting.get("model"):

@@ -129,10 +129,10 @@ def read(folder: Path) -> Result:
         unread.append(f"{bad_lines} lines of metrics.jsonl")
     for name in ("config.json", "summary.json"):
         file = folder / name
-        if file.exists() and not _json(file):
+        if file.exists() and not json_object(file):
             unread.append(name)
-    config, environment = _read_config(folder)
-    summary = _json(folder / "summary.json")
+    config, environment = read_config(folder)
+    summary = json_object(folder / "summary.json")
     return Result(folder, lines, config, summary, tuple(unread), environment)
 
 
@@ -160,9 +160,9 @@ def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
     return lines, bad_lines
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the resolved values in ``config.json``, without where each came from, and all else that stands there."""
-    environment = _json(folder / "config.json")
+    environment = json_object(folder / "config.json")
     entries = environment.pop("config", None)
     if not isinstance(entries, dict):
         return {}, environment
@@ -341,7 +341,7 @@ def thinned(values: Sequence[int]) -> Sequence[int]:
     return backwards[::-1]
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; empty where there is none that can be read."""
     try:
         values = json.loads(path.read_text())
