@@ -219,7 +219,7 @@ def test_what_is_seldom_is_shown_where_it_is(tmp_path: Path) -> None:
         "the same of one matrix; dotted: what noise leaves of it",
         "updates skipped so far",
     ]
-    assert '<b class="warn">1</b><small>2 refreshes saved</small>' in text
+    assert '<b class="warn">1</b><small>refreshes saved 2</small>' in text
     assert "Memory on a CPU" in text
 
 

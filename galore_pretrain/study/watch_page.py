@@ -173,11 +173,17 @@ def _colours(comparisons: Sequence[Comparison]) -> str:
     dark = ["--page:#14161a", "--card:#1d2026", "--text:#e6e8eb", "--faint:#9aa2ad", "--rule:#343941"]
     dark += ["--good:#56d364", "--bad:#f0a35e"]
     for number, comparison in enumerate(comparisons):
-        styles = styles_of(list(comparison.methods)).values()
-        for place, style in enumerate(styles):
+        for place, style in enumerate(_styles(comparison).values()):
             light.append(f"--s{number}m{place}:{style.colour}")
             dark.append(f"--s{number}m{place}:{on_dark(style.colour)}")
     return f":root{{{';'.join(light)}}}@media (prefers-color-scheme:dark){{:root{{{';'.join(dark)}}}}}"
+
+
+def _styles(comparison: Comparison) -> dict[str, Style]:
+    """Return the styles of the methods, in an order that does not change when one of them gets better."""
+    labels = sorted(comparison.methods)
+    styles = styles_of(labels)
+    return {label: styles[label] for label in labels}
 
 
 def on_dark(colour: str) -> str:
@@ -218,9 +224,7 @@ def _looks(number: int, styles: Mapping[str, Style]) -> dict[str, _Look]:
 
 def _section(number: int, comparison: Comparison, by_folder: Mapping[Path, WatchedRun], now: float) -> list[str]:
     """Return the section of the runs of one setting: a line a run, and the charts."""
-    labels = list(comparison.methods)
-    styles = styles_of(labels)
-    looks = _looks(number, {label: styles[label] for label in labels})
+    looks = _looks(number, _styles(comparison))
     method_of: dict[WatchedRun, str] = {}
     for label, results in comparison.methods.items():
         for result in results:
@@ -343,11 +347,11 @@ def _skipped(run: WatchedRun) -> str:
     if run.skipped:
         text = f'<b class="warn">{text}</b>'
     if run.failed:
-        text += f'<small class="warn">{run.failed:,} refreshes failed</small>'
+        text += f'<small class="warn">refreshes failed {run.failed:,}</small>'
     if run.saved:
-        text += f"<small>{run.saved:,} refreshes saved</small>"
+        text += f"<small>refreshes saved {run.saved:,}</small>"
     if run.unread:
-        text += f'<small class="warn">{run.unread:,} lines unread</small>'
+        text += f'<small class="warn">lines unread {run.unread:,}</small>'
     return text
 
 

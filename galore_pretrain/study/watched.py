@@ -18,6 +18,9 @@ _PATIENCE = 60.0  # seconds beyond ten updates, or an evaluation that is due, af
 _PATIENCE_AT_FIRST = 600.0  # before the first update, when text is read and weights are made
 _PATIENCE_AT_LAST = 600.0  # behind the last update, when the model is written
 
+_WRITTEN = (".lock", "config.json", "metrics.jsonl", "summary.json")
+"""The files whose times tell when a run did something last."""
+
 CURVES = (
     "loss",
     "eval_perplexity",
@@ -125,7 +128,7 @@ class WatchedRun:
 
     def look(self) -> None:
         """Read what was written since the last look."""
-        written = [self._written(name) for name in (".lock", "metrics.jsonl", "summary.json")]
+        written = [self._written(name) for name in _WRITTEN]
         self.changed = max(written) / 1e9
         if self._is_new("config.json"):
             self.config, self.environment = read_config(self.folder)
