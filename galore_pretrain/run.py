@@ -54,6 +54,7 @@ from galore_pretrain.rundir.totals import RunTotals
 from galore_pretrain.signals import on_stop
 from galore_pretrain.tensors.transport import NotLockedError
 from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
+from galore_pretrain.text.hub import download_model, is_hub_id, read_at
 from galore_pretrain.text.labelled import ExampleBatches
 from galore_pretrain.text.usable import TextShares
 from galore_pretrain.train import build
@@ -86,6 +87,7 @@ class Prepared:
     ``tokenizer`` are the tokenizer's files, by name. ``shares`` are of the text that cannot be used;
     None where the run reads examples. ``saved`` is the
     checkpoint that the run goes on from. ``weights`` are what a new run begins from; None where they are drawn.
+    ``init_revision`` is the commit of a model of the hub that the run begins from; None of any other.
     ``plan`` is the plan of its updates, where fitting them to the memory took one. ``outline`` is of the whole run,
     ``part`` of this process's share of it.
     """
@@ -99,6 +101,7 @@ class Prepared:
     shares: TextShares | None
     saved: Saved | None
     weights: InitialWeights | None
+    init_revision: str | None
     outline: Outline
     part: Outline
     plan: Plan | None
@@ -146,6 +149,7 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         check_int8(device)
     resumption = world.on_rank_zero(lambda: resolve_resume(config, output))
     config, saved = resumption.config, resumption.saved
+    init_revision = _pinned(config, saved, world)
     if saved and world.on_rank_zero(lambda: is_finished(output, saved, config)):
         world.on_rank_zero(lambda: check_model(config, saved))
         log.info("%s is finished; give another --output to train anew", output)
@@ -199,10 +203,28 @@ def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirecto
         shares=shares,
         saved=saved,
         weights=weights,
+        init_revision=init_revision,
         outline=outline,
         part=part,
         plan=choice.plan,
     )
+
+
+# The model, the tokenizer and the weights of a repository belong together. Of a run that goes on, and of all processes,
+# they are those that it began with, whatever the newest are by now.
+def _pinned(config: RunConfig, saved: Saved | None, world: World) -> str | None:
+    """Have ``--init`` read at one commit of the hub, and return it; None where it is not of the hub, or not known."""
+    place = config.init
+    if place is None or not is_hub_id(place):
+        return None
+    commit: str | None = None
+    if saved is None:
+        commit = world.on_rank_zero(lambda: download_model(place, "config.json").parent.name)
+    elif saved.state["config"].get("init") == place:
+        commit = saved.state.get("init_revision")
+    if commit is not None:
+        read_at(place, commit)
+    return commit
 
 
 def _as_inputs_tell(config: RunConfig, inputs: Inputs | ExampleInputs) -> tuple[RunConfig, dict[str, str]]:
@@ -278,11 +300,13 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     environment = {"tokenizer_sha256": inputs.tokenizer.fingerprint, "processes": world.size}
     if inputs.method is not None:
         environment["method_sha256"] = inputs.method
+    if prepared.init_revision is not None:
+        environment["init_revision"] = prepared.init_revision
     text = {"text": about_text}
     directory.write_config(config, prepared.origins, text | environment | describe_environment(device))
 
     loggers = _loggers(prepared, state)
-    totals = RunTotals(device, inputs, loggers, saved.state if saved else {}, started)
+    totals = RunTotals(device, inputs, prepared.init_revision, loggers, saved.state if saved else {}, started)
     saver = Saver(config, model, optimizer, state, totals.state, prepared.tokenizer, saved, world)
     batches = read_ahead(data, pin=device.type == "cuda")
     factors = factors_of(config)

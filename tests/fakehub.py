@@ -41,8 +41,9 @@ configs:
 class Fault:
     """What happens to the next ``times`` GETs of a path that ends in ``suffix``, and of a file's byte ``at``.
 
-    The answer is the error ``status``; without one, the connection closes where that byte is due, ``hang`` s late. What
-    the hub's API answers, a list of files for instance, has no bytes: nothing of it comes.
+    It may be other ``methods`` that it happens to: a HEAD asks how large a file is, and of which commit. The answer is
+    the error ``status``; without one, the connection closes where that byte is due, ``hang`` s late. What the hub's API
+    answers, a list of files for instance, has no bytes: nothing of it comes.
     """
 
     times: int
@@ -50,11 +51,12 @@ class Fault:
     at: int = 0
     hang: float = 0.0
     suffix: str = ".json.gz"
+    methods: tuple[str, ...] = ("GET",)
 
 
 class FakeHub(ThreadingHTTPServer):
     """``with FakeHub(root) as hub`` serves at ``hub.url``; a ``hub.fault``, or another newest ``hub.commit``, can be
-    set at any time."""
+    set at any time, and so can ``hub.more_faults``, and ``hub.older``: folders of commits that are not the newest."""
 
     daemon_threads = True
 
@@ -67,6 +69,8 @@ class FakeHub(ThreadingHTTPServer):
     def hold(self, root: Path) -> None:
         """Serve another folder from now on, without a fault."""
         self.root, self.fault, self.commit = root, Fault(times=0), _COMMIT
+        self.more_faults: list[Fault] = []
+        self.older: dict[str, Path] = {}
         for repository in (C4, T5):
             (root / repository).mkdir(parents=True, exist_ok=True)
         if not (card := root / C4 / "README.md").exists():
@@ -82,14 +86,19 @@ class FakeHub(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def take_fault(self, path: str, first: int = 0, last: int = 0) -> Fault | None:
+    def take_fault(self, path: str, first: int = 0, last: int = 0, method: str = "GET") -> Fault | None:
         """The fault that strikes this request, if one does; it has then one time less."""
         with self._lock:
-            fault = self.fault
-            if not fault.times or not path.endswith(fault.suffix) or not first <= fault.at <= last:
-                return None
-            fault.times -= 1
-            return fault
+            for fault in (self.fault, *self.more_faults):
+                strikes = fault.times and path.endswith(fault.suffix) and method in fault.methods
+                if strikes and first <= fault.at <= last:
+                    fault.times -= 1
+                    return fault
+            return None
+
+    def pending(self) -> list[Fault]:
+        """The faults that have not happened as often as they were to."""
+        return [fault for fault in (self.fault, *self.more_faults) if fault.times]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -111,10 +120,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            if not (self.server.root / match[1]).is_dir():
+        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            root = self.server.older.get(match[2], self.server.root)
+            if not (root / match[1]).is_dir():
                 return self._json(None, missing="RepoNotFound")
-            self._file(self.server.root / match[1] / match[2])
+            self._file(root / match[1] / match[3])
         elif fault := self.server.take_fault(path):
             self._fail(fault)
         elif match := re.fullmatch(_API + r"(?:/revision/[^/]+)?", path):
@@ -164,9 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         first = int(wanted[1]) if wanted else 0
         last = min(int(wanted[2]), size - 1) if wanted and wanted[2] else size - 1
-        fault = self.server.take_fault(path.name, first, last) if self.command == "GET" else None
-        if fault and fault.status:
-            return self._json({"error": "injected"}, fault.status)
+        fault = self.server.take_fault(path.name, first, last, self.command)
+        if fault and (fault.status or self.command == "HEAD"):
+            return self._fail(fault)
         self.send_response(206 if wanted else 200)
         self._headers(last - first + 1, "application/octet-stream")
         self.send_header("ETag", f'"{_digest(path)}"')

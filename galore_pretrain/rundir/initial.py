@@ -88,12 +88,11 @@ class CheckpointWeights:
 # All files are of one commit: that of config.json, which the model is built by.
 def _downloaded(repository: str) -> Path:
     """Download the safetensors of a repository of the hub; return the folder that holds them."""
-    config = download_model(repository, "config.json")
-    folder, commit = config.parent, config.parent.name
+    folder = download_model(repository, "config.json").parent
 
     def fetch(file: str) -> bool:
         try:
-            download_model(repository, file, revision=commit, goes_on=True)
+            download_model(repository, file, goes_on=True)
         except AbsentError:
             return False
         return True

@@ -15,20 +15,23 @@ from galore_pretrain.train.metrics import MetricLogger
 class RunTotals:
     """Adds this start's time and peaks to those of the starts before, which a checkpoint holds.
 
-    ``saved`` is the state of the checkpoint that the run goes on from, or empty. ``started`` is when this process
-    began, by `time.monotonic`. ``loggers`` are the main process's, which alone is asked for `state`.
+    ``init_revision`` is the commit of a model of the hub that the run began from; None of any other. ``saved`` is the
+    state of the checkpoint that the run goes on from, or empty. ``started`` is when this process began, by
+    `time.monotonic`. ``loggers`` are the main process's, which alone is asked for `state`.
     """
 
     def __init__(
         self,
         device: torch.device,
         inputs: Inputs | ExampleInputs,
+        init_revision: str | None,
         loggers: Sequence[MetricLogger],
         saved: Mapping[str, Any],
         started: float,
     ) -> None:
         self._device = device
         self._inputs = inputs
+        self._init_revision = init_revision
         self._loggers = loggers
         self._started = started
         allocator, process = saved.get("peaks", (0, 0))
@@ -56,6 +59,7 @@ class RunTotals:
             state |= logger.state()
         state["inputs"] = self._inputs.fingerprints()
         state["revision"] = self._inputs.revision
+        state["init_revision"] = self._init_revision
         state["peaks"] = self.peaks()
         state["wall_seconds"] = self.seconds()
         return state

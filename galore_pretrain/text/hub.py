@@ -34,6 +34,10 @@ _PASSING = (408, 425, 429)  # those that it does, besides 5xx
 _CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
 _PREFIX = "hub:"
 
+# A model's files belong together, and are fetched one by one while somebody may change the repository. So a process
+# reads all of them from one commit: that of the first it reads, or the one that a run has begun with.
+_commits: dict[str, str] = {}  # of each model's repository that was read
+
 log = logging.getLogger(__name__)
 
 
@@ -89,7 +93,7 @@ def check_hub(data: str | Sequence[str], tokenizer: str | None, *, goes_on: bool
         repository, file = tokenizer, "tokenizer_config.json"
     else:
         return
-    if cached(repository, file) is None:
+    if cached(repository, file, revision=commit_of(repository)) is None:
         error = _answer("model_info", repository, goes_on)
         if error is not None:
             raise unreachable_tokenizer(repository, error)
@@ -112,20 +116,62 @@ def cached(repository: str, file: str, *, revision: str | None = None, kind: str
     return Path(path)
 
 
-def download(repository: str, file: str) -> Path:
-    """Return the path of a hub's file, from the cache if it is there. Raises InputError where it cannot be fetched."""
+def commit_of(repository: str) -> str | None:
+    """Return the commit at which this process reads a model's repository, or None where it has read no file of it."""
+    return _commits.get(repository)
+
+
+def read_at(repository: str, commit: str) -> None:
+    """Have this process read all further files of a model's repository at one commit."""
+    _commits[repository] = commit
+
+
+def download(repository: str, file: str, *, goes_on: bool = False) -> Path:
+    """Return the path of a tokenizer's file on the hub, from the cache if it is there.
+
+    The hub is waited for as `download_model` does. Raises InputError where the file cannot be fetched.
+    """
+
+    def told(error: Exception) -> InputError:
+        return unreachable_tokenizer(repository, error)
+
+    return _model_file(repository, file, f"--tokenizer {repository}", told, goes_on=goes_on)
+
+
+# transformers would fetch a tokenizer's files by itself: from the newest commit, whatever the model's is, and not once
+# more where a connection drops. So they are fetched here, and it is given their folder. What a repository has not is
+# noted in the cache, and not asked for again.
+def download_tokenizer(repository: str, files: Sequence[str]) -> Path:
+    """Return the folder with those of ``files`` that a repository of the hub has, all of one commit.
+
+    It must have the first one. Where no connection comes about, what is in the cache is taken for all there is. Raises
+    InputError where one cannot be fetched.
+    """
+    has_answered = cached(repository, files[0], revision=commit_of(repository)) is None
+    folder = download(repository, files[0]).parent
+    for file in files[1:]:
+        if _is_known(repository, file):
+            continue
+        try:
+            download(repository, file, goes_on=has_answered)
+        except AbsentError:
+            pass
+        except InputError as error:
+            if error.__cause__ is not None and _is_cut_off(error.__cause__):
+                break
+            raise
+        has_answered = True
+    return folder
+
+
+def _is_known(repository: str, file: str) -> bool:
+    """Return whether the cache has a file of a model's repository, or a note that there is none."""
     import huggingface_hub
 
-    try:
-        path = cached(repository, file)
-        if path is None:
-            path = Path(huggingface_hub.hf_hub_download(repository, file))
-    except Exception as error:  # the hub library raises classes of two HTTP clients besides its own
-        raise unreachable_tokenizer(repository, error) from error
-    return path
+    return huggingface_hub.try_to_load_from_cache(repository, file, revision=commit_of(repository)) is not None
 
 
-def download_model(repository: str, file: str, *, revision: str | None = None, goes_on: bool = False) -> Path:
+def download_model(repository: str, file: str, *, goes_on: bool = False) -> Path:
     """Return the path of a file of a model on the hub, from the cache if it is there.
 
     Where the hub is busy, broken or cut off it is asked again, for seconds, or for half an hour by what ``goes_on``; a
@@ -135,7 +181,16 @@ def download_model(repository: str, file: str, *, revision: str | None = None, g
     def told(error: Exception) -> InputError:
         return unreachable_model(repository, file, error)
 
-    return _patiently_downloaded("model", repository, file, revision, f"--init {repository}", told, goes_on=goes_on)
+    return _model_file(repository, file, f"--init {repository}", told, goes_on=goes_on)
+
+
+def _model_file(
+    repository: str, file: str, flag: str, told: Callable[[Exception], InputError], *, goes_on: bool
+) -> Path:
+    """Return the path of a file of a model's repository, at the commit that this process reads it at."""
+    path = _patiently_downloaded("model", repository, file, commit_of(repository), flag, told, goes_on=goes_on)
+    _commits.setdefault(repository, path.parent.name)  # the cache has …/snapshots/COMMIT/FILE
+    return path
 
 
 def download_glue(file: str, flag: str, *, revision: str | None = None) -> Path:
@@ -226,7 +281,10 @@ def unreachable_data(what: str, error: Exception) -> InputError:
 
 def unreachable_tokenizer(what: str, error: Exception) -> InputError:
     """Return the error that a tokenizer cannot be fetched from the hub; it names the two ways on without one."""
-    return InputError(
+    import huggingface_hub
+
+    kind = AbsentError if isinstance(error, huggingface_hub.errors.RemoteEntryNotFoundError) else InputError
+    return kind(
         f"--tokenizer: {what} cannot be fetched from the hub ({first_line(error)}); {did_you_mean(what)}"
         "go on with --tokenizer sample, or with --tokenizer PATH to a SentencePiece .model file"
     )
@@ -266,10 +324,16 @@ def is_passing(error: Exception) -> bool:
     return False
 
 
-def _is_refusal(error: Exception) -> bool:
+def _is_refusal(error: BaseException) -> bool:
     """Return whether no connection came about at all, as where nothing listens or the hub's name is unknown."""
     names = ("ConnectError", "ConnectionRefusedError", "gaierror")
     return any(type(cause).__name__ in names for cause in _causes(error))
+
+
+def _is_cut_off(error: BaseException) -> bool:
+    """Return whether the hub was not asked at all: no connection came about, or none is wanted."""
+    is_offline = any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _causes(error))
+    return is_offline or _is_refusal(error)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

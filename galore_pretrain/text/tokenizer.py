@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galore_pretrain.errors import InputError, did_you_mean
-from galore_pretrain.text.hub import T5, download, first_line, is_hub_id
+from galore_pretrain.text.hub import T5, download, download_tokenizer, first_line, is_hub_id
 from galore_pretrain.text.pieces import OF_NO_PIECE, SPACE, cut_apart, fast_form
 
 if TYPE_CHECKING:
@@ -44,6 +44,22 @@ _PLAIN = 2  # the first so many
 _CHARACTERS = 6  # of a text that are tried for each token wanted: English has some 4.5 a token of T5's
 _MODEL_FILES = ("spiece.model", "tokenizer.model")  # as T5's and LLaMA's classes of transformers look for them
 _OTHER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")  # of which transformers makes one
+_HUB_FILES = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "tiktoken.model",
+    "tokenizer.json",
+)
+"""What transformers makes a tokenizer of. The last one is in all but old repositories: where it is there, all are."""
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # what a vocabulary with bytes to fall back on calls them
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks answers in a chat template, for transformers too
 _RENDERING = threading.Lock()  # what is marked, transformers notes in an object that all users of a template share
@@ -293,12 +309,12 @@ class HuggingFaceTokenizer:
             # Code that comes with a tokenizer is not run, and nobody is asked whether it may.
             self._tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         except Exception as error:  # a folder of somebody else's JSON raises whatever it raises
-            raise InputError(f"--tokenizer {where}: {first_line(error)}") from error
+            raise InputError(f"--tokenizer {name}: {first_line(error)}") from error
         if not getattr(self._tokenizer, "is_fast", False):
-            raise InputError(f"--tokenizer {where}: has no fast tokenizer (tokenizer.json); give a .model file instead")
+            raise InputError(f"--tokenizer {name}: has no fast tokenizer (tokenizer.json); give a .model file instead")
         if self._tokenizer.eos_token_id is None:
             raise InputError(
-                f"--tokenizer {where}: has no end-of-sequence token, which separates documents; name it in "
+                f"--tokenizer {name}: has no end-of-sequence token, which separates documents; name it in "
                 'tokenizer_config.json, as in {"eos_token": "</s>"}'
             )
         self.name = name
@@ -313,7 +329,7 @@ class HuggingFaceTokenizer:
         special.update(self._tokenizer.all_special_ids)
         ordinary = set(self.vocabulary.values()) - special
         if len(ordinary) < 2:  # what transformers builds, silently, where it finds no vocabulary
-            raise InputError(f"--tokenizer {where}: has no tokens but special ones; is tokenizer.json missing?")
+            raise InputError(f"--tokenizer {name}: has no tokens but special ones; is tokenizer.json missing?")
         # The ids that no text may produce. The end marker is one of them, but the data pipeline adds it by itself.
         self._control = special - {self.unknown_id}
         usable = set(self.vocabulary.values()) - (self._control - {self.eos_id})
@@ -622,11 +638,15 @@ def load_tokenizer(name: str, *, with_template: bool = False) -> Tokenizer:
     if name == "t5":
         return SentencePieceTokenizer(download(*T5), name)
     if path is None:
-        download(name, "tokenizer_config.json")
-        return HuggingFaceTokenizer(name, name)
+        return HuggingFaceTokenizer(str(download_hub_tokenizer(name)), name)
     if path.is_file():
         return SentencePieceTokenizer(path, name)
     return load_folder(path, name, with_template=with_template)
+
+
+def download_hub_tokenizer(repository: str) -> Path:
+    """Return a folder with the tokenizer of a repository of the hub. Raises InputError where it cannot be fetched."""
+    return download_tokenizer(repository, _HUB_FILES)
 
 
 # A folder may hold a SentencePiece model and what transformers makes of it. What transformers gives is what the folder

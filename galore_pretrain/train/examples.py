@@ -15,9 +15,8 @@ from galore_pretrain.model.encoder import positions_of_encoder
 from galore_pretrain.model.families import Architecture
 from galore_pretrain.optim import method
 from galore_pretrain.text.glue import TASKS, Examples, Task, read_examples
-from galore_pretrain.text.hub import download
 from galore_pretrain.text.labelled import ExampleBatches, encode, load_pair_tokenizer
-from galore_pretrain.text.tokenizer import Ids, find_tokenizer
+from galore_pretrain.text.tokenizer import Ids, download_hub_tokenizer, find_tokenizer
 
 
 class PairTokenizer:
@@ -25,10 +24,8 @@ class PairTokenizer:
 
     def __init__(self, place: str) -> None:
         self.name = place
-        path = find_tokenizer(place)
-        if path is None:
-            download(place, "tokenizer_config.json")
-        self.form = load_pair_tokenizer(path or Path(place), f"--tokenizer {place}")
+        folder = find_tokenizer(place) or download_hub_tokenizer(place)
+        self.form = load_pair_tokenizer(folder, f"--tokenizer {place}")
         self.pad_id: int = self.form.pad_token_id
         self.vocab_size = max(self.form.get_vocab().values()) + 1
         content = json.loads(self.form.backend_tokenizer.to_str())
