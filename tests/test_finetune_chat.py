@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
+from galore_pretrain.rundir.loaded import load
 from pretrained import make_folder
 from runs import COMMAND_LINE, KILLED, Done, lines, python
 from test_chat import CHATML, LLAMA3, folder_of
+from test_init import ALL, FAMILIES
 
 WORDS = ["hello", "how", "are", "you", "quick", "brown", "fox", "fine"]
 ANSWERS = {"hello": "fine thanks", "quick": "brown fox"}
@@ -66,6 +68,27 @@ def finetune(model: str, data: str, output: Path, *flags: str, script: str = COM
     return python(script, "finetune", *given, *SHORT, *flags)
 
 
+@torch.no_grad()
+def answers_loss(folder: str | Path, file: str) -> float:
+    """The loss of the answers by transformers' own model and template, each conversation by itself."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    total, count = 0.0, 0
+    for text in Path(file).read_text().splitlines():
+        messages = json.loads(text)["messages"]
+        whole, asked = (
+            tokenizer.apply_chat_template(
+                messages[:n], add_generation_prompt=n == 1, return_tensors="pt", return_dict=True
+            )
+            for n in (2, 1)
+        )
+        ids, begin = whole["input_ids"], asked["input_ids"].shape[1]
+        logits = theirs(ids).logits[0, begin - 1 : -1]
+        total += F.cross_entropy(logits, ids[0, begin:], reduction="sum").item()
+        count += ids.shape[1] - begin
+    return total / count
+
+
 @pytest.mark.parametrize("optim", [("adamw", "1e-2"), ("galore_adamw", "1e-2"), ("lora", "3e-2")])
 def test_three_commands_make_a_model_that_answers(
     optim: tuple[str, str], model: str, chats: str, tmp_path: Path
@@ -102,24 +125,8 @@ def test_the_loss_is_of_answers_alone(family: str, chats: str, tmp_path: Path) -
     own = write_chats(tmp_path / "valid.jsonl", 12)
     done = finetune(folder, chats, output, "--optim", "adamw", "--lr", "1e-3", "--steps", "2", "--eval-data", own)
     assert done.returncode == 0, done.stderr
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    total, count = 0.0, 0
-    for text in Path(own).read_text().splitlines():
-        messages = json.loads(text)["messages"]
-        whole, asked = (
-            tokenizer.apply_chat_template(
-                messages[:n], add_generation_prompt=n == 1, return_tensors="pt", return_dict=True
-            )
-            for n in (2, 1)
-        )
-        ids, begin = whole["input_ids"], asked["input_ids"].shape[1]
-        with torch.no_grad():
-            logits = theirs(ids).logits[0, begin - 1 : -1]
-        total += F.cross_entropy(logits, ids[0, begin:], reduction="sum").item()
-        count += ids.shape[1] - begin
     assert lines(output)[0]["step"] == 0
-    assert lines(output)[0]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert lines(output)[0]["eval_loss"] == pytest.approx(answers_loss(folder, own), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +143,42 @@ def test_a_killed_run_goes_on_bit_for_bit(flags: tuple[str, ...], model: str, ch
     assert lines(killed) == lines(whole)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (killed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+WITH_ALL: dict[str, dict[str, Any]] = {"Llama": ALL, "Qwen2": {**FAMILIES["Qwen2"], **ALL}}
+"""Grouped keys, a tied head, llama3's rope, biases, wide heads, and shards of bf16; of Qwen2, a window besides."""
+del WITH_ALL["Qwen2"]["attention_bias"], WITH_ALL["Qwen2"]["mlp_bias"]  # its queries, keys and values always have one
+
+
+@pytest.mark.parametrize("family", WITH_ALL)
+def test_a_model_that_has_all_at_once(family: str, chats: str, tmp_path: Path) -> None:
+    """It begins at transformers' own loss, goes on bit for bit, and is exported in its own class, with its logits."""
+    folder = model_folder(tmp_path / "model", LLAMA3, family, **WITH_ALL[family])
+    assert len(list(Path(folder).glob("*.safetensors"))) > 2
+    own = write_chats(tmp_path / "valid.jsonl", 12)
+    flags = ("--optim", "galore_adamw", "--rank", "4", "--lr", "1e-3", "--steps", "9", "--max-length", "48")
+    flags = (*flags, "--save-every", "3", "--eval-data", own)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = finetune(folder, chats, whole, *flags)
+    assert done.returncode == 0, done.stderr
+    assert lines(whole)[0]["step"] == 0
+    assert lines(whole)[0]["eval_loss"] == pytest.approx(answers_loss(folder, own), rel=1e-5)
+    assert finetune(folder, chats, killed, *flags, script=KILLED).returncode == -9
+    done = finetune(folder, chats, killed, *flags)
+    assert done.returncode == 0, done.stderr
+    assert lines(killed) == lines(whole)
+    ours, theirs = (load_file(output / "model" / "model.safetensors") for output in (killed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    exported, told = AutoModelForCausalLM.from_pretrained(
+        whole / "model", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(exported).__name__ == f"{family}ForCausalLM"
+    assert not any(told.values())
+    ids = torch.arange(2, 42)[None]
+    trained = load(whole, {}, torch.device("cpu")).model
+    with torch.no_grad():
+        torch.testing.assert_close(exported.eval()(ids).logits, trained(ids).logits, rtol=1e-5, atol=1e-6)
+    assert lines(whole)[-1]["eval_loss"] == pytest.approx(answers_loss(whole / "model", own), rel=1e-5)
 
 
 def test_rows_keep_conversations_apart(model: str, chats: str, tmp_path: Path) -> None:
