@@ -18,6 +18,7 @@ from galore_pretrain.rundir.loaded import load
 from pretrained import make_folder
 from runs import COMMAND_LINE, KILLED, Done, lines, python
 from test_chat import CHATML, LLAMA3, folder_of
+from test_dist import run_all
 from test_init import ALL, FAMILIES
 
 WORDS = ["hello", "how", "are", "you", "quick", "brown", "fox", "fine"]
@@ -179,6 +180,33 @@ def test_a_model_that_has_all_at_once(family: str, chats: str, tmp_path: Path) -
     with torch.no_grad():
         torch.testing.assert_close(exported.eval()(ids).logits, trained(ids).logits, rtol=1e-5, atol=1e-6)
     assert lines(whole)[-1]["eval_loss"] == pytest.approx(answers_loss(whole / "model", own), rel=1e-5)
+
+
+TWO_WAYS: dict[str, tuple[str, ...]] = {
+    "galore_adamw": ("--rank", "4", "--layerwise"),
+    "lora": ("--rank", "4", "--shard", "none"),
+    "adamw": ("--layout", "pad"),
+}
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(model: str, tmp_path: Path) -> None:
+    """Answers are few and in some rows only: each process's share of them counts as much as there are."""
+    data = write_chats(tmp_path / "chats.jsonl", 60)
+    given = ("finetune", "--task", "chat", "--model", model, "--data", data, *SHORT, "--epochs", "2", "--lr", "1e-3")
+    for processes in (1, 2):
+        cases = {}
+        for optim, more in TWO_WAYS.items():
+            output = tmp_path / f"{optim}-{processes}"
+            cases[output] = [*given, "--batch-size", "1", "--output", str(output), "--optim", optim, *more]
+        run_all(processes, cases, tmp_path)
+    for optim in TWO_WAYS:
+        one, two = (lines(tmp_path / f"{optim}-{processes}") for processes in (1, 2))
+        assert len(one) > 8
+        assert [line["step"] for line in two] == [line["step"] for line in one]
+        for ours, theirs in zip(two, one, strict=True):
+            for key in ours.keys() & {"loss", "eval_loss", "tokens_seen"}:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (optim, ours["step"], key)
 
 
 def test_rows_keep_conversations_apart(model: str, chats: str, tmp_path: Path) -> None:
