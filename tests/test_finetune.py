@@ -19,10 +19,12 @@ from galore_pretrain.config.tasks import GLUE
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.architecture import architecture_of_run
 from galore_pretrain.model.encoder import load_encoder_config
-from galore_pretrain.planning.plan import static_bytes
+from galore_pretrain.planning.plan import make_heaviest_updates, measure, static_bytes
 from galore_pretrain.study.sweep import entries
+from galore_pretrain.tensors.ledger import allocated_peak
 from galore_pretrain.text.glue import TASKS, read_examples
 from galore_pretrain.text.labelled import ExampleBatches, encode, load_pair_tokenizer
+from galore_pretrain.train.build import execution_for, model_for, optimizer_for, set_up_model
 from roberta import make_glue, make_roberta
 from runs import COMMAND_LINE, KILLED, Done, lines, python
 from test_init_run import at_hub
@@ -338,6 +340,42 @@ def test_a_plan_is_what_the_run_takes(glue: Path, roberta: str, tmp_path: Path) 
     assert answer["peak_bytes"] > answer["weights_bytes"] > 0
     for optim in ("galore_adamw", "lora"):
         assert python(COMMAND_LINE, "plan", "--task", "rte", "--model", roberta, "--optim", optim).returncode == 0
+
+
+def real_peak(config: Any) -> int:
+    """What torch's allocator gave out at most in updates of as many examples as the plan is of, of real tensors."""
+
+    def updates() -> None:
+        model = model_for(config, architecture_of_run(config))
+        optimizer = optimizer_for(config, set_up_model(config, model))
+        execution = execution_for(config, optimizer)
+        make_heaviest_updates(config, model, optimizer, execution, config.micro_batches)
+
+    return allocated_peak(updates)
+
+
+@pytest.mark.parametrize(
+    ("task", "optim", "given"),
+    [
+        ("cola", "galore_adamw", {"batch_size": 2, "layerwise": False}),
+        ("cola", "galore_adamw", {"batch_size": 4, "layerwise": True, "activation_checkpointing": True}),
+        ("cola", "adamw", {"batch_size": 4, "layerwise": False}),
+        ("mnli", "lora", {"batch_size": 2, "layerwise": False, "activation_checkpointing": True}),
+        ("stsb", "galore_adamw8bit", {"batch_size": 1, "layerwise": True, "dtype": "bfloat16"}),
+        ("rte", "q_galore", {"batch_size": 4, "layerwise": True, "dtype": "bfloat16", "lr": 1e-4}),
+    ],
+)
+def test_a_plan_of_a_task_is_what_the_allocator_says(
+    task: str, optim: str, given: dict[str, Any], tmp_path: Path
+) -> None:
+    """Padding, dropout's masks and the head included. A row is as long as it may be, as in the plan."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "max_position_embeddings": 66}
+    folder = make_roberta(tmp_path / "model", **sizes)
+    flags = {"optim": optim, "max_length": 64, "total_batch_size": 4, "epochs": 1, "activation_checkpointing": False}
+    config, _ = config_of(task, folder, **flags | given)
+    planned = measure(config, architecture_of_run(config))
+    assert planned.peak_bytes == pytest.approx(real_peak(config), rel=0.03)
+    assert sum(planned.parts.values()) == planned.peak_bytes
 
 
 REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
