@@ -445,6 +445,7 @@ def test_commands_for_text_refuse_what_labels_sentences(glue: Path, roberta: str
         done = python(COMMAND_LINE, *command, str(tmp_path / "out"), *more)
         assert done.returncode == 2
         assert "its model labels sentences" in done.stderr
+        assert "scores in summary.json, and the model in model/, for transformers' AutoModelFor" in done.stderr
     replay = python(COMMAND_LINE, "--config", str(tmp_path / "out" / "config.json"), "--output", str(tmp_path / "p"))
     assert replay.returncode == 2
     assert "give it to the command finetune" in replay.stderr

@@ -100,7 +100,8 @@ def _load_checkpoint(saved: checkpoint.Saved, overrides: Mapping[str, Any], devi
     if task in GLUE:
         raise InputError(
             f"{saved.folder} is of --task {task}: its model labels sentences, and neither predicts nor continues text; "
-            "a run that has ended has it in its folder's model/, for transformers"
+            "a run that has ended has its scores in summary.json, and the model in model/, for transformers' "
+            "AutoModelForSequenceClassification"
         )
     if overrides.get("bos") == "auto":  # which is what the run has
         overrides = {name: value for name, value in overrides.items() if name != "bos"}
