@@ -311,8 +311,11 @@ def _print_cards(
         return 0
     if not bars:
         raise InputError(f"--picture {picture}: no method fits with 16 rows at once; give a larger --memory-budget")
-    budgets = budget.budgets_of_cards() if is_on_gpu(first) else {"for tensors": available}
-    title = f"{Path(first.model).stem}, an update of 16 × {first.max_length} tokens at once"
+    budgets = {"for tensors": available}
+    if is_on_gpu(first):
+        least = min(sum(parts.values()) for parts in bars.values())
+        budgets = {name: size for name, size in budget.budgets_of_cards().items() if size >= least}
+    title = f"{model_name(first.model)}, an update of 16 × {first.max_length} tokens at once"
     with _writing(f"--picture {picture}", "file"):
         pictures.draw_memory(picture, title, bars, budgets)
     click.echo(f"drawn: {picture}", err=as_json)

@@ -28,8 +28,9 @@ _SHOWN = {
     16: 15.70,
     12: 11.76,
     10: 9.78,
+    8: 7.76,  # RTX 3070: sshan-zhao/GASDA issue 19; 7.78 in others
 }
-"""GiB that CUDA shows of cards by what they are sold with; users' reports of RTX 4090, 4080, 3060 and 3080."""
+"""GiB that CUDA shows of cards by what they are sold with; users' reports of RTX 4090, 4080, 3060, 3080 and 3070."""
 
 
 def budget_of(config: RunConfig, card: Card | None = None) -> int:

@@ -4,10 +4,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from galore_pretrain.config.options import RunConfig, find_model
+from galore_pretrain.config.options import RunConfig, find_model, model_name
 from galore_pretrain.config.resolve import left_out
 from galore_pretrain.errors import InputError
 from galore_pretrain.model.llama_config import load_model_config
@@ -173,7 +172,7 @@ def report(rows: Sequence[Row], refused: Sequence[str], budget: int, source: str
     fitting = [row for row in rows if row.largest.fits]
     table = Table(columns, [_cells(row, card) for row in fitting])
     lines = [
-        f"{Path(first.model).stem} in {budget / _GIB:.2f} GiB ({source})",
+        f"{model_name(first.model)} in {budget / _GIB:.2f} GiB ({source})",
         "",
         table.markdown() if fitting else f"Nothing makes an update of {LEAST_ROWS} × {length} tokens there.",
         "",
