@@ -1,0 +1,362 @@
+"""The pages: every command that they show is taken by the program that it names, links lead somewhere, Python runs.
+
+A command is followed up to the point where its work would begin, by the real command line: a flag that is renamed, or
+a value that is no longer taken, fails here. What cannot be followed is in `NOT_CHECKED`, with the reason.
+"""
+
+import argparse
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from itertools import dropwhile, takewhile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import click
+import pyarrow
+import pyarrow.parquet
+import pytest
+from torch.distributed.run import get_args_parser
+
+import pages
+from conftest import TINY
+from galore_pretrain import cli as program
+from galore_pretrain.cli import cli
+from galore_pretrain.errors import InputError
+from galore_pretrain.pytest_plug import pytest_addoption
+from pages import PAGES, ROOT, Command
+
+NOT_CHECKED = {
+    "pip install 'lm_eval[hf]'": "another project's package, which no test needs",
+    "lm_eval --model hf": "that package, whose tasks are downloaded",
+}
+"""How commands begin that are neither run nor checked, and why they cannot be."""
+AT_MOST = 10
+COMMANDS = [command for page in PAGES for command in pages.commands(page)]
+PLACEHOLDERS = {
+    "CORPUS": "corpus.jsonl",
+    "T5": "t5.model",
+    "TOKENIZER": "t5.model",
+    "FOLDER": "path/to/model",
+    "FILE": "tests/test_pages.py",
+    "MODEL": "runs/A",
+    "FILE.json": "sign.json",
+    "FILE.py:NAME": "mine.py:SignMomentum",
+    "my_rule.py:MyRule": "mine.py:SignMomentum",
+    "CARD": "4090",
+    "ROW": "adamw",
+    "OPTIM": "adamw",
+    "DOCUMENTS": "joined",
+    "MATMUL": "int8",
+    "LENGTH": "1024",
+    "SEED": "1",
+    "LR": "0.01",
+    "BEST": "0.3",
+    "N": "2",
+    "W": "2",
+}
+"""What a page leaves to its reader, and a value of that kind."""
+ELLIPSIS = "…"
+
+
+class ReachedError(Exception):
+    """Raised where a command's work would begin."""
+
+
+def reached(*given: Any, **more: Any) -> NoReturn:
+    raise ReachedError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the files that the pages name. Models and texts are small, their names the pages'."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("configs", "constraints.txt", "docs", "leaderboard", "scripts", "tests", "Makefile", "pyproject.toml"):
+        (home / name).symlink_to(ROOT / name)
+    for folder in ("path/to/model", "path/to/Llama-3.2-1B", "model", "glue/cola", "mytext", "web", "src"):
+        (home / folder).mkdir(parents=True)
+    architecture = json.dumps(TINY | {"model_type": "llama", "max_position_embeddings": 4096})
+    for folder in ("path/to/model", "path/to/Llama-3.2-1B", "model"):
+        (home / folder / "config.json").write_text(architecture)
+    line = json.dumps({"text": "Fellow citizens", "body": "Fellow citizens"})
+    for name in ("corpus", "news", "books", "a", "web/train", "web/valid", "mytext/a"):
+        (home / f"{name}.jsonl").write_text(f"{line}\n")
+    (home / "b.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "?"}]}))
+    (home / "src" / "a.txt").write_text("Fellow citizens\n")
+    (home / "a.csv").write_text("body\nFellow citizens\n")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["Fellow citizens"]}), home / "a.pq")
+    (home / "sign.json").write_text('{"runs": {"sign": {}}}')
+    sample = ROOT / "galore_pretrain" / "tokenizers" / "sample.model"
+    for name in ("t5.model", "spiece.model"):
+        shutil.copyfile(sample, home / name)
+    checkpoint = home / "runs" / "first" / "checkpoints" / "step_00000100"
+    checkpoint.mkdir(parents=True)
+    state = {"config": {"bos": "no"}, "inputs": {"model": architecture}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    page = (ROOT / "docs" / "adding-a-method.md").read_text()
+    (home / "mine.py").write_text(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0])
+    return home
+
+
+@pytest.fixture
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work begins nowhere: each place where it would raises ReachedError. The hub is not asked."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(program, "check_hub", lambda *given, **more: None)
+    config = str(home / "path/to/model/config.json")
+    monkeypatch.setattr("galore_pretrain.config.options.download_model", lambda *given: Path(config))
+    for name in ("_run", "_plan_row"):
+        monkeypatch.setattr(program, name, reached)
+    work = (
+        "check.runner.settings_for",
+        "optim.check.check_methods",
+        "rundir.loaded.load",
+        "study.leaderboard.Entry.read",
+        "study.paper.report",
+        "study.results.find",
+        "study.standings.page",
+    )
+    for place in work:
+        monkeypatch.setattr(f"galore_pretrain.{place}", reached)
+
+    def each_row(flags_of_rows: Any, config_of: Any, *more: Any) -> NoReturn:
+        for flags in flags_of_rows:
+            with suppress(InputError):  # a method that cannot be planned so
+                config_of(flags)
+        raise ReachedError
+
+    monkeypatch.setattr("galore_pretrain.study.cards.rows_that_fit", each_row)
+    return home
+
+
+def filled(words: Sequence[str]) -> list[str]:
+    """What a reader might have put in the place of what a page leaves open."""
+    given: list[str] = []
+    for word in words:
+        if word != ELLIPSIS:
+            given.append(PLACEHOLDERS.get(word, word))
+        elif given and given[-1] == "--model":
+            given += ["llama_1m", "--data", "sample"]
+    return given
+
+
+def follow(words: Sequence[str]) -> None:
+    """Give ``words`` to the command line, up to where its work would begin. A sweep resolves each of its runs."""
+    given = filled(words)
+    if given[:1] == ["sweep"]:
+        given.append("--plan-only")
+    try:
+        cli.main(given, standalone_mode=False)
+    except ReachedError:
+        return
+    assert {"--help", "--plan-only"} & set(given), "it ended without an error, and where its work begins is not known"
+
+
+def check_ours(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follow the command line; a subcommand alone is a name, as a text mentions it."""
+    is_name = len(words) == 1 and words[0] in cli.commands
+    if not is_name:
+        follow(words)
+
+
+def check_torchrun(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's own parser takes its part, and the command line the rest."""
+    launched = get_args_parser().parse_args(list(words))
+    if launched.module:
+        assert launched.training_script == "galore_pretrain"
+        follow(launched.training_script_args)
+    else:
+        assert (ROOT / launched.training_script).is_file()
+
+
+def check_slurm(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a job is given is a script of ours, and what the command line takes."""
+    rest = list(dropwhile(lambda word: not word.startswith(pages.SCRIPTS), words))
+    check_launcher(rest, monkeypatch)
+
+
+def check_launcher(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script is there, and passes on what the command line takes."""
+    assert (ROOT / words[0]).is_file()
+    follow(words[1:])
+
+
+def check_script(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's own parser takes the words. One that has no parser takes none."""
+    path, *given = filled(words)
+    script = ROOT / path
+    assert script.is_file()
+    if "argparse" not in script.read_text():
+        assert not [word for word in given if word.startswith("-")]
+        return
+    for name in ("parse_known_args", "parse_args"):
+        parse = getattr(argparse.ArgumentParser, name)
+
+        def parsed(*given: Any, parse: Any = parse) -> NoReturn:
+            parse(*given)
+            raise ReachedError
+
+        monkeypatch.setattr(argparse.ArgumentParser, name, parsed)
+    monkeypatch.setattr(sys, "argv", [str(script), *given])
+    monkeypatch.syspath_prepend(str(script.parent))
+    with pytest.raises(ReachedError):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def check_make(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is one, and what it would do with these variables is a command that its script takes."""
+    dry = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    for line in dry.stdout.replace("\\\n", " ").splitlines():
+        recipe = shlex.split(line)
+        if len(recipe) > 1 and recipe[0].endswith("/python") and recipe[1].startswith(pages.SCRIPTS):
+            check_script(recipe[1:], monkeypatch)
+
+
+def check_pip(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed is this project, with extras that it has, and files that are there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert words[0] == "install"
+    if "-c" in words:
+        assert (ROOT / words[words.index("-c") + 1]).is_file()
+    named = re.fullmatch(r"\.\[([\w,]+)\]", words[-1])
+    assert named is not None
+    assert set(named[1].split(",")) <= extras.keys()
+
+
+class PlugsParser(argparse.ArgumentParser):
+    """Takes the option that the package's plug adds to pytest's own."""
+
+    addoption = argparse.ArgumentParser.add_argument
+
+    def getgroup(self, name: str) -> "PlugsParser":
+        return self
+
+
+def check_pytest(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests are there; of the package's own checks, so is the option that its plug adds."""
+    if words[0] != "--pyargs":
+        files = takewhile(lambda word: not word.startswith("-"), filled(words))
+        assert all((ROOT / file).exists() for file in files)
+        return
+    parser = PlugsParser(exit_on_error=False)
+    parser.add_argument("--pyargs")
+    config = SimpleNamespace(invocation_params=SimpleNamespace(args=words))
+    pytest_addoption(parser, SimpleNamespace(get_plugin=lambda name: config))
+    checks = parser.parse_args(words).pyargs
+    assert find_spec(checks) is not None
+
+
+def check_activation(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sourced is the environment that make makes."""
+    assert list(words) == [".venv/bin/activate"]
+    assert "VENV ?= .venv\n" in (ROOT / "Makefile").read_text()
+
+
+CHECKS: dict[str, Callable[[Sequence[str], pytest.MonkeyPatch], None]] = {
+    "galore-pretrain": check_ours,
+    "torchrun": check_torchrun,
+    "sbatch": check_slurm,
+    "python": check_script,
+    "make": check_make,
+    "pip": check_pip,
+    "pytest": check_pytest,
+    ".": check_activation,
+}
+"""How the words behind a program are checked. What changes texts (jq, sed, echo, python -c) is run."""
+
+
+def run_in_a_shell(command: Command) -> None:
+    """Run a command, with the files of `home`, where its program is there."""
+    if shutil.which(command.program) is None:
+        pytest.skip(f"{command.program} is not installed")
+    text = command.text.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+    subprocess.run(["bash", "-c", text], check=True, capture_output=True)
+
+
+def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follow a command, by what it begins with."""
+    program, *words = command.words
+    if program in ("jq", "sed", "echo") or words[:1] == ["-c"]:
+        run_in_a_shell(command)
+    elif program.startswith(pages.SCRIPTS):
+        script = check_script if program.endswith(".py") else check_launcher
+        script(command.words, monkeypatch)
+    else:
+        assert program in CHECKS, f"{program}: say in CHECKS how it is checked, or in NOT_CHECKED why it cannot be"
+        CHECKS[program](words, monkeypatch)
+
+
+def reason_of(command: Command) -> str | None:
+    for begin, reason in NOT_CHECKED.items():
+        if command.text.startswith(begin):
+            return reason
+    return None
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}:{command.line}")
+def test_a_command_that_is_shown_is_taken(command: Command, at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = reason_of(command)
+    if reason is not None:
+        pytest.skip(reason)
+    try:
+        check(command, monkeypatch)
+    except (click.ClickException, InputError) as error:
+        told = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        pytest.fail(f"{command}\n{told}")
+
+
+def test_few_commands_are_neither_run_nor_checked() -> None:
+    left_out = {command.text for command in COMMANDS if reason_of(command) is not None}
+    assert len(left_out) <= AT_MOST, left_out
+    for begin in NOT_CHECKED:
+        assert any(text.startswith(begin) for text in left_out), f"{begin} is on no page"
+
+
+def options(command: click.Command) -> Iterator[str]:
+    """All options of a command and of those below it."""
+    for parameter in command.params:
+        yield from parameter.opts
+        yield from parameter.secondary_opts
+    if isinstance(command, click.Group):
+        for below in command.commands.values():
+            yield from options(below)
+
+
+def known_options() -> set[str]:
+    """Options of the command line, of the scripts, of torchrun and of pytest's plug."""
+    known = {*options(cli), "--help", "--method"}
+    for action in get_args_parser()._actions:
+        known |= set(action.option_strings)
+    for script in [*(ROOT / "scripts").glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
+    return known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=pages.name_of)
+def test_flags_that_a_page_names_exist(page: Path) -> None:
+    known = known_options()
+    unknown = set()
+    for line, span in pages.spans(page):
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span):
+            if flag not in known:
+                unknown.add(f"{line}: {flag}")
+    assert not unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=pages.name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in pages.links(page):
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in pages.anchors(target), link
