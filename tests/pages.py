@@ -71,6 +71,24 @@ def blocks(page: Path) -> list[Block]:
     return _joined(found)
 
 
+def code(name: str, language: str) -> list[str]:
+    """The blocks of a language on a page."""
+    return [block.text for block in blocks(ROOT / name) if block.language == language]
+
+
+def tables(name: str) -> list[list[list[str]]]:
+    """The tables of a page, each as its rows of cells, without its headings."""
+    found: list[list[list[str]]] = []
+    before = ""
+    for line in (ROOT / name).read_text().splitlines():
+        if re.fullmatch(r"\|[-:| ]*---[-:| ]*\|", line):
+            found.append([])
+        elif line.startswith("|") and before.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        before = line
+    return found
+
+
 def _joined(found: list[Block]) -> list[Block]:
     """Put indented lines that follow each other into one block."""
     joined: list[Block] = []

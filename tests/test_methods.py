@@ -313,7 +313,7 @@ def test_types_of_a_config_are_true() -> None:
 
 
 def test_the_entry_that_the_docs_show_is_one() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
-    (entry,) = re.findall(r"```python\n(.*?)```", page.split("## Adding a method")[1], flags=re.DOTALL)
+    page = (Path(__file__).parents[1] / "docs" / "adding-a-method.md").read_text()
+    (entry,) = re.findall(r"```python\n(.*?)```", page.split("## To be shipped")[1], flags=re.DOTALL)
     made = eval(entry, {"Method": Method, "Recipe": Recipe})
     assert (made.name, made.home) == ("sign_momentum", "galore_pretrain.optim.sign_momentum:SignMomentum")

@@ -390,7 +390,7 @@ def test_plans_and_comparisons_take_it_like_a_shipped_one() -> None:
 def test_the_page_on_adding_a_method_leads_to_the_leaderboard(home: Path) -> None:
     """What it says to type is taken: the sweeps make their plans, and `leaderboard` knows its words."""
     page = (Path(__file__).parents[1] / "docs" / "adding-a-method.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (home / "mine.py").write_text(code)
     (block,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
     first, echo, *lines = block.replace("\\\n", " ").splitlines()
@@ -410,7 +410,7 @@ def test_the_page_on_adding_a_method_leads_to_the_leaderboard(home: Path) -> Non
 def test_the_page_on_adding_a_method_leads_to_a_report(home: Path) -> None:
     """Its file and its commands as they stand there, but for the lengths."""
     page = (Path(__file__).parents[1] / "docs" / "adding-a-method.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (home / "mine.py").write_text(code)
     commands = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
     lines = "".join(commands).replace("\\\n", " ").splitlines()

@@ -25,13 +25,18 @@ import click
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
 import pages
 from conftest import TINY
+from galore_pretrain import build_model, load_model_config
 from galore_pretrain import cli as program
 from galore_pretrain.cli import cli
+from galore_pretrain.config.options import shipped_models
+from galore_pretrain.config.recipes import recipe
 from galore_pretrain.errors import InputError
+from galore_pretrain.optim import METHODS, GaLoreAdamW, build_optimizer
 from galore_pretrain.pytest_plug import pytest_addoption
 from pages import PAGES, ROOT, Command
 
@@ -41,6 +46,7 @@ NOT_CHECKED = {
 }
 """How commands begin that are neither run nor checked, and why they cannot be."""
 AT_MOST = 10
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 COMMANDS = [command for page in PAGES for command in pages.commands(page)]
 PLACEHOLDERS = {
     "CORPUS": "corpus.jsonl",
@@ -102,8 +108,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.mkdir(parents=True)
     state = {"config": {"bos": "no"}, "inputs": {"model": architecture}}
     (checkpoint / "state.json").write_text(json.dumps(state))
-    page = (ROOT / "docs" / "adding-a-method.md").read_text()
-    (home / "mine.py").write_text(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0])
+    own = [pages.code("README.md", "python")[0], pages.code("docs/adding-a-method.md", "python")[0]]
+    (home / "mine.py").write_text("\n".join(own))
+    (home / "small.json").write_text(pages.code("docs/models.md", "json")[0])
     return home
 
 
@@ -352,11 +359,116 @@ def test_flags_that_a_page_names_exist(page: Path) -> None:
     assert not unknown
 
 
-@pytest.mark.parametrize("page", PAGES, ids=pages.name_of)
+@pytest.mark.parametrize("page", LINKED, ids=pages.name_of)
 def test_links_lead_somewhere(page: Path) -> None:
+    """A record's links are of its day: the file is there, whatever its headings are now."""
     for link in pages.links(page):
         file, _, anchor = link.partition("#")
         target = (page.parent / file).resolve() if file else page
         assert target.exists(), link
-        if anchor:
+        if anchor and page.name != "LOG.md":
             assert anchor in pages.anchors(target), link
+
+
+def test_the_index_has_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    named = {(index.parent / link.partition("#")[0]).resolve() for link in pages.links(index)}
+    assert {page for page in PAGES if page.is_relative_to(index.parent)} - {index} <= named
+
+
+# -- Python -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_python_is_tried() -> None:
+    """A page with a new piece of Python wants a test of it: here, in test_own_methods, test_methods or test_trl."""
+    pieces = {pages.name_of(page): len(pages.code(pages.name_of(page), "python")) for page in PAGES}
+    tried = {"README.md": 1, "docs/adding-a-method.md": 2, "docs/python.md": 4}
+    assert {name: count for name, count in pieces.items() if count} == tried
+
+
+def test_the_readmes_own_method_trains(home: Path, monkeypatch: pytest.MonkeyPatch, tiny_config: str) -> None:
+    monkeypatch.chdir(home)
+    lines = pages.code("README.md", "python")[0].splitlines()
+    assert len([line for line in lines if line and not line.startswith("from")]) == 6
+    model = build_model(load_model_config(tiny_config), dtype=torch.float32)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = build_optimizer(model, "mine.py:SignSGD", lr=0.01)
+    tokens = torch.arange(32)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p, old - 0.01 * p.grad.sign())
+
+
+def test_the_page_on_python_does_what_it_says(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pieces run as they stand, one after the other; what they load is a finished run."""
+    train, in_place, load, _ = pages.code("docs/python.md", "python")
+    names: dict[str, Any] = {}
+    exec(train, names)
+    first = names["loss"].item()
+    exec(in_place, names)
+    exec(train[train.index("for ") :], names)
+    assert names["loss"].item() < first
+    assert isinstance(names["optimizer"], GaLoreAdamW)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    exec(load, names)
+    assert names["tokenizer"].decode(names["tokenizer"]("the")["input_ids"]) == "the"
+    assert names["model"].config.hidden_size == TINY["hidden_size"]
+
+
+# -- figures that stand on two pages ----------------------------------------------------------------------------------
+
+
+def test_the_readmes_methods_are_those_of_the_pages() -> None:
+    """Its perplexities are the leaderboard's, its sizes moments and bases of the table of 7B; every method is named."""
+    perplexity, size = {}, {}
+    for row in pages.tables("docs/leaderboard.md")[0]:
+        perplexity[row[1].split("]")[0][1:]] = row[2]
+    for row in pages.tables("docs/memory.md")[2]:
+        size[row[0].strip("`")] = sum(float(cell) for cell in row[2:4] if cell != "–")
+    rows = [row for table in pages.tables("README.md") for row in table if len(row) == 5]
+    named = set()
+    for _, methods, _, of_7b, told in rows:
+        names = re.findall(r"`(\w+)`", methods)
+        named |= set(names)
+        assert told == perplexity.get(names[0], ""), names
+        assert of_7b == (f"{size[names[0]]:.2f}" if names[0] in size else ""), names
+    both = {name for name in METHODS if not METHODS[name].factors_updated_by or not name.endswith("8bit")}
+    assert named == both
+
+
+def test_the_readmes_cards_are_those_of_the_page_on_memory() -> None:
+    in_readme = {row[0]: row for row in pages.tables("README.md")[0]}
+    in_page = {row[0]: row for table in pages.tables("docs/memory.md") for row in table if row[0] in in_readme}
+    assert len(in_readme) == len(in_page) == 4
+    for card, (_, leaves, _, planned) in in_readme.items():
+        assert leaves.split()[0] == in_page[card][1]
+        assert re.match(r"[\d.]+", planned)[0] in " ".join(in_page[card])  # type: ignore[index]
+
+
+def test_the_table_of_models_is_theirs() -> None:
+    rows = pages.tables("docs/models.md")[0]
+    assert {row[0].strip("`") for row in rows} == set(shipped_models())
+    for name, millions, share, *shape, rank in rows:
+        config = load_model_config(name.strip("`"))
+        with torch.device("meta"):
+            model = build_model(config, device="meta")
+        matrices = sum(p.numel() for key, p in model.named_parameters() if "_proj" in key)
+        weights = sum(p.numel() for p in model.parameters())
+        assert millions == f"{weights / 1e6:,.1f}"
+        assert share == f"{100 * matrices / weights:.0f}"
+        sizes = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads)
+        assert shape == [str(size) for size in sizes]
+        assert rank == str(recipe(name.strip("`"), "galore_adamw")["rank"][0])
+
+
+def test_the_page_on_starting_names_what_a_run_writes(finished: Path) -> None:
+    page = (ROOT / "docs" / "start.md").read_text()
+    for line in (finished / "metrics.jsonl").read_text().splitlines():
+        for key in json.loads(line):
+            assert f"`{key}`" in page or key.startswith(("eval_", "subspace_overlap_")), key
+    for place in finished.iterdir():
+        assert f"  {place.name}" in page or place.name.startswith("."), place
