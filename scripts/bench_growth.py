@@ -185,8 +185,7 @@ def line(kind: str, value: str, times: Times, flops: float) -> str:
     """Return a line of the table in Markdown."""
     seconds = times.passes + times.update
     cells = [
-        kind,
-        value,
+        f"{kind} {value}",
         f"{flops / 1e9:.0f}",
         f"{1000 * times.passes:.0f}",
         f"{1000 * times.update:.0f}",
@@ -209,8 +208,8 @@ def main() -> None:
         f"medians of {2 * arguments.rounds} updates and {arguments.rounds} renewals of all bases. "
         "1 × 256 tokens, rank 128, llama_60m where nothing else is said\n"
     )
-    print("| | | GFLOP | forward, backward: ms | update: ms | GFLOP/s | update: share | ns a weight | all bases: ms |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| | GFLOP | forward, backward: ms | update: ms | GFLOP/s | update: share | ns a weight | all bases: ms |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     points = []
     for kind, value, options in cells():
         values = BASE | options

@@ -253,22 +253,21 @@ def medians(values: dict[str, list[float]]) -> dict[str, float]:
 
 def print_table(chosen: list[Candidate], figures: Figures) -> None:
     """Print the table in Markdown."""
-    print("| | step ms | × | refresh ms | × | extra MiB | with refresh | state MiB | compared with |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| | step ms | × | refresh ms | × | extra MiB; with refresh | state MiB | compared with |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, other, _ in chosen:
         refresh = ""
-        extra_refresh = ""
+        extra = f"{figures.extra[name] / 2**20:.0f}"
         if name in figures.refresh:
             refresh = f"{1000 * figures.refresh[name]:.0f}"
-            extra_refresh = f"{figures.extra_refresh[name] / 2**20:.0f}"
+            extra += f"; {figures.extra_refresh[name] / 2**20:.0f}"
         cells = [
             name,
             f"{1000 * figures.steady[name]:.1f}",
             _ratio(figures.steady, name, other),
             refresh,
             _ratio(figures.refresh, name, other),
-            f"{figures.extra[name] / 2**20:.0f}",
-            extra_refresh,
+            extra,
             f"{figures.state[name] / 2**20:.1f}",
             "" if other == name else other,
         ]

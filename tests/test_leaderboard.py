@@ -262,8 +262,7 @@ def test_the_page_ranks_and_compares(board: Path) -> None:
     assert text == page(board / "boards")
     ranked, others = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
     assert ranked[0] == (
-        "| rank | entry | perplexity | against adamw | against galore_adamw | of frozen's | bits per byte | state | "
-        "minutes |"
+        "| rank | entry | perplexity | against adamw | against galore_adamw | of frozen's | bits per byte | state |"
     )
     assert [line.split("|")[2].strip().partition("]")[0] for line in ranked[2:]] in (
         ["[adamw", "[galore_adamw"],

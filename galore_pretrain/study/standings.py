@@ -11,14 +11,13 @@ from galore_pretrain.study.leaderboard import Entry, Track
 from galore_pretrain.study.seeds import paired, ranks
 from galore_pretrain.study.tables import Table
 
-_HOW_TO_READ = (
-    "Entries come in the order of their mean validation loss. A **rank** is 1 + the number of entries that are told "
-    "apart as better, so those that the seeds cannot tell apart share one. **Against** a baseline: by how much the "
-    "entry's perplexity exceeds the baseline's, as the mean difference of the logarithms over the seeds ± half the "
-    "width of its 95 % interval (Student's t); * where that leaves out 0, which of twenty pairs that are alike happens "
-    "to one. **State** is the optimizer's, in 10⁶ bytes. **Minutes** are the median of the runs by the clock, with "
-    "whatever else the machine did: they rank nothing."
-)
+_HOW_TO_READ = """Entries come in the order of their mean validation loss.
+
+* **Rank**: 1 + the number of entries that are told apart as better. Those that the seeds cannot tell apart share one.
+* **Against** a baseline: by how much the entry's perplexity exceeds the baseline's. It is the mean difference of the
+  logarithms over the seeds ± half the width of its 95 % interval (Student's t). A * stands where that leaves out 0,
+  which of twenty pairs that are alike happens to one.
+* **State**: the optimizer's, in 10⁶ bytes."""
 
 
 def page(folder: Path) -> str:
@@ -75,7 +74,7 @@ def _table(track: Track, entries: Sequence[Entry], of_track: Sequence[Entry], *,
         columns.append(f"of {control.name}'s")
     if track.validation_bytes is not None:
         columns.append("bits per byte")
-    columns += ["state", "minutes"]
+    columns.append("state")
     if not ranked:
         columns.append("seeds")
     rows = []
@@ -86,7 +85,6 @@ def _table(track: Track, entries: Sequence[Entry], of_track: Sequence[Entry], *,
             "perplexity": f"{math.exp(_mean_loss(entry)):.2f}",
             "bits per byte": _bits_per_byte(track, entry),
             "state": f"{max(run.optimizer_bytes for run in entry.runs) / 1e6:.2f}",
-            "minutes": f"{statistics.median(run.seconds for run in entry.runs) / 60:.1f}",
             "seeds": str(len(entry.runs)),
         }
         for baseline in baselines:
