@@ -370,6 +370,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in pages.anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=pages.name_of)
+def test_tables_fit_a_screen(page: Path) -> None:
+    for table in pages.tables(pages.name_of(page)):
+        for row in table:
+            assert len(row) <= 8, row
+
+
 def test_the_index_has_every_page() -> None:
     index = ROOT / "docs" / "README.md"
     named = {(index.parent / link.partition("#")[0]).resolve() for link in pages.links(index)}
