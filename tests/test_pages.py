@@ -35,6 +35,7 @@ from galore_pretrain import cli as program
 from galore_pretrain.cli import cli
 from galore_pretrain.config.options import shipped_models
 from galore_pretrain.config.recipes import recipe
+from galore_pretrain.config.resolve import resolve
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim import METHODS, GaLoreAdamW, build_optimizer
 from galore_pretrain.pytest_plug import pytest_addoption
@@ -46,7 +47,7 @@ NOT_CHECKED = {
 }
 """How commands begin that are neither run nor checked, and why they cannot be."""
 AT_MOST = 10
-LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
+LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
 COMMANDS = [command for page in PAGES for command in pages.commands(page)]
 PLACEHOLDERS = {
     "CORPUS": "corpus.jsonl",
@@ -110,6 +111,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (checkpoint / "state.json").write_text(json.dumps(state))
     own = [pages.code("README.md", "python")[0], pages.code("docs/adding-a-method.md", "python")[0]]
     (home / "mine.py").write_text("\n".join(own))
+    (home / "runs" / "demo").mkdir()
+    demo = {"model": "llama_1m", "data": "sample", "dtype": "float32", "steps": 600}
+    config, origins = resolve(demo, dict.fromkeys(demo, "flag"))
+    entries = {name: {"value": value, "origin": origins[name]} for name, value in config.values().items()}
+    (home / "runs" / "demo" / "config.json").write_text(json.dumps({"config": entries}))
     (home / "small.json").write_text(pages.code("docs/models.md", "json")[0])
     return home
 
@@ -426,7 +432,7 @@ def test_the_page_on_python_does_what_it_says(finished: Path, tmp_path: Path, mo
     assert names["model"].config.hidden_size == TINY["hidden_size"]
 
 
-# -- figures that stand on two pages ----------------------------------------------------------------------------------
+# -- what stands on two pages ----------------------------------------------------------------------------------
 
 
 def test_the_readmes_methods_are_those_of_the_pages() -> None:
@@ -445,6 +451,12 @@ def test_the_readmes_methods_are_those_of_the_pages() -> None:
         assert of_7b == (f"{size[names[0]]:.2f}" if names[0] in size else ""), names
     both = {name for name in METHODS if not METHODS[name].factors_updated_by or not name.endswith("8bit")}
     assert named == both
+
+
+def test_the_readmes_demo_is_what_make_demo_runs() -> None:
+    demo = runpy.run_path(str(ROOT / "scripts" / "demo.py"))
+    shown = [command.words[1:] for command in COMMANDS if command.page == "README.md" and "600" in command.words]
+    assert shown == [tuple(demo["COMMAND"].split())]
 
 
 def test_the_readmes_cards_are_those_of_the_page_on_memory() -> None:
