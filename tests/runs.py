@@ -39,8 +39,8 @@ trainer.Trainer._advance = deadly
 cli.main()
 """
 """The command line, killed when it is to make its seventh update."""
-_WARM = multiprocessing.get_context("forkserver")
-_WARM.set_forkserver_preload(["galore_pretrain.run", "galore_pretrain.rundir.loaded", "transformers", "pytest"])
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["galore_pretrain.run", "galore_pretrain.rundir.loaded", "transformers", "pytest"])
 
 
 def command(model: str, output: Path, *flags: str) -> list[str]:
@@ -104,7 +104,7 @@ def start(
 ) -> BaseProcess:
     """Start ``python -c script arguments``, whose output goes to files."""
     environment = dict(os.environ if env is None else env)
-    process = _WARM.Process(target=execute, args=(script, arguments, stdout, stderr, environment, Path.cwd(), planned))
+    process = WARM.Process(target=execute, args=(script, arguments, stdout, stderr, environment, Path.cwd(), planned))
     process.start()
     return process
 
@@ -119,7 +119,7 @@ def execute(
     planned: bool = False,
 ) -> None:
     if not planned:
-        program._planned_peak = _known_peak
+        program._planned_peak = known_peak
     gc.freeze()  # as the command line does with what it imports: no search for garbage goes through all of that
     for file, number in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -130,7 +130,7 @@ def execute(
     exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
 
 
-def _known_peak(prepared: program.Prepared) -> int | None:
+def known_peak(prepared: program.Prepared) -> int | None:
     """The peak that a run's summary has, where it was planned to fit the run's updates to the memory."""
     return prepared.plan.peak_bytes if prepared.plan else None
 
