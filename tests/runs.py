@@ -40,7 +40,9 @@ cli.main()
 """
 """The command line, killed when it is to make its seventh update."""
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["galore_pretrain.run", "galore_pretrain.rundir.loaded", "transformers", "pytest"])
+_PRELOADED = ["galore_pretrain.cli", "galore_pretrain.run", "galore_pretrain.rundir.loaded", "transformers"]
+_PRELOADED += ["bitsandbytes", "sentencepiece.sentencepiece_model_pb2", "torch.distributed.run", "pytest"]
+WARM.set_forkserver_preload(_PRELOADED)
 
 
 def command(model: str, output: Path, *flags: str) -> list[str]:

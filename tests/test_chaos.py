@@ -2,18 +2,18 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from galore_pretrain.optim.methods import METHODS
+from warm_python import executable
 
 
 def chaos(folder: Path, *arguments: str) -> Any:
     script = Path(__file__).with_name("chaos.py")
-    command = [sys.executable, str(script), str(folder), *arguments]
+    command = [executable(), str(script), str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

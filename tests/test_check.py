@@ -17,6 +17,7 @@ from galore_pretrain.optim import check
 from galore_pretrain.optim.build import REGISTRY
 from galore_pretrain.optim.check import CHECKS, Pair, check_methods, run_check
 from galore_pretrain.optim.trial import Subject, load_subject
+from warm_python import executable
 
 RULES = Path(__file__).with_name("broken_rules.py")
 BROKEN = {
@@ -173,14 +174,14 @@ def test_a_method_that_raises_fails_with_what_it_raised(monkeypatch: pytest.Monk
     assert finding.told.startswith("the method raises RuntimeError: no such luck (test_check.py, line ")
 
 
-def pytest_run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "galore_pretrain.pytest_plug", "-p", "no:cacheprovider", *words]
+def pytest_run(folder: Path, *words: str, interpreter: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    command = [interpreter, "-m", "pytest", "-p", "galore_pretrain.pytest_plug", "-p", "no:cacheprovider", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def test_pytest_makes_a_test_of_each_check(tmp_path: Path) -> None:
     words = ["--pyargs", check.__name__, "--method", f"{RULES}:InPlace", "--method", "sgd", "-k", "gradients or rate"]
-    result = pytest_run(tmp_path, *words)
+    result = pytest_run(tmp_path, *words, interpreter=executable())
     assert result.returncode == 1, result.stdout
     assert "1 failed, 3 passed" in result.stdout
     assert "likely the rule writes into the gradient" in result.stdout

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from galore_pretrain.optim import REGISTRY, build_optimizer
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.checkpoint import DamagedError
 from prescribed import meant_for
+from runs import python
 
 STATE: dict[str, Any] = {"config": {}, "trainer": {}, "counts": {}}
 
@@ -318,7 +317,7 @@ try:
 except checkpoint.NotWrittenError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = python(script, str(tmp_path))
     assert done.stdout.strip() == "File too large", done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["step_00000001"]
     checkpoint.opened(tmp_path / "step_00000001")

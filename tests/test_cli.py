@@ -28,7 +28,8 @@ from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.planning import plan
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.directory import RunDirectory
-from runs import COMMAND_LINE, MEASURED, command, lines, python, run
+from runs import COMMAND_LINE, MEASURED, command, lines, python, run, start
+from warm_python import executable
 
 KEYS = {"step", "loss", "lr", "tokens_seen"} | (MEASURED - {"mfu"})
 EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_reference_perplexity", "eval_bits_per_byte", "eval_tokens"}
@@ -178,12 +179,13 @@ def test_killed_and_started_again(flags: tuple[str, ...], tiny_config: str, fini
         whole = tmp_path / "whole"
         assert run(tiny_config, whole, *flags).returncode == 0
     output = tmp_path / "killed"
-    process = subprocess.Popen(command(tiny_config, output, *flags), stderr=subprocess.DEVNULL)
+    words = command(tiny_config, output, *flags)[3:]
+    process = start(COMMAND_LINE, *words, stdout=tmp_path / "stdout", stderr=tmp_path / "stderr")
     while not (output / "checkpoints" / "step_00000004").exists():
-        assert process.poll() is None
+        assert process.exitcode is None
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     assert not (output / "summary.json").exists()
     result = run(tiny_config, output, *flags)
     assert result.returncode == 0, result.stderr
@@ -193,9 +195,8 @@ def test_killed_and_started_again(flags: tuple[str, ...], tiny_config: str, fini
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_config: str, finished: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(tiny_config, tmp_path / "run", "--save-every", "1000"), stderr=subprocess.PIPE, text=True
-    )
+    words = command(tiny_config, tmp_path / "run", "--save-every", "1000")[1:]
+    process = subprocess.Popen([executable(), *words], stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not lines(tmp_path / "run"):
         assert process.poll() is None
         time.sleep(0.01)
@@ -513,7 +514,7 @@ def test_run_json_is_below_flags_and_above_the_recipe(tmp_path: Path, tiny_confi
 
 def test_a_runs_own_config_repeats_it(finished: Path, tmp_path: Path) -> None:
     arguments = ["--config", str(finished / "config.json"), "--output", str(tmp_path / "again")]
-    result = subprocess.run([sys.executable, "-m", "galore_pretrain", *arguments], capture_output=True, check=False)
+    result = python(COMMAND_LINE, *arguments)
     assert result.returncode == 0, result.stderr
     assert lines(tmp_path / "again") == lines(finished)
 
@@ -658,8 +659,9 @@ def test_several_texts_are_trained_on_together(tiny_config: str, tmp_path: Path)
     assert again.returncode == 0, again.stderr
 
 
-def imported_anew(model: str, output: Path, *flags: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    words = command(model, output, *flags)
+def with_another_wandb(model: str, output: Path, *flags: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A run that imports the wandb of ``env``'s PYTHONPATH: nothing else does, and so no process has before it."""
+    words = [executable(), *command(model, output, *flags)[1:]]
     return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=env)
 
 
@@ -687,7 +689,7 @@ def test_wandb_gets_the_same_numbers(tiny_config: str, tmp_path: Path) -> None:
         "    def finish(self): self.file.close()\n"
     )
     environment["PYTHONPATH"] = str(recorder.parent)
-    result = imported_anew(tiny_config, tmp_path / "other", "--steps", "3", env=environment)
+    result = with_another_wandb(tiny_config, tmp_path / "other", "--steps", "3", env=environment)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "other" / "recorded.jsonl").read_text() == (tmp_path / "other" / "metrics.jsonl").read_text()
 
@@ -697,6 +699,6 @@ def test_wandb_never_stops_a_run(tiny_config: str, tmp_path: Path) -> None:
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise RuntimeError('wandb is broken')")
     environment = os.environ | {"PYTHONPATH": str(blocked.parent), "WANDB_MODE": "offline"}
-    result = imported_anew(tiny_config, tmp_path / "run", "--steps", "2", env=environment)
+    result = with_another_wandb(tiny_config, tmp_path / "run", "--steps", "2", env=environment)
     assert result.returncode == 0, result.stderr
     assert "wandb is off for this run: wandb is broken" in result.stderr

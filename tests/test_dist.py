@@ -1,8 +1,9 @@
 """Several processes are the same program: the curves of one, checkpoints that any number of them reads, and an end.
 
 All by gloo on this machine and the real command line: those that are only compared are forked from a process that has
-imported all, and torchrun starts those that end, or are lost. ``FULL=1`` (``make dist``) runs every optimizer
-in every way to share it, by two and by four processes; CI a part of that.
+imported all, and torchrun starts those that end, or are lost, by a Python that has (warm_python.py), in all tests but
+one. ``FULL=1`` (``make dist``) runs every optimizer in every way to share it, by two and by four processes; CI a part
+of that.
 """
 
 import itertools
@@ -15,7 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -27,7 +27,8 @@ from galore_pretrain.optim.methods import METHODS
 from galore_pretrain.planning.traffic import count
 from galore_pretrain.rundir.directory import RunDirectory
 from messages import config_of
-from runs import COMMAND_LINE, command, lines, start
+from runs import COMMAND_LINE, command, lines, python, start
+from warm_python import UNPLANNED, executable
 
 FULL = bool(os.environ.get("FULL"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -39,20 +40,26 @@ PROJECTED = ("--layerwise", "--shard", "none", "--reduce", "projected")
 COMPILED = ("--layerwise", "--compile")
 
 
-def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-endpoint", "localhost:0"]
-        python += ["--rdzv-backend", "c10d", *options.pop("launch", ())]
+def torchrun(
+    processes: int, *arguments: str, interpreter: str | None = None, launch: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """What torchrun comes to, which starts its processes by the same interpreter: one that has imported all already."""
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-endpoint", "localhost:0"]
+    words += ["--rdzv-backend", "c10d", *launch, *arguments]
     return subprocess.run(
-        [*python, *arguments], capture_output=True, text=True, timeout=1800, check=False, env=ENVIRONMENT, **options
+        [interpreter or executable(), *words],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+        env=ENVIRONMENT | {UNPLANNED: "1"},
     )
 
 
 def flags(model: str, output: Path, *more: str) -> list[str]:
-    """Of a run of 8 updates, of 8 rows each: bases are made three times, and factors merged twice."""
-    changed = {"--steps": "8", "--total-batch-size": "8", "--save-every": "100", "--eval-every": "100"}
-    changed |= {"--update-proj-gap": "3", "--eval-tokens": "600", "--max-length": "32"}
+    """Of a run of 5 updates, of 8 rows each: bases are made three times, and factors merged twice."""
+    changed = {"--steps": "5", "--total-batch-size": "8", "--save-every": "100", "--eval-every": "100"}
+    changed |= {"--update-proj-gap": "2", "--eval-tokens": "600", "--max-length": "32"}
     words = command(model, output, *more)[3:]
     for name, value in changed.items():
         words[words.index(name) + 1] = value
@@ -115,7 +122,7 @@ def case(model: str, output: Path, row: str, *more: str) -> list[str]:
         del words[(i := words.index(name)) : i + 2]
     if row in METHODS and any("weights" in recipe.values for recipe in METHODS[row].recipes):
         words += ["--weights", "dense"]  # codes are one process's
-    return words + (["--relora-every", "3"] if "relora" in row else [])
+    return words + (["--relora-every", "2"] if "relora" in row else [])
 
 
 def compare(one: Path, other: Path, tolerance: float) -> str | None:
@@ -172,7 +179,7 @@ OWN = Path(__file__).parent / "own_methods.py"
 def test_methods_of_files_are_those_of_one_process(tiny_config: str, tmp_path: Path) -> None:
     """A class of torch's, one of one's own, and a rule around GaLore, which is the shipped row that it repeats."""
     rate = ("--lr", "0.003")
-    low_rank = ("--rank", "4", "--update-proj-gap", "3")
+    low_rank = ("--rank", "4", "--update-proj-gap", "2")
     own = {
         "lion": (f"{OWN}:Lion", *rate),
         "adagrad": ("torch.optim:Adagrad", *rate),
@@ -260,9 +267,9 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
         return [
             *case(tiny_config, output, row, "--keep", "9", *more, *clipped),
             "--save-every",
-            "4",
+            "3",
             "--eval-every",
-            "4",
+            "3",
         ]
 
     modes = dict(zip(ELASTIC, itertools.cycle(("--layerwise", "--no-layerwise")), strict=False))
@@ -274,7 +281,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_config: str, tmp_pa
             folder = tmp_path / f"{row}-4-{processes}"
             shutil.copytree(tmp_path / f"{row}-4", folder)
             (folder / "summary.json").unlink()
-            shutil.rmtree(folder / "checkpoints" / "step_00000008")
+            shutil.rmtree(folder / "checkpoints" / "step_00000005")
             again[folder] = words(row, folder)
         run_all(processes, again, tmp_path)
         found = [
@@ -313,28 +320,31 @@ cli.main()
 
 @pytest.mark.slow
 def test_a_process_is_killed_and_torchrun_starts_all_again(tiny_config: str, tmp_path: Path) -> None:
-    """They go on from the newest checkpoint, to the curve of a run that nothing disturbed."""
+    """They go on from the newest checkpoint, to the curve of a run that nothing disturbed. All begin as a user's do."""
     script = tmp_path / "losing.py"
     script.write_text(LOSING.format(FIRST, "os.kill(os.getpid(), signal.SIGKILL)"))
     words = ["--total-batch-size", "8", "--layerwise"]
     run_all(2, {tmp_path / "whole": command(tiny_config, tmp_path / "whole", *words)[3:]}, tmp_path)
     arguments = command(tiny_config, tmp_path / "lost", *words)[3:]
-    done = torchrun(2, str(script), *arguments, launch=("--max-restarts", "1"))
+    done = torchrun(2, str(script), *arguments, interpreter=sys.executable, launch=("--max-restarts", "1"))
     assert done.returncode == 0, done.stderr[-5000:]
     assert "Error: another process has ended, or not answered for --distributed-timeout 600 s" in done.stderr
     assert "at update 4" in done.stderr
     assert lines(tmp_path / "lost") == lines(tmp_path / "whole")
 
 
+AGENT = "import os; os.environ['AGENT'] = str(os.getpid()); from torch.distributed.run import main; main()"
+
+
 def agent(host: int, port: int, log: Path, *arguments: str) -> subprocess.Popen[str]:
-    """torchrun of two processes, as on one of two hosts; the first keeps the place where they meet."""
+    """torchrun of two processes, as on one of two hosts; the first keeps the place where they meet. Its processes know
+    its number by AGENT."""
     words = ["--nnodes", "2", "--nproc_per_node", "2", "--max-restarts", "3", "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", f"is_host={host == 1},keep_alive_interval=1"]
     environment = {**ENVIRONMENT, "HOST": str(host), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as slurm.sh has it
+    environment |= {UNPLANNED: "1"}
     with log.open("w") as stderr:
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *words, *arguments], stderr=stderr, env=environment
-        )
+        return subprocess.Popen([executable(), "-c", AGENT, *words, *arguments], stderr=stderr, env=environment)
 
 
 @pytest.mark.slow
@@ -343,11 +353,12 @@ def test_one_of_two_hosts_is_lost_and_comes_back(tiny_config: str, tmp_path: Pat
     an update, and started again. Both end, with the curve of one process."""
     script, mark = tmp_path / "losing.py", tmp_path / "lost"
     when = f'os.environ["HOST"] == "2" and not os.path.exists("{mark}")'
-    what = f'open("{mark}", "w").close(); os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)'
+    what = f'open("{mark}", "w").close(); os.kill(int(os.environ["AGENT"]), 9); os.kill(os.getpid(), 9)'
     script.write_text(LOSING.format(when, what))
     row = "galore_adamw"
-    run_all(1, {tmp_path / "one": case(tiny_config, tmp_path / "one", row, "--save-every", "4")}, tmp_path)
-    arguments = case(tiny_config, tmp_path / "two", row, "--save-every", "4", "--shard", "hybrid", *PROJECTED[3:])
+    longer = ("--steps", "8", "--save-every", "4")
+    run_all(1, {tmp_path / "one": case(tiny_config, tmp_path / "one", row, *longer)}, tmp_path)
+    arguments = case(tiny_config, tmp_path / "two", row, *longer, "--shard", "hybrid", *PROJECTED[3:])
     port = free_port()
     logs = [tmp_path / f"{name}.log" for name in ("first", "second", "back")]
     hosts = [agent(1 + (i > 0), port, log, str(script), *arguments) for i, log in enumerate(logs[:2])]
@@ -405,8 +416,7 @@ def test_what_is_not_for_several_processes(tmp_path: Path) -> None:
     """Each would do all of the work. And a folder that a process does not see is not one to save in."""
     told = {**ENVIRONMENT, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     for words in (["sweep", "lr", "--model", "llama_1m"], ["plan", "--model", "llama_1m"], ["report", "runs"]):
-        command = [sys.executable, "-m", "galore_pretrain", *words]
-        refused = subprocess.run(command, capture_output=True, text=True, env=told, check=False)
+        refused = python(COMMAND_LINE, *words, env=told)
         assert refused.stderr == f"Error: {words[0]} is one process's work: start it without torchrun\n"
         assert refused.returncode == 2
     with pytest.raises(InputError, match="all hosts must share it"):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from galore_pretrain.cli import cli
 from galore_pretrain.errors import InputError
 from galore_pretrain.rundir.export import _name_beginning
-from runs import command
+from runs import COMMAND_LINE, command, python
 
 ROADS = ("", "checkpoints/step_00000012", "model")
 """What `eval`, `export` and `generate` take: a run, a checkpoint, a Hugging Face folder."""
@@ -198,7 +197,7 @@ def test_a_run_shows_no_warnings_of_transformers(large: Path, tiny_config: str, 
     words += ["--max-unknown", "1"]
     environment = os.environ | {"WANDB_MODE": "disabled"}
     environment.pop("TRANSFORMERS_VERBOSITY", None)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False, env=environment)
+    done = python(COMMAND_LINE, *words[3:], env=environment, planned=True)
     assert done.returncode == 0, done.stderr
     assert "transformers]" not in done.stderr
     assert "Token indices" not in done.stderr

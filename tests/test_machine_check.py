@@ -28,6 +28,7 @@ from galore_pretrain.optim import METHODS
 from galore_pretrain.optim import update as update_of_one
 from galore_pretrain.planning import plan as plans
 from galore_pretrain.tensors.transport import AtOnce
+from warm_python import executable
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.py"
 
@@ -50,7 +51,7 @@ def test_it_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
     """In its smallest form, as CI makes it."""
     names = "environment,memory,resume,seven"
     words = ["--minutes", "9", "--device", "cpu", "--only", names, "--output", str(tmp_path / "check")]
-    command = [sys.executable, "-m", "galore_pretrain", "check", *words]
+    command = [executable(), "-m", "galore_pretrain", "check", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads((tmp_path / "check" / "check.json").read_text())

@@ -38,7 +38,8 @@ from galore_pretrain.rundir.directory import RunDirectory
 from galore_pretrain.train import metrics
 from galore_pretrain.train.metrics import JsonLines, Wandb
 from galore_pretrain.train.trainer import TrainState
-from runs import command, lines, python, run
+from runs import COMMAND_LINE, command, lines, python, run
+from warm_python import executable
 
 AFTER_IMPORTS = """
 import os, resource, signal, sys, time
@@ -95,8 +96,10 @@ metrics.JsonLines.log = fill
 def test_a_log_that_cannot_be_written_stops_nothing(tiny_config: str, finished: Path, tmp_path: Path) -> None:
     """A sweep's run logs into its folder, so its log fills the disk that its checkpoints are on."""
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command(tiny_config, tmp_path / "run"), stderr=full, timeout=300, check=False)
-        refused = subprocess.run(command("nowhere", tmp_path / "no"), stderr=full, timeout=300, check=False)
+        done, refused = (
+            subprocess.run([executable(), *words[1:]], stderr=full, timeout=300, check=False)
+            for words in (command(tiny_config, tmp_path / "run"), command("nowhere", tmp_path / "no"))
+        )
     assert (done.returncode, refused.returncode) == (0, 2)
     assert_same(tmp_path / "run", finished)
 
@@ -153,7 +156,7 @@ def test_a_cut_file_of_metrics_loses_its_cut_line_alone(tmp_path: Path, caplog: 
 def test_a_disk_that_is_full_from_the_start_is_one_line(room: int, tiny_config: str, tmp_path: Path) -> None:
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))"
     arguments = command(tiny_config, tmp_path / "run")[3:]
-    script = [sys.executable, "-c", AFTER_IMPORTS.format(limit), *arguments]
+    script = [executable(), "-c", AFTER_IMPORTS.format(limit), *arguments]
     failed = subprocess.run(
         script, capture_output=True, text=True, timeout=300, check=False
     )  # by pipes: they have room
@@ -351,8 +354,7 @@ def test_a_model_folder_with_a_pickle_is_refused(finished: Path, tmp_path: Path)
     shutil.copytree(finished / "model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    command = [sys.executable, "-m", "galore_pretrain", "generate", str(tmp_path / "model"), "hello"]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    refused = python(COMMAND_LINE, "generate", str(tmp_path / "model"), "hello")
     assert refused.returncode == 2, refused.stderr
     assert "its weights cannot be loaded" in refused.stderr
     assert not (tmp_path / "exploded").exists()
@@ -542,7 +544,7 @@ metrics.JsonLines.log = stopping
 """
     arguments = command(tiny_config, tmp_path / "run", "--wandb", "offline")[3:]
     with (tmp_path / "stderr").open("w") as file:  # no pipe, which the service would hold open
-        process = subprocess.Popen([sys.executable, "-c", AFTER_IMPORTS.format(stop), *arguments], stderr=file)
+        process = subprocess.Popen([executable(), "-c", AFTER_IMPORTS.format(stop), *arguments], stderr=file)
     try:
         code = process.wait(200)
     finally:

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from galore_pretrain.cli import cli
 from galore_pretrain.errors import InputError
 from galore_pretrain.optim.methods import _ENTRIES
 from galore_pretrain.study.sweep import GRID, Entry, Planned, Sweep, entries
+from warm_python import UNPLANNED, executable
 
 FULL = bool(os.environ.get("FULL"))
 
@@ -144,6 +144,16 @@ def test_all_methods_are_a_sweep_and_the_frozen_control() -> None:
     assert lines[-1].flags["matrix_lr_scale"] == 0
 
 
+def command(arguments: list[str]) -> list[str]:
+    """The command line, in a process of its own that starts its runs so too."""
+    return [executable(), "-m", "galore_pretrain", *arguments]
+
+
+def swept(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {UNPLANNED: "1"}
+    return subprocess.run(command(arguments), capture_output=True, text=True, timeout=500, check=False, env=environment)
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> str:
     """One method to tune, and with FULL=1 a second one, before one that diverges."""
@@ -160,9 +170,7 @@ def test_a_sweep_tunes_goes_on_and_reports(tiny_config: str, own: str, tmp_path:
     """A run that fails does not stop the others; what is finished is not made again."""
     output = tmp_path / "out"
     arguments = short(tiny_config, output, own, "--tune-matrices", "0.01,1", "--seeds", "2", "--jobs", "2")
-    result = subprocess.run(
-        [sys.executable, "-m", "galore_pretrain", *arguments], capture_output=True, text=True, timeout=500, check=False
-    )
+    result = swept(arguments)
     assert result.returncode == 1, result.stderr
     assert "failed: " in result.stderr
     assert "diverging" in result.stderr
@@ -179,9 +187,7 @@ def test_a_sweep_tunes_goes_on_and_reports(tiny_config: str, own: str, tmp_path:
     assert "| method | lr | matrices × | seeds |" in result.stdout
     assert (output / "report" / "report.html").exists()
     before = {file: file.stat().st_mtime_ns for file in output.glob("*/summary.json")}
-    again = subprocess.run(
-        [sys.executable, "-m", "galore_pretrain", *arguments], capture_output=True, text=True, timeout=500, check=False
-    )
+    again = swept(arguments)
     finished = [line for line in result.stdout.splitlines() if not line.startswith("| sgd")]  # which is tried again
     assert [line for line in again.stdout.splitlines() if not line.startswith("| sgd")] == finished
     assert {file: file.stat().st_mtime_ns for file in output.glob("*/summary.json")} == before
@@ -192,9 +198,8 @@ def test_a_signal_reaches_the_runs_and_the_sweep_goes_on(tiny_config: str, tmp_p
     output = tmp_path / "out"
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"runs": {"long": {"optim": "adamw"}}}))
-    arguments = [*short(tiny_config, output, str(file)), "--steps", "250", "--eval-every", "250"]
-    command = [sys.executable, "-m", "galore_pretrain", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    arguments = [*short(tiny_config, output, str(file)), "--steps", "120", "--eval-every", "120"]
+    with subprocess.Popen(command(arguments), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         metrics = output / "long-seed0" / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while not (metrics.exists() and metrics.read_text().count("\n") > 3):
@@ -205,8 +210,8 @@ def test_a_signal_reaches_the_runs_and_the_sweep_goes_on(tiny_config: str, tmp_p
         assert process.wait(120) == 128 + signal.SIGTERM
     saved = [folder.name for folder in (output / "long-seed0" / "checkpoints").iterdir()]
     assert saved
-    assert "step_00000250" not in saved
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=dict(os.environ))
+    assert "step_00000120" not in saved
+    result = swept(arguments)
     assert result.returncode == 0, result.stderr
     assert "going on from" in (output / "long-seed0" / "log.txt").read_text()
 

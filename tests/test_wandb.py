@@ -6,13 +6,13 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runs import command, run
+from runs import command, python, run
+from warm_python import executable
 
 KEY = "0" * 40
 LOG = """
@@ -34,7 +34,7 @@ def _python(tmp_path: Path, script: str, *arguments: str, **environment: str) ->
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "NETRC"))}
     fixed = {"HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path / "settings"), "NO_PROXY": "127.0.0.1"}
     return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
+        [executable(), "-c", script, *arguments],
         env={**inherited, **fixed, **environment},
         cwd=tmp_path,
         capture_output=True,
@@ -136,7 +136,7 @@ cli.main()
 """
     output = tmp_path / "run"
     arguments = command(tiny_config, output, "--wandb", "offline")[3:]
-    killed = subprocess.run([sys.executable, "-c", kill, *arguments], capture_output=True, timeout=300, check=False)
+    killed = python(kill, *arguments)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = set(output.rglob("offline-run-*/*.wandb"))
     again = run(tiny_config, output, "--wandb", "offline")

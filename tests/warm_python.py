@@ -200,7 +200,7 @@ def become(job: Job, files: list[int], client: str) -> NoReturn:
         try:
             stream.flush()
         except OSError:
-            code = code or 120
+            code = 120
     os._exit(code & 255)
 
 
