@@ -209,7 +209,7 @@ def torment(name: str, folder: Path, kills: int, rng: random.Random, places: Ite
 
 def every_row(folder: Path, *, both: bool) -> int:
     """How many runs were killed before their fifth update, gone on with from their third, and found to be the same.
-    Bases are made at the first, third and fifth update, so that what goes on has one of before, and makes one.
+    Bases are made every second update: what goes on has those of before, and makes others.
 
     Each row has two runs if ``both`` executions are asked for, else one, layerwise and global in turn.
     """

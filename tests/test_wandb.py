@@ -16,10 +16,12 @@ from warm_python import executable
 
 KEY = "0" * 40
 LOG = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
+from galore_pretrain.train import metrics
 from galore_pretrain.train.metrics import Wandb
 
+metrics._INIT = float(os.environ.get("INIT", metrics._INIT))
 mode, options = sys.argv[1], {"project": None, "name": None, "tags": None} | json.loads(sys.argv[2])
 started = time.monotonic()
 logger = Wandb(mode, Path("folder"), config={}, run_id=None, **options)
@@ -113,7 +115,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path: Path, kind: s
         if kind == "silent":
             listener.listen()
         server = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        log, stderr = _log(tmp_path, "online", WANDB_API_KEY=KEY, WANDB_BASE_URL=server)
+        log, stderr = _log(tmp_path, "online", WANDB_API_KEY=KEY, WANDB_BASE_URL=server, INIT="2")
     assert all(f"{step / 1000}".encode() in log for step in range(1, 4))
     synced = re.search(rf"wandb logs offline: {server} did not take the run .* wandb sync (\S+) ", stderr)
     assert synced, stderr
