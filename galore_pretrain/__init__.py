@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from galore_pretrain.model.llama import build_model
     from galore_pretrain.model.llama_config import load_model_config
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "build_model", "load_model_config"]
 
 
