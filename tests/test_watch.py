@@ -57,7 +57,7 @@ def test_a_curve_of_any_length_has_few_points_that_stand_for_all_values(values: 
     curve = Curve()
     for x, y in enumerate(values):
         curve.add(x, y)
-    assert len(curve.points) <= 300
+    assert len(curve.points) <= 120
     assert sum(point.count for point in curve.points) == len(values)
     assert curve.points[-1].x == len(values) - 1
     assert max(point.high for point in curve.points) == max(values)
@@ -183,7 +183,7 @@ def test_the_page_tells_each_run(tmp_path: Path) -> None:
         'data-name="left">16 s<',
         'data-name="memory">1.00 GiB<small>planned 1.50 GiB<',
         'data-name="skipped">0<',
-        'data-name="method">galore_adamw, seed 0<',
+        "going &amp; &lt;b&gt;<small>galore_adamw, seed 0<",
     ):
         assert cell in text, cell
     titles = [chart.attrib["aria-label"] for chart in pictures(text)]
@@ -216,7 +216,7 @@ def test_what_is_seldom_is_shown_where_it_is(tmp_path: Path) -> None:
     titles = [chart.attrib["aria-label"] for chart in pictures(text)]
     assert titles[-3:] == [
         "overlap of old and new subspace, at refreshes",
-        "the same of one matrix; dotted: what noise leaves of it",
+        "one matrix's overlap; rings: by noise alone",
         "updates skipped so far",
     ]
     assert '<b class="warn">1</b><small>refreshes saved 2</small>' in text
@@ -293,7 +293,8 @@ def test_numbers_and_durations_in_few_letters() -> None:
 
 def test_dark_colours_are_lighter_on_a_dark_page() -> None:
     assert on_dark("#E69F00") == "#e69f00"
-    assert on_dark("#000000") == "#8c8c8c"
+    assert on_dark("#000000") == "#e6e6e6"
+    assert on_dark("#0072B2") == "#499ac8"
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -381,7 +382,7 @@ def test_a_signal_ends_it_with_a_last_page(tmp_path: Path, number: signal.Signal
 
 
 def test_a_real_run_is_planned_as_it_plans_itself(tiny_config: str, tmp_path: Path) -> None:
-    done = run(tiny_config, tmp_path / "run", planned=True)
+    done = run(tiny_config, tmp_path / "run", "--betas", "0.8,0.99", planned=True)
     assert done.returncode == 0, done.stderr
     seen = WatchedRun(tmp_path / "run")
     seen.look()
@@ -394,3 +395,4 @@ def test_a_real_run_is_planned_as_it_plans_itself(tiny_config: str, tmp_path: Pa
     assert "12 of 12" in text
     seen.environment["processes"] = 2
     assert planned_peak(seen) is None
+    assert planned_peak(WatchedRun(tmp_path)) is None  # which has no config

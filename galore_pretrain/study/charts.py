@@ -7,6 +7,7 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 _WIDTH, _HEIGHT = 360, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 24  # margins
@@ -18,16 +19,17 @@ DASHES = {"-": "none", "--": "7 3", ":": "2 3", "-.": "7 3 2 3"}
 
 @dataclass(frozen=True)
 class Line:
-    """A line through ``points`` (x, y) in a ``colour`` of CSS, with strokes of `DASHES`.
+    """A line through ``points`` (x, y) in a ``colour`` of CSS, with ``strokes`` of `DASHES`.
 
-    ``band`` (x, low, high) is filled around it. ``has_marks``: each point is a dot too.
+    ``band`` (x, low, high) is filled around it. Without strokes (None), the points alone are drawn. ``marks`` are at
+    the last point, or dots or rings at all.
     """
 
     points: Sequence[tuple[float, float]]
     colour: str
-    strokes: str = "-"
+    strokes: str | None = "-"
     band: Sequence[tuple[float, float, float]] = ()
-    has_marks: bool = False
+    marks: Literal["last", "dots", "rings"] = "last"
 
 
 @dataclass(frozen=True)
@@ -167,16 +169,20 @@ def _drawn(line: Line, x_range: Range, y_range: Range) -> list[str]:
         lower = [(x, low) for x, low, _ in reversed(line.band)]
         outline = _path([*upper, *lower], x_range, y_range)
         parts.append(f'<path d="{outline}Z" fill="{line.colour}" fill-opacity=".18"/>')
-    parts.append(
-        f'<path d="{_path(line.points, x_range, y_range)}" fill="none" stroke="{line.colour}" stroke-width="1.6" '
-        f'stroke-linejoin="round" stroke-dasharray="{DASHES[line.strokes]}"/>'
-    )
+    if line.strokes is not None:
+        parts.append(
+            f'<path d="{_path(line.points, x_range, y_range)}" fill="none" stroke="{line.colour}" stroke-width="1.6" '
+            f'stroke-linejoin="round" stroke-dasharray="{DASHES[line.strokes]}"/>'
+        )
+    fill = line.colour
+    if line.marks == "rings":
+        fill = "none"
     marked = line.points
-    if not line.has_marks:
-        marked = line.points[-1:]  # where the run is now
+    if line.marks == "last":
+        marked = line.points[-1:]
     for x, y in marked:
         cx, cy = _across(x, x_range), _down(y, y_range)
-        parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2.4" fill="{line.colour}"/>')
+        parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="1.8" fill="{fill}" stroke="{line.colour}"/>')
     return parts
 
 

@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from galore_pretrain.config.options import RunConfig, shipped_models
@@ -97,16 +96,20 @@ class Watch:
 # `config.json` has. Nothing is downloaded for that, and no file of an own method executed.
 def planned_peak(run: WatchedRun) -> int | None:
     """Return the planned peak of a run of one process in bytes; None where it cannot be planned here."""
-    config = RunConfig.of(run.config)
-    is_here = config.model in shipped_models() or Path(config.model).exists()
-    if run.environment.get("processes", 1) > 1 or not is_here or is_own(config.optim):
+    model = run.config.get("model") or ""
+    is_here = model in shipped_models() or os.path.exists(model)
+    if run.environment.get("processes", 1) > 1 or not is_here or is_own(run.config["optim"]):
         return None
-    device = "cuda" if run.environment.get("hardware", {}).get("gpu") else "cpu"
+    values = {}
+    for name, value in run.config.items():
+        values[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+    is_on_gpu = "gpu" in run.environment.get("hardware", {})
+    values["device"] = "cuda" if is_on_gpu else "cpu"
     try:
         from galore_pretrain.model.architecture import architecture_of_run  # torch and transformers
         from galore_pretrain.planning.plan import measure
 
-        config = replace(config, device=device)
+        config = RunConfig.of(values)
         return measure(config, architecture_of_run(config)).peak_bytes
     except Exception as error:  # no reason to stop watching
         log.info("%s: its memory could not be planned: %s", run.folder, error)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from galore_pretrain.study import glue
 from galore_pretrain.study.charts import DASHES, Level, Line, draw
@@ -29,10 +30,10 @@ h1{font-size:1.35rem;margin:0}h2{font-size:1.05rem;margin:2rem 0 .6rem}p{margin:
 .faint,small{color:var(--faint)}small{font-size:.85em}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th{font-weight:500;color:var(--faint);font-size:.85em}
-th,td{text-align:right;padding:.35rem .5rem;border-bottom:1px solid var(--rule);vertical-align:top}
-th:nth-child(-n+3),td:nth-child(-n+3){text-align:left}
+th,td{text-align:right;padding:.35rem .5rem;border-bottom:1px solid var(--rule);vertical-align:top;white-space:nowrap}
+th:nth-child(-n+2),td:nth-child(-n+2){text-align:left}
 th:first-child,td:first-child{padding-left:0}th:last-child,td:last-child{padding-right:0}
-td:first-child{overflow-wrap:anywhere}td small{display:block}
+td:first-child{white-space:normal;overflow-wrap:anywhere}td small{display:block;font-weight:400}
 progress{display:block;width:100%;min-width:5rem;height:.4rem;margin-top:.25rem;accent-color:var(--faint)}
 .running,.saving,.ended{color:var(--good)}.silent,.warn{color:var(--bad)}.starting{color:var(--faint)}
 .key{width:26px;height:10px;margin-right:.4rem;vertical-align:baseline}
@@ -47,7 +48,7 @@ svg text{font:11px system-ui,sans-serif;fill:var(--faint)}
 thead{display:none}table,tbody,tr{display:block}
 tr{background:var(--card);border-radius:8px;padding:.6rem .7rem;margin-bottom:.7rem;display:grid;
 grid-template-columns:1fr 1fr;gap:.35rem 1rem}
-td,td:first-child,td:last-child{display:block;text-align:left;border:0;padding:0}
+td,td:first-child,td:last-child{display:block;text-align:left;border:0;padding:0;white-space:normal}
 td:first-child{grid-column:1/-1;font-weight:600}
 td:not(:first-child):before{content:attr(data-name);display:block;color:var(--faint);font-size:.8rem}
 td:empty{display:none}}
@@ -65,7 +66,7 @@ _ON_TIME = (
 
 @dataclass(frozen=True)
 class _Chart:
-    """What a chart shows: curves of runs by their key, the first in the run's own strokes, others dotted."""
+    """What a chart shows: the curves of ``keys`` as ``drawn``; dots are rings of a second key."""
 
     title: str
     keys: Sequence[str]
@@ -73,20 +74,21 @@ class _Chart:
     log: bool = False
     from_zero: bool = False
     has_band: bool = False
-    has_marks: bool = False
+    drawn: Literal["lines", "lines with dots", "dots"] = "lines"
 
 
 _CHARTS = (
     _Chart("training loss", ["loss"], has_band=True),
-    _Chart("validation perplexity", ["eval_perplexity"], log=True, has_marks=True),
-    _Chart("validation score", ["eval_score"], has_marks=True),
+    _Chart("validation perplexity", ["eval_perplexity"], log=True, drawn="lines with dots"),
+    _Chart("validation score", ["eval_score"], drawn="lines with dots"),
     _Chart("peak memory, GiB; broken: planned", ["peak_memory_bytes"], unit=_GIB, from_zero=True),
     _Chart("tokens a second", ["tokens_per_second"], from_zero=True),
     _Chart("learning rate", ["lr"], from_zero=True),
-    _Chart("overlap of old and new subspace, at refreshes", ["subspace_overlap"]),
+    _Chart("overlap of old and new subspace, at refreshes", ["subspace_overlap"], drawn="dots"),
     _Chart(
-        "the same of one matrix; dotted: what noise leaves of it",
+        "one matrix's overlap; rings: by noise alone",
         ["subspace_overlap_paired", "subspace_overlap_noise"],
+        drawn="dots",
     ),
     _Chart("updates skipped so far", [SKIPPED], from_zero=True),
 )
@@ -187,11 +189,16 @@ def _styles(comparison: Comparison) -> dict[str, Style]:
 
 
 def on_dark(colour: str) -> str:
-    """Return a colour, #RRGGBB, as it is where it is bright enough for a dark page, else mixed with white."""
+    """Return a colour, #RRGGBB, as it is where it is bright enough for a dark page, else mixed with white.
+
+    Black is nearly white there.
+    """
     channels = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
     weights = (0.2126, 0.7152, 0.0722)
     brightness = sum(weight * channel / 255 for weight, channel in zip(weights, channels, strict=True))
     share = max(0.0, (0.55 - brightness) / (1 - brightness))
+    if brightness == 0:
+        share = 0.9
     mixed = [round(channel + share * (255 - channel)) for channel in channels]
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
@@ -261,8 +268,7 @@ def _cells(run: WatchedRun, method: str, look: _Look, now: float) -> dict[str, s
     state = run.state(now)
     what = f"{method}, seed {run.config['seed']}" if "seed" in run.config else method
     cells = {
-        "run": look.key() + html.escape(run.folder.name),
-        "method": html.escape(what),
+        "run": f"{look.key()}{html.escape(run.folder.name)}<small>{html.escape(what)}</small>",
         "state": _state(run, state, now),
         "update": _progress(run),
         "loss": _loss(run),
@@ -362,7 +368,7 @@ def _drawn(chart: _Chart, method_of: Mapping[WatchedRun, str], looks: Mapping[st
     for run, method in method_of.items():
         look = looks[method]
         for place, key in enumerate(chart.keys):
-            line = _line(chart, run, key, look.colour, ":" if place else look.strokes)
+            line = _line(chart, run, key, look, is_second=place > 0)
             if line is not None:
                 lines.append(line)
         if "peak_memory_bytes" in chart.keys and run.planned is not None:
@@ -373,13 +379,20 @@ def _drawn(chart: _Chart, method_of: Mapping[WatchedRun, str], looks: Mapping[st
     return draw(chart.title, lines, list(levels), log=chart.log, from_zero=chart.from_zero)
 
 
-def _line(chart: _Chart, run: WatchedRun, key: str, colour: str, strokes: str) -> Line | None:
+def _line(chart: _Chart, run: WatchedRun, key: str, look: _Look, *, is_second: bool) -> Line | None:
     """Return the line of a run's curve; None where it has no value yet."""
     points = run.curves[key].points
+    # A mean of few values behind means of many looks like news.
+    if len(points) > 2 and 2 * points[-1].count <= points[-2].count:
+        points = points[:-1]
     if not points:
         return None
-    band = []
-    if chart.has_band and any(point.count > 1 for point in points):
-        band = [(point.x, point.low / chart.unit, point.high / chart.unit) for point in points]
     through = [(point.x, point.mean / chart.unit) for point in points]
-    return Line(through, colour, strokes, band, chart.has_marks)
+    if chart.drawn == "dots":
+        return Line(through, look.colour, None, marks="rings" if is_second else "dots")
+    if chart.drawn == "lines with dots":
+        return Line(through, look.colour, look.strokes, marks="dots")
+    band = []
+    if chart.has_band and points[0].count > 1:
+        band = [(point.x, point.low / chart.unit, point.high / chart.unit) for point in points]
+    return Line(through, look.colour, look.strokes, band)

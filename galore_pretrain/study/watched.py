@@ -12,7 +12,7 @@ from typing import Any
 from galore_pretrain.config.options import texts_of
 from galore_pretrain.study.results import Result, json_object, read_config
 
-_MOST_POINTS = 300  # of a curve: a chart has hardly more pixels across
+_MOST_POINTS = 120  # of a curve: more of them show noise
 _LATEST = 50  # updates of which the speed is told
 _PATIENCE = 60.0  # seconds beyond ten updates, or an evaluation that is due, after which a run is called silent
 _PATIENCE_AT_FIRST = 600.0  # before the first update, when text is read and weights are made
@@ -69,7 +69,7 @@ class Point:
 # a run of any length costs the same memory, and a value costs the same time whenever it comes.
 @dataclass
 class Curve:
-    """Keeps a curve of any length as 300 points at most, evenly spread over its values."""
+    """Keeps a curve of any length as 120 points at most, evenly spread over its values."""
 
     points: list[Point] = field(default_factory=list)
     _values_a_point: int = 1
