@@ -215,7 +215,7 @@ def test_what_is_seldom_is_shown_where_it_is(tmp_path: Path) -> None:
     text = page([watched(folder)], Moment(NOW, 1))
     titles = [chart.attrib["aria-label"] for chart in pictures(text)]
     assert titles[-3:] == [
-        "overlap of old and new subspace, at refreshes",
+        "overlap of subspaces at a refresh",
         "one matrix's overlap; rings: by noise alone",
         "updates skipped so far",
     ]
@@ -261,6 +261,7 @@ def test_a_line_lies_where_its_numbers_say() -> None:
         (Range(0, 10), [0, 2, 4, 6, 8, 10]),
         (Range(3.31, 3.52), [3.35, 3.4, 3.45, 3.5]),
         (Range(18, 900, log=True), [20, 50, 100, 200, 500]),
+        (Range(65, 310, log=True), [70, 100, 200, 300]),
         (Range(18, 25, log=True), [18, 20, 22, 24]),
         (Range(2, 90_000, log=True), [10, 100, 1000, 10_000]),
     ],

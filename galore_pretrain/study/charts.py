@@ -73,8 +73,12 @@ def _round_step(most: float) -> float:
 
 
 def _logarithmic_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times the powers of ten between; the powers alone where that is more than two of them."""
-    multiples = (1, 2, 5) if high < 100 * low else (1,)
+    """Return 1, 2, 3, 5 and 7 times the powers of ten between; fewer multiples of more powers."""
+    multiples: Sequence[int] = (1,)
+    if high < 10 * low:
+        multiples = (1, 2, 3, 5, 7)
+    elif high < 100 * low:
+        multiples = (1, 2, 5)
     ticks = []
     for exponent in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
         ticks += [times * 10.0**exponent for times in multiples]

@@ -38,7 +38,7 @@ progress{display:block;width:100%;min-width:5rem;height:.4rem;margin-top:.25rem;
 .running,.saving,.ended{color:var(--good)}.silent,.warn{color:var(--bad)}.starting{color:var(--faint)}
 .key{width:26px;height:10px;margin-right:.4rem;vertical-align:baseline}
 .legend span{white-space:nowrap;margin-right:1.2rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:.8rem;margin:1rem 0}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:.8rem;margin:1rem 0}
 figure{margin:0;background:var(--card);border-radius:8px;padding:.6rem .5rem .3rem}
 figcaption{font-size:.9rem;padding:0 .3rem .3rem}
 figure svg{display:block;width:100%;height:auto}
@@ -84,7 +84,7 @@ _CHARTS = (
     _Chart("peak memory, GiB; broken: planned", ["peak_memory_bytes"], unit=_GIB, from_zero=True),
     _Chart("tokens a second", ["tokens_per_second"], from_zero=True),
     _Chart("learning rate", ["lr"], from_zero=True),
-    _Chart("overlap of old and new subspace, at refreshes", ["subspace_overlap"], drawn="dots"),
+    _Chart("overlap of subspaces at a refresh", ["subspace_overlap"], drawn="dots"),
     _Chart(
         "one matrix's overlap; rings: by noise alone",
         ["subspace_overlap_paired", "subspace_overlap_noise"],
