@@ -235,6 +235,20 @@ def test_settings_have_sections_and_seeds_a_colour(tmp_path: Path) -> None:
     assert "var(--s1m0)" in second
 
 
+def test_a_task_has_its_score(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", 3.0, done=4)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("data", "layout", "eval_tokens"):
+        config["config"][name]["value"] = None
+    config["config"]["task"] = {"value": "mrpc"}
+    (folder / "config.json").write_text(json.dumps(config))
+    append(folder, line(5, eval_loss=0.5, eval_score=0.8))
+    text = page([watched(folder)], Moment(NOW, 1))
+    assert "<h2>GLUE, fine-tuned from llama_60m: mrpc</h2>" in text
+    assert 'data-name="validation">score 0.8000<small>after 5<' in text
+    assert "validation score" in [chart.attrib["aria-label"] for chart in pictures(text)]
+
+
 def test_a_line_lies_where_its_numbers_say() -> None:
     root = ElementTree.fromstring(
         draw("t", [Line([(0, 0.0), (50, 5.0), (100, 10.0)], "#000")], from_zero=True)

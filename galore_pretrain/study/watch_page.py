@@ -236,9 +236,10 @@ def _section(number: int, comparison: Comparison, by_folder: Mapping[Path, Watch
     for label, results in comparison.methods.items():
         for result in results:
             method_of[by_folder[result.folder]] = label
-    heading = heading_of(comparison)
     if glue.is_of_glue(comparison):
         heading = f"{glue.heading([comparison])}: {comparison.setting['task']}"
+    else:
+        heading = heading_of(comparison)
     parts = [f"<h2>{html.escape(heading)}</h2>"]
     parts.append(_table(method_of, looks, now))
     if len(looks) > 1:
