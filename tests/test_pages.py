@@ -236,7 +236,7 @@ def check_make(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_pip(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is installed is this project, with extras that it has, and files that are there; or what is there is listed."""
+    """What is installed is this project, with extras that it has, and files that are there. Or it is listed."""
     if words == ["list"]:
         return
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
