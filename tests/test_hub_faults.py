@@ -9,13 +9,17 @@ import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 
 from fakehub import FakeHub, Fault
+from galore_pretrain.errors import InputError
+from galore_pretrain.text import hub
 from galore_pretrain.text.glue import TASKS
 from pretrained import LLAMA3_ROPE, begin_texts, make_folder, transformers_loss
 from roberta import make_glue, make_roberta
@@ -27,6 +31,8 @@ from test_init import KILLED, first_loss
 from warm import WarmHub
 
 pytestmark = pytest.mark.network
+
+NEW = "0" * 40
 
 # The libraries, and this program, wait for seconds and minutes between two attempts.
 SHORT_WAITS = """
@@ -78,10 +84,10 @@ FAULTS = {
 
 
 def write_hub(root: Path) -> Path:
-    make_folder(root / "org" / "model", num_key_value_heads=2, shard_size="100KB")
+    make_folder(root / "org" / "model", "Mistral", num_key_value_heads=2, shard_size="100KB")
     make_roberta(root / "org" / "encoder")
     make_glue.write_task(root / "nyu-mll" / "glue", TASKS["rte"], train=8, validation=4)
-    model_folder(root / "org" / "talker", CHATML)
+    model_folder(root / "org" / "talker", CHATML, "Qwen2", num_key_value_heads=2)
     (root / "org" / "chats").mkdir()
     write_chats(root / "org" / "chats" / "train.jsonl", 120)
     return root
@@ -89,7 +95,7 @@ def write_hub(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the hub holds: a decoder, an encoder with its data, and a decoder that talks with conversations."""
+    """What the hub holds: a Mistral, a RoBERTa with GLUE's data, and a Qwen2 that talks with conversations."""
     return write_hub(tmp_path_factory.mktemp("content"))
 
 
@@ -106,7 +112,7 @@ def undisturbed(content: Path, warm_hub: WarmHub, tmp_path_factory: pytest.TempP
     return found
 
 
-def struck(hub: FakeHub, subject: Subject, fault: Fault) -> None:
+def struck(server: FakeHub, subject: Subject, fault: Fault) -> None:
     """Let a fault strike every file, HEAD and GET."""
     faults = []
     for suffix in (*subject.first, *subject.waited):
@@ -117,7 +123,7 @@ def struck(hub: FakeHub, subject: Subject, fault: Fault) -> None:
             faults.append(replace(fault, times=times, at=10, suffix=suffix, methods=(method,)))
     if fault.hang:  # each takes seconds of waiting
         faults = [f for f in faults if f.suffix in (subject.waited[-1], ".jsonl")]
-    hub.more_faults = faults
+    server.more_faults = faults
 
 
 @pytest.mark.slow
@@ -136,27 +142,62 @@ def test_a_fault_of_the_hub_changes_nothing(
     assert lines(tmp_path / "run") == undisturbed[name]
 
 
-# -- a hub that changes -----------------------------------------------------------------------------------------------
+class BusyError(Exception):
+    """An answer of the hub's that passes."""
 
-NEW = "0" * 40
+    response = SimpleNamespace(status_code=503)
+
+
+@pytest.mark.parametrize(
+    "cause", [OfflineModeIsEnabled("offline"), ConnectionRefusedError("refused"), BusyError("busy")]
+)
+def test_a_cache_is_enough_where_nothing_answers(
+    cause: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A tokenizer that others have put there, without notes of what its repository has not. Who answers is asked."""
+    folder = tmp_path / "snapshots" / NEW
+    folder.mkdir(parents=True)
+    (folder / "tokenizer_config.json").touch()
+
+    def look_up(repository: str, file: str, **_: Any) -> str | None:
+        return str(folder / file) if (folder / file).exists() else None
+
+    def ask(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("not in the cache") from cause
+
+    monkeypatch.setattr(hub, "_commits", {})
+    monkeypatch.setattr(hub, "_FIRST_PATIENCE", 0.0)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look_up)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", ask)
+    files = ("tokenizer_config.json", "tokenizer.json")
+    if isinstance(cause, BusyError):
+        with pytest.raises(InputError, match="--tokenizer: org/x cannot be fetched from the hub"):
+            hub.download_tokenizer("org/x", files)
+    else:
+        assert hub.download_tokenizer("org/x", files) == folder
+        assert hub.commit_of("org/x") == NEW
+
+
+# -- a hub that changes -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the hub holds later: of the same shapes, and weights, positions, templates and ids are others."""
     root = tmp_path_factory.mktemp("changed")
-    make_folder(root / "org" / "model", num_key_value_heads=2, initializer_range=0.3, rope_parameters=LLAMA3_ROPE)
+    other = {"num_key_value_heads": 2, "initializer_range": 0.3, "rope_parameters": LLAMA3_ROPE}
+    make_folder(root / "org" / "model", "Mistral", **other)
     begin_texts(str(root / "org" / "model"))
     make_roberta(root / "org" / "encoder", seed=1, layer_norm_eps=1e-3, texts=["another vocabulary"])
-    model_folder(root / "org" / "talker", CHATML.replace("assistant", "answer"), initializer_range=0.3)
+    model_folder(root / "org" / "talker", CHATML.replace("assistant", "answer"), "Qwen2", **other)
     return root
 
 
-def change(hub: FakeHub, content: Path, changed: Path) -> None:
+def change(server: FakeHub, content: Path, changed: Path) -> None:
     """Let the hub's newest commit be another one. The one before is still there."""
-    hub.hold(changed)
-    hub.older = {hub.commit: content}
-    hub.commit = NEW
+    server.hold(changed)
+    server.older = {server.commit: content}
+    server.commit = NEW
 
 
 def test_model_and_tokenizer_are_of_the_commit_of_the_config(
