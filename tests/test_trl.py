@@ -10,6 +10,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+import pages
+from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.trainers import set_optimizer
 
 trl = pytest.importorskip("trl")
@@ -61,6 +63,22 @@ def trained(folder: Path, optim: str, *, resume: str | None = None, **changes: A
     set_optimizer(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def test_what_the_page_on_python_shows_trains(tmp_path: Path) -> None:
+    """As it stands there, but for the length, and on a CPU."""
+    shorter = {"output_dir": str(tmp_path), "max_steps": 2, "max_length": 24, "use_cpu": True, "bf16": False}
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    names: dict[str, Any] = {
+        "SFTConfig": lambda **values: trl.SFTConfig(**values | shorter | quiet),
+        "SFTTrainer": trl.SFTTrainer,
+        "model": mistral(),
+        "tokenizer": tokenizer(),
+        "dataset": Dataset.from_dict({"text": TEXTS}),
+    }
+    exec(pages.code("docs/python.md", "python")[3], names)
+    assert names["trainer"].state.global_step == 2
+    assert isinstance(names["trainer"].optimizer.optimizer, RuleOptimizer)
 
 
 def losses(trainer: Any) -> list[float]:
