@@ -497,7 +497,8 @@ def report(runs: tuple[Path, ...], output: Path, as_json: bool, watch: float | N
     """Compare runs: tables and pictures, as Markdown and HTML. A folder of runs stands for all of them.
 
     With --watch, index.html shows how far the runs are, until all have ended or Ctrl-C is pressed. It needs no
-    JavaScript. Runs that begin later in a folder of runs appear.
+    JavaScript. Runs that begin later in a folder of runs appear. A run that failed or was stopped may go on later,
+    so it is waited for.
     """
     if watch is not None:
         return _watch(runs, output, watch, as_json)

@@ -149,7 +149,8 @@ class BusyError(Exception):
 
 
 @pytest.mark.parametrize(
-    "cause", [OfflineModeIsEnabled("offline"), ConnectionRefusedError("refused"), BusyError("busy")]
+    "cause",
+    [OfflineModeIsEnabled("offline"), ConnectionRefusedError("refused"), TimeoutError("late"), BusyError("busy")],
 )
 def test_a_cache_is_enough_where_nothing_answers(
     cause: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -198,7 +198,7 @@ def test_a_signal_reaches_the_runs_and_the_sweep_goes_on(tiny_config: str, tmp_p
     output = tmp_path / "out"
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"runs": {"long": {"optim": "adamw"}}}))
-    arguments = [*short(tiny_config, output, str(file)), "--steps", "120", "--eval-every", "120"]
+    arguments = [*short(tiny_config, output, str(file)), "--steps", "250", "--eval-every", "250"]
     with subprocess.Popen(command(arguments), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         metrics = output / "long-seed0" / "metrics.jsonl"
         deadline = time.monotonic() + 120
@@ -210,7 +210,7 @@ def test_a_signal_reaches_the_runs_and_the_sweep_goes_on(tiny_config: str, tmp_p
         assert process.wait(120) == 128 + signal.SIGTERM
     saved = [folder.name for folder in (output / "long-seed0" / "checkpoints").iterdir()]
     assert saved
-    assert "step_00000120" not in saved
+    assert "step_00000250" not in saved
     result = swept(arguments)
     assert result.returncode == 0, result.stderr
     assert "going on from" in (output / "long-seed0" / "log.txt").read_text()

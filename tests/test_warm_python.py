@@ -61,7 +61,7 @@ from pathlib import Path
 def stop(number, frame):
     sys.exit(40 + number)
 signal.signal(signal.SIGTERM, stop)
-Path(sys.argv[1]).write_text(str(os.getpid()))
+Path(sys.argv[1]).write_text(f"{os.getpid()}\\n")
 time.sleep(60)
 """
 
@@ -71,7 +71,9 @@ def test_signals_reach_it_and_its_end_is_that_of_the_child(tmp_path: Path) -> No
     for number, code in ((signal.SIGTERM, 55), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGKILL, -signal.SIGKILL)):
         file = tmp_path / number.name
         process = subprocess.Popen([executable(), "-c", WAITS, str(file)])
-        while not (file.exists() and file.read_text()):
+        deadline = time.monotonic() + 30
+        while not (file.exists() and file.read_text().endswith("\n")):
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(number)
         assert process.wait(30) == code

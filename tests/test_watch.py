@@ -142,6 +142,29 @@ def test_states(tmp_path: Path) -> None:
     assert watched(ended).state(NOW) == "ended"
 
 
+def test_a_run_that_ends_without_a_finite_evaluation_has_ended(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 3.0, done=19)
+    append(folder, line(20, eval_loss=None, eval_perplexity=None))
+    assert watched(folder).state(NOW) == "running"
+    (folder / "summary.json").write_text(json.dumps({"steps": 20}))
+    assert watched(folder).state(NOW) == "ended"
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["steps"]["value"] = 40  # and now it is to be longer
+    (folder / "config.json").write_text(json.dumps(config))
+    assert watched(folder).state(NOW) == "running"
+
+
+def test_an_evaluation_at_the_end_by_tokens_is_waited_for(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 3.0, done=12)  # 2 s an update of 1,000 tokens
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["steps"]["value"] = None
+    config["config"]["max_tokens"] = {"value": 13_500, "origin": "flag"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert watched(folder, 1000).state(NOW) == "running"
+    append(folder, line(13))
+    assert watched(folder, 1000).state(NOW) == "running"
+
+
 def test_runs_that_begin_later_are_found(tmp_path: Path) -> None:
     make_run(tmp_path / "b", 3.0)
     (tmp_path / "report").mkdir()
@@ -292,7 +315,7 @@ def test_any_range_has_ticks_within(low: float, width: float, log: bool) -> None
     assert all(-1e-6 <= axis.share(tick) <= 1 + 1e-6 for tick in ticks)
 
 
-@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(1e-12, 1e12)), min_size=1, max_size=5), st.booleans())
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(1e-300, 1e300)), min_size=1, max_size=5), st.booleans())
 def test_any_points_can_be_drawn(points: list[tuple[int, float]], log: bool) -> None:
     text = draw("t", [Line(sorted(points), "#000")], log=log)
     assert "nan" not in text

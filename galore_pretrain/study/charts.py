@@ -12,6 +12,7 @@ from typing import Literal
 _WIDTH, _HEIGHT = 360, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 24  # margins
 _TICKS = 3  # of an axis, at least, and eight at most
+_MOST_DECADES = 1e12  # between the ends of a logarithmic axis: what lies above is not shown
 _BEGINNING = 0.02  # of the horizontal axis, which need not be seen
 DASHES = {"-": "none", "--": "7 3", ":": "2 3", "-.": "7 3 2 3"}
 """The lengths of strokes and gaps by matplotlib's sign for them."""
@@ -121,6 +122,7 @@ def _y_range(lines: Sequence[Line], levels: Sequence[Level], beginning: float, *
     values += [level.y for level in levels]
     low, high = min(values), max(values)
     if log:
+        high = min(high, low * _MOST_DECADES)
         room = max((high / low) ** 0.05, 1.01)
         return Range(low / room, high * room, log=True)
     if from_zero:

@@ -74,8 +74,8 @@ class Watch:
 
     def _write(self, text: str) -> None:
         """Replace the page, so that who opens it has the whole of one or the other."""
-        aside = self.file.with_name(self.file.name + ".partial")
-        aside.write_text(text, encoding="utf-8")
+        aside = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a folder's name that is no text
         os.replace(aside, self.file)
 
     def _tell_plans(self, runs: Sequence[WatchedRun]) -> None:

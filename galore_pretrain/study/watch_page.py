@@ -383,8 +383,9 @@ def _drawn(chart: _Chart, method_of: Mapping[WatchedRun, str], looks: Mapping[st
 def _line(chart: _Chart, run: WatchedRun, key: str, look: _Look, *, is_second: bool) -> Line | None:
     """Return the line of a run's curve; None where it has no value yet."""
     points = run.curves[key].points
-    # A mean of few values behind means of many looks like news.
-    if len(points) > 2 and 2 * points[-1].count <= points[-2].count:
+    # Of what is noisy, a mean of few values behind means of many looks like news.
+    is_noisy = key in ("loss", "tokens_per_second")
+    if is_noisy and len(points) > 2 and 2 * points[-1].count <= points[-2].count:
         points = points[:-1]
     if not points:
         return None

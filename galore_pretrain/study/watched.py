@@ -1,5 +1,6 @@
 """A run that is watched while it goes on: its lines are read on from where the last look ended, and kept as curves."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,8 +19,7 @@ _PATIENCE = 60.0  # seconds beyond ten updates, or an evaluation that is due, af
 _PATIENCE_AT_FIRST = 600.0  # before the first update, when text is read and weights are made
 _PATIENCE_AT_LAST = 600.0  # behind the last update, when the model is written
 
-_WRITTEN = (".lock", "config.json", "metrics.jsonl", "summary.json")
-"""The files whose times tell when a run did something last."""
+_WRITTEN = (".lock", "config.json", "metrics.jsonl", "summary.json")  # whose times tell when a run did something last
 
 CURVES = (
     "loss",
@@ -154,11 +154,7 @@ class WatchedRun:
     # the bytes before the place are looked at once more: a line has a time in it and is written once only.
     def _read_on(self) -> None:
         """Take the whole lines behind the last one; all of them where the file is not the one of before."""
-        try:
-            file = (self.folder / "metrics.jsonl").open("rb")
-        except OSError:
-            return
-        with file:
+        with contextlib.suppress(OSError), (self.folder / "metrics.jsonl").open("rb") as file:
             file.seek(self._offset - len(self._last_bytes))
             if file.read(len(self._last_bytes)) != self._last_bytes:
                 self._begin()
@@ -214,9 +210,10 @@ class WatchedRun:
         """Return the state of the run; ``now`` is in seconds since 1970."""
         silence = now - self.changed
         result = self.result()
+        if result.summary and self._is_at_end():  # also where the last evaluation is not finite
+            return ENDED
         if result.is_over:
-            has_ended = bool(result.summary) or silence > _PATIENCE_AT_LAST
-            return ENDED if has_ended else SAVING
+            return ENDED if silence > _PATIENCE_AT_LAST else SAVING
         if silence > self._patience():
             return SILENT
         return RUNNING if self.last else STARTING
@@ -229,11 +226,25 @@ class WatchedRun:
             return _PATIENCE_AT_FIRST
         seconds = _PATIENCE + 10 * self.seconds_an_update
         step = self.last["step"] + 1
-        is_evaluated = step % (self.config.get("eval_every") or 1) == 0 or step == self.config.get("steps")
-        if is_evaluated:
+        if step % (self.config.get("eval_every") or 1) == 0 or self._is_at_last_update():
             texts = len(texts_of(self.config.get("eval_data") or ""))
             seconds += texts * (self.config.get("eval_tokens") or 0) / self.tokens_per_second
         return seconds
+
+    def _is_at_end(self) -> bool:
+        """Return whether the run's last update is made, by the number of updates or of tokens."""
+        steps = self.config.get("steps")
+        if steps:
+            return bool(self.last["step"] >= steps)
+        return bool(self.last["tokens_seen"] >= (self.config.get("max_tokens") or 0))
+
+    def _is_at_last_update(self) -> bool:
+        """Return whether the next update may be the last one, by the number of updates or of tokens."""
+        if self.last["step"] + 1 == self.config.get("steps"):
+            return True
+        tokens_an_update = self.last["tokens_seen"] / self.last["step"]
+        left = (self.config.get("max_tokens") or math.inf) - self.last["tokens_seen"]
+        return bool(left <= 2 * tokens_an_update)
 
     @property
     def tokens_per_second(self) -> float:
@@ -276,10 +287,7 @@ class WatchedRun:
 
 
 class Watched:
-    """The runs of folders, of which each is a run's or holds runs. Those that begin later are found by `look`.
-
-    InputError where there is no such folder is for who names them: here they are taken to exist.
-    """
+    """Holds the runs of folders, each of which is a run's or holds runs, and exists. `look` finds later runs too."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths

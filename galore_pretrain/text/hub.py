@@ -144,8 +144,8 @@ def download(repository: str, file: str, *, goes_on: bool = False) -> Path:
 def download_tokenizer(repository: str, files: Sequence[str]) -> Path:
     """Return the folder with those of ``files`` that a repository of the hub has, all of one commit.
 
-    It must have the first one. Where no connection comes about, what is in the cache is taken for all there is. Raises
-    InputError where one cannot be fetched.
+    It must have the first one. Where that is in the cache and nothing answers, what is in the cache is taken for all
+    there is. Raises InputError where one cannot be fetched.
     """
     has_answered = cached(repository, files[0], revision=commit_of(repository)) is None
     folder = download(repository, files[0]).parent
@@ -157,7 +157,7 @@ def download_tokenizer(repository: str, files: Sequence[str]) -> Path:
         except AbsentError:
             pass
         except InputError as error:
-            if error.__cause__ is not None and _is_cut_off(error.__cause__):
+            if not has_answered and error.__cause__ is not None and _is_unanswered(error.__cause__):
                 break
             raise
         has_answered = True
@@ -334,6 +334,11 @@ def _is_cut_off(error: BaseException) -> bool:
     """Return whether the hub was not asked at all: no connection came about, or none is wanted."""
     is_offline = any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _causes(error))
     return is_offline or _is_refusal(error)
+
+
+def _is_unanswered(error: BaseException) -> bool:
+    """Return whether nothing answered: the hub was not asked at all, or was silent."""
+    return _is_cut_off(error) or any("Timeout" in type(cause).__name__ for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
