@@ -147,8 +147,9 @@ def _across(x: float, x_range: Range) -> float:
 
 
 def _down(y: float, y_range: Range) -> float:
-    """Return the distance of y from the upper edge."""
-    return (1 - y_range.share(y)) * _inner_height()
+    """Return the distance of y from the upper edge: ten heights at most, where y is far outside."""
+    share = min(max(y_range.share(y), -10.0), 10.0)
+    return (1 - share) * _inner_height()
 
 
 def _grid(x_range: Range, y_range: Range) -> list[str]:

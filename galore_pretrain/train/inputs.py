@@ -65,6 +65,13 @@ class Inputs:
     def updates_an_epoch(self, sequences: int) -> int:
         """Return how many updates of so many sequences the training text fills, by its rows in their first order."""
         rows = count_rows(self.training, self.rows)
+        if rows < sequences:
+            log.warning(
+                "an update of %d rows takes the text's %d rows more than once; --total-batch-size %d does not",
+                sequences,
+                rows,
+                rows,
+            )
         return max(1, rows // sequences)
 
     def first_texts(self) -> list[str]:
