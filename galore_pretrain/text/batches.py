@@ -586,7 +586,7 @@ def validation_rows(source: DocumentSource, rows: Rows, tokens: int, flag: str =
         if seen >= tokens:
             break
     if not chosen and flag == "--data":
-        raise InputError("--data: no validation document, the text is too short for one to be held out; give --eval-data PATH")
+        raise InputError("--data: no validation document, of so short a text none is held out; give --eval-data PATH")
     if not chosen:
         raise InputError(f"{flag}: no validation document in {len(source.shards)} files; give --eval-data PATH")
     return rows.counted(chosen, texts)
