@@ -241,6 +241,7 @@ def test_commands_read_the_run_as_it_was(model: str, chats: str, tmp_path: Path)
     assert told.returncode == 0, told.stderr
     summary = json.loads((output / "summary.json").read_text())
     assert json.loads(told.stdout)["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-6)
+    assert "eval_reference_perplexity" not in summary
     exported = python(COMMAND_LINE, "export", str(output), str(tmp_path / "exported"))
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "exported" / "chat_template.jinja").exists()

@@ -39,8 +39,13 @@ def printed_tokens(model: str) -> tuple[int, str]:
     return table[model], f"recipe: {table['source']}"
 
 
-def reference_batch(config: RunConfig) -> int:
-    """Return the sequences in a batch of the published script's evaluation, which its perplexity depends on."""
+def reference_batch(config: RunConfig) -> int | None:
+    """Return the sequences in a batch of the published script's evaluation, which its perplexity depends on.
+
+    None for a task: the script is of pretraining.
+    """
+    if config.task is not None:
+        return None
     table = _recipes()["reference_batches"]
     model = model_name(config.model)
     size: int = table.get(model, table["other"])
