@@ -116,7 +116,7 @@ def test_help_needs_no_torch() -> None:
 
 def test_nothing_asks_a_methods_name() -> None:
     """What a method is and can do is in its entry of the table of methods."""
-    place = spec_from_file_location("structure", PACKAGE.parent / "scripts" / "structure.py")
+    place = spec_from_file_location("structure", Path(__file__).parents[1] / "scripts" / "structure.py")
     assert place is not None
     assert place.loader is not None
     place.loader.exec_module(structure := module_from_spec(place))

@@ -178,7 +178,9 @@ def test_random_flags(drawn: list[str], tiny_config: str, monkeypatch: pytest.Mo
         words = [word for word in [*base.split(), *length] if word.partition("=")[0] not in chosen]
         model = [f"--model={tiny_config}"] * ("--model" not in chosen)
         place = [f"--output={output}"] * ("--output" not in chosen)
-        monkeypatch.chdir(name)  # where a hostile --output may be made
+        below = Path(name) / "a" / "b" / "c"  # so that a hostile --output, such as ../.., is made inside too
+        below.mkdir(parents=True)
+        monkeypatch.chdir(below)
         code, stderr = called([*model, *words, *drawn, *place], monkeypatch)
         written = next(Path(name).rglob("summary.json"), output / "summary.json").parent
         check(code, stderr, written)

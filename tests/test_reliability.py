@@ -445,11 +445,13 @@ trainer.Trainer.train_step = signalling
 def test_out_of_memory_is_one_message(tiny_config: str, tmp_path: Path) -> None:
     """A real failure of the allocator, from a limit on the process's address space."""
     limit = """
+import torch
 step = trainer.Trainer.train_step
 def tight(self, batch):
     if self.state.step == 2:
         held = int(open("/proc/self/statm").read().split()[0]) * 4096
         resource.setrlimit(resource.RLIMIT_AS, (held + 2**21, resource.RLIM_INFINITY))
+        torch.empty(2**30)  # more than what the process has freed and kept
     return step(self, batch)
 trainer.Trainer.train_step = tight
 """
