@@ -227,8 +227,12 @@ def _cells(label: str, runs: Sequence[Result]) -> dict[str, str]:
     if loss is not None:
         cells["validation loss"] = str(loss)
         cells["perplexity"] = f"{math.exp(loss.mean):.2f}"
-        references = [run.evaluations[-1].get("eval_reference_perplexity") for run in over]
-        if None not in references:  # a task has none
+        references = []
+        for run in over:
+            reference = run.evaluations[-1].get("eval_reference_perplexity")
+            if reference is not None:  # a task has none
+                references.append(float(reference))
+        if references:
             cells["reference perplexity"] = f"{statistics.geometric_mean(references):.2f}"
         bits = last_mean(runs, "eval_bits_per_byte")
         if bits is not None:
