@@ -211,6 +211,13 @@ def _ranks(comparison: Comparison) -> dict[str, str]:
     return {label: str(rank) for label, rank in ranks(losses).items()}
 
 
+def _reference_perplexity(over: Sequence[Result]) -> str:
+    """Return the mean of what the published code prints of finished runs; an empty text for a task, which has none."""
+    references = [run.evaluations[-1].get("eval_reference_perplexity") for run in over]
+    told = [float(reference) for reference in references if reference is not None]
+    return f"{statistics.geometric_mean(told):.2f}" if told else ""
+
+
 def _cells(label: str, runs: Sequence[Result]) -> dict[str, str]:
     """Return a method's cells by column, from its runs alone; an empty text where there is nothing to say.
 
@@ -227,13 +234,7 @@ def _cells(label: str, runs: Sequence[Result]) -> dict[str, str]:
     if loss is not None:
         cells["validation loss"] = str(loss)
         cells["perplexity"] = f"{math.exp(loss.mean):.2f}"
-        references = []
-        for run in over:
-            reference = run.evaluations[-1].get("eval_reference_perplexity")
-            if reference is not None:  # a task has none
-                references.append(float(reference))
-        if references:
-            cells["reference perplexity"] = f"{statistics.geometric_mean(references):.2f}"
+        cells["reference perplexity"] = _reference_perplexity(over)
         bits = last_mean(runs, "eval_bits_per_byte")
         if bits is not None:
             cells["bits per byte"] = f"{bits:.4f}"
