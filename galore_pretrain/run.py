@@ -87,7 +87,7 @@ class Prepared:
     ``tokenizer`` are the tokenizer's files, by name. ``shares`` are of the text that cannot be used;
     None where the run reads examples. ``saved`` is the
     checkpoint that the run goes on from. ``weights`` are what a new run begins from; None where they are drawn.
-    ``init_revision`` is the commit of a model of the hub that the run begins from; None of any other.
+    ``init_revision`` is the commit of a model of the hub that the run begins from; None where it begins from none.
     ``plan`` is the plan of its updates, where fitting them to the memory took one. ``outline`` is of the whole run,
     ``part`` of this process's share of it.
     """

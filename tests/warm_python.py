@@ -7,7 +7,8 @@ client ends as the child does: with its exit code, or by its signal. Signals tha
 
 It differs from Python in this: the child is no child of the client, so ``os.getppid()`` names the server; what a
 library reads from the environment when it is imported has been read; and of a client that is killed by SIGKILL, the
-child is killed a moment later. So who kills with SIGKILL uses `runs.start`.
+child is killed a moment later. So who kills with SIGKILL uses `runs.start`. All children hash texts alike, so that
+orders by hash are the same in each.
 """
 
 import atexit

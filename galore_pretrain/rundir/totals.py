@@ -15,9 +15,9 @@ from galore_pretrain.train.metrics import MetricLogger
 class RunTotals:
     """Adds this start's time and peaks to those of the starts before, which a checkpoint holds.
 
-    ``init_revision`` is the commit of a model of the hub that the run began from; None of any other. ``saved`` is the
-    state of the checkpoint that the run goes on from, or empty. ``started`` is when this process began, by
-    `time.monotonic`. ``loggers`` are the main process's, which alone is asked for `state`.
+    ``init_revision`` is the commit of a model of the hub that the run began from; None where it began from none.
+    ``saved`` is the state of the checkpoint that the run goes on from, or empty. ``started`` is when this process
+    began, by `time.monotonic`. ``loggers`` are the main process's, which alone is asked for `state`.
     """
 
     def __init__(

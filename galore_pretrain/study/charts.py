@@ -20,7 +20,7 @@ DASHES = {"-": "none", "--": "7 3", ":": "2 3", "-.": "7 3 2 3"}
 
 @dataclass(frozen=True)
 class Line:
-    """A line through ``points`` (x, y) in a ``colour`` of CSS, with ``strokes`` of `DASHES`.
+    """Describes a line through ``points`` (x, y) in a ``colour`` of CSS, with ``strokes`` of `DASHES`.
 
     ``band`` (x, low, high) is filled around it. Without strokes (None), the points alone are drawn. ``marks`` are at
     the last point, or dots or rings at all.
@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A broken line at a height ``y`` from left to right."""
+    """Describes a broken line at a height ``y`` from left to right."""
 
     y: float
     colour: str
@@ -43,7 +43,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Range:
-    """What an axis shows, from ``low`` to ``high``, on a logarithmic scale if ``log``."""
+    """Says what an axis shows: from ``low`` to ``high``, on a logarithmic scale if ``log``."""
 
     low: float
     high: float

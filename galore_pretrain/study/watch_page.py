@@ -66,7 +66,7 @@ _ON_TIME = (
 
 @dataclass(frozen=True)
 class _Chart:
-    """What a chart shows: the curves of ``keys`` as ``drawn``; dots are rings of a second key."""
+    """Says what a chart shows: the curves of ``keys`` as ``drawn``; of a second key, dots are rings."""
 
     title: str
     keys: Sequence[str]
