@@ -138,7 +138,7 @@ def _run(ctx: click.Context, config: RunConfig, origins: Mapping[str, str]) -> i
         from galore_pretrain import run  # torch and transformers: only for a run that makes sense so far
 
     ending = ctx.ensure_object(_Ending)
-    return run.train(config, origins, when_stuck=ending.hurry)
+    return run.train(config, origins, hurry=ending.hurry)
 
 
 def _goes_on(config: RunConfig) -> bool:
@@ -912,7 +912,7 @@ def _show_warning(
 
 @dataclass
 class _Ending:
-    """Says how the program ends: ``at_once`` where Python's own exit would wait for what a run has left behind."""
+    """Says how the program ends: ``at_once``, or as Python does, which waits for what a run has left behind."""
 
     at_once: bool = False
 
@@ -938,18 +938,18 @@ def main() -> None:
     try:
         code = cli(standalone_mode=False, obj=ending)
     except click.ClickException as error:
-        code = _fail(error, error.format_message(), 2, debug)
+        code = _fail(error, error.format_message(), 2, debug, ending)
     except InputError as error:
-        code = _fail(error, str(error), 2, debug)
+        code = _fail(error, str(error), 2, debug, ending)
     except TrainingFailedError as error:
-        code = _fail(error, str(error), 1, debug)
+        code = _fail(error, str(error), 1, debug, ending)
     except (click.Abort, KeyboardInterrupt):
-        code = _fail(click.ClickException("interrupted"), "interrupted", _INTERRUPTED, debug=False)
+        code = _fail(click.ClickException("interrupted"), "interrupted", _INTERRUPTED, False, ending)
     except Exception as error:
         if debug:
             raise
         message = " ".join(str(error).split())
-        code = _fail(error, f"{type(error).__name__}: {message} (--debug shows where)", 1, debug)
+        code = _fail(error, f"{type(error).__name__}: {message} (--debug shows where)", 1, debug, ending)
     _exit(code if isinstance(code, int) else 0, ending)
 
 
@@ -975,11 +975,11 @@ def _tagged(line: str) -> str:
     return f"[process {os.environ['RANK']}] {line}"
 
 
-def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
+def _fail(error: BaseException, message: str, code: int, debug: bool, ending: _Ending) -> int:
     if debug:
         logging.getLogger("galore_pretrain").exception("with --debug:")
     if not _is_reported_here(error):
-        if code != _INTERRUPTED:
+        if code != _INTERRUPTED and not ending.at_once:
             time.sleep(_REPORT_WAIT)
         return code
     with contextlib.suppress(OSError, ValueError):

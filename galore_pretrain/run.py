@@ -120,10 +120,11 @@ class Assembled:
     totals: RunTotals
 
 
-def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable[[], None] = lambda: None) -> int:
+def train(config: RunConfig, origins: Mapping[str, str], *, hurry: Callable[[], None] = lambda: None) -> int:
     """Make one run, from config to exported model, and return the exit code.
 
-    ``when_stuck`` is called where something is left behind that Python's own exit would wait for.
+    ``hurry`` is called where the program is to end at once: something is left behind that Python's own exit would wait
+    for, or a run has failed that a signal had asked to stop.
     """
     started = time.monotonic()
     with joined(config) as world:
@@ -137,7 +138,7 @@ def train(config: RunConfig, origins: Mapping[str, str], *, when_stuck: Callable
             with _failures_explained(prepared):
                 static = prepared.outline.static  # bytes of the whole run, as its checkpoints will have them
                 directory.check_space(prepared.config, static.weights + static.state)
-                return _train_to_end(prepared, assemble(prepared, started), when_stuck)
+                return _train_to_end(prepared, assemble(prepared, started), hurry)
 
 
 def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirectory, world: World) -> Prepared | None:
@@ -342,7 +343,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     return Assembled(trainer, batches, saver, totals)
 
 
-def _train_to_end(prepared: Prepared, assembled: Assembled, when_stuck: Callable[[], None]) -> int:
+def _train_to_end(prepared: Prepared, assembled: Assembled, hurry: Callable[[], None]) -> int:
     """Train to the end of the schedule, or to a signal, and return the exit code."""
     trainer, saver = assembled.trainer, assembled.saver
     with on_stop(trainer.stop):
@@ -355,11 +356,15 @@ def _train_to_end(prepared: Prepared, assembled: Assembled, when_stuck: Callable
                 return 128 + (trainer.stop_signal or 0)
             conclude(prepared, assembled)
             return 0
+        except Exception:
+            if trainer.stop_signal is not None:  # torchrun's, where another process has failed: it is not sent again
+                hurry()
+            raise
         finally:
             saver.wait()
             have_ended = [logger.close() for logger in trainer.loggers]
             if not all(have_ended):
-                when_stuck()
+                hurry()
 
 
 def conclude(prepared: Prepared, assembled: Assembled) -> None:
