@@ -280,7 +280,7 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     if config.compile:
         build.compile_layers(model)
     execution = execution_for(config, optimizer)
-    announce(config, device, inputs, prepared.shares, optimizer, world)
+    announce(config, model, device, inputs, prepared.shares, optimizer, world)
 
     evaluator: Evaluator | ScoreEvaluator
     data: TrainingData | ExampleBatches

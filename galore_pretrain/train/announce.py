@@ -1,13 +1,16 @@
 """Log lines at the start of training: what is trained, on which machine, and which rule updates which tensors."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from galore_pretrain.config.options import RunConfig
 from galore_pretrain.config.tasks import CHAT
 from galore_pretrain.dist import World
+from galore_pretrain.model.families import CausalLM
 from galore_pretrain.optim import RuleOptimizer, describe
 from galore_pretrain.tensors.products import has_fast_bf16
 from galore_pretrain.text.sources import describe_text
@@ -21,6 +24,7 @@ _MUCH = 0.25  # of a text's tokens
 
 def announce(
     config: RunConfig,
+    model: CausalLM,
     device: torch.device,
     inputs: Inputs | ExampleInputs,
     shares: TextShares | None,
@@ -33,9 +37,6 @@ def announce(
     """
     if config.reduce == "projected" and world.size == 1:
         log.warning("--reduce projected: one process sums with nobody; it makes the updates layerwise, and no more")
-    weights = 0
-    for group in optimizer.param_groups:
-        weights += sum(p.numel() for p in group["params"])
     if isinstance(inputs, ExampleInputs):
         counts = ", ".join(f"{count:,} of {split}" for split, count in inputs.as_json().items())
         log.info("--task %s: examples of %s: %s", config.task, config.data, counts)
@@ -46,12 +47,28 @@ def announce(
     if shares is not None and world.is_main:
         _announce_shares(config, shares)
     hardware = _hardware(config, device, world)
-    log.info("%s: %.1fM weights in %s on %s", config.model, weights / 1e6, config.dtype, hardware)
+    weights = _count(model.parameters())
+    trained = _count(optimizer.state)
+    told = f"{weights} weights"
+    if trained != weights:
+        told += f", {trained} of them trained,"
+    dtype = config.dtype
+    if config.weights == "int8":
+        dtype = f"int8 and {dtype}"
+    log.info("%s: %s in %s on %s", config.model, told, dtype, hardware)
     if config.dtype == "bfloat16" and not has_fast_bf16(device):
         log.warning("this CPU has no bfloat16 instructions: --dtype float32 would be several times as fast here")
     _say_where_layerwise_saves_nothing(config, optimizer)
     for group in optimizer.param_groups:
         _announce_group(group, optimizer)
+
+
+def _count(params: Iterable[Tensor]) -> str:
+    """Return how many weights ``params`` have, in words."""
+    weights = sum(p.numel() for p in params)
+    if weights < 100_000:
+        return f"{weights:,}"
+    return f"{weights / 1e6:,.1f}M"
 
 
 def _announce_shares(config: RunConfig, shares: TextShares) -> None:
@@ -104,14 +121,13 @@ def _say_where_layerwise_saves_nothing(config: RunConfig, optimizer: RuleOptimiz
 def _announce_group(group: dict[str, Any], optimizer: RuleOptimizer) -> None:
     """Log the rule of one parameter group, the size of its state, and the kinds of modules it updates."""
     params = group["params"]
-    weights = sum(p.numel() for p in params)
     # The part before ".weight" is the same in every decoder layer: q_proj, down_proj, input_layernorm.
     kinds = {name.split(".")[-2] for name in group["param_names"]}
     log.info(
-        "%s updates %d tensors, %.1fM weights, with %.1f MiB of state: %s",
+        "%s updates %d tensors, %s weights, with %.1f MiB of state: %s",
         describe(optimizer.rule_of(params[0])),
         len(params),
-        weights / 1e6,
+        _count(params),
         optimizer.state_bytes(params) / 2**20,
         ", ".join(sorted(kinds)),
     )
