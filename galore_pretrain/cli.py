@@ -648,9 +648,14 @@ _TEXT = (
     "eval_tokens",
     "batch_size",
 )
+_TEXT_OF_MODEL = dict.fromkeys(_TEXT, "the run's") | {
+    "data": "the run's; for a Hugging Face folder, sample",
+    "tokenizer": "the model's",
+}
+"""What each of these is where it is not given, for the help."""
 
 
-@cli.command("eval", params=flags(_TEXT))
+@cli.command("eval", params=flags(_TEXT, _TEXT_OF_MODEL))
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--cloze", type=click.IntRange(2), metavar="ITEMS", help="Make a cloze test of so many items, too.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the items of --cloze.")

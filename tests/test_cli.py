@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -491,6 +492,13 @@ def test_help_groups_every_flag() -> None:
         flag = f"--{name.replace('_', '-')} "
         assert flag in tuned
         assert (flag in text) is (name not in OF_TASKS)
+
+
+def test_help_of_an_evaluation_names_what_the_run_has() -> None:
+    """Not the defaults of a new run."""
+    text = CliRunner().invoke(cli, ["eval", "--help"]).output
+    assert "[the run's; for a Hugging Face" in text
+    assert not re.search(r"\[(c4|pad|joined|256|10M|raise)\]", text)
 
 
 def test_run_json_is_below_flags_and_above_the_recipe(tmp_path: Path, tiny_config: str) -> None:

@@ -495,3 +495,12 @@ def test_a_file_of_two_paths_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a" / "validation.jsonl", "of a")
     with pytest.raises(InputError, match=r"both hold .*validation\.jsonl; give it by one of them"):
         open_source([str(tmp_path / "a"), str(file)], "train")
+
+
+def test_a_file_beside_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not as one at the root of all; one elsewhere with its folder."""
+    monkeypatch.chdir(tmp_path)
+    write(Path("train.jsonl"), "one", "two")
+    for path, told in (("other.jsonl", ": other.jsonl"), ("deep/er/other.jsonl", ": er/other.jsonl")):
+        write(Path(path), "three")
+        assert said("train.jsonl", path).endswith(told)

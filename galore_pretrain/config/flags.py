@@ -1,7 +1,7 @@
 """The options of the command line, made from `RunConfig`'s fields, and back from them to a config."""
 
 import json
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class _Option(click.Option):
     group = "Other"
 
 
-def _option(name: str, flag: Flag) -> _Option:
+def _option(name: str, flag: Flag, shown: str) -> _Option:
     kind: Any = flag.kind
     if isinstance(kind, tuple):
         kind = click.Choice(kind)
@@ -85,7 +85,7 @@ def _option(name: str, flag: Flag) -> _Option:
         default=None,
         multiple=flag.repeated,
         callback=_value_or_values if flag.repeated else None,
-        help=f"{flag.help}  [{flag.shown}]",
+        help=f"{flag.help}  [{shown}]",
     )
     option.group = flag.group
     return option
@@ -131,12 +131,16 @@ def with_run_options(command: Callable[..., int]) -> Callable[..., int]:
     return config(debug(command))
 
 
-def flags(names: Container[str] | None = None) -> list[click.Parameter]:
-    """Return the options of all fields of `RunConfig`, or of those named."""
+def flags(names: Container[str] | None = None, shown: Mapping[str, str] | None = None) -> list[click.Parameter]:
+    """Return the options of all fields of `RunConfig`, or of those named.
+
+    ``shown`` are defaults for the help of a command whose defaults are not a new run's.
+    """
+    defaults = shown or {}
     options: list[click.Parameter] = []
     for name, flag in FLAGS.items():
         if names is None or name in names:
-            options.append(_option(name, flag))
+            options.append(_option(name, flag, defaults.get(name, flag.shown)))
     return options
 
 

@@ -353,7 +353,7 @@ def _kind(path: Path) -> str:
 
 def examples(paths: list[Path], most: int = 3) -> str:
     """Return the names of the first few paths, and how many more there are."""
-    names = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:most])
+    names = ", ".join(str(Path(path.parent.name) / path.name) for path in paths[:most])
     more = len(paths) - most
     if more > 0:
         return f"{names} and {more} more"

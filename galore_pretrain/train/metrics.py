@@ -209,10 +209,13 @@ class Progress:
         is_due = now >= self._next_line or done >= self._total
         if not (is_due or _has_evaluation(metrics)):
             return
-        seconds_a_unit = (now - self._started) / max(1, done - self._done_before)
-        seconds_left = seconds_a_unit * (self._total - done)
-        time_left = tqdm.format_interval(seconds_left)
-        log.info("%s %d/%d  %s  left %s", self._unit, done, self._total, self._described(metrics), time_left)
+        line = f"{self._unit} {done}/{self._total}  {self._described(metrics)}"
+        if done > self._done_before:
+            seconds_a_unit = (now - self._started) / (done - self._done_before)
+            line += f"  left {tqdm.format_interval(seconds_a_unit * (self._total - done))}"
+        else:  # an evaluation before the first update, which tells nothing of how long updates take
+            self._started = now
+        log.info("%s", line)
         self._next_line = now + 10
 
     def _move_bar(self, metrics: Metrics, done: int, step: int) -> None:
