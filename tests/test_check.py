@@ -120,7 +120,7 @@ def test_the_command_prints_a_line_a_check_and_fails_where_one_does(leave_checks
     assert result.return_value == 0
     first, second = result.stdout.splitlines()
     assert first == "gradients    ok"
-    assert second.startswith("state        ok          bytes of 115,776 weights: ")
+    assert second.startswith("state        ok          bytes a weight, of 115,776: ")
     result = asked(f"{RULES}:InPlace", "--optim-option", "beta=0.5")
     assert result.return_value == 1
     assert result.stdout.startswith("gradients    FAILED      the gradient of embed_tokens.weight after an update: ")

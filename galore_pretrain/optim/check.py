@@ -353,9 +353,9 @@ def check_state(subject: Subject) -> str:
                         "likely init asks for the device or for values, or an update resizes a tensor: plans, "
                         "checkpoints and shards count on shapes that follow from the parameter alone"
                     )
-        sizes.append(f"{optimizer.state_bytes():,} in {_short(dtype)}")
-    weights = sum(p.numel() for p in trial.params.values())
-    return f"bytes of {weights:,} weights: {', '.join(sizes)}"
+        weights = sum(p.numel() for p in trial.params.values())
+        sizes.append(f"{optimizer.state_bytes() / weights:.2f} in {_short(dtype)}")
+    return f"bytes a weight, of {weights:,}: {', '.join(sizes)}"
 
 
 def _forms(state: State) -> dict[str, tuple[tuple[int, ...], str]]:
