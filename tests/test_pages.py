@@ -41,6 +41,7 @@ from galore_pretrain.optim import METHODS, GaLoreAdamW, build_optimizer
 from galore_pretrain.pytest_plug import pytest_addoption
 from galore_pretrain.study.results import SETTING
 from pages import PAGES, ROOT, Command
+from runs import COMMAND_LINE, lines, python
 
 NOT_CHECKED = {
     "pip install 'lm_eval[hf]'": "another project's package, which no test needs",
@@ -90,13 +91,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     for name in ("configs", "constraints.txt", "docs", "leaderboard", "scripts", "tests", "Makefile", "pyproject.toml"):
         (home / name).symlink_to(ROOT / name)
-    for folder in ("path/to/model", "path/to/Llama-3.2-1B", "model", "glue/cola", "mytext", "web", "src"):
+    for folder in (
+        "path/to/model",
+        "path/to/Llama-3.2-1B",
+        "model",
+        "with-template",
+        "glue/cola",
+        "mytext",
+        "web",
+        "src",
+    ):
         (home / folder).mkdir(parents=True)
     architecture = json.dumps(TINY | {"model_type": "llama", "max_position_embeddings": 4096})
-    for folder in ("path/to/model", "path/to/Llama-3.2-1B", "model"):
+    for folder in ("path/to/model", "path/to/Llama-3.2-1B", "model", "with-template"):
         (home / folder / "config.json").write_text(architecture)
     line = json.dumps({"text": "Fellow citizens", "body": "Fellow citizens"})
-    for name in ("corpus", "news", "books", "a", "web/train", "web/valid", "mytext/a"):
+    for name in ("corpus", "news", "books", "capitals", "a", "web/train", "web/valid", "mytext/a"):
         (home / f"{name}.jsonl").write_text(f"{line}\n")
     (home / "b.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "?"}]}))
     (home / "src" / "a.txt").write_text("Fellow citizens\n")
@@ -402,7 +412,7 @@ def test_the_index_has_every_page() -> None:
 def test_all_python_is_tried() -> None:
     """A page with a new piece of Python wants a test of it: here, in test_own_methods, test_methods or test_trl."""
     pieces = {pages.name_of(page): len(pages.code(pages.name_of(page), "python")) for page in PAGES}
-    tried = {"README.md": 1, "docs/adding-a-method.md": 2, "docs/python.md": 4}
+    tried = {"README.md": 1, "docs/adding-a-method.md": 2, "docs/finetuning.md": 1, "docs/python.md": 4}
     assert {name: count for name, count in pieces.items() if count} == tried
 
 
@@ -437,6 +447,24 @@ def test_the_page_on_python_does_what_it_says(finished: Path, tmp_path: Path, mo
     exec(load, names)
     assert names["tokenizer"].decode(names["tokenizer"]("the")["input_ids"]) == "the"
     assert names["model"].config.hidden_size == TINY["hidden_size"]
+
+
+def test_the_page_on_fine_tuning_makes_a_model_that_talks(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its Python and its two commands, of a smaller model that has seen less."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    exec(pages.code("docs/finetuning.md", "python")[0], {})
+    tune, ask = [command.words[1:] for command in COMMANDS if "runs/capitals" in command.words]
+    shorter = [*tune, "--max-length", "64", "--epochs", "1", "--rank", "8"]
+    tuned = python(COMMAND_LINE, *shorter)
+    assert tuned.returncode == 0, tuned.stderr
+    losses = [line["eval_loss"] for line in lines(Path("runs/capitals")) if "eval_loss" in line]
+    assert losses[-1] < losses[0] / 2
+    answer = python(COMMAND_LINE, *ask, "--tokens", "4")
+    assert answer.returncode == 0, answer.stderr
 
 
 # -- what stands on two pages ----------------------------------------------------------------------------------
