@@ -16,10 +16,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from galore_pretrain import run as program
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.llama_config import load_model_config
 from galore_pretrain.optim import METHODS, is_own
-from runs import run
+from runs import known_peak, run
 from warm import WarmHub
 
 hypothesis.settings.register_profile("whatever the load", deadline=None)
@@ -75,6 +76,14 @@ def own_methods_are_forgotten() -> Iterator[None]:
     yield
     for name in [name for name in METHODS if is_own(name)]:
         del METHODS[name]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def runs_end_without_a_plan() -> Iterator[None]:
+    """A run in this process plans its memory for its summary no more than one that `runs.run` forks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "_planned_peak", known_peak)
+        yield
 
 
 @pytest.fixture(scope="session")
