@@ -149,6 +149,7 @@ def test_an_exported_config_is_a_config(tmp_path: Path) -> None:
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"vocab_size": "32000"}, "vocab_size is '32000'; it must be int"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_hidden_layers": 1001}, "num_hidden_layers is 1001; at most 1000 layers are built"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
         ({"num_key_value_heads": 0}, "num_key_value_heads 0 does not divide"),
         ({"num_key_value_heads": -1}, "num_key_value_heads -1 does not divide"),
