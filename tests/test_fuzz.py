@@ -130,7 +130,7 @@ def called(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, 
     logger = logging.getLogger("galore_pretrain")
     monkeypatch.setattr(logger, "handlers", [])
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with contextlib.redirect_stderr(shown), quiet, at_most(120), pytest.raises(SystemExit) as end:
+    with contextlib.redirect_stderr(shown), quiet, at_most(600), pytest.raises(SystemExit) as end:
         cli.main()
     assert isinstance(end.value.code, int)
     return end.value.code, shown.getvalue()
