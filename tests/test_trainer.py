@@ -95,7 +95,7 @@ def test_text_that_comes_again_is_told_when_it_is_trained_on(
     with caplog.at_level("INFO"):
         trainer.fit()
     told = [message for message in caplog.messages if "same text" in message]
-    assert told == [f"update {n} begins to train on the same text for time {t}" for n, t in ((3, 2), (5, 3), (9, 5))]
+    assert told == [f"update {n} begins pass {t} through the text" for n, t in ((3, 2), (5, 3), (9, 5))]
 
 
 def break_losses(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:

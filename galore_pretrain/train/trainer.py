@@ -294,7 +294,7 @@ class Trainer:
         epoch = batch.state["epoch"]
         is_power_of_two = epoch & (epoch - 1) == 0
         if epoch > before and is_power_of_two and self.world.is_main:
-            log.info("update %d begins to train on the same text for time %d", self.state.step, epoch + 1)
+            log.info("update %d begins pass %d through the text", self.state.step, epoch + 1)
 
     def _count_skipped(self, batch: "Batch", loss: float, outcome: "Outcome | None") -> None:
         """Count an update whose loss or gradients were not sound as skipped, and keep its rows to be looked at."""
