@@ -42,13 +42,8 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests come first, so that no worker has one to do when the others are done.
-
-    Of those for the interpreter, a process that is asked for a share runs each n-th: SHARE=0/3 is the first of three.
-    """
+    """Long tests come first, so that no worker has one to do when the others are done."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    share, _, shares = os.environ.get("SHARE", "0/1").partition("/")
-    items[:] = items[int(share) :: int(shares)]
 
 
 def pytest_collection_finish() -> None:

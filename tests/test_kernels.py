@@ -24,8 +24,6 @@ OTHERS |= {"scales": "*bf16", "new_scales": "*bf16", "largest": "*i32", "group":
 OTHERS |= {"codes": "*u8", "zeros": "*u8"}
 OTHERS |= {"labels": "*i64", "losses": "*fp32", "scale": "fp32", "mask": "*u8", "limit": "i32", "key": "i64"}
 OTHERS |= {"factors": "*fp32", "last": "*fp32", "multiple": "fp32", "growth": "fp32", "share": "fp32"}
-SHARES = 3
-"""Of the tests for the interpreter; each share is a process."""
 TILE = {"TILE_ROWS": 64, "TILE_COLUMNS": 128, "TILE_RANK": 32}
 
 
@@ -147,10 +145,9 @@ def test_kernels_compile_for_gpus(name: str, constants: dict[str, Any], dtype: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", range(SHARES))
-def test_kernels_are_right_under_the_interpreter(share: int) -> None:
-    """Triton looks at TRITON_INTERPRET when it is imported, which libraries do: so these tests have own processes."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "SHARE": f"{share}/{SHARES}"}
+def test_kernels_are_right_under_the_interpreter() -> None:
+    """Triton looks at TRITON_INTERPRET when it is imported, which libraries do: so these tests have a process."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)

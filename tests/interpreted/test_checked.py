@@ -13,6 +13,8 @@ from galore_pretrain.check.part import Part, Settings
 from galore_pretrain.optim import METHODS, adam
 from galore_pretrain.tensors import fused
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 
 @pytest.mark.parametrize("factor", [1.0, 1.01])
 def test_a_kernel_that_is_a_hundredth_off_is_found(

@@ -110,7 +110,8 @@ def test_on_fake_tensors_nothing_is_computed() -> None:
     assert seen.names == ["galore_pretrain.subtract_codes_.default"]
 
 
-def trained(row: str, execution: Any, count: int) -> list[Tensor]:
+def trained(row: str, execution: Any, count: int) -> list[list[Tensor]]:
+    """What codes stand for after each update."""
     config = LlamaConfig(
         hidden_size=16, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
     )  # fmt: skip
@@ -119,24 +120,24 @@ def trained(row: str, execution: Any, count: int) -> list[Tensor]:
     optimizer = build_optimizer(model, row, lr=0.01, weight_decay=0.1, **options)
     running = execution(optimizer)
     rows = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    found = []
     for _ in range(count):
         running.begin(0, 1)
         mean_loss(model, rows[:, :-1], rows[:, 1:], 16).backward()
         running.complete()
-    found = []
-    for p in model.parameters():
-        held = codes_of(p)
-        if held is not None:
-            found.append(held.read())
+        held = [codes_of(p) for p in model.parameters()]
+        found.append([coded.read() for coded in held if coded is not None])
     return found
 
 
-@pytest.mark.parametrize("row", ["adamw", "galore_adamw", "scale"])
-def test_methods_train_by_the_kernel_as_composed(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(map(torch.equal, trained(row, GlobalStep, 3), trained(row, Layerwise, 3)))
-    by_kernel = trained(row, GlobalStep, 1)
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize(("row", "count"), [("adamw", 2), ("galore_adamw", 3), ("scale", 2)])
+def test_methods_train_by_the_kernel_as_composed(row: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bases of GaLore are found anew by the third update."""
+    by_kernel = trained(row, GlobalStep, count)
+    assert all(map(torch.equal, by_kernel[-1], trained(row, Layerwise, count)[-1]))
     monkeypatch.setattr(capability, "runs_on", lambda device: False)
-    for ours, theirs in zip(by_kernel, trained(row, GlobalStep, 1), strict=True):
+    for ours, theirs in zip(by_kernel[0], trained(row, GlobalStep, 1)[0], strict=True):
         step = theirs.abs().amax(1, keepdim=True) / 64
         assert bool(((ours - theirs).abs() <= 1.1 * step).all())  # two neighbours, by other random bits
 

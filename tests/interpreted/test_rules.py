@@ -1,6 +1,7 @@
 """Updates by kernels, under Triton's interpreter, against the composed rules; and what both promise."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from galore_pretrain.optim import Direction, GlobalStep, HostSums, Layerwise, Ru
 from galore_pretrain.optim.weights import DenseWeights
 from galore_pretrain.tensors import capability
 from galore_pretrain.tensors.transport import AtOnce
+
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 ROWS = (
     "adamw",
@@ -29,15 +32,18 @@ ROWS = (
 
 
 class Small(nn.Module):
-    """A matrix that is projected, an embedding, a head and a vector; odd sizes, and enough elements for 8 bits."""
+    """Matrices that are projected from both sides, an embedding, a head and a vector.
+
+    Sizes are odd; one matrix has enough elements for 8 bits, and takes two programs of each kernel. Each program costs.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         self.embed_tokens = nn.Embedding(41, 24)
-        self.mlp_up = nn.Linear(24, 203, bias=False)
-        self.mlp_down = nn.Linear(203, 24, bias=False)
-        self.norm = nn.LayerNorm(24)
+        self.mlp_up = nn.Linear(24, 37, bias=False)
+        self.mlp_down = nn.Linear(173, 24, bias=False)
+        self.norm = nn.LayerNorm(24, bias=False)
         self.lm_head = nn.Linear(24, 41, bias=False)
         self.to(dtype)
         with torch.no_grad():
@@ -53,7 +59,7 @@ def gradients(model: nn.Module, update: int) -> list[Tensor]:
 def built(row: str, dtype: torch.dtype, **more: Any) -> tuple[nn.Module, RuleOptimizer]:
     model = Small(dtype)
     if "galore" in row or row in ("apollo", "fira"):
-        more |= {"rank": 8, "update_proj_gap": 3}
+        more |= {"rank": 8, "update_proj_gap": 2}
     options = {"lr": 0.01, "weight_decay": 0.1} | more
     return model, build_optimizer(model, row, **options)
 
@@ -82,14 +88,21 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+@functools.cache
+def by_kernels(row: str, dtype: torch.dtype) -> list[Tensor]:
+    """The weights after three updates by kernels: the second in the basis of the first, the third in a new one."""
+    model, optimizer = built(row, dtype)
+    train(model, optimizer, range(3))
+    return weights(model)
+
+
 def both_ways(row: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """The weights after four updates by kernels, each beside that of the composed rule."""
-    by_kernel, optimizer = built(row, dtype)
-    train(by_kernel, optimizer, range(4))
+    """The weights after three updates by kernels, each beside that of the composed rule."""
+    ours = by_kernels(row, dtype)
     monkeypatch.setattr(capability, "runs_on", lambda device: False)
     composed, optimizer = built(row, dtype)
-    train(composed, optimizer, range(4))
-    return list(zip(weights(by_kernel), weights(composed), strict=True))
+    train(composed, optimizer, range(3))
+    return list(zip(ours, weights(composed), strict=True))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -110,31 +123,27 @@ def test_bf16_updates_are_near_the_composed_ones(row: str, monkeypatch: pytest.M
     means = []
     for ours, theirs in pairs:
         apart = ours.float() - theirs.float()
-        assert float(apart.abs().max()) < 0.02  # four updates of 0.01, each rounded by other bits
+        assert float(apart.abs().max()) < 0.02  # three updates of 0.01, each rounded by other bits
         means.append(float(apart.abs().mean()))
     assert max(means) < 3e-3
 
 
 @pytest.mark.parametrize("row", ["adam", "adamw8bit", "galore_adamw", "apollo_mini", "scale", "foam"])
 def test_updates_in_backward_are_those_after_it(row: str) -> None:
-    after, optimizer = built(row, torch.bfloat16)
-    train(after, optimizer, range(4))
     inside, optimizer = built(row, torch.bfloat16)
-    train(inside, optimizer, range(4), Layerwise)
-    assert all(map(torch.equal, weights(after), weights(inside)))
+    train(inside, optimizer, range(3), Layerwise)
+    assert all(map(torch.equal, by_kernels(row, torch.bfloat16), weights(inside)))
 
 
 @pytest.mark.parametrize("row", ["adamw", "galore_adamw8bit", "apollo", "fira"])
 def test_a_loaded_state_goes_on_bit_for_bit(row: str) -> None:
-    whole, optimizer = built(row, torch.bfloat16)
-    train(whole, optimizer, range(4))
     first, optimizer = built(row, torch.bfloat16)
-    train(first, optimizer, range(2))
+    train(first, optimizer, range(1))
     second, later = built(row, torch.bfloat16)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     later.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(second, later, range(2, 4))
-    assert all(map(torch.equal, weights(whole), weights(second)))
+    train(second, later, range(1, 3))
+    assert all(map(torch.equal, by_kernels(row, torch.bfloat16), weights(second)))
 
 
 @pytest.mark.parametrize("row", ["adamw", "adamw8bit", "galore_adamw8bit", "apollo"])
@@ -157,7 +166,7 @@ def test_a_gradient_that_is_not_finite_changes_its_tensor_in_nothing(row: str) -
 def test_an_update_is_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix that is projected takes its norm, the product, two kernels and little else."""
     model, optimizer = built("galore_adamw", torch.bfloat16, weight_decay=0.0)
-    train(model, optimizer, range(4))
+    train(model, optimizer, range(3))
     execution = GlobalStep(optimizer, 0.0)
     for p, grad in zip(model.parameters(), gradients(model, 9), strict=True):
         p.grad = grad
@@ -166,7 +175,7 @@ def test_an_update_is_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
         execution.complete()
     views = ("view", "detach", "alias", "slice", "aten.t.", "transpose", "expand", "select", "is_same_size")
     launched = [name for name in count.names if not any(view in name for view in views)]
-    assert len(launched) <= 6 * 6
+    assert len(launched) <= 6 * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,12 +207,12 @@ def test_sums_are_whole_before_bases_are_found_in_them(row: str, monkeypatch: py
     for file in ("execution", "slots"):
         monkeypatch.setattr(f"galore_pretrain.optim.{file}.is_gpu", lambda device: True)
     after, optimizer = built(row, torch.float32)
-    train(after, optimizer, range(4), parts=2, clip=1.0)
+    train(after, optimizer, range(3), parts=2, clip=1.0)
     inside, optimizer = built(row, torch.float32)
-    train(inside, optimizer, range(4), Layerwise, parts=2, clip=1.0)
+    train(inside, optimizer, range(3), Layerwise, parts=2, clip=1.0)
     monkeypatch.undo()
     composed, optimizer = built(row, torch.float32)
-    train(composed, optimizer, range(4), parts=2, clip=1.0)
+    train(composed, optimizer, range(3), parts=2, clip=1.0)
     for ours, theirs, expected in zip(weights(inside), weights(after), weights(composed), strict=True):
         assert torch.allclose(ours, theirs, atol=2e-5)
         assert torch.allclose(theirs, expected, atol=2e-5)
