@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,8 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     loggers = _loggers(prepared, state)
     totals = RunTotals(device, inputs, prepared.init_revision, loggers, saved.state if saved else {}, started)
     saver = Saver(config, model, optimizer, state, totals.state, prepared.tokenizer, saved, world)
-    batches = read_ahead(data, pin=device.type == "cuda")
+    updates = max(0, config.steps - state.step) if config.steps else None  # else tokens are counted
+    batches = read_ahead(islice(data, updates), pin=device.type == "cuda")  # and nothing after the last
     factors = factors_of(config)
     after_update = partial(factors.after_update, model, optimizer) if factors else lambda step: None
     watch: Watch = NoWatch()
