@@ -14,10 +14,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from galore_pretrain import run as program
 
@@ -40,9 +42,18 @@ cli.main()
 """
 """The command line, killed when it is to make its seventh update."""
 WARM = multiprocessing.get_context("forkserver")
-_PRELOADED = ["galore_pretrain.cli", "galore_pretrain.run", "galore_pretrain.rundir.loaded", "transformers"]
-_PRELOADED += ["bitsandbytes", "sentencepiece.sentencepiece_model_pb2", "torch.distributed.run", "pytest"]
-WARM.set_forkserver_preload(_PRELOADED)
+"""Its processes are forked from one that has imported preloaded.py."""
+WARM.set_forkserver_preload(["preloaded"])
+
+
+def forked(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> BaseProcess:
+    """Start a process of `WARM`. The one that it is forked from, and only that, finds modules of tests/ by a path."""
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path)):
+        forkserver.ensure_running()
+    process = WARM.Process(target=target, args=arguments, daemon=daemon)
+    process.start()
+    return process
 
 
 def command(model: str, output: Path, *flags: str) -> list[str]:
@@ -106,9 +117,7 @@ def start(
 ) -> BaseProcess:
     """Start ``python -c script arguments``, whose output goes to files."""
     environment = dict(os.environ if env is None else env)
-    process = WARM.Process(target=execute, args=(script, arguments, stdout, stderr, environment, Path.cwd(), planned))
-    process.start()
-    return process
+    return forked(execute, script, arguments, stdout, stderr, environment, Path.cwd(), planned)
 
 
 def execute(

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from galore_pretrain import run as program
-from runs import WARM, known_peak
+from runs import forked, known_peak
 
 UNPLANNED = "WITHOUT_A_PLAN_OF_MEMORY"
 """A variable: with it, a run's summary has no plan of its memory, which takes as long as the rest of a small run."""
@@ -73,8 +74,8 @@ def executable() -> str:
     listener.listen(64)
     client.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
     client.chmod(0o755)
-    # A daemon: it is ended with this process.
-    WARM.Process(target=serve, args=(listener, str(client)), daemon=True).start()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    forked(serve, listener, str(client), daemon=True)  # it is ended with this process
     return str(client)
 
 
