@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +20,7 @@ KINDS = ("weights", "moments", "bases", "gradients", "sums", "activations", "tem
 """What memory is held for. ``sums``: low-rank sums of gradients that wait for their update."""
 HOST = "host"
 """The kind of what lies in the memory of a device's host. It is counted apart."""
+_DEVICE_OF: Any = torch.ops.prim.device.default
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
@@ -94,7 +96,14 @@ class Ledger(TorchDispatchMode):
         self._high = 0
         self._at_high = dict(self._bytes_of)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: in `__torch_dispatch__` is nothing to compile, and to say so for each call takes time."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # as their mode answers, and more than half of all calls ask
         result = func(*args, **(kwargs or {}))
         outputs = _storages(result)
         for storage in outputs:
