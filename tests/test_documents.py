@@ -32,7 +32,7 @@ from galore_pretrain.text.batches import TokenRows, TrainingData, stack, validat
 from galore_pretrain.text.sources import in_turn, open_source
 from galore_pretrain.train.inputs import check_length
 from pretrained import transformers_loss
-from runs import COMMAND_LINE, KILLED, command, lines, python, run
+from runs import COMMAND_LINE, KILLED, TRACED, command, lines, python, run
 from test_data import Letters, Lists
 from test_dist import case, compare, run_all
 from test_plan import config_for, real_peak
@@ -428,7 +428,8 @@ def test_two_processes_are_one(tiny_config: str, short_texts: tuple[str, ...], t
 @pytest.mark.slow
 def test_compiled_layers_take_the_mask(tiny_config: str, short_texts: tuple[str, ...], tmp_path: Path) -> None:
     for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        done = run(tiny_config, tmp_path / name, *short_texts, "--documents", "separate", *more)
+        flags = (*short_texts, "--documents", "separate", *more)
+        done = python(TRACED, *command(tiny_config, tmp_path / name, *flags)[3:])
         assert done.returncode == 0, done.stderr
     pairs = zip(lines(tmp_path / "plain"), lines(tmp_path / "compiled"), strict=True)
     assert all(one["loss"] == pytest.approx(other["loss"], rel=1e-4) for one, other in pairs)

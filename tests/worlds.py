@@ -7,18 +7,20 @@ At the end of each run, what processes hold alike must be alike bit for bit.
 import hashlib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from galore_pretrain import cli, run
 from galore_pretrain.config.options import Processes
 from galore_pretrain.tensors.shards import local
 from own_rules import register
 
+FULL = bool(os.environ.get("FULL"))
 optimizers: list[Any] = []
 optimizer_for, export = run.optimizer_for, run.export
 
@@ -56,6 +58,9 @@ def main() -> None:
     register()
     logging.getLogger("galore_pretrain").addHandler(logging.StreamHandler(sys.stderr))
     run.export, run.optimizer_for = check_replicas, noted  # type: ignore[attr-defined]
+    if not FULL:  # layers are traced, and torch's own operations run them: no C++ is written and compiled
+        compiled = nn.Module.compile
+        nn.Module.compile = lambda layer: compiled(layer, backend="aot_eager")  # type: ignore[assignment]
     for arguments in json.loads(Path(sys.argv[1]).read_text()):
         code = cli.cli.main(args=arguments, standalone_mode=False)
         assert code == 0, (code, arguments)
