@@ -43,6 +43,7 @@ class Fit:
 
 def planned(config: RunConfig, budget: int, mesh: Any = None) -> Fit:
     """Return the plan of the run that `choose` would choose, and what would make it fit. ``budget`` is in bytes."""
+    log.info("planning %s", config.optim)  # which takes tens of seconds for a deep model
     choice = choose(config, budget, mesh)
     plan = choice.plan or measure(choice.config, architecture_of_run(config), mesh)
     if plan.fits(budget):
