@@ -50,6 +50,7 @@ COMMON = (
     "--dtype float32"
 )
 SHORT = COMMON.replace("--steps 14", "--steps 5").replace("--eval-every 5", "--eval-every 4")
+SHORT = SHORT.replace("--eval-tokens 600", "--eval-tokens 200")
 SCENARIOS = {
     "galore_adamw, layerwise sums": "--optim galore_adamw --rank 4 --update-proj-gap 5 --layerwise --batch-size 2",
     "galore_adamw8bit, layerwise, packed": "--optim galore_adamw8bit --rank 4 --update-proj-gap 3 --layerwise "
@@ -211,10 +212,11 @@ def every_row(folder: Path, *, both: bool) -> int:
     """How many runs were killed before their fifth update, gone on with from their third, and found to be the same.
     Bases are made every second update: what goes on has those of before, and makes others.
 
-    Each row has two runs if ``both`` executions are asked for, else one, layerwise and global in turn.
+    Each row has two runs if ``both`` executions are asked for, else one, layerwise and global in turn. The model has
+    one layer: of each kind of parameter, one.
     """
     folder.mkdir(parents=True)
-    (folder / "model.json").write_text(json.dumps(TINY))
+    (folder / "model.json").write_text(json.dumps(TINY | {"num_hidden_layers": 1}))
     texts = [text for _, text in open_source("sample", "train").read(0, 0)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     executions = ("--layerwise", "--no-layerwise")

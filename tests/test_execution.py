@@ -17,8 +17,8 @@ from galore_pretrain.optim.sgd import SGD
 from prescribed import meant_for
 
 
-def train(model: LlamaForCausalLM, row: str, layerwise: bool, numerics: str, steps: int = 20) -> list[float]:
-    options: dict[str, Any] = meant_for(row, rank=4, update_proj_gap=7)
+def train(model: LlamaForCausalLM, row: str, layerwise: bool, numerics: str, steps: int = 8) -> list[float]:
+    options: dict[str, Any] = meant_for(row, rank=4, update_proj_gap=3)
     optimizer = build_optimizer(model, row, lr=0.01, weight_decay=0.1, numerics=numerics, seed=3, **options)
     execution: Any = Layerwise(optimizer) if layerwise else GlobalStep(optimizer, grad_clip=0.0)
     generator = torch.Generator().manual_seed(0)
