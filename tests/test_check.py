@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
+from torch import multiprocessing
 
 from galore_pretrain import cli
 from galore_pretrain.errors import InputError
@@ -19,6 +21,7 @@ from galore_pretrain.optim.check import CHECKS, Pair, check_methods, run_check
 from galore_pretrain.optim.trial import Subject, load_subject
 from warm_python import executable
 
+SPAWN = multiprocessing.spawn
 RULES = Path(__file__).with_name("broken_rules.py")
 BROKEN = {
     "Average": (), "LooksAside": ("layerwise",), "Elsewhere": ("resume",), "InPlace": ("gradients",),
@@ -51,30 +54,39 @@ def _known_garbage() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="module")
-def subjects() -> dict[str, Subject]:
-    """All methods that are checked here, by their names."""
-    found = {name: load_subject(name) for name in REGISTRY}
-    for name in BROKEN:
-        found[name] = load_subject(f"{RULES}:{name}")
-    return found
+@pytest.fixture(scope="module", autouse=True)
+def _warm_pairs() -> Iterator[None]:
+    """Two processes are forked from one that has imported all, and not started anew as `Pair` has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "spawn", partial(multiprocessing.start_processes, start_method="forkserver"))
+        yield
 
 
 @pytest.fixture(scope="module")
-def pair(subjects: dict[str, Subject]) -> Pair:
-    """The two processes, started once for all methods."""
-    return Pair(list(subjects.values()))
+def shipped() -> tuple[dict[str, Subject], Pair]:
+    """Subjects by their names, and their two processes, which are started once for all."""
+    subjects = {name: load_subject(name) for name in REGISTRY}
+    return subjects, Pair(list(subjects.values()))
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.fixture(scope="module")
+def broken() -> tuple[dict[str, Subject], Pair]:
+    subjects = {name: load_subject(f"{RULES}:{name}") for name in BROKEN}
+    return subjects, Pair(list(subjects.values()))
+
+
+# All rows of one check are neighbours, so that one worker has those of `processes`.
 @pytest.mark.parametrize("row", REGISTRY)
-def test_a_shipped_method_holds(row: str, name: str, subjects: dict[str, Subject], pair: Pair) -> None:
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_shipped_method_holds(row: str, name: str, shipped: tuple[dict[str, Subject], Pair]) -> None:
+    subjects, pair = shipped
     finding = run_check(name, subjects[row], pair)
     assert finding.status == "ok", finding.line()
 
 
 @pytest.mark.parametrize("rule", BROKEN)
-def test_a_broken_rule_fails_the_check_of_what_it_breaks(rule: str, subjects: dict[str, Subject], pair: Pair) -> None:
+def test_a_broken_rule_fails_the_check_of_what_it_breaks(rule: str, broken: tuple[dict[str, Subject], Pair]) -> None:
+    subjects, pair = broken
     failed = {}
     for name in CHECKS:
         finding = run_check(name, subjects[rule], pair)
@@ -86,7 +98,11 @@ def test_a_broken_rule_fails_the_check_of_what_it_breaks(rule: str, subjects: di
 
 
 @pytest.mark.slow
-def test_a_rule_that_raises_in_one_process_alone_keeps_no_other_from_its_check() -> None:
+def test_a_rule_that_raises_in_one_process_alone_keeps_no_other_from_its_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the two processes are started as a user's are."""
+    monkeypatch.setattr(multiprocessing, "spawn", SPAWN)
     subjects = [load_subject(name) for name in (f"{RULES}:StopsAlone", "sgd")]
     pair = Pair(subjects, patience=5.0)
     first, second = (run_check("processes", subject, pair) for subject in subjects)
