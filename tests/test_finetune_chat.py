@@ -192,7 +192,7 @@ TWO_WAYS: dict[str, tuple[str, ...]] = {
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(model: str, tmp_path: Path) -> None:
     """Answers are few and in some rows only: each process's share of them counts as much as there are."""
-    data = write_chats(tmp_path / "chats.jsonl", 60)
+    data = write_chats(tmp_path / "chats.jsonl", 30)
     given = ("finetune", "--task", "chat", "--model", model, "--data", data, *SHORT, "--epochs", "2", "--lr", "1e-3")
     for processes in (1, 2):
         cases = {}
@@ -202,7 +202,7 @@ def test_two_processes_have_the_losses_of_one(model: str, tmp_path: Path) -> Non
         run_all(processes, cases, tmp_path)
     for optim in TWO_WAYS:
         one, two = (lines(tmp_path / f"{optim}-{processes}") for processes in (1, 2))
-        assert len(one) > 8
+        assert len(one) > 4
         assert [line["step"] for line in two] == [line["step"] for line in one]
         for ours, theirs in zip(two, one, strict=True):
             for key in ours.keys() & {"loss", "eval_loss", "tokens_seen"}:
