@@ -506,6 +506,7 @@ def test_two_processes_take_any_family(tmp_path: Path) -> None:
                 make_folder(tmp_path / family, family, **changes)
             output = tmp_path / f"{family}-{processes}"
             flags = ["--optim", "galore_adamw", "--rank", "4", "--batch-size", "2", *SHORT]
+            flags += ["--steps", "3", "--save-every", "3", "--eval-tokens", "600"]
             cases[output] = ["--init", folder, "--output", str(output), *flags]
         run_all(processes, cases, tmp_path)
     for family in FAMILIES:
