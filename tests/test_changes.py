@@ -45,6 +45,11 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
     return model_of(tmp_path_factory.mktemp("model"), 2)
 
 
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return model_of(tmp_path_factory.mktemp("model"), 1)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def planned_once() -> Iterator[None]:
     """What searches plan is planned once: they ask for the same plans again and again. Tests measure anew."""
@@ -107,6 +112,16 @@ def least(config: RunConfig) -> int:
     return peak
 
 
+FOUND = {
+    ("adamw", 0.9): "--moment-store 8bit",
+    ("galore_adamw", 0.8): "--layerwise --moment-store 8bit",
+    ("scale", 0.9): "--total-batch-size 1",
+    ("fira", 0.95): "--moment-store 8bit",
+    ("lora", 0.8): "--moment-store 8bit --rank 2",
+}
+"""What helps each row's example, by its row and share."""
+
+
 @pytest.mark.slow
 @settings(
     max_examples=int(os.environ.get("FUZZ", "1")),
@@ -119,21 +134,24 @@ def least(config: RunConfig) -> int:
     total=st.sampled_from([1, 4, 16]),
     layerwise=st.sampled_from([None, False]),
 )
-@example(row="adamw", share=0.95, total=1, layerwise=None)
+@example(row="adamw", share=0.9, total=1, layerwise=None)
 @example(row="galore_adamw", share=0.8, total=4, layerwise=False)
-@example(row="scale", share=0.7, total=4, layerwise=False)
-@example(row="fira", share=0.9, total=1, layerwise=None)
-@example(row="lora", share=0.6, total=1, layerwise=False)
-def test_what_is_said_to_fit_fits(row: str, share: float, total: int, layerwise: bool | None, shallow: str) -> None:
-    """Of each row once; with FUZZ=20, of twenty random ones too."""
+@example(row="scale", share=0.9, total=4, layerwise=False)
+@example(row="fira", share=0.95, total=1, layerwise=None)
+@example(row="lora", share=0.8, total=1, layerwise=False)
+def test_what_is_said_to_fit_fits(row: str, share: float, total: int, layerwise: bool | None, single: str) -> None:
+    """Of each row once; with FUZZ=20, of twenty random ones too. In fp32, where no table of random bits is the most."""
     flags = {"total_batch_size": total} | ({} if layerwise is None else {"layerwise": layerwise})
-    config = config_for(shallow, row, **flags)
+    config = config_for(single, row, dtype="float32", **flags)
     budget = int(share * least(config))
     change = cheapest_change(config, budget)
+    expected = FOUND.get((row, share))
     if change is None:
+        assert expected is None
         return
+    assert expected in (change.words(), None)
     assert change.plan.peak_bytes <= budget
-    assert measure(change.plan.config, load_model_config(shallow)).peak_bytes == change.plan.peak_bytes
+    assert measure(change.plan.config, load_model_config(single)).peak_bytes == change.plan.peak_bytes
     for name, value in change.flags.items():
         assert getattr(change.plan.config, name) == value
     taken = planned(replace(config, fit="anything"), budget)

@@ -72,7 +72,7 @@ def config_of(task: str, model: str, data: Path | None = None, **flags: Any) -> 
 def test_every_task_is_learnt(task: str, tmp_path: Path) -> None:
     make_glue.write_task(tmp_path / "glue", TASKS[task], train=512, validation=128)
     model = make_roberta(tmp_path / "model")
-    more = ("--epochs", "8", "--lr", "2e-3", "--rank", "8", "--galore-scale", "4", "--update-proj-gap", "50")
+    more = ("--epochs", "4", "--lr", "2e-3", "--rank", "8", "--galore-scale", "4", "--update-proj-gap", "50")
     done = finetune(
         task, model, tmp_path / "glue", tmp_path / "out", "--max-length", "48", "--wandb", "disabled", *more
     )

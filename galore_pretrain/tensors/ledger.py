@@ -39,14 +39,12 @@ def allocated_peak(work: Callable[[], object]) -> int:
         with silenced(2):
             profile.stop()
     results: Any = profile.profiler
-    events = results.kineto_results.events()
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     held = 0
     peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            # The size of a block that is given back is negative.
-            held += event.nbytes()
-            peak = max(peak, held)
+        held += event.nbytes()  # of a block that is given back, it is negative
+        peak = max(peak, held)
     return peak
 
 
