@@ -28,7 +28,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model") / "llama_60m.json"  # by its name one of the paper's tables
     config = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 1024, "tie_word_embeddings": False}
     shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
-    path.write_text(json.dumps(config | shape | {"num_hidden_layers": 4}))
+    path.write_text(json.dumps(config | shape | {"num_hidden_layers": 2}))
     return str(path)
 
 
