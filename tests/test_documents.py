@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -37,6 +38,7 @@ from test_data import Letters, Lists
 from test_dist import case, compare, run_all
 from test_plan import config_for, real_peak
 
+FULL = bool(os.environ.get("FULL"))
 LENGTH = 40
 STARTS = ((0, 1, 17, 33), (0,), (0, 20))
 """Where the documents of three rows begin; the first one is a token alone."""
@@ -264,7 +266,7 @@ def test_the_plan_has_the_mask(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", ["joined", "separate"])
-@pytest.mark.parametrize("length", [2048, 4096])
+@pytest.mark.parametrize("length", [2048, 4096, *[8192] * FULL])
 def test_the_plan_of_long_rows_is_what_the_allocator_says(documents: str, length: int, tmp_path: Path) -> None:
     values = TINY | {"max_position_embeddings": length}
     model = tmp_path / "long.json"

@@ -227,7 +227,7 @@ MORE = [
 def test_mutated_model_configs(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.suppress(ValueError, AttributeError):
         layers = json.loads(text).get("num_hidden_layers")
-        assume(not isinstance(layers, int) or not 50 < layers < 10**6)  # fine, and too long
+        assume(not isinstance(layers, int) or not 50 < layers <= 1000)  # fine, and too long
     with tempfile.TemporaryDirectory() as name:
         output, file = Path(name) / "run", Path(name) / "config.json"
         file.write_text(text, errors="surrogatepass")
