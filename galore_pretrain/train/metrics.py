@@ -286,7 +286,8 @@ class Wandb:
 
     The run waits `_INIT` seconds for wandb's server, and goes on offline where it does not answer. It waits for nothing
     else: a thread hands the lines over, at most `_WAITING` of them are held back, and at the end it has `_FINISH`
-    seconds. Where it has not ended even then, wandb's own clean-up, when Python exits, would wait for it without limit.
+    seconds. Where it has not ended even then, wandb's own clean-up, when Python exits, would wait for it without limit;
+    and where the server did not answer at the beginning, for some twenty seconds more of trying.
 
     ``mode``: ``online``, ``offline``, ``disabled``, or ``auto``: what wandb's own settings say (``WANDB_MODE``), but
     offline without an API key. Never prompts. Where ``project``, ``name`` or ``tags`` is None, wandb's own settings
@@ -308,6 +309,8 @@ class Wandb:
     ) -> None:
         self._run: Any = None
         self._is_on = False
+        self._tries_on = False
+        """Whether wandb goes on trying to reach a server that did not take the run."""
         self._waiting: Queue[tuple[int, Metrics] | None] = Queue(_WAITING)  # None: there are no more
         self._earlier = earlier
         self.run_id = run_id
@@ -334,6 +337,7 @@ class Wandb:
                 "settings": wandb.Settings(silent=True, console="off", init_timeout=_INIT, x_disable_stats=True),
             }
             self._run = _start(mode, own.base_url, options)
+            self._tries_on = mode != "offline" and self._run.settings.mode == "offline"
             self.run_id = self._run.id
         except Exception as error:  # any failure of a service that only watches
             log.warning("wandb is off for this run: %s", _first_line(error))
@@ -357,7 +361,7 @@ class Wandb:
         return {"wandb_id": self.run_id}
 
     def close(self) -> bool:
-        """Give the thread `_FINISH` seconds to hand over what is queued; return whether it has ended."""
+        """Give the thread `_FINISH` seconds to hand over what is queued; return whether wandb has ended."""
         if self._run is None:
             return True
         with contextlib.suppress(Full):
@@ -366,7 +370,7 @@ class Wandb:
         is_stuck = self._thread.is_alive()
         if is_stuck:
             log.warning("wandb has not taken everything within %.0f s, and is left; metrics.jsonl has it all", _FINISH)
-        return not is_stuck
+        return not is_stuck and not self._tries_on
 
     def _hand_over(self) -> None:
         """Give wandb the earlier lines, and then those queued up to the None behind the last; the thread's work."""
