@@ -556,12 +556,12 @@ class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("numel_is_bare", [False, True])
 @pytest.mark.parametrize("row", ROWS)
 def test_no_full_size_temporary(row: str, numel_is_bare: bool) -> None:
-    """Neither a matrix nor an embedding of 5M bf16 weights is ever copied whole, in fp32 or at all.
+    """Neither a matrix nor an embedding of 4M bf16 weights is ever copied whole, in fp32 or at all. A chunk is of 256K.
 
     The direction of FOAM and of Muon has no factors: it is one tensor of that size, in bf16.
     """
     rules = build_rules(row, "sound", **meant_for(row, rank=64, update_proj_gap=100))
-    p = torch.zeros(5120, 1024, dtype=torch.bfloat16, requires_grad=True)
+    p = torch.zeros(4096, 1024, dtype=torch.bfloat16, requires_grad=True)
     optimizer = RuleOptimizer([{"params": [p], "rule": rules[numel_is_bare]}])
     p.grad = torch.randn(p.shape).bfloat16()
     optimizer.step()  # a basis, and constants
