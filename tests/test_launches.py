@@ -43,7 +43,7 @@ def test_an_update_takes_few_launches(counting: Any, model: str, optim: str, mos
 
 @pytest.mark.parametrize(
     ("optim", "weights", "most"),
-    [("scale", "int8", 660), ("q_galore", None, 465), ("q_apollo_mini", None, 515), ("apollo", None, 565)],
+    [("scale", "int8", 660), ("q_galore", None, 440), ("q_apollo_mini", None, 515), ("apollo", None, 565)],
 )
 def test_updates_of_codes_and_channels_take_few_launches(
     counting: Any, optim: str, weights: str | None, most: int, tmp_path: Path
