@@ -20,6 +20,7 @@ from galore_pretrain.planning.cards import Card
 from galore_pretrain.planning.plan import faked, make_update, places_of
 from galore_pretrain.planning.traffic import Counts, extrapolated, product_flops, tensors_of
 from galore_pretrain.tensors.chunks import ChunkSample
+from galore_pretrain.tensors.operations import device_asked_for
 from galore_pretrain.train.build import execution_for
 
 FORWARD, BACKWARD, UPDATE, REFRESH, EVALUATION = "forward", "backward", "update", "refresh", "evaluation"
@@ -181,9 +182,17 @@ class WorkCounter(TorchDispatchMode):
         finally:
             self.part = before
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: in `__torch_dispatch__` is nothing to compile, and to say so for each call takes time."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do one operation and count it."""
         del types
+        device = device_asked_for(func, args)
+        if device is not None:
+            return device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         packet = func.overloadpacket

@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from galore_pretrain.tensors.operations import device_asked_for
 from galore_pretrain.tensors.silence import silenced
 
 KINDS = ("weights", "moments", "bases", "gradients", "sums", "activations", "temporaries")
 """What memory is held for. ``sums``: low-rank sums of gradients that wait for their update."""
 HOST = "host"
 """The kind of what lies in the memory of a device's host. It is counted apart."""
-_DEVICE_OF: Any = torch.ops.prim.device.default
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
@@ -100,8 +99,9 @@ class Ledger(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # as their mode answers, and more than half of all calls ask
+        device = device_asked_for(func, args)
+        if device is not None:
+            return device
         result = func(*args, **(kwargs or {}))
         outputs = _storages(result)
         for storage in outputs:

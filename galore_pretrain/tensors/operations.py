@@ -5,9 +5,19 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
 _NAMESPACE = "galore_pretrain"
+_DEVICE_OF: Any = torch.ops.prim.device.default
+
+
+# More than half of all that torch asks of fake tensors, it asks as an operation, too. Their mode answers the same.
+def device_asked_for(func: Any, args: Any) -> torch.device | None:
+    """Return a fake tensor's device if an operation asks for that alone, else None; a count of operations skips it."""
+    if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
+        return args[0].fake_device
+    return None
 
 
 @cache
