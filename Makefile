@@ -25,8 +25,8 @@ lint: $(VENV)/.installed
 pytest: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist worksteal
 
-dist: $(VENV)/.installed            ## every optimizer in every way to share it, by 2 and 4 processes: half an hour
-	FULL=1 $(BIN)/pytest tests/test_dist.py
+dist: $(VENV)/.installed            ## every optimizer in every way to share it, by 2 and 4 processes; all that is compiled
+	FULL=1 $(BIN)/pytest tests/test_dist.py tests/test_profile.py tests/test_documents.py
 
 golden: $(VENV)/.installed          ## write tests/golden anew
 	$(BIN)/python tests/test_golden.py

@@ -35,6 +35,7 @@ from galore_pretrain.config.options import (
 from galore_pretrain.config.resolve import ALL, left_out, load_named
 from galore_pretrain.config.tasks import ENCODER, GLUE, TASKS
 from galore_pretrain.errors import InputError, RunError, TrainingFailedError, did_you_mean
+from galore_pretrain.signals import Ending
 from galore_pretrain.study.sweep import KINDS, Sweep, entries, load_line, own_length
 from galore_pretrain.text.hub import check_hub, hub_text
 from galore_pretrain.text.sources import open_source
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 _THIS_CARD = "this machine's"
 
 # torchrun ends all processes as soon as one has failed. One that says nothing therefore waits for the one that prints
-# the error, in seconds, or that one might be ended before it has. It is itself ended by torchrun as soon as that is so.
+# the error, in seconds, or that one might be ended before it has. It is itself ended by torchrun as soon as that is so:
+# by a signal, and where that came already while the run ended, nothing is waited for.
 _REPORT_WAIT = 20.0
 
 _INTERRUPTED = 130
@@ -137,8 +139,8 @@ def _run(ctx: click.Context, config: RunConfig, origins: Mapping[str, str]) -> i
     with _importing():
         from galore_pretrain import run  # torch and transformers: only for a run that makes sense so far
 
-    ending = ctx.ensure_object(_Ending)
-    return run.train(config, origins, hurry=ending.hurry)
+    ending = ctx.ensure_object(Ending)
+    return run.train(config, origins, ending)
 
 
 def _goes_on(config: RunConfig) -> bool:
@@ -915,17 +917,6 @@ def _show_warning(
     logging.getLogger("galore_pretrain").log(logging.WARNING if ours else logging.DEBUG, "%s", message)
 
 
-@dataclass
-class _Ending:
-    """Says how the program ends: ``at_once``, or as Python does, which waits for what a run has left behind."""
-
-    at_once: bool = False
-
-    def hurry(self) -> None:
-        """Ask for an end at once."""
-        self.at_once = True
-
-
 def main() -> None:
     """Run the command line; exceptions become one line and an exit code."""
     logger = logging.getLogger("galore_pretrain")
@@ -939,7 +930,7 @@ def main() -> None:
         "TRANSFORMERS_VERBOSITY", "error"
     )  # it warns its developers, and what matters is checked here
     debug = "--debug" in sys.argv[1:]
-    ending = _Ending()
+    ending = Ending()
     try:
         code = cli(standalone_mode=False, obj=ending)
     except click.ClickException as error:
@@ -958,7 +949,7 @@ def main() -> None:
     _exit(code if isinstance(code, int) else 0, ending)
 
 
-def _exit(code: int, ending: _Ending) -> NoReturn:
+def _exit(code: int, ending: Ending) -> NoReturn:
     if ending.at_once:
         logging.shutdown()
         sys.stdout.flush()
@@ -980,11 +971,11 @@ def _tagged(line: str) -> str:
     return f"[process {os.environ['RANK']}] {line}"
 
 
-def _fail(error: BaseException, message: str, code: int, debug: bool, ending: _Ending) -> int:
+def _fail(error: BaseException, message: str, code: int, debug: bool, ending: Ending) -> int:
     if debug:
         logging.getLogger("galore_pretrain").exception("with --debug:")
     if not _is_reported_here(error):
-        if code != _INTERRUPTED and not ending.at_once:
+        if code != _INTERRUPTED and not ending.is_asked_for:
             time.sleep(_REPORT_WAIT)
         return code
     with contextlib.suppress(OSError, ValueError):

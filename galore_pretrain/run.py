@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,7 +52,7 @@ from galore_pretrain.rundir.resume import (
     tokenizer_files,
 )
 from galore_pretrain.rundir.totals import RunTotals
-from galore_pretrain.signals import on_stop
+from galore_pretrain.signals import Ending, on_stop
 from galore_pretrain.tensors.transport import NotLockedError
 from galore_pretrain.text.batches import Batch, TrainingData, read_ahead
 from galore_pretrain.text.hub import download_model, is_hub_id, read_at
@@ -121,11 +121,10 @@ class Assembled:
     totals: RunTotals
 
 
-def train(config: RunConfig, origins: Mapping[str, str], *, hurry: Callable[[], None] = lambda: None) -> int:
+def train(config: RunConfig, origins: Mapping[str, str], ending: Ending | None = None) -> int:
     """Make one run, from config to exported model, and return the exit code.
 
-    ``hurry`` is called where the program is to end at once: something is left behind that Python's own exit would wait
-    for, or a run has failed that a signal had asked to stop.
+    ``ending`` is told of a signal, and where Python's own exit would wait for something that is left behind.
     """
     started = time.monotonic()
     with joined(config) as world:
@@ -139,7 +138,7 @@ def train(config: RunConfig, origins: Mapping[str, str], *, hurry: Callable[[], 
             with _failures_explained(prepared):
                 static = prepared.outline.static  # bytes of the whole run, as its checkpoints will have them
                 directory.check_space(prepared.config, static.weights + static.state)
-                return _train_to_end(prepared, assemble(prepared, started), hurry)
+                return _train_to_end(prepared, assemble(prepared, started), ending or Ending())
 
 
 def prepare(config: RunConfig, origins: Mapping[str, str], directory: RunDirectory, world: World) -> Prepared | None:
@@ -345,10 +344,15 @@ def assemble(prepared: Prepared, started: float) -> Assembled:
     return Assembled(trainer, batches, saver, totals)
 
 
-def _train_to_end(prepared: Prepared, assembled: Assembled, hurry: Callable[[], None]) -> int:
+def _train_to_end(prepared: Prepared, assembled: Assembled, ending: Ending) -> int:
     """Train to the end of the schedule, or to a signal, and return the exit code."""
     trainer, saver = assembled.trainer, assembled.saver
-    with on_stop(trainer.stop):
+
+    def stop(number: int) -> None:
+        ending.is_asked_for = True
+        trainer.stop(number)
+
+    with on_stop(stop):
         try:
             with closing(assembled.batches):
                 is_over = trainer.fit()
@@ -358,15 +362,11 @@ def _train_to_end(prepared: Prepared, assembled: Assembled, hurry: Callable[[], 
                 return 128 + (trainer.stop_signal or 0)
             conclude(prepared, assembled)
             return 0
-        except Exception:
-            if trainer.stop_signal is not None:  # torchrun's, where another process has failed: it is not sent again
-                hurry()
-            raise
         finally:
             saver.wait()
             have_ended = [logger.close() for logger in trainer.loggers]
             if not all(have_ended):
-                hurry()
+                ending.at_once = True
 
 
 def conclude(prepared: Prepared, assembled: Assembled) -> None:

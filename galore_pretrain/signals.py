@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Thread
 from types import FrameType
 
@@ -13,6 +14,17 @@ _TOGETHER = 1.0
 
 A scheduler or a terminal signals every process of a job, and a sweep's own runs then get the signal twice.
 """
+
+
+@dataclass
+class Ending:
+    """Says how the program ends: ``at_once``, or as Python does, which waits for what a run has left behind.
+
+    ``is_asked_for``: a signal has asked this process to end, and will not be sent again.
+    """
+
+    at_once: bool = False
+    is_asked_for: bool = False
 
 
 @contextmanager

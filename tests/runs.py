@@ -57,11 +57,16 @@ WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["preloaded"])
 
 
-def forked(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> BaseProcess:
-    """Start a process of `WARM`. The one that it is forked from, and only that, finds modules of tests/ by a path."""
+def start_warm() -> None:
+    """Start the process that those of `WARM` are forked from. It, and only it, finds modules of tests/ by a path."""
     path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path)):
         forkserver.ensure_running()
+
+
+def forked(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> BaseProcess:
+    """Start a process of `WARM`."""
+    start_warm()
     process = WARM.Process(target=target, args=arguments, daemon=daemon)
     process.start()
     return process

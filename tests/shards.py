@@ -23,8 +23,8 @@ from prescribed import meant_for
 
 FULL = bool(os.environ.get("FULL"))
 SOME = ("adamw8bit", "adafactor", "galore_adamw8bit", "natural_galore", "apollo", "muon", "scale")
-"""What four processes share besides two, unless all is asked for: a row of each way to lie. Of
-these, tensors of which one of two would have next to nothing are not shared by two."""
+"""What four processes share besides two, unless all is asked for: a row of each way to lie. Of these, tensors as small
+as `FEW` are left to four."""
 ALIGNED = {"tall": (256, 128), "wide": (128, 1024), "square": (256, 256), "head": (256, 128), "norm": (512,)}
 FEW = {"tall": (5, 4), "wide": (4, 5), "square": (5, 5), "head": (5, 4), "norm": (5,)}  # the last of four has none
 UNEVEN = {"tall": (101, 30), "wide": (30, 101), "square": (34, 34), "head": (33, 20), "norm": (33,)}
@@ -256,7 +256,7 @@ def main() -> None:
         cases.append(("galore_adafactor", {"basis": basis, "proj_type": proj_type}))
     for row in ("adam", "galore_adamw"):
         cases.append((row, {"weight_decay": 0.1}))
-    for row, options in cases if everything else cases[::4]:  # four: each row and each way once
+    for row, options in cases if everything else cases[::4]:  # by four processes, five of them
         found = compare(row, UNEVEN, torch.float32, mesh, **options)
         assert found < 2e-4, (row, options, found)
     rows = {name: shape for name, shape in ALIGNED.items() if name != "wide"}  # columns are rounded with other bits

@@ -19,6 +19,7 @@ from galore_pretrain.optim import check
 from galore_pretrain.optim.build import REGISTRY
 from galore_pretrain.optim.check import CHECKS, Pair, check_methods, run_check
 from galore_pretrain.optim.trial import Subject, load_subject
+from runs import start_warm
 from warm_python import executable
 
 SPAWN = multiprocessing.spawn
@@ -57,6 +58,7 @@ def _known_garbage() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _warm_pairs() -> Iterator[None]:
     """Two processes are forked from one that has imported all, and not started anew as `Pair` has it."""
+    start_warm()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, "spawn", partial(multiprocessing.start_processes, start_method="forkserver"))
         yield

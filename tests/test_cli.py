@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from galore_pretrain import run as program
-from galore_pretrain.cli import _is_reported_here, cli
+from galore_pretrain.cli import _fail, _is_reported_here, cli
 from galore_pretrain.config.flags import OF_TASKS, RunCommand, with_run_options
 from galore_pretrain.config.flags import flags as flags_of_a_run
 from galore_pretrain.config.flags import resolved as resolve_options
@@ -30,6 +30,7 @@ from galore_pretrain.optim import RuleOptimizer
 from galore_pretrain.planning import plan
 from galore_pretrain.rundir import checkpoint
 from galore_pretrain.rundir.directory import RunDirectory
+from galore_pretrain.signals import Ending
 from runs import COMMAND_LINE, MEASURED, command, lines, python, run, start
 from warm_python import executable
 
@@ -105,6 +106,45 @@ def test_one_process_prints_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere.__cause__ = ProcessFailedError(reported_by=1)
     assert printed(elsewhere) == [1]
     assert pickle.loads(pickle.dumps(InputError("--data", reported_by=3))).reported_by == 3
+
+
+@pytest.mark.parametrize(("ending", "waits"), [(Ending(at_once=True), True), (Ending(is_asked_for=True), False)])
+def test_who_leaves_an_error_to_another_waits_for_torchruns_signal(
+    ending: Ending, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it will end at once; but not for one that has come."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "0")
+    assert _fail(InputError("--lr", reported_by=1), "--lr", 2, False, ending) == 2
+    assert bool(waited) is waits
+
+
+READING = """
+import os
+from galore_pretrain import cli
+from galore_pretrain.text import batches
+stack, read = batches.stack, []
+def reading(*given):
+    read.append(1)
+    if len(read) > {}:
+        os._exit(3)  # at once, whatever the thread is that reads
+    return stack(*given)
+batches.stack = reading
+cli.main()
+"""
+
+
+def test_no_text_is_read_behind_the_last_update(tiny_config: str, finished: Path, tmp_path: Path) -> None:
+    """Neither by a run from the beginning nor by one that goes on after update 8."""
+    words = command(tiny_config, tmp_path / "run")[3:]
+    assert python(READING.format(12), *words).returncode == 0
+    assert lines(tmp_path / "run") == lines(finished)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
+    (tmp_path / "run" / "summary.json").unlink()
+    again = python(READING.format(4), *words)
+    assert again.returncode == 0, again.stderr
+    assert lines(tmp_path / "run") == lines(finished)
 
 
 def test_one_run_at_a_time_in_a_folder(tiny_config: str, finished: Path, tmp_path: Path) -> None:

@@ -37,9 +37,8 @@ TOLERANCES = {row: 1e-3 for row in METHODS if METHODS[row].moments_8bit} | {"nat
 magnifies what its history is off by. (On the same gradients, shards.py asks for the same bits where blocks align.)"""
 WAYS = [(m, "--shard", s) for m, s in itertools.product(("--layerwise", "--no-layerwise"), ("full", "hybrid", "none"))]
 ALIKE = ("adam", "q_apollo_mini", "natural_galore8bit", "low_rank_adamw8bit", "lora", "lora_adamw8bit")
-"""Rows whose curves by two processes are tried with ``FULL=1`` alone: each is made of the rules of others that are not
-here, which shards.py tells by values (Adam's decay into the gradient, one scale for a matrix, moments of 8 bits), or
-is ReLoRA that merges nothing. The second one of Natural GaLore is gone on with by other numbers of processes."""
+"""Rows whose curves by two processes are tried with ``FULL=1`` alone. Each is made of rules of rows that are tried, and
+shards.py compares its updates by value."""
 PROJECTED = ("--layerwise", "--shard", "none", "--reduce", "projected")
 PROJECTING = {2: ("galore_adamw8bit", "natural_galore"), 4: ("galore_adamw",)}
 COMPILED = ("--layerwise", "--compile")
@@ -108,6 +107,7 @@ def ended(processes: int, script: str, folder: Path, *arguments: str) -> tuple[l
     codes = [process.exitcode for process in all_started]
     for process in all_started:
         process.kill()  # one that hangs
+        process.join()
     return codes, "".join(log.read_text() for log in logs)
 
 
@@ -155,7 +155,7 @@ def compare(one: Path, other: Path, tolerance: float) -> str | None:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_curves_are_those_of_one_process(processes: int, tiny_config: str, tmp_path: Path) -> None:
     """Also: replicas and bases are equal bit for bit (worlds.py), and the validation loss does not depend on who
-    computed it. Each way meets one micro-batch and two, and models of one layer and of two."""
+    computed it. By two processes, each way meets one micro-batch and two, and models of one layer and of two."""
     rows = [*METHODS] if FULL else [row for row in METHODS if row not in ALIKE]
     if processes == 4 and not FULL:
         rows = ["galore_adamw", "galore_adamw8bit", "adafactor", "relora"]
@@ -172,7 +172,8 @@ def test_curves_are_those_of_one_process(processes: int, tiny_config: str, tmp_p
         ways = [*ways, COMPILED] if row == "galore_adamw" and processes == 2 else ways
         for way in ways:
             path = shared[(row, *way)] = tmp_path / "-".join((row, *way))
-            shared_cases[path] = [*case(model, path, row, *way), *at_once]
+            parts = ("--batch-size", "2") if way == PROJECTED and processes == 2 else at_once  # two a process
+            shared_cases[path] = [*case(model, path, row, *way), *parts]
     run_all(1, alone_cases, tmp_path)
     run_all(processes, shared_cases, tmp_path)
     found = [compare(alone[k[0]], path, TOLERANCES.get(k[0], 1e-5)) for k, path in shared.items()]
@@ -392,12 +393,14 @@ def test_one_of_two_hosts_is_lost_and_comes_back(tiny_config: str, tmp_path: Pat
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_all(tiny_config: str, tmp_path: Path) -> None:
     script = tmp_path / "losing.py"
-    script.write_text(LOSING.format(FIRST, "time.sleep(8)"))
+    mark = tmp_path / "it hangs"
+    script.write_text(LOSING.format(FIRST, f"open({str(mark)!r}, 'w').close(); time.sleep(8)"))
     started = time.monotonic()
-    words = ["--total-batch-size", "8", "--distributed-timeout", "3"]
+    words = ["--total-batch-size", "8", "--distributed-timeout", "5"]
     done = torchrun(2, str(script), *command(tiny_config, tmp_path / "run", *words)[3:])
     assert done.returncode == 1
-    assert "Error: another process has ended, or not answered for --distributed-timeout 3 s" in done.stderr
+    assert mark.exists(), done.stderr
+    assert "Error: another process has ended, or not answered for --distributed-timeout 5 s" in done.stderr
     assert time.monotonic() - started < 90  # torchrun gives the one that hangs 30 s to end
 
 
@@ -504,14 +507,32 @@ def test_texts_that_differ_end_all(tiny_config: str, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "step_00000005").is_dir()
 
 
+ASKED = """
+import os, signal
+from galore_pretrain import cli
+from galore_pretrain.errors import InputError
+from galore_pretrain.train import metrics
+cli._REPORT_WAIT = 99.0
+def asked():
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+close = metrics.JsonLines.close
+def closing(self):
+    {}
+    return close(self)
+metrics.JsonLines.close = closing
+"""
+
+
 @pytest.mark.slow
-def test_a_process_that_is_asked_to_end_leaves_the_error_to_another(tiny_config: str, tmp_path: Path) -> None:
-    """torchrun's signal comes while the first process saves what the second one's error ends: it is not sent again."""
+@pytest.mark.parametrize(("sooner", "later"), [("asked(); ", "pass"), ("", "asked()")], ids=["as it fails", "after it"])
+def test_a_process_that_is_asked_to_end_leaves_the_error_to_another(
+    sooner: str, later: str, tiny_config: str, tmp_path: Path
+) -> None:
+    """torchrun's signal comes while the first process ends by the second one's error: it is not sent again."""
     arguments = command(tiny_config, tmp_path / "run", "--total-batch-size", "8")[3:]
-    asked = 'os.environ["RANK"] == "0" and os.kill(os.getpid(), signal.SIGTERM)'
-    fails = "raise InputError('the text is no text', reported_by=1)"
-    patient = "from galore_pretrain.errors import InputError; from galore_pretrain import cli; cli._REPORT_WAIT = 999.0"
-    codes, said = ended(2, patient + LOSING.format(True, f"{asked}; {fails}"), tmp_path, *arguments)
+    fails = f"{sooner}raise InputError('the text is no text', reported_by=1)"
+    codes, said = ended(2, ASKED.format(later) + LOSING.format(True, fails), tmp_path, *arguments)
     assert codes == [2, 2], said
     assert said.count("Error: the text is no text") == 1, said
 

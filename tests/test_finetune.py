@@ -416,6 +416,10 @@ def test_what_makes_no_sense_is_refused(case: str, glue: Path, roberta: str, tmp
 def test_other_models_are_refused(tiny_config: str, glue: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model_type is None.* 'roberta' alone"):
         load_encoder_config(tiny_config, ("yes", "no"))
+    deep = tmp_path / "deep.json"
+    deep.write_text(json.dumps({"model_type": "roberta", "num_hidden_layers": 10**9}))
+    with pytest.raises(InputError, match="num_hidden_layers is 1000000000; at most 1000 layers are built"):
+        load_encoder_config(str(deep), ("yes", "no"))
     values = {"task": "rte", "model": str(glue), "lr": 1.0}
     with pytest.raises(InputError, match="--init"):
         resolve(values, dict.fromkeys(values, "flag"))

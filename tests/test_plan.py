@@ -379,6 +379,14 @@ def test_7b_fits_a_card_of_24_gib() -> None:
     assert measure(at_once, architecture, outline=outline).peak_bytes <= 20 * GIB
 
 
+def test_a_plan_is_the_same_whatever_the_callers_device_is(shallow: str) -> None:
+    config = config_for(shallow, "adamw", device="cpu")
+    architecture = load_model_config(shallow)
+    planned = measure(config, architecture)
+    with torch.device("meta"):
+        assert measure(config, architecture).highs == planned.highs
+
+
 def test_compiled_layers_hold_their_gradients_together(shallow: str) -> None:
     given = {"model": shallow, "optim": "adamw", "layerwise": True, "batch_size": 2, "total_batch_size": 2, "lr": 1e-3}
     given |= {"data": "sample", "dtype": "float32", "max_length": 32, "grad_clip": 0.0, "steps": 10}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from galore_pretrain.config.options import find_model
 from galore_pretrain.errors import InputError
-from galore_pretrain.model.families import Architecture
+from galore_pretrain.model.families import Architecture, check_depth
 from galore_pretrain.model.initial import InitialWeights, check_shapes, take
 from galore_pretrain.model.llama import draw
 from galore_pretrain.model.lowrank import Factors, layers
@@ -59,6 +59,9 @@ def load_encoder_config(place: str, classes: Sequence[str]) -> Architecture:
     for key, built in _BUILT.items():
         if values.get(key, built) != built:
             raise InputError(f"--model {place}: {key} is {values[key]!r}; a RoBERTa with {built!r} is built here")
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int):
+        check_depth(layers, str(file))
     labels = ("id2label", "label2id", "num_labels", "problem_type", "architectures")
     kept = {key: value for key, value in values.items() if key not in labels}
     try:

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from galore_pretrain.errors import InputError
+
 Architecture: TypeAlias = PreTrainedConfig
 """The configuration of a model of one of the `FAMILIES`."""
 CausalLM: TypeAlias = PreTrainedModel
@@ -18,6 +20,16 @@ _WINDOWS: dict[str, tuple[type, ...]] = {
     "max_window_layers": (int,),
     "layer_types": (list, _NULL),
 }
+
+
+_MOST_LAYERS = 1000
+"""As many as DeepNet's (arXiv 2203.00555). To build millions takes days, before a plan can say that they do not fit."""
+
+
+def check_depth(layers: int, source: str) -> None:
+    """Raise InputError where a model of so many ``layers`` is not built; ``source`` names its config."""
+    if layers > _MOST_LAYERS:
+        raise InputError(f"{source}: num_hidden_layers is {layers}; at most {_MOST_LAYERS} layers are built")
 
 
 @dataclass(frozen=True)

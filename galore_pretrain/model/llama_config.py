@@ -16,13 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from galore_pretrain.config.options import find_model
 from galore_pretrain.errors import InputError
-from galore_pretrain.model.families import FAMILIES, Architecture, Family, head_width
+from galore_pretrain.model.families import FAMILIES, Architecture, Family, check_depth, head_width
 
 log = logging.getLogger(__name__)
 
 _POSITIVE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _LARGEST = 2**63 - 1
-_MOST_LAYERS = 1000  # as many as DeepNet's (arXiv 2203.00555). Of more, building them alone would seem to hang
 _NULL = type(None)
 _INTEGER = (int,)
 _NUMBER = (float, int)
@@ -170,10 +169,7 @@ def load_model_config(name_or_path: str) -> Architecture:
     for key in _POSITIVE:
         if values.get(key, 0) < 1:
             raise InputError(f"{source}: {key} is {values.get(key, 'missing')}; it must be an integer of at least 1")
-    if values["num_hidden_layers"] > _MOST_LAYERS:
-        raise InputError(
-            f"{source}: num_hidden_layers is {values['num_hidden_layers']}; at most {_MOST_LAYERS} layers are built"
-        )
+    check_depth(values["num_hidden_layers"], source)
     _check_shape(values, source)
     _check_values(values, source)
     rope = _rope(values, source)

@@ -340,8 +340,10 @@ def faked(
     attention: AbstractContextManager[None] = contextlib.nullcontext()
     if keeps_scores(config):
         attention = sdpa_kernel(SDPBackend.MATH)
-    # To say that tensors are made on the CPU is not needed, and has each of torch's functions called by way of Python.
-    default: AbstractContextManager[Any] = contextlib.nullcontext() if device.type == "cpu" else device
+    default: AbstractContextManager[Any] = device
+    if torch.get_default_device() == device:
+        # To say so again is not needed, and has each of torch's functions called by way of Python.
+        default = contextlib.nullcontext()
     with place, mode, default, attention, ledger or contextlib.nullcontext():
         with kind("weights"):
             model.to_empty(device=device)

@@ -29,6 +29,7 @@ LONGEST = 60.0
 NO_ACCESS = (401, 403, 404)
 """HTTP statuses that another attempt does not change."""
 _FIRST_PATIENCE = 8.0  # the same for a run that begins: its user may wait before the screen
+_FIRST_WAIT = 1.0  # seconds before a question is asked again; each next wait is twice as long
 _ANSWER = 5.0  # seconds
 _PASSING = (408, 425, 429)  # those that it does, besides 5xx
 _CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp")
@@ -228,7 +229,7 @@ def _patiently_downloaded(
 
     patience = PATIENCE if goes_on else _FIRST_PATIENCE
     began = time.monotonic()
-    wait = 1.0
+    wait = _FIRST_WAIT
     while True:
         try:
             found = cached(repository, file, revision=revision, kind=kind)
@@ -353,7 +354,7 @@ def _answer(question: str, repository: str, goes_on: bool) -> Exception | None:
     """Ask the hub about a repository until it answers; return what went wrong at last, or None if it answered."""
     patience = PATIENCE if goes_on else _FIRST_PATIENCE
     began = time.monotonic()
-    wait = 1.0
+    wait = _FIRST_WAIT
     while True:
         error = _ask(question, repository)
         if error is None or not is_passing(error):

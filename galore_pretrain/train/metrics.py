@@ -213,7 +213,7 @@ class Progress:
         if done > self._done_before:
             seconds_a_unit = (now - self._started) / (done - self._done_before)
             line += f"  left {tqdm.format_interval(seconds_a_unit * (self._total - done))}"
-        else:  # an evaluation before the first update, which tells nothing of how long updates take
+        else:  # an evaluation before the first update of this process, which tells nothing of how long updates take
             self._started = now
         log.info("%s", line)
         self._next_line = now + 10
@@ -336,8 +336,7 @@ class Wandb:
                 "resume": "allow" if run_id else None,
                 "settings": wandb.Settings(silent=True, console="off", init_timeout=_INIT, x_disable_stats=True),
             }
-            self._run = _start(mode, own.base_url, options)
-            self._tries_on = mode != "offline" and self._run.settings.mode == "offline"
+            self._run, self._tries_on = _start(mode, own.base_url, options)
             self.run_id = self._run.id
         except Exception as error:  # any failure of a service that only watches
             log.warning("wandb is off for this run: %s", _first_line(error))
@@ -391,14 +390,17 @@ class Wandb:
                 self._run.finish()
 
 
-def _start(mode: str, server: str, options: dict[str, Any]) -> Any:
-    """Start wandb's run: online where it is asked for and ``server`` takes the run, else offline."""
+def _start(mode: str, server: str, options: dict[str, Any]) -> tuple[Any, bool]:
+    """Start wandb's run: online where it is asked for and ``server`` takes the run, else offline.
+
+    Return it, and whether wandb goes on trying to reach a server that did not take it.
+    """
     import wandb
 
     if mode == "offline":
-        return wandb.init(mode="offline", **options)
+        return wandb.init(mode="offline", **options), False
     try:
-        return wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+        return wandb.init(mode=mode, **options), False  # type: ignore[arg-type]
     except Exception as error:
         run = wandb.init(mode="offline", **options)
         log.warning(
@@ -407,7 +409,7 @@ def _start(mode: str, server: str, options: dict[str, Any]) -> Any:
             _first_line(error),
             run.settings.sync_dir,
         )
-        return run
+        return run, True
 
 
 def _resolve_mode(mode: str) -> str:

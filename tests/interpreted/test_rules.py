@@ -204,13 +204,13 @@ def test_several_micro_batches_are_summed_by_launches(
 @pytest.mark.parametrize("row", ["galore_adamw", "adamw"])
 def test_sums_are_whole_before_bases_are_found_in_them(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layerwise, clipped by the projected norm: a basis that is due is found in backward, in the sum of all parts."""
-    for file in ("execution", "slots"):
-        monkeypatch.setattr(f"galore_pretrain.optim.{file}.is_gpu", lambda device: True)
-    after, optimizer = built(row, torch.float32)
-    train(after, optimizer, range(3), parts=2, clip=1.0)
-    inside, optimizer = built(row, torch.float32)
-    train(inside, optimizer, range(3), Layerwise, parts=2, clip=1.0)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        for file in ("execution", "slots"):
+            patch.setattr(f"galore_pretrain.optim.{file}.is_gpu", lambda device: True)
+        after, optimizer = built(row, torch.float32)
+        train(after, optimizer, range(3), parts=2, clip=1.0)
+        inside, optimizer = built(row, torch.float32)
+        train(inside, optimizer, range(3), Layerwise, parts=2, clip=1.0)
     composed, optimizer = built(row, torch.float32)
     train(composed, optimizer, range(3), parts=2, clip=1.0)
     for ours, theirs, expected in zip(weights(inside), weights(after), weights(composed), strict=True):
