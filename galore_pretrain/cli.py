@@ -650,11 +650,11 @@ _TEXT = (
     "eval_tokens",
     "batch_size",
 )
-_TEXT_OF_MODEL = dict.fromkeys(_TEXT, "the run's") | {
-    "data": "the run's; for a Hugging Face folder, sample",
+_TEXT_OF_MODEL = {name: f"the run's, or {FLAGS[name].shown}" for name in _TEXT} | {
+    "data": "the run's, or sample",
     "tokenizer": "the model's",
 }
-"""What each of these is where it is not given, for the help."""
+"""Says what each of these is where it is not given, for the help. A Hugging Face folder has no run's."""
 
 
 @cli.command("eval", params=flags(_TEXT, _TEXT_OF_MODEL))

@@ -32,7 +32,7 @@ ROOMS: dict[str, str] = {  # a room, and what it may import
     "check": "config errors meters model optim planning rundir signals tensors text train",
     "pytest_plug": "",
     "trainers": "optim",
-    "cli": "check config dist errors optim planning run rundir study text train",
+    "cli": "check config dist errors optim planning run rundir signals study text train",
     "__main__": "cli",
     "__init__": "model",
 }

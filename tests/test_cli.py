@@ -541,7 +541,7 @@ def test_help_groups_every_flag() -> None:
 def test_help_of_an_evaluation_names_what_the_run_has() -> None:
     """Not the defaults of a new run."""
     text = CliRunner().invoke(cli, ["eval", "--help"]).output
-    assert "[the run's; for a Hugging Face" in text
+    assert "[the run's, or sample]" in text
     assert not re.search(r"\[(c4|pad|joined|256|10M|raise)\]", text)
 
 

@@ -235,15 +235,16 @@ class Slots(dict[Tensor, Slot]):
             return 0
         return int(groups[0].get("first_index", 0))
 
-    # What a rule makes of equal parameters is alike, so one of each kind is checked: a plan takes a tenth less time. Of
-    # those that processes share out, each part is.
+    # What a rule makes of equal parameters is alike, so one of each kind is checked. Of those that processes share out,
+    # each part is.
     def _made(self, p: Tensor, rule: UpdateRule, number: int, index: int) -> Slot:
         """Return the slot of a parameter. ValueError where parameter, rule and state do not fit."""
         slot = _slot(p, rule, group=number, index=index, seed=self._optimizer.seed)
         kind = (settings_of(rule), p.shape, p.dtype)
-        if slot.shard is not None or kind not in self._checked:
+        if slot.shard is not None:
             _check_state(state_on_meta(slot, p), slot)
-        if slot.shard is None:
+        elif kind not in self._checked:
+            _check_state(state_on_meta(slot, p), slot)
             self._checked.add(kind)
         return slot
 

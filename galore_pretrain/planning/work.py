@@ -184,7 +184,7 @@ class WorkCounter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Return False: in `__torch_dispatch__` is nothing to compile, and to say so for each call takes time."""
+        """Return False: else torch wraps each call of `__torch_dispatch__`, so that nothing of it is compiled."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

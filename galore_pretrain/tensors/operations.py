@@ -12,9 +12,10 @@ _NAMESPACE = "galore_pretrain"
 _DEVICE_OF: Any = torch.ops.prim.device.default
 
 
-# More than half of all that torch asks of fake tensors, it asks as an operation, too. Their mode answers the same.
+# More than half of the operations on fake tensors ask for their device. Their mode answers the same, but inside of a
+# kernel, where no mode that calls this is active.
 def device_asked_for(func: Any, args: Any) -> torch.device | None:
-    """Return a fake tensor's device if an operation asks for that alone, else None; a count of operations skips it."""
+    """Return a fake tensor's device if an operation asks for that alone, else None."""
     if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
         return args[0].fake_device
     return None
