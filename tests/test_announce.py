@@ -26,6 +26,11 @@ def test_weights_that_are_not_trained_are_told_from_those_that_are(tiny_config: 
     assert f"updates 28 tensors, {FACTORS:,} weights, with" in said
 
 
+def test_frozen_matrices_are_told_from_what_is_trained(tiny_config: str, tmp_path: Path) -> None:
+    said = told(tiny_config, tmp_path / "run", "--optim", "galore_adamw", "--matrix-lr-scale", "0")
+    assert f": {MATRICES + OTHERS:,} weights, {OTHERS:,} of them trained, in bfloat16 on CPU" in said
+
+
 def test_weights_in_codes_are_told(tiny_config: str, tmp_path: Path) -> None:
     said = told(tiny_config, tmp_path / "run", "--optim", "q_galore")
     assert f": {MATRICES + OTHERS:,} weights in int8 and bfloat16 on CPU" in said

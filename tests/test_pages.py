@@ -105,6 +105,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture = json.dumps(TINY | {"model_type": "llama", "max_position_embeddings": 4096})
     for folder in ("path/to/model", "path/to/Llama-3.2-1B", "model", "with-template"):
         (home / folder / "config.json").write_text(architecture)
+    (home / "encoder").mkdir()
+    encoder = {"model_type": "roberta", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (home / "encoder" / "config.json").write_text(json.dumps(encoder))
     line = json.dumps({"text": "Fellow citizens", "body": "Fellow citizens"})
     for name in ("corpus", "news", "books", "capitals", "a", "web/train", "web/valid", "mytext/a"):
         (home / f"{name}.jsonl").write_text(f"{line}\n")
@@ -131,13 +134,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+def config_of(home: Path, name: str) -> Path:
+    """The config that a repository of the hub might have."""
+    folder = "encoder" if "roberta" in name else "path/to/model"
+    return home / folder / "config.json"
+
+
 @pytest.fixture
 def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work begins nowhere: each place where it would raises ReachedError. The hub is not asked."""
     monkeypatch.chdir(home)
     monkeypatch.setattr(program, "check_hub", lambda *given, **more: None)
-    config = str(home / "path/to/model/config.json")
-    monkeypatch.setattr("galore_pretrain.config.options.download_model", lambda *given: Path(config))
+    monkeypatch.setattr("galore_pretrain.config.options.download_model", lambda name, *given: config_of(home, name))
     for name in ("_run", "_plan_row"):
         monkeypatch.setattr(program, name, reached)
     work = (

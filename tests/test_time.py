@@ -80,7 +80,7 @@ def test_a_card_is_found_by_its_short_name_and_by_cudas() -> None:
 
 
 def test_an_unknown_card_is_refused_with_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"--time 9090: not in the table of cards; it has 3060, 3090, .*b200"):
+    with pytest.raises(InputError, match=r"--time 9090: not in the table of cards, which has 3060, 3090, .*b200"):
         card_named("9090")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"no CUDA devices; name a card: 3060, 3090, .*b200"):
@@ -293,7 +293,7 @@ def test_a_named_card_is_planned_for_where_there_is_another(small: str, monkeypa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--time", "9090"], "not in the table of cards; it has 3060"),
+        (["--time", "9090"], "not in the table of cards, which has 3060"),
         (["--time", "4090", "--device", "cpu"], "its table is of GPUs, and --device is cpu"),
         (["--time", "4090", "--gpus-per-node", "2"], "give --link"),
         (["--time", "4090", "--nodes", "2"], "give --network"),

@@ -82,9 +82,11 @@ def test_generate_says_the_same_for_a_seed(run: Path) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, run: Path) -> None:
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match="neither a run, a checkpoint"):
-            invoke("eval", path)
+    with pytest.raises(InputError, match="neither a run, a checkpoint"):
+        invoke("eval", tmp_path)
+    (tmp_path / "nowhere").mkdir()
+    with pytest.raises(InputError, match=r"nowhen: is not there; did you mean .*nowhere\? give a run"):
+        invoke("eval", tmp_path / "nowhen")
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}))

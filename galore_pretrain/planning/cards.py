@@ -85,7 +85,10 @@ def card_named(name: str) -> Card:
     """Return the card of a short name, such as ``4090``, or of CUDA's name; InputError where the table has none."""
     card = known_card(name)
     if card is None:
-        raise InputError(f"--time {name}: not in the table of cards; it has {names()}")
+        raise InputError(
+            f"--time {name}: not in the table of cards, which has {names()}; another one is planned for by "
+            "--device cuda --memory-budget SIZE, such as 12GB, without a time"
+        )
     return card
 
 

@@ -59,8 +59,9 @@ def planned(config: RunConfig, budget: int, mesh: Any = None) -> Fit:
 # A plan is arithmetic, and right for a model that has as many positions, be it one that is still to be written.
 def warn_of_length(config: RunConfig) -> None:
     """Log a warning where a run would refuse rows of this length."""
+    architecture = architecture_of_run(config)
     try:
-        check_length(config, architecture_of_run(config))
+        check_length(config, architecture)
     except InputError as error:
         log.warning("planned all the same, but a run is refused: %s", error)
 

@@ -14,7 +14,7 @@ from galore_pretrain.config.options import RunConfig, eval_text_seen_from, text_
 from galore_pretrain.config.recipes import reference_batch
 from galore_pretrain.config.resolve import check_bounds, check_documents, resolve
 from galore_pretrain.config.tasks import CHAT, GLUE
-from galore_pretrain.errors import InputError
+from galore_pretrain.errors import InputError, did_you_mean
 from galore_pretrain.model.families import FAMILIES, Architecture, CausalLM, Family, architecture_of, positions_of
 from galore_pretrain.model.llama import without_masks
 from galore_pretrain.model.llama_config import load_model_config
@@ -78,6 +78,8 @@ def load(path: Path, overrides: Mapping[str, Any], device: torch.device, *, with
     InputError where ``path`` is none of these.
     """
     check_bounds(overrides)
+    if not path.exists():
+        raise InputError(f"{path}: is not there; {did_you_mean(str(path))}give a run, a checkpoint or a model's folder")
     overrides = _evaluating(overrides)
     saved = checkpoint.newest(path / "checkpoints", set_aside=False)
     if saved is None and checkpoint.is_checkpoint(path):

@@ -53,8 +53,9 @@ _STYLE = (
 )
 
 _ON_DIFFERENCES = (
-    "By how much the line's perplexity exceeds the column's: the mean difference of the logarithms over the "
-    "seeds that both have, and half the width of its 95 % interval by Student's t. * where that leaves out 0, "
+    "100 times the natural logarithm of the line's perplexity over the column's. A small one is the percentage by "
+    "which it is larger; +20 are 22 %, +90 are 146 %. It is a mean over the seeds that both have, and half the "
+    "width of its 95 % interval by Student's t. * where that leaves out 0, "
     "which of twenty pairs that are alike happens to one. A rank is 1 + the methods that are better by such a "
     "difference. The best of several is favoured by having been chosen; so is a seed on which a method was tuned."
 )

@@ -14,9 +14,9 @@ from galore_pretrain.study.tables import Table
 _HOW_TO_READ = """Entries come in the order of their mean validation loss.
 
 * **Rank**: 1 + the number of entries that are told apart as better. Those that the seeds cannot tell apart share one.
-* **Against** a baseline: by how much the entry's perplexity exceeds the baseline's. It is the mean difference of the
-  logarithms over the seeds ± half the width of its 95 % interval (Student's t). A * stands where that leaves out 0,
-  which of twenty pairs that are alike happens to one.
+* **Against** a baseline: 100 times the natural logarithm of the entry's perplexity over the baseline's. A small one is
+  the percentage by which it is larger; +20 are 22 %, +90 are 146 %. It is a mean over the seeds ± half the width of its
+  95 % interval (Student's t). A * stands where that leaves out 0, which of twenty pairs that are alike happens to one.
 * **State**: the optimizer's, in 10⁶ bytes."""
 
 

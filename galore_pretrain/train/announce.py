@@ -48,7 +48,7 @@ def announce(
         _announce_shares(config, shares)
     hardware = _hardware(config, device, world)
     weights = _count(model.parameters())
-    trained = _count(optimizer.state)
+    trained = _count(p for group in optimizer.param_groups if group["lr_scale"] for p in group["params"])
     told = f"{weights} weights"
     if trained != weights:
         told += f", {trained} of them trained,"
