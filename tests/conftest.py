@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from galore_pretrain import run as program
 from galore_pretrain.model.llama import build_model
 from galore_pretrain.model.llama_config import load_model_config
-from galore_pretrain.optim import METHODS, is_own
+from galore_pretrain.optim import METHODS, own
 from runs import known_peak, run
 from warm import WarmHub
 
@@ -67,10 +67,16 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def own_methods_are_forgotten() -> Iterator[None]:
-    """The table of methods is what it is when the program starts, whatever a test has loaded from outside."""
+    """The table of methods is what it is when the program starts, whatever a test has loaded from outside.
+
+    A file that was named from a test's working folder is another one in the next test's.
+    """
+    before = dict(METHODS)
     yield
-    for name in [name for name in METHODS if is_own(name)]:
-        del METHODS[name]
+    METHODS.clear()
+    METHODS.update(before)
+    for place in [place for place in own._modules if not Path(place).is_absolute()]:
+        del own._modules[place]
 
 
 @pytest.fixture(autouse=True, scope="session")
